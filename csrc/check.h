@@ -1,0 +1,123 @@
+// The argument checks of the ops: each is written once, so that every message names the op, the argument, what was
+// expected and what was got. QLORA_CHECK raises ValueError, QLORA_CHECK_TYPE TypeError.
+#pragma once
+
+#include <ATen/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "codec.h"
+
+#define QLORA_CHECK(cond, op, what, expected, got) \
+  TORCH_CHECK_VALUE(cond, op, ": ", what, ": expected ", expected, ", got ", got)
+#define QLORA_CHECK_TYPE(cond, op, what, expected, got) \
+  TORCH_CHECK_TYPE(cond, op, ": ", what, ": expected ", expected, ", got ", got)
+
+namespace qlora {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline DType checked_dtype(const char* op, const char* what, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return DType::Float32;
+    case at::kHalf:
+      return DType::Float16;
+    case at::kBFloat16:
+      return DType::BFloat16;
+    default:
+      QLORA_CHECK_TYPE(false, op, what, "dtype float32, float16 or bfloat16", dtype);
+  }
+}
+
+inline void check_device(const char* op, const char* what, const at::Tensor& tensor, const at::Tensor& like) {
+  QLORA_CHECK(tensor.device() == like.device(), op, what, "device " + like.device().str(), tensor.device().str());
+}
+
+inline QuantType checked_quant_type(const char* op, const std::string& quant_type) {
+  QLORA_CHECK(quant_type == "nf4" || quant_type == "fp4", op, "quant_type", "'nf4' or 'fp4'", "'" + quant_type + "'");
+  return quant_type == "nf4" ? QuantType::NF4 : QuantType::FP4;
+}
+
+inline void check_blocksize(const char* op, int64_t blocksize) {
+  const bool power_of_two = blocksize > 0 && (blocksize & (blocksize - 1)) == 0;
+  QLORA_CHECK(power_of_two && blocksize >= 32 && blocksize <= 4096, op, "blocksize", "a power of two from 32 to 4096",
+              blocksize);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A 4-bit tensor argument, checked to hold exactly n elements; it keeps the contiguous tensors that `view` points into.
+struct Weight4bit {
+  at::Tensor packed, absmax, nested_absmax, nested_offset;
+  Packed4bit view;
+
+  Weight4bit(const char* op, int64_t n, const at::Tensor& packed_arg, const at::Tensor& absmax_arg,
+             const OptionalTensor& nested_absmax_arg, const OptionalTensor& nested_offset_arg,
+             const std::string& quant_type, int64_t blocksize) {
+    const QuantType type = checked_quant_type(op, quant_type);
+    check_blocksize(op, blocksize);
+    const int64_t num_blocks = ceil_div(n, blocksize);
+    const bool nested = nested_absmax_arg.has_value();
+    QLORA_CHECK(nested == nested_offset_arg.has_value(), op, "nested_offset",
+                nested ? "a tensor, as nested_absmax is one" : "None, as nested_absmax is None",
+                nested ? "None" : "a tensor");
+    const auto absmax_dtype = nested ? at::kByte : at::kFloat;
+    QLORA_CHECK_TYPE(packed_arg.scalar_type() == at::kByte, op, "packed", "dtype uint8", packed_arg.scalar_type());
+    QLORA_CHECK_TYPE(absmax_arg.scalar_type() == absmax_dtype, op, "absmax",
+                     nested ? "dtype uint8 (double quantization)" : "dtype float32 (nested_absmax is None)",
+                     absmax_arg.scalar_type());
+    check_device(op, "absmax", absmax_arg, packed_arg);
+    QLORA_CHECK(packed_arg.numel() == ceil_div(n, 2), op, "packed",
+                std::to_string(ceil_div(n, 2)) + " bytes for " + std::to_string(n) + " elements", packed_arg.numel());
+    QLORA_CHECK(absmax_arg.numel() == num_blocks, op, "absmax",
+                std::to_string(num_blocks) + " values for " + std::to_string(n) + " elements in blocks of " +
+                    std::to_string(blocksize),
+                absmax_arg.numel());
+    packed = packed_arg.contiguous();
+    absmax = absmax_arg.contiguous();
+    view = {packed.data_ptr<uint8_t>(), absmax.data_ptr(), nullptr, nullptr, type, blocksize};
+    if (!nested) return;
+    for (const auto& [what, tensor, count] :
+         {std::tuple{"nested_absmax", &*nested_absmax_arg, ceil_div(num_blocks, kNestedBlocksize)},
+          std::tuple{"nested_offset", &*nested_offset_arg, int64_t{1}}}) {
+      QLORA_CHECK_TYPE(tensor->scalar_type() == at::kFloat, op, what, "dtype float32", tensor->scalar_type());
+      QLORA_CHECK(tensor->numel() == count, op, what, std::to_string(count) + " values", tensor->numel());
+      check_device(op, what, *tensor, packed_arg);
+    }
+    nested_absmax = nested_absmax_arg->contiguous();
+    nested_offset = nested_offset_arg->contiguous();
+    view.nested_absmax = nested_absmax.data_ptr<float>();
+    view.nested_offset = nested_offset.data_ptr<float>();
+  }
+};
+
+// Adapters for x[..., K] -> [..., N]: A[i] is [r_i, K], B[i] [N, r_i]; the masks, if any, have x's shape.
+inline void check_adapters(const char* op, const at::Tensor& x, int64_t N, at::TensorList A, at::TensorList B,
+                           c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
+  QLORA_CHECK(B.size() == A.size(), op, "B", std::to_string(A.size()) + " tensors, as in A", B.size());
+  QLORA_CHECK(scaling.size() == A.size(), op, "scaling", std::to_string(A.size()) + " numbers, as in A",
+              scaling.size());
+  QLORA_CHECK(dropout_mask.empty() || dropout_mask.size() == A.size(), op, "dropout_mask",
+              "no tensors or " + std::to_string(A.size()) + ", as in A", dropout_mask.size());
+  for (size_t i = 0; i < A.size(); ++i) {
+    checked_dtype(op, "A", A[i].scalar_type());
+    checked_dtype(op, "B", B[i].scalar_type());
+    check_device(op, "A", A[i], x);
+    check_device(op, "B", B[i], x);
+    QLORA_CHECK(A[i].dim() == 2 && A[i].size(1) == x.size(-1), op, "A", "shape [r, " + std::to_string(x.size(-1)) + "]",
+                A[i].sizes());
+    QLORA_CHECK(B[i].dim() == 2 && B[i].size(0) == N && B[i].size(1) == A[i].size(0), op, "B",
+                "shape [" + std::to_string(N) + ", " + std::to_string(A[i].size(0)) + "]", B[i].sizes());
+  }
+  for (const at::Tensor& mask : dropout_mask) {
+    QLORA_CHECK_TYPE(mask.scalar_type() == at::kBool, op, "dropout_mask", "dtype bool", mask.scalar_type());
+    QLORA_CHECK(mask.sizes() == x.sizes(), op, "dropout_mask", x.sizes(), mask.sizes());
+    check_device(op, "dropout_mask", mask, x);
+  }
+}
+
+}  // namespace qlora

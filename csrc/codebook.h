@@ -1,0 +1,109 @@
+// The 4-bit and 8-bit code values: the only list of them in the project.
+//
+// NF4 is the 16 quantiles of N(0, 1) of the QLoRA paper (arXiv 2305.14314, appendix E), FP4 a sign, two exponent and
+// one mantissa bit in bitsandbytes' bit order, and the dynamic codebook the 256 signed values that double quantization
+// stores absmax in. Everything else here (bounds, order of the codes) is computed from the values at compile time.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+namespace qlora {
+
+enum class QuantType : int { NF4 = 0, FP4 = 1 };
+
+constexpr int kNumCodes = 16;
+constexpr int kNumDynamicCodes = 256;
+constexpr int kNestedBlocksize = 256;
+
+#define QLORA_NF4_VALUES                                                                              \
+  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,    \
+      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, \
+      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
+
+#define QLORA_FP4_VALUES                                                                                       \
+  0.0f, 0.0625f / 12, 8.0f / 12, 12.0f / 12, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12, -0.0f, -0.0625f / 12, \
+      -8.0f / 12, -12.0f / 12, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12
+
+// A 4-bit codebook. The rank of x is the number of bounds below it; the code is that rank's code. Ranks exist because
+// FP4's values are not sorted by code, and because its two zeros are one value: ranks run over the distinct values.
+struct Codebook {
+  float value[kNumCodes];      // by code
+  float bound[kNumCodes - 1];  // ascending fp32 midpoints of neighbouring values; +inf where there is no rank
+  std::uint8_t code_of_rank[kNumCodes];
+};
+
+constexpr Codebook make_codebook(const float (&values)[kNumCodes]) {
+  Codebook book{};
+  int num_ranks = 0;
+  for (int code = 0; code < kNumCodes; ++code) {
+    book.value[code] = values[code];
+    int rank = 0;
+    while (rank < num_ranks && values[book.code_of_rank[rank]] < values[code]) ++rank;
+    if (rank < num_ranks && values[book.code_of_rank[rank]] == values[code]) continue;  // FP4's -0.0 is never written
+    for (int r = num_ranks++; r > rank; --r) book.code_of_rank[r] = book.code_of_rank[r - 1];
+    book.code_of_rank[rank] = static_cast<std::uint8_t>(code);
+  }
+  for (int rank = 0; rank + 1 < kNumCodes; ++rank) {
+    book.bound[rank] = rank + 1 < num_ranks
+                           ? (values[book.code_of_rank[rank]] + values[book.code_of_rank[rank + 1]]) / 2
+                           : std::numeric_limits<float>::infinity();
+  }
+  return book;
+}
+
+inline constexpr Codebook kCodebooks[] = {make_codebook({QLORA_NF4_VALUES}), make_codebook({QLORA_FP4_VALUES})};
+
+constexpr const Codebook& codebook(QuantType quant_type) { return kCodebooks[static_cast<int>(quant_type)]; }
+
+// The 8-bit codebook of absmax: value by code, ascending, and between neighbours their midpoint rounded DOWN to fp32,
+// so that for any fp32 x, `x > bound` decides exactly as the real midpoint does and a tie goes to the lower code.
+struct DynamicCodebook {
+  float value[kNumDynamicCodes];
+  float bound[kNumDynamicCodes - 1];
+};
+
+constexpr float round_down(double x) {
+  const float nearest = static_cast<float>(x);
+  if (static_cast<double>(nearest) <= x) return nearest;
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(nearest);
+  return std::bit_cast<float>(nearest > 0 ? bits - 1 : bits + 1);
+}
+
+// Seven decades below 1, decade i (from the smallest) cut into 2^i equal cells whose centres are the values; and 0
+// and 1. The edges are those of torch.linspace(0.1, 1, 2^i + 1) on a CPU with FMA: fp32 steps from whichever end is
+// nearer.
+constexpr DynamicCodebook make_dynamic_codebook() {
+  DynamicCodebook book{};
+  constexpr int kZero = 127;
+  constexpr float kDecade[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  int index = 0;
+  for (int i = 0; i < 7; ++i) {
+    const int cells = 1 << i;
+    const float step = (1.0f - 0.1f) / static_cast<float>(cells);
+    auto edge = [&](int k) {  // a fused multiply-add: the product of two floats is exact in double
+      return k < (cells + 1) / 2 ? static_cast<float>(static_cast<double>(0.1f) + static_cast<double>(step) * k)
+                                 : static_cast<float>(1.0 - static_cast<double>(step) * (cells - k));
+    };
+    for (int k = 0; k < cells; ++k, ++index) {
+      const float centre = (edge(k) + edge(k + 1)) / 2 * kDecade[i];
+      book.value[kZero + 1 + index] = centre;
+      book.value[kZero - 1 - index] = -centre;
+    }
+  }
+  book.value[kZero] = 0.0f;
+  book.value[kNumDynamicCodes - 1] = 1.0f;
+  for (int i = 0; i + 1 < kNumDynamicCodes; ++i) {
+    book.bound[i] = round_down((static_cast<double>(book.value[i]) + static_cast<double>(book.value[i + 1])) / 2);
+  }
+  return book;
+}
+
+inline constexpr DynamicCodebook kDynamicCodebook = make_dynamic_codebook();
+
+static_assert(codebook(QuantType::NF4).code_of_rank[7] == 7 && codebook(QuantType::NF4).value[7] == 0.0f);
+static_assert(codebook(QuantType::FP4).code_of_rank[7] == 0 && codebook(QuantType::FP4).bound[14] > 1.0f);
+static_assert(kDynamicCodebook.value[127] == 0.0f && kDynamicCodebook.value[255] == 1.0f);
+
+}  // namespace qlora

@@ -1,0 +1,78 @@
+// The storage format, one value and one byte at a time (DESIGN of the bytes: README, "Storage format").
+//
+// A block of `blocksize` consecutive elements of the flattened tensor shares one absmax. Element 2j lies in the high
+// nibble of byte j, element 2j + 1 in the low nibble. Compile with -ffp-contract=off: every rounding here is part of
+// the format, and the vector kernels must give the same bytes.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "codebook.h"
+#include "dtype.h"
+
+namespace qlora {
+
+// A 4-bit tensor as it lies in memory. With double quantization absmax holds uint8_t codes and the nested pointers are
+// set; without it absmax holds floats and they are null.
+struct Packed4bit {
+  const std::uint8_t* packed;  // [ceil(n / 2)]
+  const void* absmax;          // [ceil(n / blocksize)]
+  const float* nested_absmax;  // [ceil(num_blocks / 256)] or null
+  const float* nested_offset;  // 0-d or null
+  QuantType quant_type;
+  std::int64_t blocksize;  // a power of two, 32 ... 4096
+};
+
+// --- 4-bit values -------------------------------------------------------------------------------------------------
+
+// What a block's weights are multiplied by before encoding; the floor keeps an all-zero block finite.
+inline float inverse_absmax(float absmax) { return 1.0f / (absmax > 1e-38f || absmax != absmax ? absmax : 1e-38f); }
+
+// The code of a weight already multiplied by inverse_absmax. A value beyond [-1, 1] gets the end code, as if clamped.
+inline std::uint8_t encode(const Codebook& book, float x) {
+  int rank = 0;
+  for (int i = 0; i < kNumCodes - 1; ++i) rank += x > book.bound[i];
+  return book.code_of_rank[rank];
+}
+
+inline std::uint8_t pack(std::uint8_t even, std::uint8_t odd) { return static_cast<std::uint8_t>(even << 4 | odd); }
+
+inline std::uint8_t unpack(const std::uint8_t* packed, std::int64_t element) {
+  const std::uint8_t byte = packed[element / 2];
+  return element % 2 == 0 ? byte >> 4 : byte & 0xf;
+}
+
+template <typename T>
+T decode(const Codebook& book, std::uint8_t code, float absmax) {
+  return round_to<T>(book.value[code] * absmax);
+}
+
+// --- 8-bit absmax -------------------------------------------------------------------------------------------------
+
+// What (absmax - offset) is multiplied by before encoding; the ceiling keeps a group of zeros at 0 * FLT_MAX = 0.
+inline float inverse_group_absmax(float group_absmax) {
+  const float inverse = 1.0f / group_absmax;
+  return inverse > std::numeric_limits<float>::max() ? std::numeric_limits<float>::max() : inverse;
+}
+
+// Binary search without branches (they would be mispredicted half the time): bit by bit, is x above that bound?
+inline std::uint8_t encode_dynamic(float x) {
+  unsigned code = 0;
+  for (int bit = 7; bit >= 0; --bit) {
+    code |= static_cast<unsigned>(x > kDynamicCodebook.bound[code + (1u << bit) - 1]) << bit;
+  }
+  return static_cast<std::uint8_t>(code);
+}
+
+inline float decode_dynamic(std::uint8_t code, float nested_absmax, float nested_offset) {
+  return kDynamicCodebook.value[code] * nested_absmax + nested_offset;
+}
+
+inline float block_absmax(const Packed4bit& w, std::int64_t block) {
+  if (w.nested_absmax == nullptr) return static_cast<const float*>(w.absmax)[block];
+  return decode_dynamic(static_cast<const std::uint8_t*>(w.absmax)[block], w.nested_absmax[block / kNestedBlocksize],
+                        *w.nested_offset);
+}
+
+}  // namespace qlora

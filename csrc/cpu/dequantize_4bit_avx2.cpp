@@ -1,0 +1,82 @@
+// dequantize_4bit for AVX2: whole blocks. fp32 looks up each half of the block's table and blends by bit 3 of the code;
+// the 16-bit types look up the low and the high bytes of the table by vpshufb and interleave them.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace qlora::cpu {
+namespace {
+
+// fp32 -> bf16 to nearest even in the low word of each dword.
+inline __m256i round_dwords(__m256 x, BFloat16) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
+}
+
+inline __m256i round_dwords(__m256 x, Half) {
+  return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+template <typename T>  // bf16 or fp16
+inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize, __m256 low, __m256 high, T* out) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(round_dwords(low, T{}), round_dwords(high, T{})),
+                                                 0b11011000);  // 16 words in code order
+  const __m256i byte_mask = _mm256_set1_epi16(0xff);
+  const __m256i low_bytes = _mm256_and_si256(words, byte_mask);
+  const __m256i high_bytes = _mm256_srli_epi16(words, 8);
+  const __m256i planes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low_bytes, high_bytes), 0b11011000);
+  const __m128i low_plane = _mm256_castsi256_si128(planes);
+  const __m128i high_plane = _mm256_extracti128_si256(planes, 1);
+  const __m128i nibble = _mm_set1_epi8(0xf);
+  for (std::int64_t i = 0; i < blocksize; i += 32) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2));
+    const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
+    const __m128i odd = _mm_and_si128(bytes, nibble);
+    const __m128i codes[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+    for (int j = 0; j < 2; ++j) {
+      const __m128i lo = _mm_shuffle_epi8(low_plane, codes[j]);
+      const __m128i hi = _mm_shuffle_epi8(high_plane, codes[j]);
+      auto* to = reinterpret_cast<__m128i*>(out + i + 16 * j);
+      _mm_storeu_si128(to, _mm_unpacklo_epi8(lo, hi));
+      _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(lo, hi));
+    }
+  }
+}
+
+inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize, __m256 low, __m256 high, float* out) {
+  for (std::int64_t i = 0; i < blocksize; i += 8) {
+    const __m128i bytes = _mm_loadu_si32(packed + i / 2);
+    const __m256i qword = _mm256_cvtepu8_epi64(bytes);
+    const __m256i index = _mm256_or_si256(_mm256_srli_epi64(qword, 4), _mm256_slli_epi64(qword, 32));
+    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    _mm256_storeu_ps(
+        out + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), bit3));
+  }
+}
+
+}  // namespace
+
+void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out) {
+  const float* values = codebook(w.quant_type).value;
+  const __m256 low_values = _mm256_loadu_ps(values);
+  const __m256 high_values = _mm256_loadu_ps(values + 8);
+  with_type(dtype, [&](auto type) {
+    auto* row = static_cast<decltype(type)*>(out);
+    for (std::int64_t block = begin; block < end; ++block, row += w.blocksize) {
+      const __m256 absmax = _mm256_set1_ps(block_absmax(w, block));
+      dequantize_block(w.packed + block * w.blocksize / 2, w.blocksize, _mm256_mul_ps(low_values, absmax),
+                       _mm256_mul_ps(high_values, absmax), row);
+    }
+  });
+}
+
+}  // namespace qlora::cpu
+
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,33 @@
+// The CPU kernels. Each computes a range of the work and holds no threads: the caller splits [0, count) as it likes,
+// the bytes do not depend on the split.
+#pragma once
+
+#include <cstdint>
+
+#include "../codec.h"
+
+namespace qlora::cpu {
+
+// Blocks [begin, end) of the n elements of weight: packed[i / 2] and absmax[block].
+void quantize_4bit(const void* weight, DType dtype, std::int64_t n, std::int64_t blocksize, QuantType quant_type,
+                   std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
+
+// out[i - begin] = round_to_dtype(value[code i] * absmax of i's block), for elements [begin, end).
+void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
+
+// The mean of absmax[n] as the format defines it: groups of 256 summed in order in fp64, then the groups in order.
+float absmax_offset(const float* absmax, std::int64_t n);
+
+// Groups [begin, end) of 256 of absmax[n]: codes[i] and nested_absmax[group].
+void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int64_t begin, std::int64_t end,
+                     std::uint8_t* codes, float* nested_absmax);
+
+// The vector twins: whole blocks [begin, end) only; the portable code does a last, shorter block and odd borders.
+void quantize_4bit_avx2(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
+                        std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
+void quantize_4bit_avx512(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
+                          std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
+void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
+void dequantize_4bit_avx512(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
+
+}  // namespace qlora::cpu

@@ -1,0 +1,66 @@
+// Detection and override of the CPU path; see path.h.
+#include "path.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace qlora::cpu {
+namespace {
+
+constexpr Path kPaths[] = {Path::Portable, Path::Avx2, Path::Avx512, Path::Avx512Bf16};
+
+Path best_path() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+    return Path::Portable;
+  }
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return Path::Avx2;
+  }
+  return __builtin_cpu_supports("avx512bf16") ? Path::Avx512Bf16 : Path::Avx512;
+#else
+  return Path::Portable;
+#endif
+}
+
+Path parse(const std::string& name) {
+  std::string runnable;
+  for (Path candidate : kPaths) {
+    if (candidate > best_path()) break;
+    if (name == path_name(candidate)) return candidate;
+    runnable += std::string(runnable.empty() ? "" : ", ") + path_name(candidate);
+  }
+  throw std::invalid_argument("QLORA_EXT_CPU: expected one of " + runnable + " on this machine, got '" + name + "'");
+}
+
+std::atomic<Path>& current() {
+  static std::atomic<Path> path = [] {
+    const char* name = std::getenv("QLORA_EXT_CPU");
+    return name == nullptr || *name == '\0' ? best_path() : parse(name);
+  }();
+  return path;
+}
+
+}  // namespace
+
+Path path() { return current().load(std::memory_order_relaxed); }
+
+const char* path_name(Path path) {
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  return kNames[static_cast<int>(path)];
+}
+
+std::vector<std::string> path_names() {
+  std::vector<std::string> names;
+  for (Path candidate : kPaths) {
+    if (candidate <= best_path()) names.emplace_back(path_name(candidate));
+  }
+  return names;
+}
+
+void set_path(const std::string& name) { current().store(parse(name), std::memory_order_relaxed); }
+
+}  // namespace qlora::cpu

@@ -1,0 +1,19 @@
+// Which set of CPU kernels runs. Chosen once at load: the best the machine has, or QLORA_EXT_CPU.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace qlora::cpu {
+
+// Ascending: each path may use all that the ones before it may.
+enum class Path : int { Portable = 0, Avx2 = 1, Avx512 = 2, Avx512Bf16 = 3 };
+
+Path path();
+const char* path_name(Path path);
+std::vector<std::string> path_names();  // those this machine can run, ascending
+
+// Throws std::invalid_argument, naming what was expected, if the machine cannot run it or there is no such path.
+void set_path(const std::string& name);
+
+}  // namespace qlora::cpu

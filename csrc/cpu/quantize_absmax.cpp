@@ -1,0 +1,37 @@
+// quantize_absmax: double quantization, the absmax of the blocks in 8 bits (QLoRA paper, section 3).
+//
+//   offset = mean(absmax);  nested_absmax[g] = max |absmax - offset| over group g of 256
+//   code = nearest dynamic code of (absmax - offset) / nested_absmax[g]
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace qlora::cpu {
+
+float absmax_offset(const float* absmax, std::int64_t n) {
+  if (n == 0) return 0.0f;
+  double total = 0.0;
+  for (std::int64_t begin = 0; begin < n; begin += kNestedBlocksize) {
+    double group = 0.0;
+    for (std::int64_t i = begin; i < std::min<std::int64_t>(n, begin + kNestedBlocksize); ++i) group += absmax[i];
+    total += group;
+  }
+  return static_cast<float>(total / static_cast<double>(n));
+}
+
+void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int64_t begin, std::int64_t end,
+                     std::uint8_t* codes, float* nested_absmax) {
+  for (std::int64_t group = begin; group < end; ++group) {
+    const std::int64_t first = group * kNestedBlocksize;
+    const std::int64_t last = std::min<std::int64_t>(n, first + kNestedBlocksize);
+    std::uint32_t largest = 0;  // of |absmax - offset|, as bits: integers order floats of one sign, and NaN last
+    for (std::int64_t i = first; i < last; ++i) {
+      largest = std::max(largest, std::bit_cast<std::uint32_t>(absmax[i] - offset) & 0x7fffffffu);
+    }
+    nested_absmax[group] = std::bit_cast<float>(largest);
+    const float inverse = inverse_group_absmax(nested_absmax[group]);
+    for (std::int64_t i = first; i < last; ++i) codes[i] = encode_dynamic((absmax[i] - offset) * inverse);
+  }
+}
+
+}  // namespace qlora::cpu

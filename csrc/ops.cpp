@@ -1,0 +1,273 @@
+// The ops of torch.ops.qlora_ext: schemas, argument checks, allocation and the CPU implementations.
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <torch/library.h>
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu/kernels.h"
+
+namespace qlora {
+namespace {
+
+using at::Tensor;
+
+// Elements (or bytes of work) a thread should have before another is worth waking.
+constexpr int64_t kGrain = 32768;
+
+// --- quantize_4bit, quantize_absmax, dequantize_4bit --------------------------------------------------------------
+
+// Row layout [..., K / per] where whole blocks fill a row, else flat [ceil(n / per)]: the bytes are the same.
+std::vector<int64_t> layout(const Tensor& weight, int64_t blocksize, int64_t per) {
+  if (weight.dim() == 0 || weight.size(-1) % blocksize != 0) return {ceil_div(weight.numel(), per)};
+  auto sizes = weight.sizes().vec();
+  sizes.back() /= per;
+  return sizes;
+}
+
+std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight_arg, std::string quant_type, int64_t blocksize) {
+  constexpr const char* kOp = "quantize_4bit";
+  const DType dtype = checked_dtype(kOp, "weight", weight_arg.scalar_type());
+  const QuantType type = checked_quant_type(kOp, quant_type);
+  check_blocksize(kOp, blocksize);
+  const Tensor weight = weight_arg.contiguous();
+  const int64_t n = weight.numel();
+  Tensor packed = at::empty(layout(weight, blocksize, 2), weight.options().dtype(at::kByte));
+  Tensor absmax = at::empty(layout(weight, blocksize, blocksize), weight.options().dtype(at::kFloat));
+  const void* values = weight.const_data_ptr();
+  auto* bytes = packed.data_ptr<uint8_t>();
+  auto* scales = absmax.data_ptr<float>();
+  at::parallel_for(0, ceil_div(n, blocksize), ceil_div(kGrain, blocksize), [&](int64_t begin, int64_t end) {
+    cpu::quantize_4bit(values, dtype, n, blocksize, type, begin, end, bytes, scales);
+  });
+  return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg) {
+  QLORA_CHECK_TYPE(absmax_arg.scalar_type() == at::kFloat, "quantize_absmax", "absmax", "dtype float32",
+                   absmax_arg.scalar_type());
+  const Tensor absmax = absmax_arg.contiguous();
+  const int64_t n = absmax.numel();
+  const int64_t groups = ceil_div(n, kNestedBlocksize);
+  const auto* values = absmax.const_data_ptr<float>();
+  Tensor codes = at::empty(absmax.sizes(), absmax.options().dtype(at::kByte));
+  Tensor nested_absmax = at::empty({groups}, absmax.options());
+  Tensor nested_offset = at::empty({}, absmax.options());
+  const float offset = cpu::absmax_offset(values, n);
+  *nested_offset.data_ptr<float>() = offset;
+  auto* bytes = codes.data_ptr<uint8_t>();
+  auto* scales = nested_absmax.data_ptr<float>();
+  at::parallel_for(0, groups, kGrain / kNestedBlocksize, [&](int64_t begin, int64_t end) {
+    cpu::quantize_absmax(values, n, offset, begin, end, bytes, scales);
+  });
+  return {codes, nested_absmax, nested_offset};
+}
+
+// Rows and columns [begin, end) of the weight [*, K] into out, dense.
+struct Slice {
+  int64_t row_begin, row_end, column_begin, column_end;
+};
+
+void dequantize_slice(const Packed4bit& w, int64_t K, const Slice& slice, DType dtype, void* out) {
+  const int64_t width = slice.column_end - slice.column_begin;
+  auto* bytes = static_cast<uint8_t*>(out);
+  if (width == K) {  // one run of elements
+    const int64_t first = slice.row_begin * K;
+    const int64_t tile = std::max<int64_t>(w.blocksize, 4096);
+    const int64_t tiles_end = ceil_div(slice.row_end * K - first, tile);
+    at::parallel_for(0, tiles_end, kGrain / tile, [&](int64_t begin, int64_t end) {
+      const int64_t last = std::min(first + end * tile, slice.row_end * K);
+      cpu::dequantize_4bit(w, first + begin * tile, last, dtype, bytes + begin * tile * itemsize(dtype));
+    });
+    return;
+  }
+  at::parallel_for(slice.row_begin, slice.row_end, ceil_div(kGrain, width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      cpu::dequantize_4bit(w, row * K + slice.column_begin, row * K + slice.column_end, dtype,
+                           bytes + (row - slice.row_begin) * width * itemsize(dtype));
+    }
+  });
+}
+
+Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                       const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
+                       at::IntArrayRef shape, at::ScalarType dtype) {
+  constexpr const char* kOp = "dequantize_4bit";
+  const DType type = checked_dtype(kOp, "dtype", dtype);
+  const int64_t n = c10::multiply_integers(shape);
+  const Weight4bit w(kOp, n, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  Tensor out = at::empty(shape, packed.options().dtype(dtype));
+  dequantize_slice(w.view, n, {0, 1, 0, n}, type, out.data_ptr());
+  return out;
+}
+
+// --- linear_4bit, linear_4bit_dgrad: the sliced path --------------------------------------------------------------
+
+// The workspace that a slice of the weight is decoded into: it should stay in the cache between decoding and
+// multiplying.
+int64_t workspace_bytes() {
+  static const int64_t bytes = [] {
+    const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return std::max<int64_t>(l2, 1 << 20);
+  }();
+  return bytes;
+}
+
+// The type the matmul runs in: CPUs have no fast fp16 multiply, fp32 is both faster and more exact there.
+at::ScalarType compute_dtype(const Tensor& x) {
+  return x.is_cpu() && x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
+}
+
+Tensor as_rows(const char* op, const char* what, const Tensor& x, int64_t width) {
+  QLORA_CHECK(x.dim() >= 1 && x.size(-1) == width, op, what, "last dimension " + std::to_string(width), x.sizes());
+  return x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), width}).to(compute_dtype(x));
+}
+
+Tensor in_shape_of(const Tensor& rows, const Tensor& x) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = rows.size(1);
+  return rows.reshape(sizes).to(x.scalar_type());
+}
+
+int64_t inner_size(const char* op, const char* what, int64_t outer, const Tensor& packed, const Tensor& x) {
+  QLORA_CHECK(outer >= 0, op, what, "at least 0", outer);
+  QLORA_CHECK(x.dim() >= 1, op, "x", "at least 1 dimension", x.sizes());
+  check_device(op, "packed", packed, x);
+  return x.size(-1);
+}
+
+Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                   const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize, int64_t out_features,
+                   const OptionalTensor& bias) {
+  constexpr const char* kOp = "linear_4bit";
+  checked_dtype(kOp, "x", x.scalar_type());
+  const int64_t N = out_features;
+  const int64_t K = inner_size(kOp, "out_features", N, packed, x);
+  const Weight4bit w(kOp, N * K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  const Tensor rows = as_rows(kOp, "x", x, K);
+  const DType dtype = checked_dtype(kOp, "x", rows.scalar_type());
+  Tensor b;
+  if (bias.has_value()) {
+    check_device(kOp, "bias", *bias, x);
+    QLORA_CHECK(bias->dim() == 1 && bias->size(0) == N, kOp, "bias", "shape [" + std::to_string(N) + "]",
+                bias->sizes());
+    checked_dtype(kOp, "bias", bias->scalar_type());
+    b = bias->to(rows.scalar_type());
+  }
+  Tensor y = at::empty({rows.size(0), N}, rows.options());
+  const int64_t step =
+      std::clamp<int64_t>(workspace_bytes() / std::max<int64_t>(1, K * itemsize(dtype)), 1, std::max<int64_t>(1, N));
+  Tensor workspace = at::empty({step, K}, rows.options());
+  for (int64_t begin = 0; begin < N; begin += step) {
+    const int64_t count = std::min(step, N - begin);
+    dequantize_slice(w.view, K, {begin, begin + count, 0, K}, dtype, workspace.data_ptr());
+    const Tensor weight_t = workspace.narrow(0, 0, count).t();
+    Tensor out = y.narrow(1, begin, count);
+    if (b.defined()) {
+      at::addmm_out(out, b.narrow(0, begin, count), rows, weight_t);
+    } else {
+      at::mm_out(out, rows, weight_t);
+    }
+  }
+  return in_shape_of(y, x);
+}
+
+// grad_x[M, K] = grad[M, N] @ W[N, K]. The weight is cut by columns, so that no slice adds onto another's rounded sum.
+Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                         const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                         std::string quant_type, int64_t blocksize, int64_t in_features) {
+  constexpr const char* kOp = "linear_4bit_dgrad";
+  checked_dtype(kOp, "grad", grad.scalar_type());
+  const int64_t K = in_features;
+  const int64_t N = inner_size(kOp, "in_features", K, packed, grad);
+  const Weight4bit w(kOp, N * K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  const Tensor rows = as_rows(kOp, "grad", grad, N);
+  const DType dtype = checked_dtype(kOp, "grad", rows.scalar_type());
+  Tensor out = at::empty({rows.size(0), K}, rows.options());
+  const int64_t fitting = workspace_bytes() / std::max<int64_t>(1, N * itemsize(dtype));
+  const int64_t step = fitting >= K ? K : std::max(blocksize, fitting / blocksize * blocksize);
+  Tensor workspace = at::empty({N * std::min(step, K)}, rows.options());
+  for (int64_t begin = 0; begin < K; begin += step) {
+    const int64_t count = std::min(step, K - begin);
+    dequantize_slice(w.view, K, {0, N, begin, begin + count}, dtype, workspace.data_ptr());
+    Tensor part = out.narrow(1, begin, count);
+    at::mm_out(part, rows, workspace.narrow(0, 0, N * count).view({N, count}));
+  }
+  return in_shape_of(out, grad);
+}
+
+// --- lora_linear_4bit ---------------------------------------------------------------------------------------------
+
+// The adapters side by side: rows of A, or columns of B times scaling, in the compute dtype.
+Tensor stack_A(at::TensorList A, at::ScalarType dtype) { return at::cat(A, 0).to(dtype); }
+
+Tensor stack_B(at::TensorList B, c10::ArrayRef<double> scaling, at::ScalarType dtype) {
+  std::vector<Tensor> scaled;
+  for (size_t i = 0; i < B.size(); ++i) scaled.push_back(at::mul(B[i], scaling[i]));
+  return at::cat(scaled, 1).to(dtype);
+}
+
+// y = linear_4bit(x) + sum_i scaling_i ((x * dropout_mask_i) A_i^T) B_i^T; xA: the (x * mask_i) A_i^T side by side.
+// All adapters go into y in one multiply-add: y is read and written once however many there are.
+std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                                            const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                                            std::string quant_type, int64_t blocksize, int64_t out_features,
+                                            const OptionalTensor& bias, at::TensorList A, at::TensorList B,
+                                            c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
+  constexpr const char* kOp = "lora_linear_4bit";
+  Tensor y = linear_4bit(x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features, bias);
+  check_adapters(kOp, x, out_features, A, B, scaling, dropout_mask);
+  if (A.empty()) return {y, at::empty({x.numel() / std::max<int64_t>(1, x.size(-1)), 0}, x.options())};
+  const Tensor rows = as_rows(kOp, "x", x, x.size(-1));
+  const Tensor stacked_A = stack_A(A, rows.scalar_type());
+  Tensor xA = at::empty({rows.size(0), stacked_A.size(0)}, rows.options());
+  if (dropout_mask.empty()) {
+    at::mm_out(xA, rows, stacked_A.t());
+  } else {
+    int64_t first = 0;
+    for (size_t i = 0; i < A.size(); ++i) {
+      const int64_t r = A[i].size(0);
+      Tensor part = xA.narrow(1, first, r);
+      at::mm_out(part, at::mul(rows, dropout_mask[i].reshape_as(rows)), stacked_A.narrow(0, first, r).t());
+      first += r;
+    }
+  }
+  Tensor y_rows = y.view({rows.size(0), out_features}).to(rows.scalar_type());
+  at::addmm_out(y_rows, y_rows, xA, stack_B(B, scaling, rows.scalar_type()).t());
+  return {in_shape_of(y_rows, y), xA.to(x.scalar_type())};
+}
+
+}  // namespace
+}  // namespace qlora
+
+TORCH_LIBRARY(qlora_ext, m) {
+  m.def("quantize_4bit(Tensor weight, str quant_type, int blocksize) -> (Tensor packed, Tensor absmax)");
+  m.def("quantize_absmax(Tensor absmax) -> (Tensor codes, Tensor nested_absmax, Tensor nested_offset)");
+#define QLORA_WEIGHT \
+  "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, str quant_type, int blocksize"
+  m.def("dequantize_4bit(" QLORA_WEIGHT ", SymInt[] shape, ScalarType dtype) -> Tensor");
+  m.def("linear_4bit(Tensor x, " QLORA_WEIGHT ", SymInt out_features, Tensor? bias) -> Tensor");
+  m.def("linear_4bit_dgrad(Tensor grad, " QLORA_WEIGHT ", SymInt in_features) -> Tensor");
+  m.def("lora_linear_4bit(Tensor x, " QLORA_WEIGHT
+        ", SymInt out_features, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, Tensor[] dropout_mask)"
+        " -> (Tensor y, Tensor xA)");
+#undef QLORA_WEIGHT
+}
+
+TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) {
+  m.impl("quantize_4bit", qlora::quantize_4bit);
+  m.impl("quantize_absmax", qlora::quantize_absmax);
+  m.impl("dequantize_4bit", qlora::dequantize_4bit);
+  m.impl("linear_4bit", qlora::linear_4bit);
+  m.impl("linear_4bit_dgrad", qlora::linear_4bit_dgrad);
+  m.impl("lora_linear_4bit", qlora::lora_linear_4bit);
+}

@@ -1,0 +1,33 @@
+"""QLoRA for PyTorch: exact NF4 weights, double quantization, LoRA adapters. See README.md."""
+
+from qlora_ext.adapter_files import load_adapter, save_adapter
+from qlora_ext.adapters import (
+    add_adapter,
+    delete_adapter,
+    merge_adapter,
+    quantize_model,
+    set_adapter,
+    unmerge_adapter,
+)
+from qlora_ext.functional import dequantize_4bit, linear_4bit, quantize_4bit
+from qlora_ext.linear import Linear4bit
+from qlora_ext.lora import LoraConfig, LoraLinear
+from qlora_ext.quant_state import QuantState
+
+__all__ = [
+    "Linear4bit",
+    "LoraConfig",
+    "LoraLinear",
+    "QuantState",
+    "add_adapter",
+    "delete_adapter",
+    "dequantize_4bit",
+    "linear_4bit",
+    "load_adapter",
+    "merge_adapter",
+    "quantize_4bit",
+    "quantize_model",
+    "save_adapter",
+    "set_adapter",
+    "unmerge_adapter",
+]

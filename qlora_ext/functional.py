@@ -1,0 +1,160 @@
+"""The three functions of the format: quantize_4bit, dequantize_4bit, linear_4bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_ext._ops import ops
+from qlora_ext.quant_state import QuantState
+
+
+def quantize_4bit(
+    weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+) -> tuple[Tensor, QuantState]:
+    """Quantize a tensor to 4 bits a value, blockwise.
+
+    In plain PyTorch, for a block w of `blocksize` consecutive elements of weight.flatten():
+    `absmax = w.abs().max(); code = (w[:, None] / absmax > bounds).sum(1)`, two codes a byte, the first in the high one.
+
+    Args:
+        weight: float32, float16 or bfloat16, any shape and device.
+        quant_type: "nf4" or "fp4".
+        blocksize: elements per absmax, a power of two from 32 to 4096.
+        double_quant: store absmax in 8 bits (4.127 instead of 4.5 bits a weight at blocksize 64).
+
+    Returns:
+        packed: uint8; [..., in/2] if in, the last dimension, is a multiple of blocksize, else flat [ceil(n/2)].
+        state: the QuantState that reads it, on weight's device.
+
+    Raises:
+        TypeError: weight is no tensor or of another dtype.
+        ValueError: quant_type or blocksize is none of the above, or weight holds NaN or Inf.
+
+    Source: QLoRA, arXiv 2305.14314, section 3; the bytes are bitsandbytes'.
+    """
+    _check_tensor("quantize_4bit", "weight", weight)
+    packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, blocksize)
+    if not absmax.is_meta and not (finite := torch.isfinite(absmax)).all():
+        blocks = finite.flatten().logical_not().nonzero().flatten()
+        raise ValueError(
+            f"quantize_4bit: weight: expected finite values, got NaN or Inf in {len(blocks)} of {absmax.numel()} "
+            f"blocks of {blocksize}, the first at element {int(blocks[0]) * blocksize}"
+        )
+    state = QuantState(weight.shape, weight.dtype, quant_type, blocksize, absmax)
+    if double_quant:
+        state = QuantState(weight.shape, weight.dtype, quant_type, blocksize, *ops.quantize_absmax(absmax))
+    return packed, state
+
+
+def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor that 4-bit bytes stand for: `codebook[code] * absmax` of its block, rounded once.
+
+    Args:
+        packed: uint8, as from `quantize_4bit`.
+        state: its QuantState.
+        dtype: float32, float16 or bfloat16; None: state.dtype.
+
+    Returns:
+        A tensor of state.shape and dtype on packed's device.
+
+    Raises:
+        TypeError: a tensor or dtype of the wrong kind.
+        ValueError: sizes or devices that do not fit together.
+
+    Source: QLoRA, arXiv 2305.14314, section 3.
+    """
+    _check_tensor("dequantize_4bit", "packed", packed)
+    _check_state("dequantize_4bit", state)
+    weight: Tensor = ops.dequantize_4bit(packed, *_weight_arguments(state), state.shape, dtype or state.dtype)
+    return weight
+
+
+def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, dequantize_4bit(packed, state, x.dtype), bias)`, with gradients for x and bias, not for the weight.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., in]; under autocast it is cast as by F.linear.
+        packed: uint8, as from `quantize_4bit` of a weight [out, in].
+        state: its QuantState.
+        bias: [out] or None; cast to x's dtype.
+
+    Returns:
+        [..., out] in x's dtype (autocast: in autocast's).
+
+    Raises:
+        TypeError: a tensor of the wrong kind or dtype.
+        ValueError: shapes, sizes or devices that do not fit together.
+
+    Source: QLoRA, arXiv 2305.14314, equation 5.
+    """
+    _check_tensor("linear_4bit", "x", x)
+    _check_tensor("linear_4bit", "packed", packed)
+    x = cast_as_autocast(x)
+    out_features = matrix_shape("linear_4bit", state, x)[0]
+    y: Tensor = ops.linear_4bit(x, packed, *_weight_arguments(state), out_features, bias)
+    return y
+
+
+def lora_linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    state: QuantState,
+    bias: Tensor | None,
+    A: list[Tensor],
+    B: list[Tensor],
+    scaling: list[float],
+    dropout_mask: list[Tensor],
+) -> Tensor:
+    """`linear_4bit(x) + sum_i scaling[i] * ((x * dropout_mask[i]) @ A[i].T) @ B[i].T` as one op with its own backward.
+
+    Args:
+        x, packed, state, bias: as for `linear_4bit`.
+        A, B: of each adapter, [r, in] and [out, r]; cast to x's dtype inside.
+        scaling: of each adapter; with dropout it holds the factor 1 / (1 - p) too.
+        dropout_mask: bool tensors of x's shape, one an adapter, or an empty list.
+
+    Returns:
+        [..., out] in x's dtype (autocast: in autocast's), with gradients for x, bias, A and B.
+
+    Raises:
+        TypeError, ValueError: as `linear_4bit`.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; QLoRA, arXiv 2305.14314, equation 5.
+    """
+    x = cast_as_autocast(x)
+    out_features = matrix_shape("lora_linear_4bit", state, x)[0]
+    weight = _weight_arguments(state)
+    y: Tensor = ops.lora_linear_4bit(x, packed, *weight, out_features, bias, A, B, scaling, dropout_mask)[0]
+    return y
+
+
+def cast_as_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on and would cast the input of F.linear, else x itself."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def matrix_shape(op: str, state: QuantState, x: Tensor) -> tuple[int, int]:
+    """(out, in) of a 4-bit matrix that x[..., in] is to be multiplied with."""
+    _check_state(op, state)
+    if len(state.shape) != 2:
+        raise ValueError(f"{op}: state.shape: expected [out, in], got {list(state.shape)}")
+    if x.dim() == 0 or x.shape[-1] != state.shape[1]:
+        raise ValueError(f"{op}: x: expected [..., {state.shape[1]}], got {list(x.shape)}")
+    return state.shape[0], state.shape[1]
+
+
+def _weight_arguments(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
+    return state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize
+
+
+def _check_tensor(op: str, what: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {what}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_state(op: str, state: object) -> None:
+    if not isinstance(state, QuantState):
+        raise TypeError(f"{op}: state: expected a QuantState, got {type(state).__name__}")

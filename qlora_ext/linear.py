@@ -1,0 +1,201 @@
+"""Linear4bit: a frozen linear layer whose weight is stored in 4 bits and decoded only inside the multiply.
+
+Plain tensors, no tensor subclass; all metadata is on the module (DESIGN of the storage: README, "Storage format").
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_ext import functional
+from qlora_ext.quant_state import QuantState
+
+
+class Linear4bit(nn.Module):
+    """`nn.Linear` with a frozen 4-bit weight: y = x W^T + bias, gradients for x and bias only.
+
+    Args:
+        in_features, out_features: of the weight [out, in].
+        bias: whether there is one (trainable, in `dtype`).
+        quant_type: "nf4" or "fp4".
+        blocksize: elements per absmax, a power of two from 32 to 4096.
+        double_quant: absmax in 8 bits.
+        dtype: float32, float16 or bfloat16, the dtype of the original weight; None: torch's default.
+        device: of the parameters; on "meta" the layer holds none until a weight is loaded into it.
+
+    Attributes:
+        weight: frozen uint8 [out, in/2], or flat [ceil(out*in/2)] if in is no multiple of blocksize.
+        absmax: frozen float32 [out, in/blocksize] (flat: [num_blocks]); uint8 with double quantization.
+        nested_absmax, nested_offset: float32 buffers [ceil(num_blocks/256)] and 0-d, or None.
+        bias: [out] or None.
+
+    `load_state_dict` takes this layer's own tensors, or a float `weight` [out, in], which it quantizes. A float cast
+    (`.half()`, `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
+    """
+
+    weight: nn.Parameter
+    absmax: nn.Parameter
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.quant_type = quant_type
+        self.blocksize = blocksize
+        self.double_quant = double_quant
+        self.dtype = dtype or torch.get_default_dtype()
+        # The kernel's own checks, on no elements: on meta no kernel runs that could complain.
+        self._quantize(torch.empty(0, dtype=self.dtype, device="cpu"))
+        # Zero bytes with zero scales are a weight of zeros, until one is loaded.
+        self._set(
+            *self._quantize(torch.empty(out_features, in_features, dtype=self.dtype, device="meta")),
+            lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device),
+        )
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+    ) -> Linear4bit:
+        """The 4-bit twin of a linear layer, on its device; the bias is shared, the linear layer left as it is.
+
+        Args:
+            linear: nn.Linear with a float32, float16 or bfloat16 weight (on "meta": the twin is on "meta" too).
+            quant_type, blocksize, double_quant: as for `quantize_4bit`.
+
+        Raises:
+            TypeError: linear is no nn.Linear, or its weight's dtype is none of the three.
+            ValueError: an unknown quant_type or blocksize, or NaN or Inf in the weight.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"Linear4bit.from_linear: linear: expected an nn.Linear, got {type(linear).__name__}")
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            quant_type=quant_type,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            dtype=linear.weight.dtype,
+            device="meta",
+        )
+        layer.quantize_(linear.weight)
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def with_weight(self, weight: Tensor) -> Linear4bit:
+        """A layer of the same kind, options and bias that holds `weight`, a float tensor [out, in], in 4 bits."""
+        layer = copy.copy(self)  # shares the bias; the tables of parameters and buffers must not be shared
+        layer._parameters = self._parameters.copy()
+        layer._buffers = self._buffers.copy()
+        layer.quantize_(weight)
+        return layer
+
+    def quantize_(self, weight: Tensor) -> None:
+        """Replace the weight by the 4-bit form of `weight`, a float tensor [out, in], on that tensor's device.
+
+        Raises:
+            ValueError: another shape, or NaN or Inf in it.
+            TypeError: another dtype than float32, float16 or bfloat16.
+        """
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            expected = [self.out_features, self.in_features]
+            raise ValueError(f"Linear4bit: weight: expected shape {expected}, got {list(weight.shape)}")
+        self._set(*self._quantize(weight))
+
+    @property
+    def state(self) -> QuantState:
+        """The QuantState of the weight, over the layer's own tensors."""
+        return QuantState(
+            torch.Size((self.out_features, self.in_features)),
+            self.dtype,
+            self.quant_type,
+            self.blocksize,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in x's dtype."""
+        return functional.linear_4bit(x, self.weight, self.state, self.bias)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out, in] in `dtype` (None: self.dtype)."""
+        return functional.dequantize_4bit(self.weight, self.state, dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"quant_type={self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+        )
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, QuantState]:
+        return functional.quantize_4bit(
+            weight, quant_type=self.quant_type, blocksize=self.blocksize, double_quant=self.double_quant
+        )
+
+    def _set(self, packed: Tensor, state: QuantState, make: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+        """Hold make(tensor) of each tensor of a 4-bit weight."""
+        self.weight = nn.Parameter(make(packed), requires_grad=False)
+        self.absmax = nn.Parameter(make(state.absmax), requires_grad=False)
+        for name in ("nested_absmax", "nested_offset"):
+            tensor = getattr(state, name)
+            self.register_buffer(name, None if tensor is None else make(tensor))
+
+    def _storage(self) -> dict[str, Tensor]:
+        """The tensors that hold the weight, by name."""
+        names = ("weight", "absmax", "nested_absmax", "nested_offset")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        super()._apply(keeping_dtype(fn, self._storage().values()), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            self.quantize_(weight if self.weight.is_meta else weight.to(self.weight.device))
+            # The scales were made here: to the rest of the loading they are neither missing nor different.
+            state_dict = dict(state_dict) | {prefix + name: own for name, own in self._storage().items()}
+        for name, own in self._storage().items():
+            given = state_dict.get(prefix + name)
+            if not isinstance(given, Tensor):
+                continue  # missing: torch reports it
+            if given.dtype != own.dtype:  # torch would cast
+                raise TypeError(f"Linear4bit: {prefix}{name}: expected dtype {own.dtype}, got {given.dtype}")
+            if given.shape != own.shape:
+                expected = list(own.shape)
+                raise ValueError(f"Linear4bit: {prefix}{name}: expected shape {expected}, got {list(given.shape)}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """What nn.Module._apply should call so that the tensors `kept` follow a move to another device but not a cast."""
+    ids = {id(tensor) for tensor in kept}
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return tensor.to(moved.device) if id(tensor) in ids and moved.dtype != tensor.dtype else moved
+
+    return apply

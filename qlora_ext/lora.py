@@ -1,0 +1,209 @@
+"""LoRA on one linear layer: W = W0 + scaling B A, W0 frozen, only A and B train (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_ext.functional import cast_as_autocast, lora_linear_4bit
+from qlora_ext.linear import Linear4bit, keeping_dtype
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter looks like and where it goes. Names and meanings are PEFT's.
+
+    Args:
+        r: rank of the update.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_dropout: probability, in training, that an input element does not reach A.
+        target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
+            match; or "all-linear": every linear layer but the output head and what is tied to it.
+        use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
+        rank_pattern, alpha_pattern: other r or lora_alpha for some layers: {name, or regular expression for its last
+            dotted parts: value}.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type or out of range, by name.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, r in [("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())]:
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"LoraConfig: {what}: expected an integer of at least 1, got {r!r}")
+        for what, alpha in [
+            ("lora_alpha", self.lora_alpha),
+            *(("alpha_pattern", a) for a in self.alpha_pattern.values()),
+        ]:
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                raise ValueError(f"LoraConfig: {what}: expected a finite number, got {alpha!r}")
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"LoraConfig: lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}")
+        names = self.target_modules
+        if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            raise TypeError(f"LoraConfig: target_modules: expected a str or a list of str, got {names!r}")
+        if not names:
+            raise ValueError(f"LoraConfig: target_modules: expected at least one name, got {names!r}")
+
+    def rank(self, module_name: str) -> int:
+        """r of the layer of this name."""
+        return _by_pattern(self.rank_pattern, module_name, self.r)
+
+    def scaling(self, module_name: str) -> float:
+        """The factor of B A in the layer of this name."""
+        r = self.rank(module_name)
+        return _by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
+    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with adapters: y = base(x) + sum over active adapters of scaling (dropout(x) A^T) B^T.
+
+    Args:
+        base_layer: nn.Linear or Linear4bit; kept as it is.
+
+    Attributes:
+        base_layer: the layer itself.
+        lora_A, lora_B: float32 parameters [r, in] and [out, r] by adapter name; cast to x's dtype inside the multiply,
+            and never cast by `.half()` or `.to(dtype)`.
+        scaling, configs: by adapter name.
+        active_adapters: names of those that count.
+        merged_base: while merged, a layer of the same kind with W0 + the active updates; base_layer stays untouched.
+    """
+
+    def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
+        super().__init__()
+        if not isinstance(base_layer, (nn.Linear, Linear4bit)):
+            raise TypeError(
+                f"LoraLinear: base_layer: expected nn.Linear or Linear4bit, got {type(base_layer).__name__}"
+            )
+        self.base_layer = base_layer
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+        self.configs: dict[str, LoraConfig] = {}
+        self.active_adapters: list[str] = []
+        self.merged_base: nn.Linear | Linear4bit | None = None
+        self.train(base_layer.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    @property
+    def merged(self) -> bool:
+        """Whether the active adapters are inside merged_base."""
+        return self.merged_base is not None
+
+    def add_adapter(self, name: str, config: LoraConfig, module_name: str = "") -> None:
+        """Add an adapter, inactive; A as nn.Linear starts, B zero, so that the layer computes what it did.
+
+        Args:
+            name: of the adapter; no dots.
+            config: its LoraConfig.
+            module_name: this layer's name in its model, for rank_pattern and alpha_pattern.
+
+        Raises:
+            ValueError: there is an adapter of this name, or the name holds a dot.
+        """
+        if name in self.configs or not name or "." in name:
+            raise ValueError(f"LoraLinear: name: expected a new adapter name without dots, got {name!r}")
+        r = config.rank(module_name)
+        device = self.base_layer.weight.device
+        A = torch.empty(r, self.in_features, dtype=torch.float32, device=device)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.lora_A[name] = nn.Parameter(A)
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
+        self.scaling[name] = config.scaling(module_name)
+        self.configs[name] = config
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter."""
+        for table in (self.lora_A, self.lora_B, self.scaling, self.configs):
+            del table[name]
+        self.active_adapters = [active for active in self.active_adapters if active != name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        base = self.base_layer if self.merged_base is None else self.merged_base
+        if self.merged or not self.active_adapters:
+            y: Tensor = base(x)
+            return y
+        A = [self.lora_A[name] for name in self.active_adapters]
+        B = [self.lora_B[name] for name in self.active_adapters]
+        scaling, masks = self._dropout(x)
+        if isinstance(base, Linear4bit):
+            return lora_linear_4bit(x, base.weight, base.state, base.bias, A, B, scaling, masks)
+        x = cast_as_autocast(x)
+        y = base(x)
+        for i, (a, b) in enumerate(zip(A, B, strict=True)):
+            low_rank = F.linear(x * masks[i] if masks else x, a.to(x.dtype))
+            y = y + F.linear(low_rank, (b * scaling[i]).to(x.dtype))
+        return y
+
+    def _dropout(self, x: Tensor) -> tuple[list[float], list[Tensor]]:
+        """The scaling of each active adapter, with dropout's 1 / (1 - p) in it, and the masks, if any."""
+        keep = [1 - self.configs[name].lora_dropout for name in self.active_adapters]
+        scaling = [self.scaling[name] for name in self.active_adapters]
+        if not self.training or all(k == 1 for k in keep):
+            return scaling, []
+        masks = [torch.empty_like(x, dtype=torch.bool).bernoulli_(k) for k in keep]
+        return [s / k for s, k in zip(scaling, keep, strict=True)], masks
+
+    def merged_weight(self) -> Tensor:
+        """W0 + the updates of the active adapters, float32 [out, in]."""
+        base = self.base_layer
+        weight = base.dequantize(torch.float32) if isinstance(base, Linear4bit) else base.weight.detach().float()
+        for name in self.active_adapters:
+            weight = weight.addmm(self.lora_B[name].detach(), self.lora_A[name].detach(), alpha=self.scaling[name])
+        return weight
+
+    def merge(self) -> None:
+        """Compute with one layer of the base's own kind that holds W0 + the updates (quantized again if it is 4-bit).
+
+        The base itself is kept, so `unmerge` restores it bit for bit.
+        """
+        base = self.base_layer
+        weight = self.merged_weight()
+        self.merged_base = base.with_weight(weight) if isinstance(base, Linear4bit) else dense_linear(weight, base)
+
+    def unmerge(self) -> None:
+        """Compute with the base and its adapters again."""
+        self.merged_base = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
+        super()._apply(keeping_dtype(fn, [*self.lora_A.values(), *self.lora_B.values()]), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def dense_linear(weight: Tensor, like: nn.Linear | Linear4bit) -> nn.Linear:
+    """A frozen nn.Linear with this float weight [out, in], in the dtype of `like` and with its bias."""
+    linear = nn.Linear(like.in_features, like.out_features, bias=False, device="meta")
+    dtype = like.dtype if isinstance(like, Linear4bit) else like.weight.dtype
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    linear.register_parameter("bias", like.bias)
+    return linear.train(like.training)

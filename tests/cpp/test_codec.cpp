@@ -1,0 +1,99 @@
+// The format one value at a time: conversions against exhaustive or independent computation, encode against a linear
+// search.
+#include <cmath>
+#include <cstring>
+
+#include "check.h"
+#include "codec.h"
+
+using namespace qlora;
+
+namespace {
+
+// Nearest fp16 or bf16 by trying both neighbours in double: independent of the bit tricks under test.
+template <typename T>
+bool is_nearest_even(float x, T rounded) {
+  const double error = std::fabs(static_cast<double>(to_float(rounded)) - x);
+  for (int step : {-1, 1}) {
+    T other = rounded;
+    other.bits = static_cast<std::uint16_t>(other.bits + step);
+    const double value = to_float(other);
+    if (!std::isfinite(value)) continue;
+    const double other_error = std::fabs(value - x);
+    if (other_error < error || (other_error == error && rounded.bits % 2 == 1)) return false;
+  }
+  return true;
+}
+
+template <typename T>
+void check_conversions(float largest) {
+  for (int bits = 0; bits < 0x10000; ++bits) {
+    const T value{static_cast<std::uint16_t>(bits)};
+    const float wide = to_float(value);
+    if (wide != wide) {
+      CHECK(to_float(round_to<T>(wide)) != to_float(round_to<T>(wide)));
+    } else {
+      CHECK_EQ(round_to<T>(wide).bits, value.bits);  // every value survives the round trip
+    }
+  }
+  std::uint32_t state = 1;
+  for (int i = 0; i < 2000000; ++i) {
+    state = state * 1664525u + 1013904223u;
+    const float x = std::bit_cast<float>(state);
+    if (x != x || std::fabs(x) > largest) continue;
+    CHECK(is_nearest_even(x, round_to<T>(x)));
+  }
+}
+
+void check_encode(QuantType quant_type) {
+  const Codebook& book = codebook(quant_type);
+  for (int i = -40000; i <= 40000; ++i) {
+    const float x = static_cast<float>(i) / 32768.0f;
+    const std::uint8_t code = encode(book, x);
+    for (float value : book.value) {  // fp32 midpoints may be one ulp off the real ones
+      CHECK(std::fabs(book.value[code] - x) <= std::fabs(value - x) + 1e-7f);
+    }
+    CHECK(quant_type == QuantType::NF4 || code != 8);
+  }
+  for (int rank = 0; rank < kNumCodes - 1; ++rank) {  // strict: a bound itself belongs to the lower rank
+    if (std::isinf(book.bound[rank])) continue;
+    CHECK_EQ(encode(book, book.bound[rank]), book.code_of_rank[rank]);
+    CHECK_EQ(encode(book, std::nextafter(book.bound[rank], 2.0f)), book.code_of_rank[rank + 1]);
+  }
+  CHECK_EQ(encode(book, NAN), book.code_of_rank[0]);
+}
+
+void check_dynamic() {
+  for (int i = -70000; i <= 70000; ++i) {
+    const float x = static_cast<float>(i) / 65536.0f;
+    const int code = encode_dynamic(x);
+    int nearest = 0;
+    for (int other = 1; other < kNumDynamicCodes; ++other) {
+      const double better = std::fabs(static_cast<double>(kDynamicCodebook.value[other]) - x);
+      if (better < std::fabs(static_cast<double>(kDynamicCodebook.value[nearest]) - x)) nearest = other;
+    }
+    CHECK_EQ(code, nearest);
+  }
+  for (int code = 0; code < kNumDynamicCodes; ++code) CHECK_EQ(encode_dynamic(kDynamicCodebook.value[code]), code);
+}
+
+void check_bytes() {
+  const std::uint8_t packed[] = {pack(3, 12), pack(15, 0)};
+  const std::uint8_t expected[] = {3, 12, 15, 0};
+  CHECK_EQ(packed[0], 0x3c);
+  for (int i = 0; i < 4; ++i) CHECK_EQ(unpack(packed, i), expected[i]);
+  CHECK(std::isfinite(inverse_absmax(0.0f)) && std::isnan(inverse_absmax(NAN)));
+  CHECK_EQ(0.0f * inverse_group_absmax(0.0f), 0.0f);
+}
+
+}  // namespace
+
+int main() {
+  check_conversions<Half>(65519.0f);
+  check_conversions<BFloat16>(3.38e38f);
+  check_encode(QuantType::NF4);
+  check_encode(QuantType::FP4);
+  check_dynamic();
+  check_bytes();
+  return failures();
+}
