@@ -98,6 +98,7 @@ struct Weight4bit {
 // Adapters for x[..., K] -> [..., N]: A[i] is [r_i, K], B[i] [N, r_i]; the masks, if any, have x's shape.
 inline void check_adapters(const char* op, const at::Tensor& x, int64_t N, at::TensorList A, at::TensorList B,
                            c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
+  QLORA_CHECK(!A.empty(), op, "A", "at least 1 tensor", A.size());
   QLORA_CHECK(B.size() == A.size(), op, "B", std::to_string(A.size()) + " tensors, as in A", B.size());
   QLORA_CHECK(scaling.size() == A.size(), op, "scaling", std::to_string(A.size()) + " numbers, as in A",
               scaling.size());

@@ -103,6 +103,8 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
                        at::IntArrayRef shape, at::ScalarType dtype) {
   constexpr const char* kOp = "dequantize_4bit";
   const DType type = checked_dtype(kOp, "dtype", dtype);
+  const bool negative = std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; });
+  QLORA_CHECK(!negative, kOp, "shape", "sizes of at least 0", shape);
   const int64_t n = c10::multiply_integers(shape);
   const Weight4bit w(kOp, n, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
@@ -127,9 +129,9 @@ at::ScalarType compute_dtype(const Tensor& x) {
   return x.is_cpu() && x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
 }
 
-Tensor as_rows(const char* op, const char* what, const Tensor& x, int64_t width) {
-  QLORA_CHECK(x.dim() >= 1 && x.size(-1) == width, op, what, "last dimension " + std::to_string(width), x.sizes());
-  return x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), width}).to(compute_dtype(x));
+Tensor as_rows(const Tensor& x) {
+  const int64_t count = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  return x.reshape({count, x.size(-1)}).to(compute_dtype(x));
 }
 
 Tensor in_shape_of(const Tensor& rows, const Tensor& x) {
@@ -138,35 +140,41 @@ Tensor in_shape_of(const Tensor& rows, const Tensor& x) {
   return rows.reshape(sizes).to(x.scalar_type());
 }
 
-int64_t inner_size(const char* op, const char* what, int64_t outer, const Tensor& packed, const Tensor& x) {
-  QLORA_CHECK(outer >= 0, op, what, "at least 0", outer);
-  QLORA_CHECK(x.dim() >= 1, op, "x", "at least 1 dimension", x.sizes());
+// The last dimension of x, after the checks that come before the weight's own.
+int64_t inner_size(const char* op, const char* what, const Tensor& x, const Tensor& packed, const char* outer_what,
+                   int64_t outer) {
+  checked_dtype(op, what, x.scalar_type());
+  QLORA_CHECK(outer >= 0, op, outer_what, "at least 0", outer);
+  QLORA_CHECK(x.dim() >= 1, op, what, "at least 1 dimension", x.sizes());
   check_device(op, "packed", packed, x);
   return x.size(-1);
 }
 
-Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
-                   const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize, int64_t out_features,
-                   const OptionalTensor& bias) {
-  constexpr const char* kOp = "linear_4bit";
-  checked_dtype(kOp, "x", x.scalar_type());
-  const int64_t N = out_features;
-  const int64_t K = inner_size(kOp, "out_features", N, packed, x);
-  const Weight4bit w(kOp, N * K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
-  const Tensor rows = as_rows(kOp, "x", x, K);
-  const DType dtype = checked_dtype(kOp, "x", rows.scalar_type());
+// Of `total` rows or columns, how many a slice takes so that it fits the workspace; slices of about the same size,
+// since a narrow last one is multiplied by a slower and less exact kernel.
+int64_t slice_size(int64_t total, int64_t bytes_each) {
+  const int64_t slices = ceil_div(total * bytes_each, workspace_bytes());
+  return std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(1, slices)));
+}
+
+// linear_4bit for the op of this name.
+Tensor multiply(const char* op, const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, const std::string& quant_type,
+                int64_t blocksize, int64_t N, const OptionalTensor& bias) {
+  const int64_t K = inner_size(op, "x", x, packed, "out_features", N);
+  const Weight4bit w(op, N * K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  const Tensor rows = as_rows(x);
+  const DType dtype = checked_dtype(op, "x", rows.scalar_type());
   Tensor b;
   if (bias.has_value()) {
-    check_device(kOp, "bias", *bias, x);
-    QLORA_CHECK(bias->dim() == 1 && bias->size(0) == N, kOp, "bias", "shape [" + std::to_string(N) + "]",
-                bias->sizes());
-    checked_dtype(kOp, "bias", bias->scalar_type());
+    check_device(op, "bias", *bias, x);
+    QLORA_CHECK(bias->dim() == 1 && bias->size(0) == N, op, "bias", "shape [" + std::to_string(N) + "]", bias->sizes());
+    checked_dtype(op, "bias", bias->scalar_type());
     b = bias->to(rows.scalar_type());
   }
   Tensor y = at::empty({rows.size(0), N}, rows.options());
-  const int64_t step =
-      std::clamp<int64_t>(workspace_bytes() / std::max<int64_t>(1, K * itemsize(dtype)), 1, std::max<int64_t>(1, N));
-  Tensor workspace = at::empty({step, K}, rows.options());
+  const int64_t step = slice_size(N, K * itemsize(dtype));
+  Tensor workspace = at::empty({std::min(step, N), K}, rows.options());
   for (int64_t begin = 0; begin < N; begin += step) {
     const int64_t count = std::min(step, N - begin);
     dequantize_slice(w.view, K, {begin, begin + count, 0, K}, dtype, workspace.data_ptr());
@@ -181,20 +189,25 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
   return in_shape_of(y, x);
 }
 
+Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                   const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize, int64_t out_features,
+                   const OptionalTensor& bias) {
+  return multiply("linear_4bit", x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features,
+                  bias);
+}
+
 // grad_x[M, K] = grad[M, N] @ W[N, K]. The weight is cut by columns, so that no slice adds onto another's rounded sum.
 Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
                          const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                          std::string quant_type, int64_t blocksize, int64_t in_features) {
   constexpr const char* kOp = "linear_4bit_dgrad";
-  checked_dtype(kOp, "grad", grad.scalar_type());
   const int64_t K = in_features;
-  const int64_t N = inner_size(kOp, "in_features", K, packed, grad);
+  const int64_t N = inner_size(kOp, "grad", grad, packed, "in_features", K);
   const Weight4bit w(kOp, N * K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
-  const Tensor rows = as_rows(kOp, "grad", grad, N);
+  const Tensor rows = as_rows(grad);
   const DType dtype = checked_dtype(kOp, "grad", rows.scalar_type());
   Tensor out = at::empty({rows.size(0), K}, rows.options());
-  const int64_t fitting = workspace_bytes() / std::max<int64_t>(1, N * itemsize(dtype));
-  const int64_t step = fitting >= K ? K : std::max(blocksize, fitting / blocksize * blocksize);
+  const int64_t step = ceil_div(slice_size(K, N * itemsize(dtype)), blocksize) * blocksize;
   Tensor workspace = at::empty({N * std::min(step, K)}, rows.options());
   for (int64_t begin = 0; begin < K; begin += step) {
     const int64_t count = std::min(step, K - begin);
@@ -224,10 +237,9 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
                                             const OptionalTensor& bias, at::TensorList A, at::TensorList B,
                                             c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
   constexpr const char* kOp = "lora_linear_4bit";
-  Tensor y = linear_4bit(x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features, bias);
+  Tensor y = multiply(kOp, x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features, bias);
   check_adapters(kOp, x, out_features, A, B, scaling, dropout_mask);
-  if (A.empty()) return {y, at::empty({x.numel() / std::max<int64_t>(1, x.size(-1)), 0}, x.options())};
-  const Tensor rows = as_rows(kOp, "x", x, x.size(-1));
+  const Tensor rows = as_rows(x);
   const Tensor stacked_A = stack_A(A, rows.scalar_type());
   Tensor xA = at::empty({rows.size(0), stacked_A.size(0)}, rows.options());
   if (dropout_mask.empty()) {

@@ -1,5 +1,6 @@
 """QLoRA for PyTorch: exact NF4 weights, double quantization, LoRA adapters. See README.md."""
 
+from qlora_ext._ops import codebook
 from qlora_ext.adapter_files import load_adapter, save_adapter
 from qlora_ext.adapters import (
     add_adapter,
@@ -20,6 +21,7 @@ __all__ = [
     "LoraLinear",
     "QuantState",
     "add_adapter",
+    "codebook",
     "delete_adapter",
     "dequantize_4bit",
     "linear_4bit",

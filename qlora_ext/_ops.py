@@ -82,7 +82,8 @@ def _(
     out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
-    _same_device("linear_4bit", x, packed=packed, absmax=absmax, bias=bias)
+    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    _same_device("linear_4bit", x, packed=packed, **scales, bias=bias)
     return x.new_empty([*x.shape[:-1], out_features])
 
 
@@ -97,7 +98,8 @@ def _(
     blocksize: int,
     in_features: int,
 ) -> Tensor:
-    _same_device("linear_4bit_dgrad", grad, packed=packed, absmax=absmax)
+    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    _same_device("linear_4bit_dgrad", grad, packed=packed, **scales)
     return grad.new_empty([*grad.shape[:-1], in_features])
 
 
@@ -117,7 +119,11 @@ def _(
     scaling: list[float],
     dropout_mask: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    _same_device("lora_linear_4bit", x, packed=packed, absmax=absmax, bias=bias)
+    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    _same_device("lora_linear_4bit", x, packed=packed, **scales, bias=bias)
+    for name, tensors in (("A", A), ("B", B), ("dropout_mask", dropout_mask)):
+        for tensor in tensors:
+            _same_device("lora_linear_4bit", x, **{name: tensor})
     y = x.new_empty([*x.shape[:-1], out_features])
     return y, x.new_empty([prod(x.shape[:-1]), sum(a.shape[0] for a in A)])
 
@@ -132,8 +138,12 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
 def _bias_grad(ctx: Any, grad: Tensor) -> Tensor:
-    return grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return _rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -153,7 +163,6 @@ def _save_lora(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     x, *weight, ctx.quant_type, ctx.blocksize, _, bias, A, B, scaling, dropout_mask = inputs
     ctx.save_for_backward(x, output[1], *weight, *A, *B, *dropout_mask)
     ctx.scaling = scaling
-    ctx.num_masks = len(dropout_mask)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
 
@@ -166,7 +175,7 @@ def _lora_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     weight, A, B, masks = rest[:4], rest[4 : 4 + count], rest[4 + count : 4 + 2 * count], rest[4 + 2 * count :]
     ranks = [a.shape[0] for a in A]
     # All in the dtype of x; the gradients of the fp32 adapters are cast once at the end.
-    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    rows, grad_rows = _rows(x), _rows(grad)
     stacked_A = torch.cat(A).to(x.dtype)
     scaled_B = torch.cat([b * s for b, s in zip(B, ctx.scaling, strict=True)], 1).to(x.dtype)
     g = grad_rows @ scaled_B  # [M, sum r]

@@ -1,0 +1,62 @@
+"""The same causal language model under each method: ours, PEFT on bitsandbytes' 4-bit layers, PEFT on the bf16 base."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import peft
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+
+import qlora_ext
+
+R, LORA_ALPHA = 8, 16
+
+
+def ours(model: nn.Module) -> nn.Module:
+    """QLoRA by qlora_ext."""
+    qlora_ext.quantize_model(model)
+    qlora_ext.add_adapter(model, qlora_ext.LoraConfig(r=R, lora_alpha=LORA_ALPHA))
+    return model
+
+
+def peft_bitsandbytes(model: nn.Module) -> nn.Module:
+    """QLoRA by PEFT and bitsandbytes, as transformers' BitsAndBytesConfig (4-bit, nf4, double_quant) sets it up."""
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or name.endswith("lm_head"):
+            continue
+        layer = Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=torch.bfloat16,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
+        layer.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+        layer.bias = module.bias
+        model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = True  # what PEFT looks for
+    return peft_lora(model)
+
+
+def peft_lora(model: nn.Module) -> nn.Module:
+    """LoRA by PEFT on the model's own weights."""
+    model.requires_grad_(False)
+    config = peft.LoraConfig(r=R, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
+METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "qlora_ext QLoRA": ours,
+    "PEFT + bitsandbytes QLoRA": peft_bitsandbytes,
+    "PEFT LoRA on bf16": peft_lora,
+}
+
+
+def build(name: str, model: nn.Module) -> nn.Module:
+    """A copy of the model under the method of this name, in training mode."""
+    return METHODS[name](copy.deepcopy(model)).train()

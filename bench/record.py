@@ -1,0 +1,72 @@
+"""Results as rows of JSON in bench/results/, each with the machine, the versions and the commit that gave it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qlora_ext._C as _C
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def where() -> dict[str, Any]:
+    """The machine, the versions and the commit of this run."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_path": _C.cpu_path(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]], *, smoke: bool) -> None:
+    """Print the rows, and replace bench/results/<name>.jsonl by them unless it is a smoke run."""
+    here = where()
+    lines = [json.dumps(row | here) for row in rows]
+    print("\n".join(lines))
+    if smoke:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    beside = RESULTS / f"{name}.jsonl.tmp"
+    beside.write_text("\n".join(lines) + "\n")
+    os.replace(beside, RESULTS / f"{name}.jsonl")
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows of the last full run, or an empty list."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    root = Path(__file__).parent.parent
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    changes = ["git", "status", "--porcelain", "--", "csrc", "qlora_ext", "bench/*.py"]
+    dirty = subprocess.run(changes, cwd=root, capture_output=True, text=True)
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

@@ -1,0 +1,125 @@
+"""The rules that hold the house up, as far as a test can enforce them."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora_ext
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "qlora_ext"
+OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dgrad", "quantize_absmax", "lora_linear_4bit")
+
+# Each module may import those before it; finetune comes last, and it alone knows transformers.
+LAYERS = ("_C", "_ops", "quant_state", "functional", "linear", "lora", "adapters", "adapter_files", "__init__", "info")
+ECOSYSTEM = {"transformers", "peft", "bitsandbytes", "accelerate", "gguf", "tokenizers", "matplotlib", "tqdm"}
+
+
+def sources(*patterns: str) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from ROOT.glob(pattern)
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_only_the_door_includes_torch() -> None:
+    door = {"ops.cpp", "bindings.cpp", "check.h"}
+    for path in sources("csrc/**/*.h", "csrc/**/*.cpp"):
+        includes = re.findall(r'#include\s+[<"]((?:torch|ATen|c10|pybind11)/[^>"]*)', path.read_text())
+        assert not includes or path.name in door, f"{path.name} includes {includes}"
+
+
+def test_codebook_values_stand_in_one_place() -> None:
+    for literal in ("0.69619", "0.52507", "0.0795802", "0.00520833"):
+        holders = [
+            path.name
+            for path in sources("csrc/**/*", "qlora_ext/**/*.py")
+            if path.is_file() and literal in path.read_text(errors="ignore")
+        ]
+        assert holders in ([], ["codebook.h"]), f"{literal} stands in {holders}"
+
+
+def test_files_are_small_rooms() -> None:
+    for path in sources("csrc/**/*.h", "csrc/**/*.cpp", "qlora_ext/**/*.py", "tests/**/*.py", "bench/*.py"):
+        limit = 400 if path.parent.name in ("cpu", "cuda") else 300
+        lines = len(path.read_text().splitlines())
+        assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, more than {limit}"
+
+
+def test_nothing_is_named_for_what_it_is_not() -> None:
+    for path in sources("csrc/**/*", "qlora_ext/**/*", "tests/**/*", "bench/**/*"):
+        assert not re.search(r"util|helper|misc|common|_v\d", path.stem), path
+
+
+def test_arrows_go_down() -> None:
+    for position, layer in enumerate(LAYERS):
+        path = PACKAGE / f"{layer}.py"
+        if not path.exists():
+            continue
+        for name in imports(path):
+            if name.startswith("qlora_ext."):
+                imported = name.split(".")[1]
+                assert imported in LAYERS[:position] or not (PACKAGE / f"{imported}.py").exists(), f"{layer} -> {name}"
+            assert name.split(".")[0] not in ECOSYSTEM, f"{layer} imports {name}"
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= set(LAYERS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_name_down_the_column(op: str) -> None:
+    assert hasattr(torch.ops.qlora_ext, op)
+    assert (ROOT / "tests" / f"test_{op}.py").exists()
+    assert f'm.def("{op}(' in (CSRC / "ops.cpp").read_text()
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in qlora_ext.__all__:
+        assert len((getattr(qlora_ext, name).__doc__ or "").splitlines()) >= 1, name
+
+
+def test_defaults_stand_in_the_public_function_only() -> None:
+    for op in OPS:
+        schema = getattr(torch.ops.qlora_ext, op).default._schema
+        assert not any(argument.has_default_value() for argument in schema.arguments), schema
+
+
+def test_import_needs_neither_transformers_nor_time() -> None:
+    """Beyond torch's own import: under 0.3 s of this process's time, no heavy package, no network or GPU code."""
+    code = (
+        "import torch, sys, time; before = set(sys.modules); start = time.process_time(); import qlora_ext\n"
+        "print(time.process_time() - start, sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, _, names = out.partition(" ")
+    assert float(seconds) < 0.3
+    assert not ECOSYSTEM & set(ast.literal_eval(names))
+
+
+@pytest.mark.parametrize("name", ["portable", "nonsense"])
+def test_environment_chooses_the_cpu_path(name: str) -> None:
+    command = [sys.executable, "-c", "import qlora_ext; print(qlora_ext._ops._C.cpu_path())"]
+    env = os.environ | {"QLORA_EXT_CPU": name}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if name == "nonsense":
+        assert done.returncode != 0
+        assert "QLORA_EXT_CPU: expected one of portable" in done.stderr
+        assert "got 'nonsense'" in done.stderr
+    else:
+        assert done.stdout.strip() == name

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LINEAR_CASES, LinearCase, normal
+from reference import assert_as_exact_as_torch, assert_same, quantize
+
+linear_4bit_dgrad = torch.ops.qlora_ext.linear_4bit_dgrad
+WEIGHT = quantize(normal(48, 256), "nf4", 64, double_quant=True)
+
+
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_as_exact_as_torch(case: LinearCase, cpu_path: str) -> None:
+    m, n, k = case.mnk
+    grad = torch.randn(m, n).to(case.dtype)
+    exact = grad.double() @ case.weight(torch.float32).double()
+    assert_as_exact_as_torch(linear_4bit_dgrad(grad, *case.quantized, k), grad @ case.weight(case.dtype), exact)
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 3, 48), (2, 0, 48)])
+def test_leading_dimensions(shape: tuple[int, ...], cpu_path: str) -> None:
+    grad = torch.randn(shape)
+    grad_x = linear_4bit_dgrad(grad, *WEIGHT, 256)
+    assert_same(grad_x, linear_4bit_dgrad(grad.view(-1, 48), *WEIGHT, 256).view(*shape[:-1], 256))
+
+
+@pytest.mark.parametrize("m", [1, 6, 200])
+def test_non_contiguous_grad(m: int, cpu_path: str) -> None:
+    for grad in (torch.randn(48, m).T, torch.randn(m, 96)[:, ::2], torch.ones(()).expand(m, 48)):
+        expected = linear_4bit_dgrad(grad.contiguous(), *WEIGHT, 256)
+        torch.testing.assert_close(linear_4bit_dgrad(grad, *WEIGHT, 256), expected)
+
+
+GRAD = normal(3, 48)
+BAD = {
+    "grad-dtype": ((GRAD.double(), *WEIGHT, 256), TypeError, "grad: .*Double"),
+    "grad-columns": ((GRAD[:, 1:], *WEIGHT, 256), ValueError, "packed: .*6016.*6144"),
+    "grad-scalar": ((GRAD[0, 0], *WEIGHT, 256), ValueError, "grad: "),
+    "grad-device": ((GRAD.to("meta"), *WEIGHT, 256), ValueError, ".*meta"),
+    "in-features": ((GRAD, *WEIGHT, 255), ValueError, "packed: .*6120.*6144"),
+    "in-features-negative": ((GRAD, *WEIGHT, -256), ValueError, "in_features: .*-256"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
+def test_errors(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^linear_4bit_dgrad: {message}"):
+        linear_4bit_dgrad(*arguments)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_opcheck(double_quant: bool) -> None:
+    q = quantize(normal(24, 128), "nf4", 64, double_quant)
+    torch.library.opcheck(linear_4bit_dgrad.default, (torch.randn(2, 5, 24), *q, 128))

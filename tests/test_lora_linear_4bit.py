@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, normal, pairwise, quantized_normal
+from reference import Quantized, assert_as_exact_as_torch, assert_same, dequantize_4bit
+from torch import Tensor
+
+lora_linear_4bit = torch.ops.qlora_ext.lora_linear_4bit
+linear_4bit = torch.ops.qlora_ext.linear_4bit
+
+# (M, N, K); K is no multiple of the blocksize in the one named flat.
+SHAPES = {
+    "gemv": (1, 48, 256),
+    "few-rows": (5, 33, 128),
+    "many-rows": (130, 64, 192),
+    "flat": (9, 24, 100),
+    "no-rows": (0, 8, 64),
+}
+RANKS = {"r8": (8,), "r1": (1,), "r5-r16": (5, 16)}
+WEIGHT = quantized_normal((48, 256), "nf4", 64, double_quant=True)
+
+Forward = Callable[[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Tensor]]
+
+
+def adapters(ranks: Sequence[int], n: int, k: int) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """Random A, B and scaling, of the size that they have in training."""
+    return (
+        [torch.randn(r, k) / k**0.5 for r in ranks],
+        [torch.randn(n, r) * 0.1 for r in ranks],
+        [2.0 / (i + 1) for i in range(len(ranks))],
+    )
+
+
+def fused(q: Quantized, n: int, scaling: list[float], mask: list[Tensor]) -> Forward:
+    return lambda x, bias, a, b: lora_linear_4bit(x, *q, n, bias, a, b, scaling, mask)
+
+
+def plain(weight: Tensor, scaling: list[float], mask: list[Tensor]) -> Forward:
+    """The same in plain PyTorch, all in the dtype of x."""
+
+    def forward(x: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        y, parts = F.linear(x, weight, bias), [x[..., :0]]
+        for i in range(len(a)):
+            parts.append(F.linear(x * mask[i] if mask else x, a[i].to(x.dtype)))
+            y = y + scaling[i] * F.linear(parts[-1], b[i].to(x.dtype))
+        return y, torch.cat(parts, dim=-1)
+
+    return forward
+
+
+def with_gradients(forward: Forward, leaves: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """[y, xA, grad_x, grad_bias, grads of A, grads of B] for leaves [x, bias, A ..., B ...]."""
+    x, bias, *ab = leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    y, xa = forward(x, bias, ab[: len(ab) // 2], ab[len(ab) // 2 :])
+    return [y, xa, *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
+
+
+@pytest.mark.parametrize(("dtype_name", "shape", "ranks", "dropout"), pairwise(DTYPES, SHAPES, RANKS, ("", "dropout")))
+def test_values_and_gradients_as_exact_as_torch(
+    dtype_name: str, shape: str, ranks: str, dropout: str, cpu_path: str
+) -> None:
+    dtype, (m, n, k) = DTYPES[dtype_name], SHAPES[shape]
+    q = quantized_normal((n, k), "nf4", 64, double_quant=True)
+    a, b, scaling = adapters(RANKS[ranks], n, k)
+    leaves = [torch.randn(m, k).to(dtype), torch.randn(n).to(dtype), *a, *b]
+    mask = [torch.rand(m, k) > 0.3 for _ in a] if dropout else []
+    grad = torch.randn(m, n).to(dtype)
+
+    results = with_gradients(fused(q, n, scaling, mask), leaves, grad)
+    low = with_gradients(plain(dequantize_4bit(q, (n, k), dtype), scaling, mask), leaves, grad)
+    weight = dequantize_4bit(q, (n, k), torch.float32).double()
+    exact = with_gradients(plain(weight, scaling, mask), [leaf.double() for leaf in leaves], grad)
+    for got, torch_result, exact_result in zip(results, low, exact, strict=True):
+        assert_as_exact_as_torch(got, torch_result, exact_result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_zero_b_changes_nothing(dtype: torch.dtype, cpu_path: str) -> None:
+    """A fresh adapter leaves the model bit for bit as it is."""
+    a, b, scaling = adapters((8, 4), 48, 256)
+    for m in (1, 4, 100):
+        x, bias = torch.randn(m, 256).to(dtype), torch.randn(48).to(dtype)
+        y, _ = fused(WEIGHT, 48, scaling, [])(x, bias, a, [torch.zeros_like(b_i) for b_i in b])
+        assert_same(y, linear_4bit(x, *WEIGHT, 48, bias))
+
+
+def test_gradients_only_where_asked(cpu_path: str) -> None:
+    """Each gradient alone has the bytes that it has beside all others; the first layer's x wants none."""
+    a, b, scaling = adapters((8, 4), 48, 256)
+    leaves = [torch.randn(5, 256), torch.randn(48), *a, *b]
+    grad = torch.randn(5, 48)
+    forward = fused(WEIGHT, 48, scaling, [])
+    together = with_gradients(forward, leaves, grad)[2:]
+    for i, expected in enumerate(together):
+        alone = [leaf.clone().requires_grad_(i == j) for j, leaf in enumerate(leaves)]
+        forward(alone[0], alone[1], alone[2:4], alone[4:6])[0].backward(grad)
+        assert_same(alone[i].grad, expected)
+        assert all(leaf.grad is None for j, leaf in enumerate(alone) if j != i)
+
+
+@pytest.mark.parametrize("shape", [(256,), (2, 3, 256), (2, 0, 256)])
+def test_leading_dimensions(shape: tuple[int, ...], cpu_path: str) -> None:
+    a, b, scaling = adapters((8,), 48, 256)
+    x, grad = torch.randn(shape), torch.randn(*shape[:-1], 48)
+    mask = torch.rand(shape) > 0.3
+    leaves = [x, torch.randn(48), *a, *b]
+    results = with_gradients(fused(WEIGHT, 48, scaling, [mask]), leaves, grad)
+    leaves[0] = x.view(-1, 256)
+    flat = with_gradients(fused(WEIGHT, 48, scaling, [mask.view(-1, 256)]), leaves, grad.view(-1, 48))
+    for got, expected in zip(results, flat, strict=True):
+        assert_same(got, expected.view(got.shape))
+
+
+def test_non_contiguous_arguments(cpu_path: str) -> None:
+    a, b, scaling = adapters((8,), 48, 256)
+    mask = torch.rand(7, 256) > 0.3
+    leaves = [torch.randn(7, 256), torch.randn(48), *a, *b]
+    grad = torch.randn(7, 48)
+    expected = with_gradients(fused(WEIGHT, 48, scaling, [mask]), leaves, grad)
+
+    def transposed(tensor: Tensor) -> Tensor:
+        return tensor.T.contiguous().T
+
+    def forward(x: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        inner = fused(WEIGHT, 48, scaling, [transposed(mask)])
+        return inner(transposed(x), bias, [transposed(a_i) for a_i in a], [transposed(b_i) for b_i in b])
+
+    torch.testing.assert_close(with_gradients(forward, leaves, transposed(grad)), expected)
+
+
+def test_no_bias(cpu_path: str) -> None:
+    a, b, scaling = adapters((8,), 48, 256)
+    x = torch.randn(3, 256)
+    forward = fused(WEIGHT, 48, scaling, [])
+    assert_same(forward(x, None, a, b), forward(x, torch.zeros(48), a, b))
+
+
+def test_compile_is_one_graph_forward_and_backward() -> None:
+    a, b, scaling = adapters((8, 4), 48, 256)
+    mask = [torch.rand(5, 256) > 0.3 for _ in a]
+    leaves = [torch.randn(5, 256), torch.randn(48), *a, *b]
+    grad = torch.randn(5, 48)
+    forward = fused(WEIGHT, 48, scaling, mask)
+    eager = with_gradients(forward, leaves, grad)
+    compiled = with_gradients(torch.compile(forward, fullgraph=True), leaves, grad)
+    torch.testing.assert_close(compiled, eager)
+
+
+X, A, B = normal(3, 256), normal(8, 256), normal(48, 8)
+
+
+def call(
+    *,
+    x: Tensor = X,
+    out_features: int = 48,
+    bias: Tensor | None = None,
+    a: tuple[Tensor, ...] = (A,),
+    b: tuple[Tensor, ...] = (B,),
+    scaling: tuple[float, ...] = (0.5,),
+    mask: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    return lora_linear_4bit(x, *WEIGHT, out_features, bias, a, b, scaling, mask)
+
+
+BAD = {
+    "x-dtype": (partial(call, x=X.double()), TypeError, "x: .*Double"),
+    "x-columns": (partial(call, x=X[:, 1:]), ValueError, "packed: .*6120.*6144"),
+    "out-features": (partial(call, out_features=47), ValueError, "packed: .*6016.*6144"),
+    "bias-dtype": (partial(call, bias=normal(48).double()), TypeError, "bias: "),
+    "bias-size": (partial(call, bias=normal(47)), ValueError, "bias: .*48.*47"),
+    "a-none": (partial(call, a=(), b=(), scaling=()), ValueError, "A: .*at least 1"),
+    "a-dtype": (partial(call, a=(A.double(),)), TypeError, "A: .*float32"),
+    "a-columns": (partial(call, a=(A[:, 1:],)), ValueError, "A: .*255"),
+    "a-dimensions": (partial(call, a=(A.view(-1),)), ValueError, "A: "),
+    "a-device": (partial(call, a=(A.to("meta"),)), ValueError, "A: .*cpu.*meta"),
+    "b-dtype": (partial(call, b=(B.double(),)), TypeError, "B: .*float32"),
+    "b-rows": (partial(call, b=(B[1:],)), ValueError, "B: .*47"),
+    "b-rank": (partial(call, b=(B[:, 1:],)), ValueError, "B: .*7"),
+    "b-device": (partial(call, b=(B.to("meta"),)), ValueError, "B: .*cpu.*meta"),
+    "b-length": (partial(call, b=()), ValueError, "B: .*1.*0"),
+    "scaling-length": (partial(call, scaling=()), ValueError, "scaling: .*1.*0"),
+    "mask-length": (partial(call, mask=(X > 0,) * 2), ValueError, "dropout_mask: .*1.*2"),
+    "mask-dtype": (partial(call, mask=(X,)), TypeError, "dropout_mask: .*bool"),
+    "mask-shape": (partial(call, mask=(X[:2] > 0,)), ValueError, "dropout_mask: "),
+    "mask-device": (partial(call, mask=((X > 0).to("meta"),)), ValueError, "dropout_mask: .*cpu.*meta"),
+}
+
+
+@pytest.mark.parametrize(("bad_call", "error", "message"), BAD.values(), ids=BAD)
+def test_errors(bad_call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^lora_linear_4bit: {message}"):
+        bad_call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_opcheck(dropout: bool, dtype: torch.dtype) -> None:
+    a, b, scaling = adapters((8, 4), 24, 128)
+    for tensor in (*a, *b):
+        tensor.requires_grad_()
+    x = torch.randn(2, 5, 128).to(dtype).requires_grad_()
+    bias = torch.randn(24).to(dtype).requires_grad_()
+    mask = [torch.rand(2, 5, 128) > 0.3 for _ in a] if dropout else []
+    q = quantized_normal((24, 128), "nf4", 64, double_quant=True)
+    torch.library.opcheck(lora_linear_4bit.default, (x, *q, 24, bias, a, b, scaling, mask))

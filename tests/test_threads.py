@@ -1,0 +1,84 @@
+"""Results depend neither on the run nor on the number of threads, and two threads really share the work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, normal, quantized_normal
+from reference import assert_same
+from torch import Tensor
+
+ops = torch.ops.qlora_ext
+M, N, K = 128, 384, 2048  # enough for several threads in every op
+Q = quantized_normal((N, K), "nf4", 64, double_quant=True)
+FLAT_K = 2000  # no multiple of the blocksize
+FLAT_Q = quantized_normal((N, FLAT_K), "nf4", 64, double_quant=True)
+WEIGHT, X, GRAD = normal(N, K), normal(M, K), normal(M, N)
+ABSMAX = WEIGHT.abs()
+A, B = [normal(8, K)], [normal(N, 8)]
+
+# Each op in a dtype, and the products with a number of rows.
+CALLS: dict[str, Callable[[torch.dtype], Tensor | tuple[Tensor, ...]]] = {
+    "quantize_4bit": lambda dtype: ops.quantize_4bit(WEIGHT.to(dtype), "nf4", 64),
+    "quantize_absmax": lambda _: ops.quantize_absmax(ABSMAX),
+    "dequantize_4bit": lambda dtype: ops.dequantize_4bit(*Q, (N, K), dtype),
+}
+for m in (1, 4, M):
+    CALLS |= {
+        f"linear_4bit-M{m}": lambda dtype, m=m: ops.linear_4bit(X[:m].to(dtype), *Q, N, None),
+        f"linear_4bit-flat-M{m}": lambda dtype, m=m: ops.linear_4bit(X[:m, :FLAT_K].to(dtype), *FLAT_Q, N, None),
+        f"linear_4bit_dgrad-M{m}": lambda dtype, m=m: ops.linear_4bit_dgrad(GRAD[:m].to(dtype), *Q, K),
+        f"lora_linear_4bit-M{m}": lambda dtype, m=m: ops.lora_linear_4bit(
+            X[:m].to(dtype), *Q, N, None, A, B, [0.5], []
+        ),
+    }
+
+
+@pytest.fixture(autouse=True)
+def restored_thread_count() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("op", CALLS)
+def test_same_bytes_for_every_thread_count_and_run(op: str, dtype: torch.dtype, cpu_path: str) -> None:
+    torch.set_num_threads(1)
+    expected = CALLS[op](dtype)
+    for num_threads in (1, 2, 3, 2):
+        torch.set_num_threads(num_threads)
+        assert_same(CALLS[op](dtype), expected)
+
+
+def ticks_by_thread() -> dict[str, int]:
+    """CPU time (user + system) of each native thread of this process so far, in ticks of 10 ms."""
+    stats = {task.name: (task / "stat").read_text() for task in Path("/proc/self/task").iterdir()}
+    return {thread: sum(map(int, stat.rpartition(")")[2].split()[11:13])) for thread, stat in stats.items()}
+
+
+def busy_threads(call: Callable[[], object]) -> int:
+    """How many threads did at least a tenth of the work of 0.3 s of calls.
+
+    A thread of the pool that is given nothing spins for some milliseconds at most, then sleeps.
+    """
+    call()
+    before = ticks_by_thread()
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        call()
+    spent = [ticks - before.get(thread, 0) for thread, ticks in ticks_by_thread().items()]
+    return sum(ticks > 0.1 * sum(spent) for ticks in spent)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads by Linux's /proc")
+@pytest.mark.parametrize("op", ["quantize_4bit", "quantize_absmax", "dequantize_4bit", "linear_4bit-M1"])
+def test_as_many_threads_work_as_torch_is_told(op: str) -> None:
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        assert busy_threads(partial(CALLS[op], torch.float32)) == num_threads
