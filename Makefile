@@ -11,7 +11,7 @@ DEMO_FLAGS ?= --steps 60
 demo: $(VENV)/.installed-finetune  ## fine-tune SmolLM2-135M-Instruct with QLoRA and print what it reached
 	$(BIN)/python examples/demo_data.py --output $(DEMO)
 	$(BIN)/python -m qlora_ext.finetune --model $(DEMO)/model.gguf --data $(DEMO)/pairs.jsonl --method qlora \
-	  --output $(DEMO)/qlora --batch-size 8 --lr 1e-3 --r 8 $(DEMO_FLAGS)
+	  --output $(DEMO)/qlora --overwrite --batch-size 8 --lr 1e-3 --schedule constant --r 8 $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
 	$(BIN)/python -m pytest

@@ -41,7 +41,16 @@ def run(method: str, demo: Path, options: argparse.Namespace, output: Path) -> d
     """Fine-tune by this method and return the figures of its report."""
     command = [sys.executable, "-m", "qlora_ext.finetune", "--method", method, "--output", str(output)]
     command += ["--model", str(demo / "model.gguf"), "--data", str(demo / "pairs.jsonl")]
-    command += ["--steps", str(options.steps), "--batch-size", str(options.batch_size), "--r", "8"]
+    command += [
+        "--steps",
+        str(options.steps),
+        "--batch-size",
+        str(options.batch_size),
+        "--schedule",
+        "constant",
+        "--r",
+        "8",
+    ]
     command += ["--lr", str(LEARNING_RATE[method]), "--samples", "0", "--seed", str(options.seed)]
     if options.smoke:
         command += ["--eval-examples", "8"]

@@ -1,0 +1,1 @@
+"""Fine-tuning of causal language models with LoRA or QLoRA: `python -m qlora_ext.finetune --help`."""

@@ -1,0 +1,137 @@
+"""Fine-tune a causal language model: `python -m qlora_ext.finetune --help`."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default is None or action.default is False
+        return action.help if plain else super()._get_help_string(action)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m qlora_ext.finetune",
+        description="Fine-tune a causal language model on questions with answers, conversations or plain text.",
+        epilog="Ctrl-C ends the running step and saves; the same command with --resume goes on from there.",
+        formatter_class=_Formatter,
+    )
+    required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
+    top.add_argument("--model", help="Hugging Face folder or hub name, or a llama-architecture .gguf file", **required)
+    top.add_argument(
+        "--data",
+        type=Path,
+        help='JSONL, a line {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}, loss on the answers '
+        "only; or a .txt file, cut into windows of --max-length tokens, loss on every token",
+        **required,
+    )
+    top.add_argument(
+        "--method",
+        choices=("qlora", "lora", "full"),
+        help="qlora: adapter on a 4-bit base; lora: adapter on a 16/32-bit base; full: every weight",
+        **required,
+    )
+    top.add_argument(
+        "--output",
+        type=Path,
+        help="folder for the adapter (or model), checkpoints, report.json, report.png",
+        **required,
+    )
+    top.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    top.add_argument("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --output")
+
+    run = top.add_argument_group("training")
+    length = run.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=_positive, help="optimizer steps (instead of --epochs)")
+    length.add_argument("--epochs", type=_positive_float, default=1.0, help="passes over the training examples")
+    run.add_argument("--batch-size", type=_positive, default=8, help="examples of a forward pass")
+    run.add_argument("--accumulate", type=_positive, default=1, help="forward passes of an optimizer step")
+    run.add_argument("--lr", type=_positive_float, default=2e-4, help="peak learning rate; full usually wants 2e-5")
+    run.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="after the warmup")
+    run.add_argument("--warmup", type=_not_negative, default=0.03, help="steps, or a share of all steps if below 1")
+    run.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=_DTYPE_HELP)
+    run.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    run.add_argument("--seed", type=int, default=0, help="of the split, the adapter, the order and the dropout")
+    run.add_argument("--save-steps", type=_positive, default=100, help="steps between checkpoints; the last 2 are kept")
+
+    text = top.add_argument_group("data")
+    text.add_argument("--max-length", type=_positive, default=512, help="tokens; longer examples lose their right end")
+    text.add_argument("--chat", choices=("auto", "plain"), default="auto", help=_CHAT_HELP)
+    text.add_argument("--eval-fraction", type=_fraction, default=0.1, help="share of the examples that is held out")
+    text.add_argument("--eval-examples", type=_positive, help="use at most so many held-out examples (default: all)")
+    text.add_argument("--eval-steps", type=_positive, help="steps between held-out losses (default: before and after)")
+    text.add_argument("--samples", type=_count, default=3, help="sample answers, before and after")
+
+    adapter = top.add_argument_group("adapter (qlora, lora)")
+    adapter.add_argument("--r", type=_positive, default=8, help="rank")
+    adapter.add_argument("--lora-alpha", type=_positive_float, default=16, help="scale: alpha / r")
+    adapter.add_argument("--lora-dropout", type=_fraction, default=0.0, help="of the adapter's input")
+    adapter.add_argument("--target-modules", default="all-linear", help="all-linear, names with commas, or a regex")
+    adapter.add_argument("--use-rslora", action="store_true", help="scale by alpha / sqrt(r)")
+
+    base = top.add_argument_group("4-bit base (qlora)")
+    base.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="code of the weights")
+    base.add_argument("--blocksize", type=int, default=64, help="weights sharing a scale: a power of two, 32 to 4096")
+    base.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32: 4.5 bits, not 4.13")
+    return top
+
+
+_DTYPE_HELP = "of the computation; auto: bf16 where the machine multiplies it natively (adapters are always fp32)"
+_CHAT_HELP = 'auto: the tokenizer\'s chat template if it has one; plain: lines of "role: content"'
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    command = parser()
+    options = command.parse_args(arguments)
+    if not options.data.is_file():
+        command.error(f"--data {options.data}: no such file")
+    if options.output.exists() and not options.output.is_dir():
+        command.error(f"--output {options.output}: not a folder")
+    if options.resume and options.overwrite:
+        command.error("--resume and --overwrite exclude each other")
+    earlier = any(options.output.glob("checkpoint-*"))
+    if options.resume and not earlier:
+        command.error(f"--resume: no checkpoint in {options.output}")
+    if earlier and not (options.resume or options.overwrite):
+        command.error(f"--output {options.output} holds an earlier run: add --resume or --overwrite")
+
+    from .run import run  # here, because transformers takes seconds and --help should not
+
+    try:
+        return run(options)
+    except (ValueError, TypeError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; --resume goes on from the last checkpoint in {options.output}, if any", file=sys.stderr)
+        return 130
+
+
+def _number(kind: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+        return value
+
+    return convert
+
+
+_positive = _number(int, lambda value: value > 0, "a whole number above 0")
+_count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
+_positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+_not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number, 0 or more")
+_fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""A Hugging Face folder of safetensors, read one tensor at a time."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class StoredTensor(NamedTuple):
+    """A tensor not read yet: `read(dtype)` returns it, in the dtype of the file (gguf: float32) for None."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[torch.dtype | None], Tensor]
+
+
+class Folder:
+    """Reads config.json, model.safetensors or its shards, and the tokenizer; pickled weights are refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path}: expected a model folder with config.json, got none")
+        self.files = self._weight_files()
+
+    def config(self) -> PreTrainedConfig:
+        """Read config.json."""
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.path, local_files_only=True)
+        return config
+
+    def tensors(self, model: PreTrainedModel) -> Iterator[StoredTensor]:
+        """Yield every tensor of every file, under the name it has there."""
+        for path in self.files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (not a dict)
+                        yield StoredTensor(name, tuple(file.get_slice(name).get_shape()), partial(_read, file, name))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: not a readable safetensors file, or a truncated one ({error})") from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer of the folder."""
+        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+
+    def _weight_files(self) -> list[Path]:
+        single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
+        if single.is_file():
+            return [single]
+        if not index.is_file():
+            raise ValueError(f"{self.path}: expected model.safetensors (pickled checkpoints are not read), got none")
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: expected a safetensors index with a weight_map ({error})") from error
+        for name in names:
+            if Path(name).name != name or not (self.path / name).is_file():
+                raise ValueError(f"{index}: expected the file {name!r} beside it, got none")
+        return [self.path / name for name in names]
+
+
+def _read(file: Any, name: str, dtype: torch.dtype | None) -> Tensor:
+    # The tensor is a view of the mapped file: with a copy, later changes of the file do not reach the model.
+    tensor: Tensor = file.get_tensor(name)
+    return tensor.to(dtype=dtype, copy=True) if dtype is not None else tensor

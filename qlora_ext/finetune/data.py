@@ -1,0 +1,249 @@
+"""Training examples from a file: token ids, and labels on the answers only.
+
+JSONL holds one example a line, {"prompt": str, "response": str} or {"messages": [{"role": str, "content": str},
+...]}. A conversation is rendered as text by the tokenizer's chat template, tokenized once, and a token gets a label
+when its characters lie in an assistant turn, the end-of-turn token included, so that the model learns to stop. A .txt
+file is tokenized whole and cut into windows of max_length tokens with a label on every one.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # the label that cross entropy leaves out
+TEXT_PROMPT = 16  # tokens of a text window that a sample answer continues
+
+Conversation = tuple[tuple[str, str], ...]  # (role, content) of each turn
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation or window of text, as tokens."""
+
+    input_ids: list[int]
+    labels: list[int]  # the token's id, or IGNORE where no loss is taken
+    prompt_length: int  # tokens that a sample answer starts from
+    question: str  # what a person asked, for showing; empty for plain text
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples to train on and to hold out, and what became of the rest."""
+
+    train: list[Example]
+    held_out: list[Example]
+    duplicates: int
+    truncated: int
+    dropped: int  # no answer token within max_length
+
+
+def load_data(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    held_out_fraction: float = 0.1,
+    seed: int = 0,
+    use_chat_template: bool = True,
+) -> Dataset:
+    """Read, de-duplicate, tokenize and split a data file; the same file and seed give the same split.
+
+    Args:
+        path: a .txt file (plain text) or JSONL (anything else), UTF-8.
+        tokenizer: a fast tokenizer; without a chat template a conversation becomes lines of "role: content".
+        max_length: longest example, tokens; longer ones lose their right end.
+        held_out_fraction: share of the examples kept from training, in [0, 1); at least one example unless 0.
+        seed: of the split.
+        use_chat_template: False ignores the tokenizer's template.
+
+    Returns: the split examples and counts of those removed; duplicates go before the split, so none leaks across.
+    Raises: ValueError naming file and line; FileNotFoundError.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__}: expected a fast tokenizer (tokenizer.json), got another")
+    if path.suffix == ".txt":
+        candidates, duplicates = _text_windows(path, tokenizer, max_length)
+    else:
+        lines = list(_read_conversations(path))
+        first_line: dict[Conversation, int] = {}
+        for number, conversation in lines:
+            first_line.setdefault(conversation, number)
+        duplicates = len(lines) - len(first_line)
+        render = _Render(tokenizer, use_chat_template)
+        candidates = []
+        for conversation, number in tqdm(first_line.items(), desc="tokenizing", unit="example", leave=False):
+            try:
+                candidates.append(_encode(conversation, render))
+            except (ValueError, TypeError, jinja2.TemplateError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+
+    truncated = sum(len(example.input_ids) > max_length for example in candidates)
+    kept = [
+        example
+        for example in (_truncate(candidate, max_length) for candidate in candidates)
+        if any(label != IGNORE for label in example.labels[1:])
+    ]
+    if not kept:
+        raise ValueError(f"{path}: no example has a token to learn within {max_length} tokens")
+    random.Random(seed).shuffle(kept)
+    held_out = max(1, round(len(kept) * held_out_fraction)) if held_out_fraction > 0 else 0
+    if held_out >= len(kept):
+        raise ValueError(f"{path}: {len(kept)} example(s) are too few to hold out {held_out_fraction:g} of them")
+    return Dataset(
+        train=kept[held_out:],
+        held_out=kept[:held_out],
+        duplicates=duplicates,
+        truncated=truncated,
+        dropped=len(candidates) - len(kept),
+    )
+
+
+class PadToLongest:
+    """Collate examples into a batch as long as its longest one.
+
+    Padding is marked by length, in attention_mask and labels, never by comparing ids: many tokenizers pad with
+    the end-of-turn token, which must keep its label.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return input_ids, attention_mask and labels, int64 [len(examples), longest]."""
+        ids = [torch.tensor(example.input_ids) for example in examples]
+        labels = [torch.tensor(example.labels) for example in examples]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+        }
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: expected UTF-8 text, got {error.reason}") from error
+
+
+def _read_conversations(path: Path) -> Iterator[tuple[int, Conversation]]:
+    empty = True
+    for number, line in _read_lines(path):
+        if not line.strip():
+            continue
+        empty = False
+        try:
+            yield number, _conversation(json.loads(line.rstrip()))
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg}, column {error.colno}"
+            raise ValueError(f"{path}, line {number}: expected JSON ({reason})") from error
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if empty:
+        raise ValueError(f"{path}: the file is empty")
+
+
+def _conversation(record: Any) -> Conversation:
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {_kind(record)}")
+    if "messages" not in record:
+        return (("user", _text(record, "prompt")), ("assistant", _text(record, "response")))
+    messages = record["messages"]
+    if not isinstance(messages, list):
+        raise ValueError(f'expected "messages" to be an array, got {_kind(messages)}')
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"expected messages[{index}] to be an object, got {_kind(message)}")
+    turns = tuple((_text(message, "role"), _text(message, "content")) for message in messages)
+    if not any(role == "assistant" for role, _ in turns):
+        raise ValueError('expected a message whose "role" is "assistant", got none')
+    return turns
+
+
+def _text(record: dict[str, Any], field: str) -> str:
+    if field not in record:
+        raise ValueError(f'expected a field "{field}", got {", ".join(map(json.dumps, record)) or "no field"}')
+    value = record[field]
+    if not isinstance(value, str) or not value:
+        raise ValueError(f'expected "{field}" to be a non-empty string, got {_kind(value)}')
+    return value
+
+
+def _kind(value: Any) -> str:
+    if value is None or value == "":
+        return json.dumps(value)
+    return {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}.get(type(value), "a number")
+
+
+class _Render:
+    """Turns (role, content) pairs into text: by the chat template, or as lines of "role: content"."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, use_chat_template: bool) -> None:
+        self.tokenizer = tokenizer
+        self.templated = use_chat_template and tokenizer.chat_template is not None
+        self.special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def __call__(self, turns: Conversation, answer_follows: bool = False) -> str:
+        if self.templated:
+            messages = [{"role": role, "content": content} for role, content in turns]
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+            )
+        end = {"assistant": self.tokenizer.eos_token or ""}
+        lines = "".join(f"{role}: {content}{end.get(role, '')}\n" for role, content in turns)
+        return lines + ("assistant:" if answer_follows else "")
+
+
+def _encode(turns: Conversation, render: _Render) -> Example:
+    text = render(turns)
+    # A template writes its own special tokens, so only the plain form asks the tokenizer for them.
+    encoding = render.tokenizer(text, add_special_tokens=not render.templated, return_offsets_mapping=True)
+    ids: list[int] = encoding["input_ids"]
+    labels = [IGNORE] * len(ids)
+    for index, (role, _) in enumerate(turns):
+        if role != "assistant":
+            continue
+        before, through = render(turns[:index], answer_follows=True), render(turns[: index + 1])
+        if not (through.startswith(before) and text.startswith(through)):
+            raise ValueError("the chat template rewrites earlier turns; give one assistant turn, the last, per example")
+        answer = [
+            position
+            for position, (start, end) in enumerate(encoding["offset_mapping"])
+            if end > len(before) and start < len(through)
+        ]
+        # What a template puts after the end-of-turn token (a newline, say) is never generated: no loss on it.
+        ends = [position for position in answer if ids[position] in render.special]
+        for position in answer:
+            if not ends or position <= ends[-1]:
+                labels[position] = ids[position]
+    answered = (position for position, label in enumerate(labels) if label != IGNORE)
+    first_answer = next(index for index, (role, _) in enumerate(turns) if role == "assistant")
+    return Example(ids, labels, next(answered, len(ids)), question=turns[first_answer - 1][1])
+
+
+def _text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[Example], int]:
+    text = "".join(line for _, line in _read_lines(path))
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    unique = list(dict.fromkeys(map(tuple, windows)))
+    examples = [Example(list(window), list(window), min(TEXT_PROMPT, len(window) // 2), "") for window in unique]
+    return examples, len(windows) - len(unique)
+
+
+def _truncate(example: Example, max_length: int) -> Example:
+    ids, labels = example.input_ids[:max_length], example.labels[:max_length]
+    return replace(example, input_ids=ids, labels=labels)

@@ -1,0 +1,118 @@
+"""A llama-architecture .gguf file as a Hugging Face checkpoint: config, tensors and tokenizer, with no network.
+
+llama.cpp stores the rows of the query and key projections interleaved for its rotary embedding, [heads, head_dim/2,
+2]; transformers expects [heads, 2, head_dim/2], so they are put back while reading.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from .checkpoint import StoredTensor
+
+CHUNK = 1 << 20  # elements decoded at a time: the decoder's temporaries are several times as large
+
+# What transformers builds from a GGUF splits text as GPT-2 does unless it knows better, which it does not of those
+# that were learned on lone digits.
+GPT2_VOCABULARIES = ("default", "gpt-2")
+SINGLE_DIGIT_VOCABULARIES = ("smollm", "starcoder", "refact", "command-r")
+
+
+class GgufFile:
+    """Reads one .gguf file; ValueError when it is damaged, of another architecture, or of a kind not handled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.reader = gguf.GGUFReader(path)
+        except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+            raise ValueError(f"{path}: not a readable GGUF file, or a truncated one ({error})") from error
+        architecture = self._field("general.architecture")
+        if architecture != "llama":
+            raise ValueError(f'{path}: expected general.architecture "llama", got {architecture!r}')
+
+    def config(self) -> LlamaConfig:
+        """Build the model's config from the metadata."""
+        tensors = {tensor.name for tensor in self.reader.tensors}
+        scaling = self._field("llama.rope.scaling.type", "none")
+        if scaling != "none" or "rope_freqs.weight" in tensors:
+            raise ValueError(f"{self.path}: scaled rotary embeddings are not handled; use the Hugging Face folder")
+        if self._field("llama.expert_count", 0):
+            raise ValueError(f"{self.path}: mixture-of-experts files are not handled; use the Hugging Face folder")
+        heads = self._field("llama.attention.head_count")
+        hidden = self._field("llama.embedding_length")
+        return LlamaConfig(
+            vocab_size=self._field("llama.vocab_size", None) or len(self.reader.fields["tokenizer.ggml.tokens"].data),
+            hidden_size=hidden,
+            intermediate_size=self._field("llama.feed_forward_length"),
+            num_hidden_layers=self._field("llama.block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=self._field("llama.attention.head_count_kv", heads),
+            head_dim=self._field("llama.attention.key_length", hidden // heads),
+            max_position_embeddings=self._field("llama.context_length"),
+            rope_parameters={"rope_type": "default", "rope_theta": self._field("llama.rope.freq_base", 10000.0)},
+            rms_norm_eps=self._field("llama.attention.layer_norm_rms_epsilon"),
+            tie_word_embeddings="output.weight" not in tensors,
+            bos_token_id=self._field("tokenizer.ggml.bos_token_id", None),
+            eos_token_id=self._field("tokenizer.ggml.eos_token_id", None),
+        )
+
+    def tensors(self, model: PreTrainedModel) -> Iterator[StoredTensor]:
+        """Yield every tensor of the file under the name it has in `model`."""
+        config = model.config
+        name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+        names = {name_map.get_name(name, try_suffixes=(".weight", ".bias")): name for name in model.state_dict()}
+        heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
+        for tensor in self.reader.tensors:
+            leaf = tensor.name.split(".", 2)[-1]
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            read = partial(_decode, tensor, shape, heads.get(leaf), str(self.path))
+            yield StoredTensor(names.get(tensor.name, tensor.name), shape, read)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Build the tokenizer, chat template included, from the metadata."""
+        split = self._field("tokenizer.ggml.pre", "default") if self._field("tokenizer.ggml.model") == "gpt2" else None
+        if split not in (None, *GPT2_VOCABULARIES, *SINGLE_DIGIT_VOCABULARIES, *GGUF_PRE_TOKENIZER_SPLITS):
+            raise ValueError(
+                f"{self.path}: how its tokenizer splits text ({split!r}) is not known; use the Hugging Face folder"
+            )
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+            self.path.parent, gguf_file=self.path.name, local_files_only=True
+        )
+        if split in SINGLE_DIGIT_VOCABULARIES:
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        return tokenizer
+
+    def _field(self, key: str, *default: Any) -> Any:
+        field = self.reader.fields.get(key)
+        if field is not None:
+            return field.contents()
+        if default:
+            return default[0]
+        raise ValueError(f"{self.path}: expected the metadata key {key!r}, got none")
+
+
+def _decode(tensor: Any, shape: tuple[int, ...], heads: int | None, path: str, dtype: torch.dtype | None) -> Tensor:
+    out = torch.empty(shape, dtype=dtype or torch.float32)
+    rows = max(1, CHUNK * len(out) // out.numel())
+    try:
+        for start in range(0, len(out), rows):
+            chunk = gguf.dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+            out[start : start + rows] = torch.from_numpy(chunk.copy())
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path}: tensor {tensor.name!r} is stored as {tensor.tensor_type.name}, not handled"
+        ) from error
+    if heads is None:
+        return out
+    return out.view(heads, shape[0] // heads // 2, 2, shape[1]).transpose(1, 2).reshape(shape)

@@ -1,0 +1,138 @@
+"""Load a causal language model one tensor at a time, its linear layers quantized as they come.
+
+The model is built without storage, its linears are exchanged for Linear4bit, and each tensor of the checkpoint goes
+to the module that owns it, which quantizes it. So the peak is the final model and one tensor more.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+import qlora_ext
+from qlora_ext import _C
+
+from .checkpoint import Folder
+from .gguf_file import GgufFile
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve "auto", "bf16" or "fp32"; "auto" is bfloat16 where the device multiplies it natively."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = "avx512_bf16" in _C.cpu_paths()
+        name = "bf16" if native else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def open_checkpoint(source: str) -> Folder | GgufFile:
+    """Find a model: a Hugging Face folder, a llama-architecture .gguf file, or a hub name (fetched).
+
+    Raises: FileNotFoundError; ValueError when it is not a model of a kind that is read here.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path}: expected a model folder or a .gguf file, got another file")
+        return GgufFile(path)
+    if not path.is_dir():
+        if path.suffix == ".gguf" or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        try:
+            path = Path(snapshot_download(source, allow_patterns=HUB_FILES))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise FileNotFoundError(f"{source}: no such folder, and not fetched from the hub ({reason})") from error
+    return Folder(path)
+
+
+def load_model(
+    checkpoint: Folder | GgufFile,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model, in eval mode.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        dtype: of every floating tensor that is not quantized, and of the computation.
+        device: where the model goes.
+        quantize: options of `qlora_ext.quantize_model`, or None to leave the linears as they are.
+
+    Raises: ValueError naming the file and the tensor that is damaged, unknown, missing or mis-shaped.
+    """
+    # Parameters get no storage but buffers do: those that no checkpoint holds (rotary frequencies) are ready.
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(checkpoint.config(), dtype=dtype)
+    if get_model_conversion_mapping(model, add_legacy=False):
+        # transformers rearranges this architecture's checkpoints while loading (fused experts, for one).
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        if quantize is not None:
+            _quantize(model, quantize)
+    else:
+        _stream(model, checkpoint, device, quantize)
+        if (checkpoint.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    head = model.get_output_embeddings()
+    skip = tuple(name for name, module in model.named_modules() if module is head)
+    qlora_ext.quantize_model(model, skip=skip, **options)
+
+
+def _stream(
+    model: PreTrainedModel,
+    checkpoint: Folder | GgufFile,
+    device: torch.device,
+    quantize: dict[str, Any] | None,
+) -> None:
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    if quantize is not None:
+        _quantize(model, quantize)
+    missing = set(expected)
+    stored = checkpoint.tensors(model)
+    for name, shape, read in tqdm(stored, total=len(expected), desc="loading", unit="tensor", leave=False):
+        if name not in expected:
+            if any(pattern.search(name) for pattern in ignored):
+                continue
+            raise ValueError(f"{checkpoint.path}: unknown tensor {name!r} for {type(model).__name__}")
+        wanted, dtype = expected[name]
+        if shape != wanted:
+            raise ValueError(f"{checkpoint.path}: tensor {name!r}: expected shape {wanted}, got {shape}")
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        quantized = isinstance(owner, qlora_ext.Linear4bit) and leaf == "weight"
+        tensor = read(None if quantized else dtype).to(device)
+        try:
+            owner.load_state_dict({leaf: tensor}, strict=False, assign=True)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.path}: tensor {name!r}: {error}") from error
+        missing.discard(name)
+    model.tie_weights(missing_keys=missing)
+    _check_complete(model, checkpoint.path)
+
+
+def _check_complete(model: nn.Module, path: Path) -> None:
+    for kind in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in kind:
+            if tensor.is_meta:
+                raise ValueError(f"{path}: missing tensor {name!r}")

@@ -1,0 +1,137 @@
+"""The result of a run: what the model is made of, the table, report.json and report.png."""
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import qlora_ext
+
+MIB = 2**20
+
+
+def composition(model: PreTrainedModel, *, adapter: bool) -> dict[str, Any]:
+    """Count parameters and bytes of a model.
+
+    Returns: total and trainable parameters, as elements (a packed byte counts as the two weights it holds); bytes
+    of the base (all parameters and buffers but the adapter's) and of the adapter; bits a weight of the base's
+    linears, scales included, the output head left out.
+    """
+    parameters = list(model.parameters())  # a tied parameter comes once
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    adapter_bytes = _bytes(trainable) if adapter else 0
+    total = sum(parameter.numel() for parameter in parameters)
+    head = model.get_output_embeddings()
+    weights = stored_bytes = 0
+    for module in model.modules():
+        if isinstance(module, qlora_ext.Linear4bit):
+            elements = module.in_features * module.out_features
+            total += elements - module.weight.numel() - module.absmax.numel()
+            stored = [module.weight, module.absmax, module.nested_absmax, module.nested_offset]
+            stored_bytes += _bytes(tensor for tensor in stored if tensor is not None)
+        elif isinstance(module, nn.Linear) and module is not head:
+            elements = module.weight.numel()
+            stored_bytes += module.weight.nbytes
+        else:
+            continue
+        weights += elements
+    trained = sum(parameter.numel() for parameter in trainable)
+    return {
+        "total_parameters": total,
+        "trainable_parameters": trained,
+        "trainable_percent": 100 * trained / total,
+        "base_bits": 8 * stored_bytes / weights if weights else None,
+        "base_bytes": _bytes([*parameters, *model.buffers()]) - adapter_bytes,
+        "adapter_bytes": adapter_bytes,
+    }
+
+
+def peak_rss() -> int:
+    """The largest resident memory of this process so far, bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the parent held before exec
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The result as lines of text: one row of figures, then the sample answers before and after."""
+    before, after = report["held_out_loss_before"], report["held_out_loss_after"]
+    change = f"{before:.3f} -> {after:.3f} ({after / before - 1:+.1%})" if before is not None else "none held out"
+    row = {
+        "method": report["method"],
+        "base bits": f"{report['base_bits']:.3f}" if report["base_bits"] else "-",
+        "trainable": f"{report['trainable_parameters']:,} ({report['trainable_percent']:.2f} %)",
+        "base MiB": f"{report['base_bytes'] / MIB:.1f}",
+        "peak RSS MiB": f"{report['peak_rss_bytes'] / MIB:.0f}",
+        "tokens/s": f"{report['tokens_per_second']:.0f}" if report["tokens_per_second"] else "-",
+        "held-out loss": change,
+    }
+    widths = [max(len(name), len(value)) for name, value in row.items()]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(part, widths, strict=True)) for part in (row, row.values())
+    ]
+    lines += [
+        "base bits: stored bits a weight of the linear layers, scales included",
+        "tokens/s: input tokens without padding, over the time in training steps (forward, backward, optimizer)",
+        "held-out loss: mean over answer tokens, in nats",
+    ]
+    for sample in report["samples"]:
+        lines += ["", f"prompt:    {sample['prompt']}", f"reference: {sample['reference']}"]
+        lines += [f"before:    {sample['before']}", f"after:     {sample['after']}"]
+    return "\n".join(lines)
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Write report.json and report.png (loss curve; memory of each part) into `folder`."""
+    _replace(folder / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    curve, memory = figure.subplots(1, 2)
+
+    losses = report["losses"]
+    curve.plot(range(1, len(losses) + 1), losses, label="training", linewidth=1)
+    held_out = [tuple(point) for point in report["held_out_losses"]]
+    if report["held_out_loss_before"] is not None:
+        held_out = [
+            (0, report["held_out_loss_before"]),
+            *held_out,
+            (report["step"], report["held_out_loss_after"]),
+        ]
+        curve.plot(*zip(*held_out, strict=True), "o-", label="held out")
+    curve.set(xlabel="step", ylabel="loss, nats per answer token", title=f"{report['method']}: loss")
+    curve.legend()
+
+    parts = {
+        "base": report["base_bytes"],
+        "adapter": report["adapter_bytes"],
+        "gradients": report["gradient_bytes"],
+        "optimizer": report["optimizer_bytes"],
+        "peak RSS": report["peak_rss_bytes"],
+    }
+    bars = memory.barh(list(parts), [size / MIB for size in parts.values()])
+    memory.bar_label(bars, fmt="%.1f", padding=3)
+    memory.margins(x=0.15)
+    memory.invert_yaxis()
+    memory.set(xlabel="MiB", title="memory")
+
+    partial = folder / ".report.png"
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, folder / "report.png")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name("." + path.name)
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

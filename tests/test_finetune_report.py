@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_model import tiny_config
+from transformers import LlamaForCausalLM
+
+import qlora_ext
+from qlora_ext.finetune.report import composition, table, write
+
+LINEARS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+EMBEDDING = 258 * 64
+NORMS = 5 * 64
+ADAPTER = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))  # r=4
+
+
+def build(method: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(tiny_config()).to(dtype)
+    if method == "qlora":
+        qlora_ext.quantize_model(model)
+    if method != "full":
+        qlora_ext.add_adapter(model, qlora_ext.LoraConfig(r=4))
+    return model
+
+
+def test_composition_of_a_quantized_base() -> None:
+    got = composition(build("qlora"), adapter=True)
+    assert got["total_parameters"] == LINEARS + EMBEDDING + NORMS + ADAPTER
+    assert got["trainable_parameters"] == ADAPTER
+    assert got["trainable_percent"] == pytest.approx(100 * ADAPTER / got["total_parameters"])
+    assert got["adapter_bytes"] == 4 * ADAPTER
+    # 4 bits a weight, a code byte a block of 64; for each linear a scale a group of 256 blocks, and an offset.
+    stored = LINEARS // 2 + LINEARS // 64 + 14 * (4 + 4)
+    assert got["base_bits"] == pytest.approx(8 * stored / LINEARS)
+    rotary = 2 * 8 * 4
+    assert got["base_bytes"] == stored + 4 * (EMBEDDING + NORMS) + rotary
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 16), (torch.float32, 32)])
+def test_composition_of_a_plain_base(dtype: torch.dtype, bits: int) -> None:
+    got = composition(build("lora", dtype), adapter=True)
+    assert got["base_bits"] == bits
+    assert got["trainable_parameters"] == ADAPTER
+    full = composition(build("full", dtype), adapter=False)
+    assert full["trainable_percent"] == 100
+    assert full["adapter_bytes"] == 0
+    assert full["base_bytes"] == got["base_bytes"]
+
+
+def a_report(**changes: Any) -> dict[str, Any]:
+    sample = {"prompt": "hi?", "reference": "yes ✓", "before": "no", "after": "yes"}
+    counts = {"trainable_parameters": 1234, "trainable_percent": 1.5, "base_bits": 4.126}
+    sizes = {"base_bytes": 3 * 2**20, "adapter_bytes": 2**19, "gradient_bytes": 2**19, "optimizer_bytes": 2**20}
+    losses = {
+        "held_out_loss_before": 3.0,
+        "held_out_loss_after": 2.0,
+        "held_out_losses": [(1, 2.5)],
+        "losses": [3.5, 2.5],
+    }
+    return {
+        **{"method": "qlora", "step": 2, "tokens_per_second": 321.4, "peak_rss_bytes": 7 * 2**20, "samples": [sample]},
+        **{**counts, **sizes, **losses, **changes},
+    }
+
+
+def test_table_shows_every_figure() -> None:
+    text = table(a_report())
+    for figure in ("qlora", "4.126", "1,234 (1.50 %)", "3.0", "7", "321", "3.000 -> 2.000 (-33.3%)", "yes ✓"):
+        assert figure in text
+    header, row = text.splitlines()[:2]
+    assert header.index("held-out loss") == row.index("3.000 -> 2.000")
+    assert "none held out" in table(a_report(held_out_loss_before=None, held_out_loss_after=None))
+
+
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    report = a_report()
+    write(report, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.png"}
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == json.loads(json.dumps(report))
+    with Image.open(tmp_path / "report.png") as image:
+        assert len(image.convert("L").getcolors(maxcolors=256) or []) > 10, "not a blank picture"
+    write(a_report(held_out_loss_before=None, held_out_loss_after=None), tmp_path)
+
+
+def test_peak_rss_remembers_the_highest() -> None:
+    script = "from qlora_ext.finetune.report import peak_rss as p; a = p(); x = b'x' * 2**28; del x; print(p() - a)"
+    child = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert int(child.stdout) > 2**27  # part of the peak of the imports may be free again by then

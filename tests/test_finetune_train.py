@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import pickle
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import one_thread as one_thread
+from tiny_model import tiny_config, tiny_tokenizer
+from torch import Tensor
+from transformers import LlamaForCausalLM, set_seed
+
+import qlora_ext
+from qlora_ext.finetune.data import IGNORE, Dataset, Example, PadToLongest
+from qlora_ext.finetune.evaluate import held_out_loss, sample_answers
+from qlora_ext.finetune.load import load_model, open_checkpoint
+from qlora_ext.finetune.train import Outcome, Schedule, newest_checkpoint, total_steps, train
+
+TOKENIZER = tiny_tokenizer()
+STATE_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}
+
+
+def example(index: int) -> Example:
+    prompt = [(7 * index + 3 * position) % 250 for position in range(3)]
+    answer = list(range(40, 43 + index % 5))
+    return Example(prompt + answer, [IGNORE] * 3 + answer, 3, "")
+
+
+DATA = Dataset([example(i) for i in range(21)], [example(i) for i in range(30, 35)], 0, 0, 0)
+SCHEDULE = Schedule(steps=8, batch_size=2, accumulate=2, lr=1e-2, save_steps=100)  # an epoch is 6 steps, the last short
+
+
+def build(method: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config())
+    if method == "full":
+        return model
+    if method == "qlora":
+        qlora_ext.quantize_model(model)
+    qlora_ext.add_adapter(model, qlora_ext.LoraConfig(r=4, lora_dropout=0.2))
+    return model
+
+
+def run(output: Path, method: str = "lora", resume: bool = False, **changes: Any) -> tuple[LlamaForCausalLM, Outcome]:
+    model = build(method)
+    set_seed(123)  # a run must not depend on what happened before it
+    schedule = replace(SCHEDULE, **changes)
+    return model, train(model, TOKENIZER, DATA, schedule, output, adapter=method != "full", resume=resume)
+
+
+def trained(model: LlamaForCausalLM) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Raise SIGINT while the `call`-th batch is being made, as Ctrl-C in the middle of a step would."""
+    collate, calls = PadToLongest.__call__, [0]
+
+    def counting(self: PadToLongest, examples: Sequence[Example]) -> dict[str, Tensor]:
+        calls[0] += 1
+        if calls[0] == call:
+            signal.raise_signal(signal.SIGINT)
+        return collate(self, examples)
+
+    monkeypatch.setattr(PadToLongest, "__call__", counting)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_checkpoint_holds_the_adapter_and_never_the_base(tmp_path: Path, method: str) -> None:
+    model, outcome = run(tmp_path, method, save_steps=3)
+    assert (outcome.step, outcome.interrupted, len(outcome.losses)) == (8, False, 8)
+    checkpoints = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert checkpoints == {"checkpoint-6", "checkpoint-8"}, "the last two are kept, and the last step is saved"
+    for name in checkpoints:
+        assert {path.name for path in (tmp_path / name).iterdir()} == STATE_FILES | ADAPTER_FILES
+    assert {path.name for path in tmp_path.iterdir()} == checkpoints | ADAPTER_FILES
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(stored) == len(trained(model)) == 28
+    assert all(".lora_A." in key or ".lora_B." in key for key in stored)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("call", [6, 13], ids=["in an epoch", "at the end of an epoch"])
+def test_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, method: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_model, whole = run(tmp_path / "whole", method)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, call)
+        _, first = run(tmp_path / "parts", method)
+    assert first.interrupted
+    assert 0 < first.step < 8
+    assert newest_checkpoint(tmp_path / "parts") == tmp_path / "parts" / f"checkpoint-{first.step}"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    model, second = run(tmp_path / "parts", method, resume=True)
+    assert not second.interrupted
+    assert second.losses == whole.losses
+    assert_same_tensors(trained(model), trained(whole_model))
+    assert first.tokens + second.tokens == whole.tokens
+
+
+def test_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(*_: object) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second signal must not return")
+
+    monkeypatch.setattr(PadToLongest, "__call__", twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not list(tmp_path.glob("*"))
+
+
+def test_resume_of_a_finished_run_takes_no_step(tmp_path: Path) -> None:
+    whole_model, whole = run(tmp_path, "qlora")
+    model, again = run(tmp_path, "qlora", resume=True)
+    assert (again.step, again.tokens, again.losses) == (8, 0, whole.losses)
+    assert_same_tensors(trained(model), trained(whole_model))
+
+
+def test_resume_needs_a_checkpoint_and_a_new_run_deletes_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a checkpoint to resume from, got none"):
+        run(tmp_path, resume=True)
+    (tmp_path / "checkpoint-99").mkdir()
+    run(tmp_path, steps=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_evaluation_does_not_change_training(tmp_path: Path, method: str) -> None:
+    quiet_model, quiet = run(tmp_path / "quiet", method)
+    model, outcome = run(tmp_path / "evaluated", method, eval_steps=1)
+    assert [step for step, _ in outcome.held_out] == list(range(1, 9))
+    assert outcome.held_out[-1][1] == held_out_loss(model, DATA.held_out, PadToLongest(0), 2)
+    assert quiet.held_out == []
+    assert outcome.losses == quiet.losses
+    assert_same_tensors(trained(model), trained(quiet_model))
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
+    _, plain = run(tmp_path / "plain", "qlora")
+    _, checkpointed = run(tmp_path / "checkpointed", "qlora", gradient_checkpointing=True)
+    assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_training_learns_and_measures(tmp_path: Path) -> None:
+    model, outcome = run(tmp_path, steps=80, lr=3e-2, kind="constant")
+    # A random head of small weights cannot say much: its logits stay within 1.3, so the loss above 4.2.
+    assert sum(outcome.losses[-5:]) < 0.95 * sum(outcome.losses[:5])
+    bytes_trained = sum(p.nbytes for p in trained(model).values())
+    assert outcome.gradient_bytes == bytes_trained
+    moments = 2 * bytes_trained
+    assert moments <= outcome.optimizer_bytes <= moments + 4 * len(trained(model))  # a step count for each
+    assert outcome.seconds > 0
+
+
+def test_tokens_are_those_of_the_input_without_padding(tmp_path: Path) -> None:
+    _, outcome = run(tmp_path, steps=6)  # one epoch
+    assert outcome.tokens == sum(len(example.input_ids) for example in DATA.train)
+
+
+def test_full_fine_tuning_saves_a_model_that_loads(tmp_path: Path) -> None:
+    model, _ = run(tmp_path, "full", steps=2)
+    assert not any(path.suffix in (".bin", ".pt") for path in tmp_path.iterdir())
+    checkpoint = open_checkpoint(str(tmp_path))
+    loaded = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
+    assert checkpoint.tokenizer().chat_template == TOKENIZER.chat_template
+
+
+def test_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+: try a lower learning rate"):
+        run(tmp_path, lr=1e30)
+
+
+def test_save_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, save_steps=2)
+    assert newest_checkpoint(tmp_path) is None
+
+
+class Payload:
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.ran,)
+
+
+def test_checkpoint_state_is_never_unpickled(tmp_path: Path) -> None:
+    run(tmp_path, steps=2)
+    ran = tmp_path / "ran"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / "checkpoint-2" / name).write_bytes(pickle.dumps(Payload(ran), protocol=2))
+    with pytest.raises(ValueError, match="checkpoint-2: expected training state of plain values and tensors"):
+        run(tmp_path, steps=4, resume=True)
+    assert not ran.exists()
+
+
+def test_total_steps_counts_as_the_trainer_does(tmp_path: Path) -> None:
+    assert total_steps(21, 1, 2, 2) == 6
+    assert total_steps(21, 2.5, 2, 2) == 15
+    assert total_steps(1, 1, 8, 4) == 1
+    _, outcome = run(tmp_path, steps=total_steps(len(DATA.train), 2, 2, 2))
+    assert outcome.step == 12
+
+
+def test_held_out_loss_is_the_mean_over_labelled_tokens() -> None:
+    model = build("lora").train()
+    total = count = 0.0
+    for one in DATA.held_out:
+        logits = model.eval()(torch.tensor([one.input_ids])).logits[0].double().log_softmax(-1)
+        for position, label in enumerate(one.labels[1:]):
+            if label != IGNORE:
+                total, count = total - logits[position, label].item(), count + 1
+    model.train()
+    before = torch.random.get_rng_state()
+    for batch_size in (1, 2, 8):
+        loss = held_out_loss(model, DATA.held_out, PadToLongest(TOKENIZER.pad_token_id), batch_size)
+        assert loss == pytest.approx(total / count, rel=1e-5)
+    assert model.training
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_sample_answers_are_greedy_and_stop_at_a_special_token() -> None:
+    model = build("lora")
+    prompt = DATA.held_out[0].input_ids[:3]
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(5):
+            ids.append(int(model.eval()(torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = TOKENIZER.decode(ids[3:], skip_special_tokens=True).strip()
+    assert sample_answers(model, TOKENIZER, DATA.held_out[:1], max_new_tokens=5) == [expected]
+
+    with torch.no_grad():  # a model that can only say the end-of-turn token
+        model.model.norm.weight.zero_()
+        model.lm_head = torch.nn.Linear(64, 258)
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[TOKENIZER.eos_token_id] = 1
+    assert sample_answers(model, TOKENIZER, DATA.held_out[:2]) == ["", ""]

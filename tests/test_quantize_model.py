@@ -1,0 +1,158 @@
+"""quantize_model: which layers it replaces, by what, and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from layers import TwoPlaces, WithAttention, names_of, state_bytes
+from reference import assert_same
+from tiny_model import tiny_config
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from qlora_ext import Linear4bit, quantize_model
+
+
+def test_each_linear_but_the_head_is_replaced_by_its_4bit_twin() -> None:
+    model = LlamaForCausalLM(tiny_config(tie_word_embeddings=False)).eval()
+    linears = {name: model.get_submodule(name) for name in names_of(model, nn.Linear)}
+    assert quantize_model(model, quant_type="fp4", blocksize=32, double_quant=False) is model
+    assert names_of(model, Linear4bit) == set(linears) - {"lm_head"}
+    assert names_of(model, nn.Linear) == {"lm_head"}
+    for name in names_of(model, Linear4bit):
+        twin = Linear4bit.from_linear(linears[name], quant_type="fp4", blocksize=32, double_quant=False)
+        layer = model.get_submodule(name)
+        assert repr(layer) == repr(twin)
+        assert state_bytes(layer) == state_bytes(twin)
+        assert not layer.training
+
+
+def test_the_model_computes_with_the_decoded_weights() -> None:
+    model = LlamaForCausalLM(tiny_config()).eval()
+    plain = copy.deepcopy(model)
+    quantize_model(model)
+    for name in names_of(model, Linear4bit):
+        plain.get_submodule(name).weight.data = model.get_submodule(name).dequantize()
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(model(tokens).logits, plain(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ((), set()),
+        (["q"], {"0.q", "1.q"}),
+        (["1.q"], {"1.q"}),
+        (["0.q", "q_norm"], {"0.q", "0.q_norm", "1.q_norm"}),
+        (["norm", "0", ".q"], set()),  # neither whole names nor last parts of one
+    ],
+    ids=str,
+)
+def test_skip_is_by_full_name_or_last_parts(skip: list[str], left: set[str]) -> None:
+    model = nn.ModuleList(nn.ModuleDict({name: nn.Linear(64, 8) for name in ("q", "q_norm")}) for _ in range(2))
+    quantize_model(model, skip=skip)
+    assert names_of(model, nn.Linear) == left
+    assert names_of(model, Linear4bit) == {"0.q", "0.q_norm", "1.q", "1.q_norm"} - left
+
+
+def test_tied_weights_are_left_alone() -> None:
+    model = LlamaForCausalLM(tiny_config(tie_word_embeddings=True))
+    quantize_model(model, skip=())
+    assert names_of(model, nn.Linear) == {"lm_head"}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    twins = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    twins[2].weight = twins[0].weight
+    quantize_model(twins)
+    assert names_of(twins, nn.Linear) == {"0", "2"}
+    assert twins[2].weight is twins[0].weight
+
+
+def test_a_layer_in_several_places_is_replaced_in_all_by_one() -> None:
+    model = quantize_model(TwoPlaces())
+    assert isinstance(model.first["a"], Linear4bit)
+    assert model.first["b"] is model.first["a"]
+    assert model.second["c"] is model.first["a"]
+
+
+def test_multihead_attention_is_left_alone() -> None:
+    model = WithAttention()
+    before = state_bytes(model.attention)
+    quantize_model(model)
+    assert names_of(model, Linear4bit) == {"proj"}
+    assert state_bytes(model.attention) == before
+    for training in (True, False):
+        assert model.train(training)(torch.randn(2, 3, 64)).isfinite().all()
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_of_linear_is_left_alone() -> None:
+    model = quantize_model(nn.Sequential(Doubled(64, 64), nn.Linear(64, 64)))
+    assert names_of(model, Doubled) == {"0"}
+    assert names_of(model, Linear4bit) == {"1"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torchs_transformer_layer_still_runs(training: bool) -> None:
+    """In eval mode without gradients it hands the weights of its linear layers to a fused kernel."""
+    encoder = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    model = quantize_model(nn.Sequential(encoder, nn.Linear(64, 8)))
+    x = torch.randn(2, 3, 64)
+    expected = model(x)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(model.train(training)(x), expected)
+
+
+def test_on_meta() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_config())
+    quantize_model(model)
+    assert len(names_of(model, Linear4bit)) == 14
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+def with_bad_weight(value: float, **options: Any) -> nn.Module:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ModuleDict({"proj": nn.Linear(64, 8, **options)}))
+    nn.init.constant_(model[1]["proj"].weight[3, 5], value)
+    return model
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"quantize_model.*1\.proj.*weight.*finite"):
+        quantize_model(with_bad_weight(bad))
+
+
+def test_a_weight_of_another_dtype_is_named() -> None:
+    with pytest.raises(TypeError, match=r"quantize_model.*1\.proj.*weight.*Double"):
+        quantize_model(with_bad_weight(0.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{"quant_type": "int4"}, {"blocksize": 63}], ids=str)
+def test_wrong_options_change_nothing(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}.*{next(iter(options.values()))}"):
+        quantize_model(model, **options)
+    assert names_of(model, nn.Linear) == {"0"}
+
+
+def test_a_model_without_a_linear_layer_is_refused() -> None:
+    for model in (nn.Sequential(nn.ReLU()), quantize_model(nn.Sequential(nn.Linear(64, 8)))):
+        with pytest.raises(ValueError, match=r"quantize_model.*model.*nn\.Linear"):
+            quantize_model(model)
+
+
+def test_the_input_gradient_flows_through_all_layers() -> None:
+    model = quantize_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    x = torch.randn(3, 64, requires_grad=True)
+    model(x).sum().backward()
+    expected = torch.ones(3, 64) @ model[1].dequantize() @ model[0].dequantize()
+    torch.testing.assert_close(x.grad, expected)
+    assert_same(model[1].bias.grad, torch.full((64,), 3.0))
