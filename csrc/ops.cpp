@@ -1,5 +1,6 @@
 // The ops of torch.ops.qlora_ext: schemas, argument checks, allocation and the CPU implementations.
 #include <ATen/Parallel.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -137,7 +138,8 @@ Tensor as_rows(const Tensor& x) {
 Tensor in_shape_of(const Tensor& rows, const Tensor& x) {
   auto sizes = x.sizes().vec();
   sizes.back() = rows.size(1);
-  return rows.reshape(sizes).to(x.scalar_type());
+  // No view: an in-place operation on the result (nn.ReLU(inplace=True)) must be allowed.
+  return at::_unsafe_view(rows, sizes).to(x.scalar_type());
 }
 
 // The last dimension of x, after the checks that come before the weight's own.

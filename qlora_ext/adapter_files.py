@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_ext.adapters import (
-    adapter_names,
     attach,
     check_has_adapter,
+    check_not_merged,
     linear_layers,
     lora_layers,
+    named_layers,
     set_adapter,
 )
 from qlora_ext.lora import LoraConfig
@@ -41,6 +42,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
     "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
 
 
@@ -61,7 +65,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     check_has_adapter("save_adapter", model, name)
     layers = {layer_name: layer for layer_name, layer in lora_layers(model) if name in layer.configs}
     config = next(iter(layers.values())).configs[name]
-    if config.target_modules == "all-linear":  # PEFT and vLLM decide differently what that means
+    # What "all-linear" means is decided differently elsewhere; and a loaded adapter may be on fewer layers than named.
+    if config.target_modules == "all-linear" or set(named_layers(model, config.target_modules)) != set(layers):
         config = replace(config, target_modules=_short_names(model, list(layers)))
     tensors = {}
     for layer_name, layer in layers.items():
@@ -79,8 +84,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _write(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(described, indent=2) + "\n"))
+    _write_all(
+        {
+            folder / WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            folder / CONFIG_FILE: lambda path: path.write_text(json.dumps(described, indent=2) + "\n"),
+        }
+    )
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> None:
@@ -98,6 +107,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
 
     Source: PEFT's checkpoint format.
     """
+    check_not_merged("load_adapter", model)
     folder = Path(folder)
     config = _read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
@@ -110,17 +120,21 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         layer, r = layers[layer_name], config.rank(layer_name)
         for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
             got = parts.get(part)
+            if got is not None and not got.is_floating_point():
+                raise ValueError(
+                    f"load_adapter: {folder / WEIGHTS_FILE}: {layer_name}.{part}: expected floats, got {got.dtype}"
+                )
             if got is None or tuple(got.shape) != shape:
                 raise ValueError(
                     f"load_adapter: {folder / WEIGHTS_FILE}: {layer_name}.{part}: expected shape {list(shape)}, "
                     f"got {'no tensor' if got is None else list(got.shape)}"
                 )
-    if name not in adapter_names(model):
+    existing = {n: layer.lora_A[name].shape[0] for n, layer in lora_layers(model) if name in layer.configs}
+    given = {layer_name: config.rank(layer_name) for layer_name in weights}
+    if existing and existing != given:
+        raise ValueError(f"load_adapter: name: expected ranks {existing} of adapter {name!r}, got {given}")
+    if not existing:
         attach(model, dict.fromkeys(weights, config), name)
-    elif (present := {n for n, layer in lora_layers(model) if name in layer.configs}) != set(weights):
-        raise ValueError(
-            f"load_adapter: name: expected layers {sorted(present)} of adapter {name!r}, got {sorted(weights)}"
-        )
     with torch.no_grad():
         for layer_name, layer in lora_layers(model):
             if layer_name in weights:
@@ -138,14 +152,17 @@ def _short_names(model: nn.Module, layer_names: list[str]) -> list[str]:
     return sorted(last_parts) if meant == set(layer_names) else sorted(layer_names)
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside and rename: at no moment is there half a file of this name."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _write_all(writers: dict[Path, Callable[[Path], object]]) -> None:
+    """Write all beside, then rename all: no failure at writing leaves half a file or half a set."""
+    beside = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in writers}
     try:
-        write(beside)
-        os.replace(beside, path)
+        for path, write in writers.items():
+            write(beside[path])
+        for path in writers:
+            os.replace(beside[path], path)
     finally:
-        beside.unlink(missing_ok=True)
+        for path in beside.values():
+            path.unlink(missing_ok=True)
 
 
 def _read_config(path: Path) -> LoraConfig:

@@ -16,6 +16,8 @@ from qlora_ext.lora import LoraConfig, LoraLinear, dense_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 AnyLinear = nn.Linear | Linear4bit | LoraLinear
+# They hand the weights of their linear layers to kernels of their own.
+CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def quantize_model(
@@ -75,7 +77,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
 
     Source: LoRA, arXiv 2106.09685, section 4.
     """
-    _check_not_merged("add_adapter", model)
+    check_not_merged("add_adapter", model)
     if name in adapter_names(model):
         raise ValueError(f"add_adapter: name: expected a name not in {adapter_names(model)}, got {name!r}")
     attach(model, dict.fromkeys(target_modules(model, config), config), name)
@@ -92,7 +94,7 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     Raises:
         ValueError: there is no adapter of such a name; merged adapters.
     """
-    _check_not_merged("set_adapter", model)
+    check_not_merged("set_adapter", model)
     names = [] if name is None else [name] if isinstance(name, str) else list(name)
     for wanted in names:
         check_has_adapter("set_adapter", model, wanted)
@@ -110,7 +112,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: there is no adapter of this name; merged adapters.
     """
-    _check_not_merged("delete_adapter", model)
+    check_not_merged("delete_adapter", model)
     check_has_adapter("delete_adapter", model, name)
 
     def remove(_: str, module: nn.Module) -> nn.Module:
@@ -138,7 +140,13 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
 
     Source: LoRA, arXiv 2106.09685, section 4.1 ("no additional inference latency").
     """
-    _check_not_merged("merge_adapter", model)
+    check_not_merged("merge_adapter", model)
+    for name, layer in lora_layers(model):
+        for adapter in layer.active_adapters:
+            if not (layer.lora_A[adapter].isfinite().all() and layer.lora_B[adapter].isfinite().all()):
+                raise ValueError(
+                    f"merge_adapter: {name}: expected finite values in adapter {adapter!r}, got NaN or Inf"
+                )
     if not dequantize:
         active = [layer for _, layer in lora_layers(model) if layer.active_adapters]
         if not active:
@@ -183,8 +191,9 @@ def linear_layers(model: nn.Module) -> dict[str, AnyLinear]:
     found = {}
     inside: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) not in inside and isinstance(module, AnyLinear):
-            found[name] = module
+        if name and id(module) not in inside and isinstance(module, (AnyLinear, *CLOSED)):
+            if isinstance(module, AnyLinear):
+                found[name] = module
             inside.update(id(child) for child in module.modules())
     return found
 
@@ -197,18 +206,24 @@ def target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     """
     layers = linear_layers(model)
     wanted = config.target_modules
-    if wanted == "all-linear":
-        names = [name for name in layers if name not in _output_head(model, layers)]
-    elif isinstance(wanted, str):
-        names = [name for name in layers if re.fullmatch(wanted, name)]
-    else:
-        names = [name for name in layers if _is_named(name, wanted)]
-        for target in wanted:
-            if not any(_is_named(name, [target]) for name in names):
-                raise ValueError(f"add_adapter: target_modules: {_expected_linear(layers)}, got {target!r}")
+    names = named_layers(model, wanted)
+    for target in wanted if isinstance(wanted, list) else []:
+        if not any(_is_named(name, [target]) for name in names):
+            raise ValueError(f"add_adapter: target_modules: {_expected_linear(layers)}, got {target!r}")
     if not names:
         raise ValueError(f"add_adapter: target_modules: {_expected_linear(layers)}, got {wanted!r}")
     return names
+
+
+def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
+    """The names of the linear layers that `wanted`, a LoraConfig's target_modules, matches; perhaps none."""
+    layers = linear_layers(model)
+    if wanted == "all-linear":
+        head = _output_head(model, layers)
+        return [name for name in layers if name not in head]
+    if isinstance(wanted, str):
+        return [name for name in layers if re.fullmatch(wanted, name)]
+    return [name for name in layers if _is_named(name, wanted)]
 
 
 def attach(model: nn.Module, configs: dict[str, LoraConfig], name: str) -> None:
@@ -237,17 +252,21 @@ def _replace(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -
     """
     converted: dict[int, nn.Module] = {}
     changed = 0
-    stack = [("", model)]
-    while stack:
-        prefix, parent = stack.pop()
-        for child_name, child in list(parent.named_children()):
-            name = f"{prefix}.{child_name}" if prefix else child_name
+
+    def visit(prefix: str, parent: nn.Module) -> None:
+        nonlocal changed
+        for child_name, child in list(parent._modules.items()):  # named_children names a shared child once
+            if child is None:
+                continue
             if id(child) not in converted:
+                name = f"{prefix}.{child_name}" if prefix else child_name
                 converted[id(child)] = convert(name, child)
-                changed += converted[id(child)] is not child
-                if converted[id(child)] is child and not isinstance(child, AnyLinear):
-                    stack.append((name, child))
+                if converted[id(child)] is child and not isinstance(child, (AnyLinear, *CLOSED)):
+                    visit(name, child)
+            changed += converted[id(child)] is not child
             setattr(parent, child_name, converted[id(child)])
+
+    visit("", model)
     return changed
 
 
@@ -272,6 +291,6 @@ def _expected_linear(layers: dict[str, AnyLinear]) -> str:
     return f"expected names of linear layers (here, by their last parts: {', '.join(last_parts) or 'none'})"
 
 
-def _check_not_merged(op: str, model: nn.Module) -> None:
+def check_not_merged(op: str, model: nn.Module) -> None:
     if any(layer.merged for _, layer in lora_layers(model)):
         raise ValueError(f"{op}: model: expected unmerged adapters (call unmerge_adapter first), got merged ones")

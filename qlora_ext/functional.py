@@ -131,7 +131,12 @@ def lora_linear_4bit(
 
 def cast_as_autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on and would cast the input of F.linear, else x itself."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+    if (
+        not x.is_meta
+        and torch.is_autocast_enabled(x.device.type)
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+    ):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 

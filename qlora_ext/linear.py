@@ -175,7 +175,10 @@ class Linear4bit(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(prefix + "weight")
         if isinstance(weight, Tensor) and weight.is_floating_point():
-            self.quantize_(weight if self.weight.is_meta else weight.to(self.weight.device))
+            try:
+                self.quantize_(weight if self.weight.is_meta else weight.to(self.weight.device))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"Linear4bit: {prefix}weight: {error}") from error
             # The scales were made here: to the rest of the loading they are neither missing nor different.
             state_dict = dict(state_dict) | {prefix + name: own for name, own in self._storage().items()}
         for name, own in self._storage().items():
@@ -192,7 +195,8 @@ class Linear4bit(nn.Module):
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     """What nn.Module._apply should call so that the tensors `kept` follow a move to another device but not a cast."""
-    ids = {id(tensor) for tensor in kept}
+    kept = list(kept)
+    ids = {id(tensor) for tensor in kept} | {id(tensor.grad) for tensor in kept if tensor.grad is not None}
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)

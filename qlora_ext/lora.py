@@ -45,6 +45,15 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for what in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(pattern := getattr(self, what), dict):
+                raise TypeError(f"LoraConfig: {what}: expected a dict, got {pattern!r}")
+            for key in pattern:
+                _check_regex(what, key)
+        if isinstance(self.target_modules, str):
+            _check_regex("target_modules", self.target_modules)
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"LoraConfig: use_rslora: expected a bool, got {self.use_rslora!r}")
         for what, r in [("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())]:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"LoraConfig: {what}: expected an integer of at least 1, got {r!r}")
@@ -70,6 +79,13 @@ class LoraConfig:
         """The factor of B A in the layer of this name."""
         r = self.rank(module_name)
         return _by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _check_regex(what: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"LoraConfig: {what}: expected a regular expression, got {pattern!r} ({error})") from error
 
 
 def _by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
