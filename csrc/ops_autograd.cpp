@@ -1,0 +1,219 @@
+// The gradients of linear_4bit and lora_linear_4bit: for x, the bias and the adapters, never for the 4-bit weight.
+//
+// In C++, not by torch.library.register_autograd: that walks the tensor lists in Python, which took a tenth of a
+// training step of a small model (bench/NOTES.md).
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/sum.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+
+namespace qlora {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The 4-bit weight of an op's arguments, as it stands in the schemas.
+struct Weight {
+  Tensor packed, absmax;
+  OptionalTensor nested_absmax, nested_offset;
+  std::string quant_type;
+  int64_t blocksize;
+
+  static Weight saved(const AutogradContext* ctx, const variable_list& tensors) {
+    auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    return {tensors[0],
+            tensors[1],
+            optional(tensors[2]),
+            optional(tensors[3]),
+            ctx->saved_data.at("quant_type").toStringRef(),
+            ctx->saved_data.at("blocksize").toInt()};
+  }
+
+  // Its four tensors, the first of what is saved for the backward pass.
+  variable_list save(AutogradContext* ctx) const {
+    ctx->saved_data["quant_type"] = quant_type;
+    ctx->saved_data["blocksize"] = blocksize;
+    return {packed, absmax, nested_absmax.value_or(Tensor()), nested_offset.value_or(Tensor())};
+  }
+};
+
+Tensor call_linear(const Tensor& x, const Weight& w, c10::SymInt out_features, const OptionalTensor& bias) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("qlora_ext::linear_4bit", "")
+          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                        std::string, int64_t, c10::SymInt, const OptionalTensor&)>();
+  return op.call(x, w.packed, w.absmax, w.nested_absmax, w.nested_offset, w.quant_type, w.blocksize,
+                 std::move(out_features), bias);
+}
+
+Tensor call_dgrad(const Tensor& grad, const Weight& w, c10::SymInt in_features) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qlora_ext::linear_4bit_dgrad", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                           const OptionalTensor&, std::string, int64_t, c10::SymInt)>();
+  return op.call(grad, w.packed, w.absmax, w.nested_absmax, w.nested_offset, w.quant_type, w.blocksize,
+                 std::move(in_features));
+}
+
+std::tuple<Tensor, Tensor> call_lora(const Tensor& x, const Weight& w, c10::SymInt out_features,
+                                     const OptionalTensor& bias, at::TensorList A, at::TensorList B,
+                                     c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qlora_ext::lora_linear_4bit", "")
+                             .typed<std::tuple<Tensor, Tensor>(
+                                 const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                 const OptionalTensor&, std::string, int64_t, c10::SymInt, const OptionalTensor&,
+                                 at::TensorList, at::TensorList, c10::ArrayRef<double>, at::TensorList)>();
+  return op.call(x, w.packed, w.absmax, w.nested_absmax, w.nested_offset, w.quant_type, w.blocksize,
+                 std::move(out_features), bias, A, B, scaling, dropout_mask);
+}
+
+// x[..., n] as [M, n].
+Tensor as_rows(const Tensor& x) {
+  const auto sizes = x.sym_sizes();
+  c10::SymInt count = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) count = count * sizes[i];
+  return x.reshape_symint({count, sizes.back()});
+}
+
+void save_bias(AutogradContext* ctx, const OptionalTensor& bias) {
+  if (bias.has_value()) ctx->saved_data["bias_dtype"] = static_cast<int64_t>(bias->scalar_type());
+}
+
+Tensor bias_grad(const AutogradContext* ctx, const Tensor& grad_rows) {
+  const auto dtype = static_cast<at::ScalarType>(ctx->saved_data.at("bias_dtype").toInt());
+  return at::sum(grad_rows, at::IntArrayRef{0}, false, at::kFloat).to(dtype);
+}
+
+struct Linear4bit : torch::autograd::Function<Linear4bit> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, const Weight& w,
+                        const c10::SymInt& out_features) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    Tensor y = call_linear(x, w, out_features, bias);  // first, for its checks
+    ctx->saved_data["in_features"] = x.sym_size(-1);
+    save_bias(ctx, bias);
+    ctx->save_for_backward(w.save(ctx));
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Weight w = Weight::saved(ctx, ctx->get_saved_variables());
+    const bool has_bias = ctx->saved_data.count("bias_dtype") > 0;
+    variable_list out(4);
+    if (ctx->needs_input_grad(0)) out[0] = call_dgrad(grads[0], w, ctx->saved_data.at("in_features").toSymInt());
+    if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
+    return out;
+  }
+};
+
+// One object, so that autograd takes it for one argument that is no variable.
+struct Dropout {
+  std::vector<double> scaling;
+  variable_list masks;
+};
+
+// With g_i = scaling_i grad B_i:  dx = grad W + sum_i mask_i * (g_i A_i),  dA_i = g_i^T (x * mask_i),
+// dB_i = scaling_i grad^T xA_i. Without masks the adapters go through one multiply side by side. All in the dtype of x;
+// the gradients of the adapters are cast to theirs (float32) at the end.
+struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, at::TensorList A,
+                               at::TensorList B, const Weight& w, const c10::SymInt& out_features,
+                               const Dropout& dropout) {
+    const auto& [scaling, masks] = dropout;
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [y, xA] = call_lora(x, w, out_features, bias, A, B, scaling, masks);
+    variable_list saved = w.save(ctx);
+    saved.insert(saved.end(), {x, xA});
+    saved.insert(saved.end(), A.begin(), A.end());
+    saved.insert(saved.end(), B.begin(), B.end());
+    saved.insert(saved.end(), masks.begin(), masks.end());
+    ctx->saved_data["scaling"] = scaling;
+    save_bias(ctx, bias);
+    ctx->save_for_backward(std::move(saved));
+    ctx->mark_non_differentiable({xA});
+    ctx->set_materialize_grads(false);
+    return {y, xA};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Weight w = Weight::saved(ctx, saved);
+    const std::vector<double> scaling = ctx->saved_data.at("scaling").toDoubleVector();
+    const size_t count = scaling.size();
+    const at::TensorList A = at::TensorList(saved).slice(6, count);
+    const at::TensorList B = at::TensorList(saved).slice(6 + count, count);
+    const at::TensorList masks = at::TensorList(saved).slice(6 + 2 * count);
+    const bool has_bias = ctx->saved_data.count("bias_dtype") > 0;
+    const size_t first_B = 2 + count;  // of the gradients, in the order of forward's arguments: x, bias, A, B, ...
+    variable_list out(2 + 2 * count + 3);
+    if (!grads[0].defined()) return out;
+
+    const Tensor rows = as_rows(saved[4]), grad = as_rows(grads[0]);
+    const Tensor& xA = saved[5];
+    variable_list scaled_B;
+    for (size_t i = 0; i < count; ++i) scaled_B.push_back(at::mul(B[i], scaling[i]));
+    const Tensor stacked_A = at::cat(A, 0).to(rows.scalar_type());
+    const Tensor g = at::mm(grad, at::cat(scaled_B, 1).to(rows.scalar_type()));  // [M, sum r]
+    const Tensor grad_B = at::mm(xA.t(), grad);                                  // [sum r, N]
+    if (ctx->needs_input_grad(0)) {
+      Tensor dx = call_dgrad(grad, w, rows.sym_size(1));
+      if (masks.empty()) dx = dx.addmm_(g, stacked_A);
+      out[0] = dx;
+    }
+    Tensor grad_A;  // [sum r, K]
+    if (masks.empty()) grad_A = at::mm(g.t(), rows);
+    int64_t first = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t r = A[i].size(0);
+      if (masks.empty()) {
+        out[2 + i] = grad_A.narrow(0, first, r).to(A[i].scalar_type());
+      } else {
+        const Tensor g_i = g.narrow(1, first, r), mask = as_rows(masks[i]);
+        out[2 + i] = at::mm(g_i.t(), at::mul(rows, mask)).to(A[i].scalar_type());
+        if (out[0].defined()) out[0].addcmul_(at::mm(g_i, stacked_A.narrow(0, first, r)), mask);
+      }
+      out[first_B + i] = at::mul(grad_B.narrow(0, first, r).t().to(B[i].scalar_type()), scaling[i]);
+      first += r;
+    }
+    if (out[0].defined()) out[0] = out[0].reshape_symint(saved[4].sym_sizes());
+    if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, grad);
+    return out;
+  }
+};
+
+Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                   const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
+                   c10::SymInt out_features, const OptionalTensor& bias) {
+  const Weight w{packed, absmax, nested_absmax, nested_offset, quant_type, blocksize};
+  return Linear4bit::apply(x, bias, w, out_features);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                                            const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                                            std::string quant_type, int64_t blocksize, c10::SymInt out_features,
+                                            const OptionalTensor& bias, at::TensorList A, at::TensorList B,
+                                            c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
+  const Weight w{packed, absmax, nested_absmax, nested_offset, quant_type, blocksize};
+  const auto out = LoraLinear4bit::apply(x, bias, A, B, w, out_features, Dropout{scaling.vec(), dropout_mask.vec()});
+  return {out[0], out[1]};
+}
+
+}  // namespace
+}  // namespace qlora
+
+TORCH_LIBRARY_IMPL(qlora_ext, Autograd, m) {
+  m.impl("linear_4bit", qlora::linear_4bit);
+  m.impl("lora_linear_4bit", qlora::lora_linear_4bit);
+}
