@@ -1,7 +1,8 @@
-# Each target is one call of the real tool. Everything is set up in .venv; only python3 (with venv) and g++ are needed.
+# Each target is one call of the real tool. Everything is set up in .venv; make, g++ and Python with venv and headers are needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 DEMO := build/demo
 DEMO_FLAGS ?= --steps 60
@@ -31,7 +32,7 @@ clean:
 # torch and the build tools first: the extension is built against the torch that is installed, not one of its own.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "torch>=2.11" setuptools ninja numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch>=2.11" "setuptools>=77" ninja numpy
 	touch $@
 
 $(VENV)/.installed-finetune: $(VENV)/.torch $(SOURCES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peers
@@ -71,7 +72,11 @@ def main() -> None:
     assert all(abs(loss - reference) < 0.1 * reference for loss in losses.values()), losses
 
     tokens = args.batch * args.length
-    same = {"bench": "train_step", "model": args.model and "SmolLM2-135M-Instruct", "dtype": "bfloat16"}
+    same = {
+        "bench": "train_step",
+        "model": Path(args.model).resolve().name if args.model else "random, SmolLM2-135M",
+        "dtype": "bfloat16",
+    }
     same |= {"batch": args.batch, "length": args.length}
     rows: list[dict[str, Any]] = []
     for name, times in interleaved(steps, seconds=args.seconds).items():

@@ -119,7 +119,10 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
 // multiplying.
 int64_t workspace_bytes() {
   static const int64_t bytes = [] {
-    const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    int64_t l2 = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
     return std::max<int64_t>(l2, 1 << 20);
   }();
   return bytes;

@@ -40,6 +40,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base's own weight
     "use_qalora": (False, None),
     "arrow_config": (None,),
     "use_bdlora": (None, False),

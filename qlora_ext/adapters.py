@@ -44,7 +44,7 @@ def quantize_model(
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
-    skip = tuple(skip)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -95,7 +95,7 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
         ValueError: there is no adapter of such a name; merged adapters.
     """
     check_not_merged("set_adapter", model)
-    names = [] if name is None else [name] if isinstance(name, str) else list(name)
+    names = [] if name is None else [name] if isinstance(name, str) else list(dict.fromkeys(name))
     for wanted in names:
         check_has_adapter("set_adapter", model, wanted)
     model.requires_grad_(False)
@@ -141,12 +141,10 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     Source: LoRA, arXiv 2106.09685, section 4.1 ("no additional inference latency").
     """
     check_not_merged("merge_adapter", model)
-    for name, layer in lora_layers(model):
-        for adapter in layer.active_adapters:
-            if not (layer.lora_A[adapter].isfinite().all() and layer.lora_B[adapter].isfinite().all()):
-                raise ValueError(
-                    f"merge_adapter: {name}: expected finite values in adapter {adapter!r}, got NaN or Inf"
-                )
+    for name, layer in lora_layers(model):  # before any layer is touched
+        if layer.active_adapters and not layer.merged_weight().to(layer.dtype).isfinite().all():
+            adapters = ", ".join(layer.active_adapters)
+            raise ValueError(f"merge_adapter: {name}: expected finite values with {adapters}, got NaN or Inf")
     if not dequantize:
         active = [layer for _, layer in lora_layers(model) if layer.active_adapters]
         if not active:

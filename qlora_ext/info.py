@@ -12,12 +12,16 @@ from qlora_ext import _C
 from qlora_ext._ops import ops
 
 
+def built_for_cuda() -> bool:
+    """Whether the ops run on CUDA tensors too."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(ops.linear_4bit.default.name(), "CUDA"))
+
+
 def describe() -> dict[str, str]:
     """What was built and what runs, as text by name."""
-    cuda = torch._C._dispatch_has_kernel_for_dispatch_key(ops.linear_4bit.default.name(), "CUDA")
     return {
         "qlora_ext": version("qlora-ext"),
-        "built for": "C++ and CUDA" if cuda else "C++ only (tensors on the CPU)",
+        "built for": "C++ and CUDA" if built_for_cuda() else "C++ only (tensors on the CPU)",
         "compiler": _C.compiler,
         "CPU path": f"{_C.cpu_path()} (this machine runs {', '.join(_C.cpu_paths())}; set QLORA_EXT_CPU to choose)",
         "threads": str(torch.get_num_threads()),

@@ -131,6 +131,12 @@ class LoraLinear(nn.Module):
         return self.base_layer.out_features
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The base's dtype (of the original weight, if it is 4-bit)."""
+        base = self.base_layer
+        return base.dtype if isinstance(base, Linear4bit) else base.weight.dtype
+
+    @property
     def merged(self) -> bool:
         """Whether the active adapters are inside merged_base."""
         return self.merged_base is not None

@@ -156,3 +156,10 @@ def test_the_input_gradient_flows_through_all_layers() -> None:
     expected = torch.ones(3, 64) @ model[1].dequantize() @ model[0].dequantize()
     torch.testing.assert_close(x.grad, expected)
     assert_same(model[1].bias.grad, torch.full((64,), 3.0))
+
+
+def test_skip_may_be_one_name() -> None:
+    model = nn.ModuleDict({"lm_head": nn.Linear(64, 8), "body": nn.Linear(64, 64)})
+    qlora_ext.quantize_model(model, skip="lm_head")
+    assert type(model["lm_head"]) is nn.Linear
+    assert isinstance(model["body"], qlora_ext.Linear4bit)

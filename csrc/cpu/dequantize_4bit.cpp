@@ -38,8 +38,9 @@ void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, 
 #if defined(__x86_64__)
     const std::int64_t first = (begin + w.blocksize - 1) / w.blocksize;  // whole blocks [first, last)
     const std::int64_t last = end / w.blocksize;
-    if (path() != Path::Portable && first < last) {
-      const auto vector_kernel = path() == Path::Avx2 ? dequantize_4bit_avx2 : dequantize_4bit_avx512;
+    const Path chosen = path();
+    if (chosen != Path::Portable && first < last) {
+      const auto vector_kernel = chosen == Path::Avx2 ? dequantize_4bit_avx2 : dequantize_4bit_avx512;
       dequantize_portable(w, begin, first * w.blocksize, values);
       vector_kernel(w, first, last, dtype, values + (first * w.blocksize - begin));
       values += last * w.blocksize - begin;

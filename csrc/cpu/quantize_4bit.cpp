@@ -29,9 +29,9 @@ void quantize_block(const T* weight, std::int64_t count, const Codebook& book, s
 void quantize_4bit(const void* weight, DType dtype, std::int64_t n, std::int64_t blocksize, QuantType quant_type,
                    std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax) {
 #if defined(__x86_64__)
-  if (path() != Path::Portable) {
+  if (const Path chosen = path(); chosen != Path::Portable) {
     const std::int64_t whole = std::max(begin, std::min(end, n / blocksize));
-    const auto vector_kernel = path() == Path::Avx2 ? quantize_4bit_avx2 : quantize_4bit_avx512;
+    const auto vector_kernel = chosen == Path::Avx2 ? quantize_4bit_avx2 : quantize_4bit_avx512;
     vector_kernel(weight, dtype, blocksize, quant_type, begin, whole, packed, absmax);
     begin = whole;
   }

@@ -230,7 +230,7 @@ def _encode(turns: Conversation, render: _Render) -> Example:
                 labels[position] = ids[position]
     answered = (position for position, label in enumerate(labels) if label != IGNORE)
     first_answer = next(index for index, (role, _) in enumerate(turns) if role == "assistant")
-    return Example(ids, labels, next(answered, len(ids)), question=turns[first_answer - 1][1])
+    return Example(ids, labels, next(answered, len(ids)), question=turns[first_answer - 1][1] if first_answer else "")
 
 
 def _text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[Example], int]:

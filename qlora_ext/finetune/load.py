@@ -124,7 +124,7 @@ def _stream(
         tensor = read(None if quantized else dtype).to(device)
         try:
             owner.load_state_dict({leaf: tensor}, strict=False, assign=True)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: {error}") from error
         missing.discard(name)
     model.tie_weights(missing_keys=missing)

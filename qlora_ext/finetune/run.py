@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import json
+import os
 import re
 import sys
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 import transformers
 
 import qlora_ext
-from qlora_ext.info import describe
+from qlora_ext.info import built_for_cuda, describe
 
 from .data import IGNORE, PadToLongest, load_data
 from .evaluate import held_out_loss, sample_answers
@@ -18,11 +20,17 @@ from .load import compute_dtype, load_model, open_checkpoint
 from .report import composition, peak_rss, table, write
 from .train import Schedule, total_steps, train
 
+# What --resume must not change: the base, the examples and their split, and the adapter.
+SAME_RUN = (
+    *("model", "data", "method", "seed", "eval_fraction", "max_length", "chat"),
+    *("quant_type", "blocksize", "no_double_quant", "r", "lora_alpha", "target_modules", "use_rslora"),
+)
+
 
 def run(options: argparse.Namespace) -> int:
     """Load, train, evaluate before and after, save and report; return 0, or 130 when Ctrl-C ended the training."""
     adapter = options.method != "full"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options.method)
     dtype = compute_dtype(options.dtype, device)
     autocast = not adapter and dtype == torch.bfloat16  # full fine-tuning keeps fp32 weights and computes in bf16
 
@@ -50,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     if adapter:
         qlora_ext.add_adapter(model, _lora_config(options))
     options.output.mkdir(parents=True, exist_ok=True)
+    _check_same_run(options)
     for name in ("report.json", "report.png"):  # of an earlier run
         (options.output / name).unlink(missing_ok=True)
 
@@ -128,6 +137,34 @@ def run(options: argparse.Namespace) -> int:
     print(table(report))
     _say(f"report.json and report.png are in {options.output}")
     return 0
+
+
+def _device(method: str) -> torch.device:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE: expected one process, got {os.environ['WORLD_SIZE']}: gradients are not shared")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if method == "qlora" and not built_for_cuda():
+        _say("this build of qlora_ext has no CUDA kernels: training on the CPU")
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+def _check_same_run(options: argparse.Namespace) -> None:
+    """With --resume the split and the base must be those of the run that is resumed; else note what they are."""
+    file = options.output / "run.json"
+    same = {name: str(getattr(options, name)) for name in SAME_RUN}
+    if not options.resume:
+        beside = file.with_suffix(".tmp")
+        beside.write_text(json.dumps(same, indent=2) + "\n")
+        os.replace(beside, file)
+        return
+    before = json.loads(file.read_text()) if file.exists() else same
+    for name, value in same.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"--resume: --{name.replace('_', '-')}: expected {before.get(name)!r} as before, got {value!r}"
+            )
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
