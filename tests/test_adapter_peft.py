@@ -151,7 +151,13 @@ def test_all_linear_is_saved_as_names_that_mean_these_layers_alone(tmp_path: Pat
 
 @pytest.mark.parametrize(
     "fields",
-    [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+    ],
     ids=str,
 )
 def test_pefts_other_kinds_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:

@@ -293,12 +293,3 @@ def test_state_dict_round_trip(two_adapters: LlamaForCausalLM) -> None:
     other.load_state_dict(two_adapters.state_dict(), strict=True)
     assert state_bytes(other) == state_bytes(two_adapters)
     assert_same(logits(other), logits(two_adapters))
-
-
-def test_an_adapter_named_twice_counts_once() -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    qlora_ext.add_adapter(model, qlora_ext.LoraConfig(r=2))
-    nn.init.ones_(model[0].lora_B["default"])
-    once = model(torch.ones(1, 8))
-    qlora_ext.set_adapter(model, ["default", "default"])
-    assert torch.equal(model(torch.ones(1, 8)), once)

@@ -262,3 +262,12 @@ def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_merged(dequantize
     with pytest.raises(ValueError, match=r"merge_adapter.*layers\.1\.mlp\.up_proj.*finite"):
         merge_adapter(model, dequantize=dequantize)
     assert everything(model) == before
+
+
+def test_an_adapter_named_twice_counts_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    add_adapter(model, LoraConfig(r=2))
+    nn.init.ones_(model[0].lora_B["default"])
+    once = model(torch.ones(1, 8))
+    set_adapter(model, ["default", "default"])
+    assert torch.equal(model(torch.ones(1, 8)), once)

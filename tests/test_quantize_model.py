@@ -160,6 +160,6 @@ def test_the_input_gradient_flows_through_all_layers() -> None:
 
 def test_skip_may_be_one_name() -> None:
     model = nn.ModuleDict({"lm_head": nn.Linear(64, 8), "body": nn.Linear(64, 64)})
-    qlora_ext.quantize_model(model, skip="lm_head")
+    quantize_model(model, skip="lm_head")
     assert type(model["lm_head"]) is nn.Linear
-    assert isinstance(model["body"], qlora_ext.Linear4bit)
+    assert isinstance(model["body"], Linear4bit)
