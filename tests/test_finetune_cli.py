@@ -152,6 +152,19 @@ def test_earlier_run_is_not_mixed_with_a_new_one(arguments: dict[str, Any], caps
     assert [path.name for path in arguments["output"].glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("change", [{"seed": 5}, {"method": "lora"}, {"r": 4}, {"blocksize": 32}], ids=str)
+def test_resume_refuses_another_run(
+    change: dict[str, Any], arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(arguments)) == 0
+    before = (arguments["output"] / "run.json").read_bytes()
+    assert cli.main(words({**arguments, **change, "steps": 6, "resume": True})) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--{next(iter(change))}: expected" in last_line
+    assert (arguments["output"] / "run.json").read_bytes() == before
+    assert not (arguments["output"] / "checkpoint-6").exists()
+
+
 def test_foreign_adapter_in_the_checkpoint_is_named(
     arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
