@@ -9,6 +9,13 @@
 #include <cstdint>
 #include <limits>
 
+// Functions of the format that kernels use too. nvcc needs --expt-relaxed-constexpr for the constexpr ones.
+#ifdef __CUDACC__
+#define QLORA_HOST_DEVICE __host__ __device__
+#else
+#define QLORA_HOST_DEVICE
+#endif
+
 namespace qlora {
 
 enum class QuantType : int { NF4 = 0, FP4 = 1 };
@@ -101,6 +108,14 @@ constexpr DynamicCodebook make_dynamic_codebook() {
 }
 
 inline constexpr DynamicCodebook kDynamicCodebook = make_dynamic_codebook();
+
+#ifdef __CUDACC__
+// The same tables where a kernel can index them; each kernel file gets a copy (1.3 KB).
+namespace {
+__constant__ Codebook device_codebooks[] = {kCodebooks[0], kCodebooks[1]};
+__constant__ DynamicCodebook device_dynamic_codebook = kDynamicCodebook;
+}  // namespace
+#endif
 
 static_assert(codebook(QuantType::NF4).code_of_rank[7] == 7 && codebook(QuantType::NF4).value[7] == 0.0f);
 static_assert(codebook(QuantType::FP4).code_of_rank[7] == 0 && codebook(QuantType::FP4).bound[14] > 1.0f);

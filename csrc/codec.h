@@ -24,55 +24,68 @@ struct Packed4bit {
   std::int64_t blocksize;  // a power of two, 32 ... 4096
 };
 
+// Rows and columns [begin, end) of a weight [*, K].
+struct Slice {
+  std::int64_t row_begin, row_end, column_begin, column_end;
+};
+
 // --- 4-bit values -------------------------------------------------------------------------------------------------
 
 // What a block's weights are multiplied by before encoding; the floor keeps an all-zero block finite.
-inline float inverse_absmax(float absmax) { return 1.0f / (absmax > 1e-38f || absmax != absmax ? absmax : 1e-38f); }
+QLORA_HOST_DEVICE inline float inverse_absmax(float absmax) {
+  return 1.0f / (absmax > 1e-38f || absmax != absmax ? absmax : 1e-38f);
+}
 
 // The code of a weight already multiplied by inverse_absmax. A value beyond [-1, 1] gets the end code, as if clamped.
-inline std::uint8_t encode(const Codebook& book, float x) {
+QLORA_HOST_DEVICE inline std::uint8_t encode(const Codebook& book, float x) {
   int rank = 0;
   for (int i = 0; i < kNumCodes - 1; ++i) rank += x > book.bound[i];
   return book.code_of_rank[rank];
 }
 
-inline std::uint8_t pack(std::uint8_t even, std::uint8_t odd) { return static_cast<std::uint8_t>(even << 4 | odd); }
+QLORA_HOST_DEVICE inline std::uint8_t pack(std::uint8_t even, std::uint8_t odd) {
+  return static_cast<std::uint8_t>(even << 4 | odd);
+}
 
-inline std::uint8_t unpack(const std::uint8_t* packed, std::int64_t element) {
+QLORA_HOST_DEVICE inline std::uint8_t unpack(const std::uint8_t* packed, std::int64_t element) {
   const std::uint8_t byte = packed[element / 2];
   return element % 2 == 0 ? byte >> 4 : byte & 0xf;
 }
 
 template <typename T>
-T decode(const Codebook& book, std::uint8_t code, float absmax) {
+QLORA_HOST_DEVICE T decode(const Codebook& book, std::uint8_t code, float absmax) {
   return round_to<T>(book.value[code] * absmax);
 }
 
 // --- 8-bit absmax -------------------------------------------------------------------------------------------------
 
 // What (absmax - offset) is multiplied by before encoding; the ceiling keeps a group of zeros at 0 * FLT_MAX = 0.
-inline float inverse_group_absmax(float group_absmax) {
+QLORA_HOST_DEVICE inline float inverse_group_absmax(float group_absmax) {
   const float inverse = 1.0f / group_absmax;
   return inverse > std::numeric_limits<float>::max() ? std::numeric_limits<float>::max() : inverse;
 }
 
 // Binary search without branches (they would be mispredicted half the time): bit by bit, is x above that bound?
-inline std::uint8_t encode_dynamic(float x) {
+// `bound` is DynamicCodebook::bound, wherever the caller keeps it.
+QLORA_HOST_DEVICE inline std::uint8_t encode_dynamic(const float* bound, float x) {
   unsigned code = 0;
-  for (int bit = 7; bit >= 0; --bit) {
-    code |= static_cast<unsigned>(x > kDynamicCodebook.bound[code + (1u << bit) - 1]) << bit;
-  }
+  for (int bit = 7; bit >= 0; --bit) code |= static_cast<unsigned>(x > bound[code + (1u << bit) - 1]) << bit;
   return static_cast<std::uint8_t>(code);
 }
 
-inline float decode_dynamic(std::uint8_t code, float nested_absmax, float nested_offset) {
-  return kDynamicCodebook.value[code] * nested_absmax + nested_offset;
+// `value` is DynamicCodebook::value[code]. Two roundings: nvcc would fuse the plain expression.
+QLORA_HOST_DEVICE inline float decode_dynamic(float value, float nested_absmax, float nested_offset) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(__fmul_rn(value, nested_absmax), nested_offset);
+#else
+  return value * nested_absmax + nested_offset;
+#endif
 }
 
 inline float block_absmax(const Packed4bit& w, std::int64_t block) {
   if (w.nested_absmax == nullptr) return static_cast<const float*>(w.absmax)[block];
-  return decode_dynamic(static_cast<const std::uint8_t*>(w.absmax)[block], w.nested_absmax[block / kNestedBlocksize],
-                        *w.nested_offset);
+  const std::uint8_t code = static_cast<const std::uint8_t*>(w.absmax)[block];
+  return decode_dynamic(kDynamicCodebook.value[code], w.nested_absmax[block / kNestedBlocksize], *w.nested_offset);
 }
 
 }  // namespace qlora

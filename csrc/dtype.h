@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "codebook.h"
+
 namespace qlora {
 
 enum class DType : int { Float32 = 0, Float16 = 1, BFloat16 = 2 };
@@ -18,11 +20,13 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-inline float to_float(float x) { return x; }
+QLORA_HOST_DEVICE inline float to_float(float x) { return x; }
 
-inline float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+QLORA_HOST_DEVICE inline float to_float(BFloat16 x) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
 
-inline float to_float(Half x) {
+QLORA_HOST_DEVICE inline float to_float(Half x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // Inf, NaN
@@ -33,22 +37,22 @@ inline float to_float(Half x) {
 
 // Round to nearest, ties to even; a NaN becomes the canonical quiet NaN.
 template <typename T>
-T round_to(float x);
+QLORA_HOST_DEVICE T round_to(float x);
 
 template <>
-inline float round_to<float>(float x) {
+QLORA_HOST_DEVICE inline float round_to<float>(float x) {
   return x;
 }
 
 template <>
-inline BFloat16 round_to<BFloat16>(float x) {
+QLORA_HOST_DEVICE inline BFloat16 round_to<BFloat16>(float x) {
   if (x != x) return {0x7fc0};
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
   return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
 template <>
-inline Half round_to<Half>(float x) {
+QLORA_HOST_DEVICE inline Half round_to<Half>(float x) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
   const std::uint32_t sign = bits >> 16 & 0x8000u;
   const std::uint32_t magnitude = bits & 0x7fffffffu;

@@ -30,7 +30,8 @@ void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int
     }
     nested_absmax[group] = std::bit_cast<float>(largest);
     const float inverse = inverse_group_absmax(nested_absmax[group]);
-    for (std::int64_t i = first; i < last; ++i) codes[i] = encode_dynamic((absmax[i] - offset) * inverse);
+    for (std::int64_t i = first; i < last; ++i)
+      codes[i] = encode_dynamic(kDynamicCodebook.bound, (absmax[i] - offset) * inverse);
   }
 }
 

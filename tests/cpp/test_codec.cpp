@@ -66,7 +66,7 @@ void check_encode(QuantType quant_type) {
 void check_dynamic() {
   for (int i = -70000; i <= 70000; ++i) {
     const float x = static_cast<float>(i) / 65536.0f;
-    const int code = encode_dynamic(x);
+    const int code = encode_dynamic(kDynamicCodebook.bound, x);
     int nearest = 0;
     for (int other = 1; other < kNumDynamicCodes; ++other) {
       const double better = std::fabs(static_cast<double>(kDynamicCodebook.value[other]) - x);
@@ -74,7 +74,8 @@ void check_dynamic() {
     }
     CHECK_EQ(code, nearest);
   }
-  for (int code = 0; code < kNumDynamicCodes; ++code) CHECK_EQ(encode_dynamic(kDynamicCodebook.value[code]), code);
+  for (int code = 0; code < kNumDynamicCodes; ++code)
+    CHECK_EQ(encode_dynamic(kDynamicCodebook.bound, kDynamicCodebook.value[code]), code);
 }
 
 void check_bytes() {

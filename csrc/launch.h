@@ -1,0 +1,61 @@
+// The kernel launchers: raw pointers, a stream, no torch.
+//
+// A launcher enqueues its kernels on `stream` of the current device and returns at once: it neither allocates nor
+// waits, so it can be captured into a CUDA graph. It returns what cudaGetLastError says of its launches. Whatever sizes
+// it takes may be 0: then it launches nothing.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "codec.h"
+
+namespace qlora::cuda {
+
+// packed[ceil(n / 2)] and absmax[ceil(n / blocksize)] of weight[n].
+cudaError_t launch_quantize_4bit(const void* weight, DType dtype, std::int64_t n, std::int64_t blocksize,
+                                 QuantType quant_type, std::uint8_t* packed, float* absmax, cudaStream_t stream);
+
+// codes[n], nested_absmax[ceil(n / 256)] and nested_offset[1] of absmax[n]; group_sums[ceil(n / 256)] is workspace.
+cudaError_t launch_quantize_absmax(const float* absmax, std::int64_t n, double* group_sums, std::uint8_t* codes,
+                                   float* nested_absmax, float* nested_offset, cudaStream_t stream);
+
+// The slice of the weight [*, K], dense, into out of that dtype. K need not be a multiple of the blocksize.
+cudaError_t launch_dequantize_4bit(const Packed4bit& w, std::int64_t K, const Slice& slice, DType dtype, void* out,
+                                   cudaStream_t stream);
+
+// What the split of a product over the device depends on.
+struct DeviceLimits {
+  int num_sms;
+  int shared_bytes_per_sm;  // cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
+
+// A product with few rows and a 4-bit weight [N, K], decoded inside one kernel.
+struct Product4bit {
+  const void* x;     // linear_4bit: x[M, K]; linear_4bit_dgrad: grad[M, N]
+  Packed4bit w;      // [N, K]
+  const void* bias;  // [N] or null; linear_4bit only
+  void* out;         // linear_4bit: y[M, N]; linear_4bit_dgrad: grad_x[M, K]
+  std::int64_t M, N, K;
+  DType dtype;  // of x, bias and out: BFloat16 or Float16
+};
+
+// The most rows that the fused kernels are meant for: with more, decoding slices for a dense product is faster.
+constexpr std::int64_t kMostFusedRows = 64;
+
+// Whether the fused kernels take it: 16-bit dtype, 1 to kMostFusedRows rows, whole blocks in a row, blocksize at most
+// 256, N even, and x, packed and absmax on 16-byte boundaries.
+bool takes_fused(const Product4bit& product);
+
+// y = x @ W^T + bias. workspace: linear_4bit_workspace_bytes, on a 16-byte boundary, of any content.
+std::int64_t linear_4bit_workspace_bytes(const Product4bit& product, const DeviceLimits& limits);
+cudaError_t launch_linear_4bit(const Product4bit& product, const DeviceLimits& limits, void* workspace,
+                               cudaStream_t stream);
+
+// grad_x = grad @ W, likewise.
+std::int64_t linear_4bit_dgrad_workspace_bytes(const Product4bit& product, const DeviceLimits& limits);
+cudaError_t launch_linear_4bit_dgrad(const Product4bit& product, const DeviceLimits& limits, void* workspace,
+                                     cudaStream_t stream);
+
+}  // namespace qlora::cuda
