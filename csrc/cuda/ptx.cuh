@@ -1,0 +1,74 @@
+// The instructions that CUDA C++ has no name for. This is the only file with inline PTX.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../dtype.h"
+
+namespace qlora::cuda {
+
+// d += a (16 x 16) @ b (16 x 8) in fp32. Lane 4 g + t holds, of a, the pairs of columns 2t, 2t+1 in rows g and g + 8,
+// then the same of columns 2t+8, 2t+9; of b the pairs of those rows in column g; of d columns 2t, 2t+1 in rows g and g
+// + 8.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                             std::uint32_t b1);
+
+#define QLORA_MMA_M16N8K16(TYPE, NAME)                                                                             \
+  template <>                                                                                                      \
+  __device__ __forceinline__ void mma_m16n8k16<TYPE>(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, \
+                                                     std::uint32_t b1) {                                           \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                                     \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                     \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                           \
+  }
+QLORA_MMA_M16N8K16(BFloat16, "bf16")
+QLORA_MMA_M16N8K16(Half, "f16")
+#undef QLORA_MMA_M16N8K16
+
+// The value itself, of which the compiler knows nothing: it cannot compute ahead with it, and keep registers for that.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Weights pass once: they need no place in L1, and L2 may fetch the whole line ahead of the next step.
+__device__ __forceinline__ uint2 load_once(const uint2* from) {
+  uint2 value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "l"(from));
+  return value;
+}
+
+__device__ __forceinline__ std::uint32_t load_once(const std::uint32_t* from) {
+  std::uint32_t value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+
+// Copies kBytes (4, 8 or 16) from global to shared memory without waiting; the last kBytes - `bytes` of them are zeros.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(void* to, const void* from, int bytes) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace qlora::cuda

@@ -1,0 +1,66 @@
+// How a product is split over the device, and put together again.
+//
+// The output is cut into tiles, each tile's sum into steps; the steps of all tiles, one after the other, are dealt out
+// in equal runs, one to a block, so that every multiprocessor has the same work whatever the shape. A tile that one
+// block computes whole is written at once. Else each of its blocks stores its partial sum, and the last to arrive adds
+// them up, in the order of the blocks: the result does not depend on the order in which they ran.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora::cuda {
+
+struct Split {
+  int tiles, steps, blocks;
+  int run, longer_runs;  // a block has `run` steps, the first `longer_runs` blocks one more
+
+  __host__ __device__ int begin(int block) const { return block * run + min_of(block, longer_runs); }
+  // The block that computes this one of all steps.
+  __host__ __device__ int block_of(int step) const {
+    const int in_longer = longer_runs * (run + 1);
+    return step < in_longer ? step / (run + 1) : longer_runs + (step - in_longer) / run;
+  }
+  __host__ __device__ int first_block(int tile) const { return block_of(tile * steps); }
+  __host__ __device__ int last_block(int tile) const { return block_of((tile + 1) * steps - 1); }
+  // Where the block puts its partial sum of the tile: a block has at most two unfinished tiles, its first and its last.
+  __host__ __device__ int partial_slot(int block, int tile) const { return 2 * block + (begin(block) / steps != tile); }
+
+  // Workspace: arrivals[tiles], then partial sums [2 * blocks][tile_values]; none if no tile is split.
+  std::int64_t arrivals_bytes() const { return (static_cast<std::int64_t>(tiles) * 4 + 15) / 16 * 16; }
+  std::int64_t workspace_bytes(std::int64_t tile_values) const {
+    return tiles % blocks == 0 ? 0 : arrivals_bytes() + 2 * std::int64_t{4} * blocks * tile_values;
+  }
+
+  __host__ __device__ static int min_of(int a, int b) { return a < b ? a : b; }
+};
+
+// As many blocks as the device holds at once, or as there are steps (fewer than 2^31).
+inline Split make_split(std::int64_t tiles, std::int64_t steps, std::int64_t resident_blocks) {
+  const std::int64_t total = tiles * steps;
+  const std::int64_t blocks = total < resident_blocks ? total : resident_blocks;
+  return {static_cast<int>(tiles), static_cast<int>(steps), static_cast<int>(blocks), static_cast<int>(total / blocks),
+          static_cast<int>(total % blocks)};
+}
+
+// Tells every thread of the last of `contributors` blocks to arrive that it is the last; the partial sums of all are
+// then visible to it. All threads of the block must call it, after storing their part of the block's sum.
+__device__ inline bool last_to_arrive(unsigned* arrivals, int contributors) {
+  __threadfence();
+  __syncthreads();
+  const bool last = threadIdx.x == 0 && atomicAdd(arrivals, 1u) + 1 == static_cast<unsigned>(contributors);
+  if (!__syncthreads_or(last)) return false;
+  __threadfence();
+  return true;
+}
+
+// The sum of value i over the blocks that computed the tile, in their order.
+__device__ inline float sum_of_partials(const float* partials, const Split& split, int tile, std::int64_t tile_values,
+                                        std::int64_t i) {
+  float sum = 0.0f;
+  for (int block = split.first_block(tile); block <= split.last_block(tile); ++block) {
+    sum += __ldcg(partials + split.partial_slot(block, tile) * tile_values + i);
+  }
+  return sum;
+}
+
+}  // namespace qlora::cuda
