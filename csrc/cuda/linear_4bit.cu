@@ -36,7 +36,9 @@ struct Config {
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kTileRows = kWarps * kWarpRows;
   static constexpr int kStepQuanta = kColumnTiles <= 2 ? 4 : kColumnTiles * kHalves < 16 ? 2 : 1;
-  static constexpr int kUnroll = kColumnTiles > 2 ? 1 : kColumnTiles * kHalves == 1 ? 4 : 2;  // more would not fit the registers
+  static constexpr int kUnroll = kColumnTiles > 2              ? 1
+                                 : kColumnTiles * kHalves == 1 ? 4
+                                                               : 2;  // more would not fit the registers
   static constexpr int kStepK = kStepQuanta * kQuantum;
   static constexpr int kStageSlots = 8 * kColumnTiles * kStepQuanta;
   static constexpr int kStages = kSlots / kStageSlots < 4 ? kSlots / kStageSlots : 4;
@@ -79,7 +81,8 @@ __global__ void __launch_bounds__(32 * kWarps, C::kBlocksPerSm)
     const int tile = begin / split.steps;
     const int first_unit = begin % split.steps;
     const int end_unit = min(split.steps, first_unit + split.begin(opaque(blockIdx.x) + 1) - begin);
-    const int first_step = first_unit * C::kUnitSteps, end_step = end_unit * C::kUnitSteps;
+    const int first_step = first_unit * C::kUnitSteps;
+    const int end_step = min(end_unit * C::kUnitSteps, (args.K + C::kStepK - 1) / C::kStepK);
     const int warp_row = tile * C::kTileRows + warp * C::kWarpRows;
     const int first_block = first_step * C::kStepK >> args.blocksize_log2;
     const int end_block = end_step * C::kStepK >> args.blocksize_log2;
@@ -268,10 +271,8 @@ __global__ void __launch_bounds__(32 * kWarps, C::kBlocksPerSm)
 
 template <typename C>
 Split split_of(const Product4bit& p, const DeviceLimits& limits) {
-  const int resident = limits.shared_bytes_per_sm / (C::kSharedBytes + 1024);  // CUDA keeps 1 KB a block
-  const int blocks_per_sm = resident < 1 ? 1 : resident < C::kBlocksPerSm ? resident : C::kBlocksPerSm;
   return make_split((p.N + C::kTileRows - 1) / C::kTileRows, (p.K + kUnitK - 1) / kUnitK,
-                    static_cast<std::int64_t>(limits.num_sms) * blocks_per_sm);
+                    resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm));
 }
 
 // Calls body with the Config of the product.
@@ -303,7 +304,7 @@ bool takes_fused(const Product4bit& p) {
 std::int64_t linear_4bit_workspace_bytes(const Product4bit& p, const DeviceLimits& limits) {
   return with_config(p, [&](auto config) {
     using C = decltype(config);
-    return split_of<C>(p, limits).workspace_bytes(p.M * C::kTileRows);
+    return Meeting(split_of<C>(p, limits), 1, p.M * C::kTileRows).bytes();
   });
 }
 
@@ -312,6 +313,7 @@ cudaError_t launch_linear_4bit(const Product4bit& p, const DeviceLimits& limits,
   return with_config(p, [&](auto config) {
     using C = decltype(config);
     const Split split = split_of<C>(p, limits);
+    const Meeting meeting(split, 1, p.M * C::kTileRows);
     const Arguments args = {p.x,
                             p.w,
                             p.bias,
@@ -321,18 +323,9 @@ cudaError_t launch_linear_4bit(const Product4bit& p, const DeviceLimits& limits,
                             static_cast<int>(p.K),
                             std::countr_zero(static_cast<unsigned>(p.w.blocksize)),
                             split,
-                            static_cast<unsigned*>(workspace),
-                            reinterpret_cast<float*>(static_cast<char*>(workspace) + split.arrivals_bytes())};
-    if (split.workspace_bytes(1) > 0) {
-      const cudaError_t error = cudaMemsetAsync(workspace, 0, split.arrivals_bytes(), stream);
-      if (error != cudaSuccess) return error;
-    }
-    const auto kernel = linear_4bit_kernel<C>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<split.blocks, 32 * kWarps, C::kSharedBytes, stream>>>(args);
-    return cudaGetLastError();
+                            meeting.arrivals(workspace),
+                            meeting.partials(workspace)};
+    return launch_split(linear_4bit_kernel<C>, split.blocks, 32 * kWarps, C::kSharedBytes, args, meeting, stream);
   });
 }
 

@@ -36,6 +36,11 @@ __device__ __forceinline__ float2 unpack_pair(std::uint32_t pair, Half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
+__device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b, Half) {
+  const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  return *reinterpret_cast<const std::uint32_t*>(&product);
+}
+
 // By all threads of the block; ends without a barrier.
 template <typename T>
 __device__ void fill_pair_table(char* table, QuantType quant_type) {

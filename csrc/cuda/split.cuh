@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "../launch.h"
+
 namespace qlora::cuda {
 
 struct Split {
@@ -25,12 +27,6 @@ struct Split {
   // Where the block puts its partial sum of the tile: a block has at most two unfinished tiles, its first and its last.
   __host__ __device__ int partial_slot(int block, int tile) const { return 2 * block + (begin(block) / steps != tile); }
 
-  // Workspace: arrivals[tiles], then partial sums [2 * blocks][tile_values]; none if no tile is split.
-  std::int64_t arrivals_bytes() const { return (static_cast<std::int64_t>(tiles) * 4 + 15) / 16 * 16; }
-  std::int64_t workspace_bytes(std::int64_t tile_values) const {
-    return tiles % blocks == 0 ? 0 : arrivals_bytes() + 2 * std::int64_t{4} * blocks * tile_values;
-  }
-
   __host__ __device__ static int min_of(int a, int b) { return a < b ? a : b; }
 };
 
@@ -40,6 +36,42 @@ inline Split make_split(std::int64_t tiles, std::int64_t steps, std::int64_t res
   const std::int64_t blocks = total < resident_blocks ? total : resident_blocks;
   return {static_cast<int>(tiles), static_cast<int>(steps), static_cast<int>(blocks), static_cast<int>(total / blocks),
           static_cast<int>(total % blocks)};
+}
+
+// How many blocks the device holds at once, if registers allow `most_per_sm`. CUDA keeps 1 KB of shared memory a block.
+inline std::int64_t resident_blocks(const DeviceLimits& limits, int shared_bytes, int most_per_sm) {
+  const int by_memory = limits.shared_bytes_per_sm / (shared_bytes + 1024);
+  const int per_sm = by_memory < 1 ? 1 : by_memory < most_per_sm ? by_memory : most_per_sm;
+  return static_cast<std::int64_t>(limits.num_sms) * per_sm;
+}
+
+// Where the blocks of `layers` equal splits meet: arrivals[layers][tiles], partial sums [layers][2 *
+// blocks][tile_values]; nothing if no tile is split.
+struct Meeting {
+  std::int64_t arrivals_bytes, partials_bytes;
+
+  Meeting(const Split& split, std::int64_t layers, std::int64_t tile_values)
+      : arrivals_bytes(split.tiles % split.blocks == 0 ? 0 : (layers * split.tiles * 4 + 15) / 16 * 16),
+        partials_bytes(arrivals_bytes == 0 ? 0 : layers * 2 * split.blocks * tile_values * 4) {}
+
+  std::int64_t bytes() const { return arrivals_bytes + partials_bytes; }
+  unsigned* arrivals(void* workspace) const { return static_cast<unsigned*>(workspace); }
+  float* partials(void* workspace) const {
+    return reinterpret_cast<float*>(static_cast<char*>(workspace) + arrivals_bytes);
+  }
+};
+
+// Launches a kernel of one struct of arguments on a split and its meeting.
+template <typename Kernel, typename Arguments>
+cudaError_t launch_split(Kernel* kernel, dim3 grid, int threads, int shared_bytes, const Arguments& arguments,
+                         const Meeting& meeting, cudaStream_t stream) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess && meeting.arrivals_bytes > 0) {
+    error = cudaMemsetAsync(arguments.arrivals, 0, meeting.arrivals_bytes, stream);
+  }
+  if (error != cudaSuccess) return error;
+  kernel<<<grid, threads, shared_bytes, stream>>>(arguments);
+  return cudaGetLastError();
 }
 
 // Tells every thread of the last of `contributors` blocks to arrive that it is the last; the partial sums of all are

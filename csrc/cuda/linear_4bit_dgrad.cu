@@ -1,0 +1,335 @@
+// linear_4bit_dgrad with few rows: grad_x[M, K] = grad[M, N] @ W[N, K], W decoded between memory and the tensor cores.
+//
+// The sum runs over the rows of W, so an mma operand wants pairs of rows where the bytes hold pairs of columns. Two
+// words of neighbouring rows exchange nibbles, four instructions for 16 weights, and then the pair table of linear_4bit
+// decodes them.
+//
+// The absmax of a weight depends on its row, so it cannot scale the sum: it scales grad, in fp32, before the rounding
+// to bf16. A warp whose lanes reach over two blocks of W's columns gives each block its own columns of the mma, with
+// grad scaled by its absmax; of the results a lane keeps those of its own block. fp16 has no room for that product
+// (gradients are small): there the decoded pair is multiplied by the absmax rounded to fp16, one rounding more than
+// decoding the weight has.
+//
+// Per 64 weights and lane (kLaneBytes 8, M <= 4): 4 loads, 16 to exchange nibbles, 128 to decode, 8 mma, 8 to scale
+// grad.
+#include <bit>
+#include <type_traits>
+
+#include "../launch.h"
+#include "absmax.cuh"
+#include "pair_table.cuh"
+#include "split.cuh"
+
+namespace qlora::cuda {
+namespace {
+
+constexpr int kGroup = 16;  // rows of W in one mma
+constexpr int kUnitN = 64;  // what is dealt out to the blocks
+
+// kLaneBytes: of a row of W that a lane reads, 4 or 8. kLaneBlocks: absmax blocks that the lanes of a warp reach over,
+// 1 or 2. kColumnTiles: of 8 columns of the mma, which are rows of grad, or 4 rows of grad for each of two blocks.
+template <typename T_, int kLaneBytes_, int kLaneBlocks_, int kColumnTiles_, int kWarps_>
+struct Config {
+  using T = T_;
+  using Word = std::conditional_t<kLaneBytes_ == 8, uint2, std::uint32_t>;
+  static constexpr int kLaneBytes = kLaneBytes_, kLaneBlocks = kLaneBlocks_, kColumnTiles = kColumnTiles_;
+  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
+  static constexpr int kWarpK = 16 * kLaneBytes, kTileK = kWarps * kWarpK;
+  static constexpr int kTileM = 8 * kColumnTiles / kLaneBlocks;
+  static constexpr int kTileBlocks = kWarps * kLaneBlocks;  // at the smallest blocksize
+  static constexpr int kChunkN =
+      kTileM <= 32 ? 256 : 128;                   // rows of W whose absmax and grad are in shared memory at a time
+  static constexpr int kRowSlots = kChunkN / 64;  // of the table, for a row of grad; two chunks have room
+  static constexpr int kBlocksPerSm = kWarps == 8 && kLaneBytes * kColumnTiles <= 8 ? 2 : 1;
+  static constexpr int kAhead = 16 / kLaneBytes;  // groups whose weights are loaded ahead
+  static constexpr int kUnroll = kColumnTiles == 1 ? kAhead : kColumnTiles == 2 ? 2 : 1;
+  // Shared memory: the pair table with grad in its slots, the dynamic codebook, scales[kTileBlocks][kChunkN].
+  static constexpr int kCodebookAt = kTableBytes;
+  static constexpr int kScalesAt = kCodebookAt + 4 * kNumDynamicCodes;
+  static constexpr int kSharedBytes = kScalesAt + 4 * kTileBlocks * kChunkN;
+  static_assert(2 * kTileM * kRowSlots <= kSlots);
+};
+
+struct Arguments {
+  const void* grad;
+  Packed4bit w;
+  void* grad_x;
+  int M, N, K;
+  int blocksize_log2;
+  Split split;
+  unsigned* arrivals;
+  float* partials;
+};
+
+__device__ __forceinline__ std::uint32_t word(std::uint32_t words, int) { return words; }
+__device__ __forceinline__ std::uint32_t word(uint2 words, int i) { return i == 0 ? words.x : words.y; }
+
+// The bytes of the high and of the low nibbles of a and b, a's in the high nibble.
+__device__ __forceinline__ std::uint32_t high_nibbles(std::uint32_t a, std::uint32_t b) {
+  return (a & 0xf0f0f0f0u) | (b >> 4 & 0x0f0f0f0fu);
+}
+__device__ __forceinline__ std::uint32_t low_nibbles(std::uint32_t a, std::uint32_t b) {
+  return (a << 4 & 0xf0f0f0f0u) | (b & 0x0f0f0f0fu);
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
+    linear_4bit_dgrad_kernel(const __grid_constant__ Arguments args) {
+  using T = typename C::T;
+  constexpr bool kScaleWeights = std::is_same_v<T, Half>;
+  extern __shared__ __align__(16) char shared[];
+  auto* codebook = reinterpret_cast<float*>(shared + C::kCodebookAt);
+  auto* scales = reinterpret_cast<float*>(shared + C::kScalesAt);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = lane / 4, member = lane % 4;
+  const std::uint32_t lane4 = 4 * lane;
+  const Split& split = args.split;
+  const std::int64_t row_bytes = args.K / 2;
+  const AbsmaxReader absmax(args.w, args.K >> args.blocksize_log2, codebook);
+  const int first_m = blockIdx.y * C::kTileM, rows_m = min(C::kTileM, args.M - first_m);
+  const bool wide_copies = args.N % 8 == 0;
+
+  fill_pair_table<T>(shared, args.w.quant_type);
+  for (int i = threadIdx.x; i < kNumDynamicCodes; i += C::kThreads) codebook[i] = device_dynamic_codebook.value[i];
+
+  for (int begin = split.begin(blockIdx.x); begin < split.begin(opaque(blockIdx.x) + 1);) {
+    const int tile = begin / split.steps;
+    const int first_unit = begin % split.steps;
+    const int end_unit = min(split.steps, first_unit + split.begin(opaque(blockIdx.x) + 1) - begin);
+    const int first_n = first_unit * kUnitN, end_n = min(end_unit * kUnitN, args.N);
+    const int lane_k = tile * C::kTileK + warp * C::kWarpK + group * 2 * C::kLaneBytes;
+    const int lane_block = (warp * C::kWarpK + group * 2 * C::kLaneBytes) >> args.blocksize_log2;
+    const int row_end = lane_k < args.K ? end_n : 0;
+
+    const std::uint8_t* lane_weights = args.w.packed + lane_k / 2 + 4 * member * row_bytes;
+    struct Group {
+      typename C::Word rows[4];
+    };
+    auto load_weights = [&](int n) {
+      Group loaded;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        loaded.rows[i] = {};
+        if (n + 4 * member + i < row_end) {
+          loaded.rows[i] = load_once(reinterpret_cast<const typename C::Word*>(lane_weights + (n + i) * row_bytes));
+        }
+      }
+      return loaded;
+    };
+    // Rows [n, n + kChunkN) of grad^T; 32-byte units are swizzled by m, so that the rows of an mma do not conflict.
+    auto stage_grad = [&](int n, int stage) {
+      const int piece = wide_copies ? 8 : 2;  // elements
+      const int row_pieces = C::kChunkN / piece;
+      const int copies = n < end_n ? rows_m * row_pieces : 0;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < copies; i += C::kThreads) {
+        const int m = i / row_pieces, column = i % row_pieces * piece;
+        const int slot = stage * C::kTileM * C::kRowSlots + m * C::kRowSlots + column / 64;
+        char* to = slot_address(shared, slot) + (column % 64 / 16 ^ m % 4) * 32 + column % 16 * 2;
+        const bool inside = n + column < args.N;
+        const T* from = static_cast<const T*>(args.grad) +
+                        (inside ? static_cast<std::int64_t>(first_m + m) * args.N + n + column : 0);
+        if (wide_copies) {
+          cp_async<16>(to, from, inside ? 16 : 0);
+        } else {
+          cp_async<4>(to, from, inside ? 4 : 0);
+        }
+      }
+      cp_async_commit();
+    };
+    auto stage_scales = [&](int n) {
+      const int first_block = tile * C::kTileK >> args.blocksize_log2;
+      const int blocks = C::kTileK >> args.blocksize_log2;
+      const int row_runs = (blocks + absmax.run_length - 1) / absmax.run_length;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < C::kChunkN * row_runs; i += C::kThreads) {
+        const int row = i / row_runs, run = i % row_runs * absmax.run_length;
+        const bool inside = n + row < end_n;
+        const int end_block = inside ? first_block + blocks : 0;
+        const AbsmaxRun read = absmax.read(n + row, first_block + run, first_block, end_block);
+        absmax.decode(read, inside ? n + row : 0, first_block + run, [&](int block, float4 four) {
+          const float values[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int place = run + block + j;
+            if (place < blocks) scales[place * C::kChunkN + row] = inside ? values[j] : 0.0f;
+          }
+        });
+      }
+    };
+
+    Group ahead[C::kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i] = load_weights(first_n + i * kGroup);
+    if (begin != split.begin(blockIdx.x)) __syncthreads();  // all warps are done with the grad of the tile before
+    stage_grad(first_n, 0);
+
+    float sum[C::kLaneBytes][C::kColumnTiles][4] = {};
+    int stage = 0;
+    for (int chunk_n = first_n; chunk_n < end_n; chunk_n += C::kChunkN) {
+      __syncthreads();  // all warps are done with the scales of the chunk before
+      stage_scales(chunk_n);
+      cp_async_wait<0>();
+      __syncthreads();
+      stage_grad(chunk_n + C::kChunkN, stage ^ 1);
+      const char* grad = slot_address(shared, stage * C::kTileM * C::kRowSlots);
+      stage ^= 1;
+
+      const int chunk_end = min(chunk_n + C::kChunkN, end_n);
+      for (int unit_n = chunk_n; unit_n < chunk_end; unit_n += kUnitN) {
+#pragma unroll C::kUnroll
+        for (int i = 0; i < kUnitN / kGroup; ++i) {
+          const int n = unit_n - chunk_n + i * kGroup;
+          const Group now = ahead[0];
+#pragma unroll
+          for (int a = 0; a + 1 < kAhead; ++a) ahead[a] = ahead[a + 1];
+          ahead[C::kAhead - 1] = load_weights(chunk_n + n + C::kAhead * kGroup);
+
+          const float4 scale = *reinterpret_cast<const float4*>(scales + lane_block * C::kChunkN + n + 4 * member);
+          std::uint32_t b[C::kColumnTiles][2];
+#pragma unroll
+          for (int j = 0; j < C::kColumnTiles; ++j) {
+            const int m = C::kLaneBlocks == 1 ? 8 * j + group : 4 * j + group % 4;
+            const uint2 pairs = *reinterpret_cast<const uint2*>(grad + (m * C::kRowSlots + n / 64) * 256 +
+                                                                (n % 64 / 16 ^ m % 4) * 32 + member * 8);
+            if constexpr (kScaleWeights) {
+              b[j][0] = pairs.x, b[j][1] = pairs.y;
+            } else {
+              const float2 first = unpack_pair(pairs.x, T{}), second = unpack_pair(pairs.y, T{});
+              b[j][0] = pack_pair(first.x * scale.x, first.y * scale.y, T{});
+              b[j][1] = pack_pair(second.x * scale.z, second.y * scale.w, T{});
+            }
+          }
+          const std::uint32_t scale_pairs[2] = {pack_pair(scale.x, scale.y, T{}), pack_pair(scale.z, scale.w, T{})};
+
+#pragma unroll
+          for (int part = 0; part < C::kLaneBytes / 4; ++part) {
+            const std::uint32_t row0 = word(now.rows[0], part), row1 = word(now.rows[1], part);
+            const std::uint32_t row2 = word(now.rows[2], part), row3 = word(now.rows[3], part);
+            const std::uint32_t even01 = high_nibbles(row0, row1), odd01 = low_nibbles(row0, row1);
+            const std::uint32_t even23 = high_nibbles(row2, row3), odd23 = low_nibbles(row2, row3);
+            auto multiply = [&](auto which) {  // columns 2 byte and 2 byte + 1 of the lane
+              constexpr int kByte = decltype(which)::value;
+              std::uint32_t a[4] = {lookup_pair<kByte>(shared, even01, lane4), lookup_pair<kByte>(shared, odd01, lane4),
+                                    lookup_pair<kByte>(shared, even23, lane4),
+                                    lookup_pair<kByte>(shared, odd23, lane4)};
+              if constexpr (kScaleWeights) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) a[e] = multiply_pairs(a[e], scale_pairs[e / 2], T{});
+              }
+#pragma unroll
+              for (int j = 0; j < C::kColumnTiles; ++j) mma_m16n8k16<T>(sum[4 * part + kByte][j], a, b[j][0], b[j][1]);
+            };
+            multiply(std::integral_constant<int, 0>{});
+            multiply(std::integral_constant<int, 1>{});
+            multiply(std::integral_constant<int, 2>{});
+            multiply(std::integral_constant<int, 3>{});
+          }
+        }
+      }
+    }
+
+    // --- the tile's sum: written if this block has all of it, else put together by the last block ---
+    auto* grad_x = static_cast<T*>(args.grad_x) + static_cast<std::int64_t>(first_m) * args.K;
+    auto write = [&](int m, int k, float even, float odd) {
+      *reinterpret_cast<std::uint32_t*>(grad_x + static_cast<std::int64_t>(m) * args.K + k) = pack_pair(even, odd, T{});
+    };
+    auto for_each_sum = [&](auto&& body) {  // body(m, k in the tile, sums of k and k + 1)
+      const int first_k = opaque(warp * C::kWarpK + group * 2 * C::kLaneBytes);
+      const bool own_block = C::kLaneBlocks == 1 || group / 4 == member / 2;
+#pragma unroll
+      for (int i = 0; i < C::kLaneBytes; ++i) {
+#pragma unroll
+        for (int j = 0; j < C::kColumnTiles; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int m = C::kLaneBlocks == 1 ? 8 * j + 2 * member + e : 4 * j + 2 * (member % 2) + e;
+            if (own_block && m < rows_m && tile * C::kTileK + first_k < args.K) {
+              body(m, first_k + 2 * i, sum[i][j][e], sum[i][j][2 + e]);
+            }
+          }
+        }
+      }
+    };
+    const int contributors = split.last_block(tile) - split.first_block(tile) + 1;
+    if (contributors == 1) {
+      for_each_sum([&](int m, int k, float even, float odd) { write(m, tile * C::kTileK + k, even, odd); });
+    } else {
+      constexpr std::int64_t kTileValues = static_cast<std::int64_t>(C::kTileM) * C::kTileK;
+      const float* partials = args.partials + static_cast<std::int64_t>(blockIdx.y) * 2 * split.blocks * kTileValues;
+      float* partial = const_cast<float*>(partials) + split.partial_slot(blockIdx.x, tile) * kTileValues;
+      for_each_sum([&](int m, int k, float even, float odd) {
+        *reinterpret_cast<float2*>(partial + m * C::kTileK + k) = make_float2(even, odd);
+      });
+      if (last_to_arrive(args.arrivals + blockIdx.y * split.tiles + tile, contributors)) {
+        for (int i = 2 * threadIdx.x; i < rows_m * C::kTileK; i += 2 * C::kThreads) {
+          const int k = tile * C::kTileK + i % C::kTileK;
+          if (k >= args.K) continue;
+          write(i / C::kTileK, k, sum_of_partials(partials, split, tile, kTileValues, i),
+                sum_of_partials(partials, split, tile, kTileValues, i + 1));
+        }
+      }
+    }
+    begin += end_unit - first_unit;
+  }
+}
+
+template <typename C>
+int tiles_m(const Product4bit& p) {
+  return static_cast<int>((p.M + C::kTileM - 1) / C::kTileM);
+}
+
+template <typename C>
+Split split_of(const Product4bit& p, const DeviceLimits& limits) {
+  const std::int64_t resident = resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm);
+  return make_split((p.K + C::kTileK - 1) / C::kTileK, (p.N + kUnitN - 1) / kUnitN,
+                    (resident + tiles_m<C>(p) - 1) / tiles_m<C>(p));
+}
+
+// Calls body with the Config of the product.
+template <typename Body>
+auto with_config(const Product4bit& p, Body&& body) {
+  auto with_type = [&](auto type) {
+    using T = decltype(type);
+    if (p.w.blocksize == 32) return p.M <= 4 ? body(Config<T, 4, 2, 1, 16>{}) : body(Config<T, 4, 2, 4, 16>{});
+    if (p.M <= 4) return body(Config<T, 8, 2, 1, 8>{});
+    if (p.M <= 8) return body(Config<T, 8, 2, 2, 8>{});
+    if (p.M <= 16) return body(Config<T, 4, 1, 2, 16>{});
+    if (p.M <= 32) return body(Config<T, 4, 1, 4, 8>{});
+    return body(Config<T, 4, 1, 8, 8>{});
+  };
+  return p.dtype == DType::BFloat16 ? with_type(BFloat16{}) : with_type(Half{});
+}
+
+}  // namespace
+
+std::int64_t linear_4bit_dgrad_workspace_bytes(const Product4bit& p, const DeviceLimits& limits) {
+  return with_config(p, [&](auto config) {
+    using C = decltype(config);
+    return Meeting(split_of<C>(p, limits), tiles_m<C>(p), C::kTileM * C::kTileK).bytes();
+  });
+}
+
+cudaError_t launch_linear_4bit_dgrad(const Product4bit& p, const DeviceLimits& limits, void* workspace,
+                                     cudaStream_t stream) {
+  if (!takes_fused(p)) return cudaErrorInvalidValue;
+  return with_config(p, [&](auto config) {
+    using C = decltype(config);
+    const Split split = split_of<C>(p, limits);
+    const Meeting meeting(split, tiles_m<C>(p), C::kTileM * C::kTileK);
+    const Arguments args = {p.x,
+                            p.w,
+                            p.out,
+                            static_cast<int>(p.M),
+                            static_cast<int>(p.N),
+                            static_cast<int>(p.K),
+                            std::countr_zero(static_cast<unsigned>(p.w.blocksize)),
+                            split,
+                            meeting.arrivals(workspace),
+                            meeting.partials(workspace)};
+    return launch_split(linear_4bit_dgrad_kernel<C>, dim3(split.blocks, tiles_m<C>(p)), C::kThreads, C::kSharedBytes,
+                        args, meeting, stream);
+  });
+}
+
+}  // namespace qlora::cuda
