@@ -41,7 +41,7 @@ struct Config {
       kTileM <= 32 ? 256 : 128;                   // rows of W whose absmax and grad are in shared memory at a time
   static constexpr int kRowSlots = kChunkN / 64;  // of the table, for a row of grad; two chunks have room
   static constexpr int kBlocksPerSm = kWarps == 8 && kLaneBytes * kColumnTiles <= 8 ? 2 : 1;
-  static constexpr int kAhead = 16 / kLaneBytes;  // groups whose weights are loaded ahead
+  static constexpr int kAhead = kLaneBlocks == 2 ? 2 : 4;  // groups whose weights are loaded ahead
   static constexpr int kUnroll = kColumnTiles == 1 ? kAhead : kColumnTiles == 2 ? 2 : 1;
   // Shared memory: the pair table with grad in its slots, the dynamic codebook, scales[kTileBlocks][kChunkN].
   static constexpr int kCodebookAt = kTableBytes;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
 
     Group ahead[C::kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) ahead[i] = load_weights(first_n + i * kGroup);
+    for (int i = 0; i < C::kAhead; ++i) ahead[i] = load_weights(first_n + i * kGroup);
     if (begin != split.begin(blockIdx.x)) __syncthreads();  // all warps are done with the grad of the tile before
     stage_grad(first_n, 0);
 
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
           const int n = unit_n - chunk_n + i * kGroup;
           const Group now = ahead[0];
 #pragma unroll
-          for (int a = 0; a + 1 < kAhead; ++a) ahead[a] = ahead[a + 1];
+          for (int a = 0; a + 1 < C::kAhead; ++a) ahead[a] = ahead[a + 1];
           ahead[C::kAhead - 1] = load_weights(chunk_n + n + C::kAhead * kGroup);
 
           const float4 scale = *reinterpret_cast<const float4*>(scales + lane_block * C::kChunkN + n + 4 * member);

@@ -48,18 +48,20 @@ __device__ void load_whole(const float* weight, float (&value)[kPerThread]) {
   }
 }
 
-// encode of codec.h as a binary search; bound: 15 of them in shared memory.
-__device__ unsigned rank_of(const float* bound, float x) {
-  unsigned rank = 0;
+// encode of codec.h as a binary search. bound: the 15 of them, in shared memory; code_of_rank: 4 bits a rank.
+__device__ std::uint32_t encode(const float* bound, std::uint64_t code_of_rank, float x) {
+  unsigned place = 0;  // 4 * rank: of a bound in bytes, of a code in bits
 #pragma unroll
-  for (unsigned step = kNumCodes / 2; step > 0; step /= 2) rank += x > bound[rank + step - 1] ? step : 0;
-  return rank;
+  for (unsigned step = 32; step >= 4; step /= 2) {
+    const auto* next = reinterpret_cast<const float*>(reinterpret_cast<const char*>(bound) + place) + (step / 4 - 1);
+    if (x > *next) place |= step;
+  }
+  return static_cast<std::uint32_t>(code_of_rank >> place) & 0xfu;
 }
 
-// code_of_rank: Codebook::code_of_rank in one word, 4 bits a rank.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    quantize_4bit_kernel(const T* weight, std::int64_t n, int blocksize, QuantType quant_type,
+    quantize_4bit_kernel(const T* weight, std::int64_t n, int blocksize_log2, QuantType quant_type,
                          std::uint64_t code_of_rank, std::uint8_t* packed, float* absmax) {
   __shared__ float bound[kNumCodes - 1];  // indexed by data: constant memory would serve one address at a time
   __shared__ std::uint32_t warp_largest[kThreads / kWarp];
@@ -79,31 +81,35 @@ __global__ void __launch_bounds__(kThreads)
   std::uint32_t largest = 0;  // of |w|, as bits: integers order floats of one sign, and NaN last
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) largest = max(largest, __float_as_uint(value[i]) & 0x7fffffffu);
-  const int threads_per_block = blocksize / kPerThread;
+  const int threads_per_block = (1 << blocksize_log2) / kPerThread;
   for (int lanes = 1; lanes < min(threads_per_block, kWarp); lanes *= 2) {
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
   }
   if (thread % kWarp == 0) warp_largest[thread / kWarp] = largest;
   __syncthreads();
   const int warps = threads_per_block / kWarp;  // of a block; 0 or 1: its maximum is known
-  for (int warp = 0; warp < warps; ++warp) largest = max(largest, warp_largest[thread / kWarp / warps * warps + warp]);
+#pragma unroll 1
+  for (int i = 0; i < warps; ++i) largest = max(largest, warp_largest[(thread / kWarp & ~(warps - 1)) + i]);
 
   if (count == 0) return;
   const float inverse = inverse_absmax(__uint_as_float(largest));
   std::uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    // Behind an odd end lies the code of 0.0, even in a block whose absmax is NaN.
-    const float x = i < count ? value[i] * inverse : 0.0f;
-    const auto code = static_cast<std::uint32_t>(code_of_rank >> (4 * rank_of(bound, x))) & 0xfu;
-    word |= code << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
+    word |= encode(bound, code_of_rank, value[i] * inverse) << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
   }
   if (count == kPerThread) {
     *reinterpret_cast<std::uint32_t*>(packed + first / 2) = word;
   } else {
-    for (int i = 0; i < count; i += 2) packed[(first + i) / 2] = static_cast<std::uint8_t>(word >> (4 * i));
+#pragma unroll 1
+    for (int i = 0; i < count; i += 2) {
+      std::uint32_t byte = word >> (4 * i);
+      // Behind an odd end lies the code of 0.0, even in a block whose absmax is NaN.
+      if (i + 1 == count) byte = (byte & 0xf0u) | encode(bound, code_of_rank, 0.0f);
+      packed[(first + i) / 2] = static_cast<std::uint8_t>(byte);
+    }
   }
-  if (thread % threads_per_block == 0) absmax[first / blocksize] = __uint_as_float(largest);
+  if ((thread & (threads_per_block - 1)) == 0) absmax[first >> blocksize_log2] = __uint_as_float(largest);
 }
 
 // --- launcher -----------------------------------------------------------------------------------------------------
@@ -118,7 +124,8 @@ cudaError_t launch(const void* weight, std::int64_t n, std::int64_t blocksize, Q
     code_of_rank |= std::uint64_t{codebook(quant_type).code_of_rank[rank]} << (4 * rank);
   }
   quantize_4bit_kernel<<<static_cast<unsigned>((n + kPerCta - 1) / kPerCta), kThreads, 0, stream>>>(
-      static_cast<const T*>(weight), n, static_cast<int>(blocksize), quant_type, code_of_rank, packed, absmax);
+      static_cast<const T*>(weight), n, std::countr_zero(static_cast<std::uint64_t>(blocksize)), quant_type,
+      code_of_rank, packed, absmax);
   return cudaGetLastError();
 }
 
