@@ -31,5 +31,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_path", [] { return qlora::cpu::path_name(qlora::cpu::path()); }, "The CPU path in use.");
   m.def("cpu_paths", &qlora::cpu::path_names, "The CPU paths this machine can run, ascending.");
   m.def("set_cpu_path", &qlora::cpu::set_path, "Use this CPU path from now on; ValueError if it cannot run.");
+#ifdef QLORA_EXT_NVCC  // its version and architectures, from setup.py
+  m.attr("compiler") = __VERSION__ ", " QLORA_EXT_NVCC;
+#else
   m.attr("compiler") = __VERSION__;
+#endif
 }

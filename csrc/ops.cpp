@@ -1,29 +1,27 @@
-// The ops of torch.ops.qlora_ext: schemas, argument checks, allocation and the CPU implementations.
-#include <ATen/Parallel.h>
+// The ops of torch.ops.qlora_ext: schemas, argument checks, allocation, and the sliced path. What they compute with is
+// the Device of their tensors.
+#include "ops.h"
+
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
-#include <torch/library.h>
-
-#include <unistd.h>
 
 #include <algorithm>
 #include <string>
 #include <vector>
 
 #include "check.h"
-#include "cpu/kernels.h"
+#include "device.h"
 
 namespace qlora {
 namespace {
 
 using at::Tensor;
 
-// Elements (or bytes of work) a thread should have before another is worth waking.
-constexpr int64_t kGrain = 32768;
+const Device* cuda_device = nullptr;
 
 // --- quantize_4bit, quantize_absmax, dequantize_4bit --------------------------------------------------------------
 
@@ -41,15 +39,9 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight_arg, std::string q
   const QuantType type = checked_quant_type(kOp, quant_type);
   check_blocksize(kOp, blocksize);
   const Tensor weight = weight_arg.contiguous();
-  const int64_t n = weight.numel();
   Tensor packed = at::empty(layout(weight, blocksize, 2), weight.options().dtype(at::kByte));
   Tensor absmax = at::empty(layout(weight, blocksize, blocksize), weight.options().dtype(at::kFloat));
-  const void* values = weight.const_data_ptr();
-  auto* bytes = packed.data_ptr<uint8_t>();
-  auto* scales = absmax.data_ptr<float>();
-  at::parallel_for(0, ceil_div(n, blocksize), ceil_div(kGrain, blocksize), [&](int64_t begin, int64_t end) {
-    cpu::quantize_4bit(values, dtype, n, blocksize, type, begin, end, bytes, scales);
-  });
+  device_for(weight).quantize_4bit(weight, dtype, type, blocksize, packed, absmax);
   return {packed, absmax};
 }
 
@@ -57,46 +49,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg) {
   QLORA_CHECK_TYPE(absmax_arg.scalar_type() == at::kFloat, "quantize_absmax", "absmax", "dtype float32",
                    absmax_arg.scalar_type());
   const Tensor absmax = absmax_arg.contiguous();
-  const int64_t n = absmax.numel();
-  const int64_t groups = ceil_div(n, kNestedBlocksize);
-  const auto* values = absmax.const_data_ptr<float>();
   Tensor codes = at::empty(absmax.sizes(), absmax.options().dtype(at::kByte));
-  Tensor nested_absmax = at::empty({groups}, absmax.options());
+  Tensor nested_absmax = at::empty({ceil_div(absmax.numel(), kNestedBlocksize)}, absmax.options());
   Tensor nested_offset = at::empty({}, absmax.options());
-  const float offset = cpu::absmax_offset(values, n);
-  *nested_offset.data_ptr<float>() = offset;
-  auto* bytes = codes.data_ptr<uint8_t>();
-  auto* scales = nested_absmax.data_ptr<float>();
-  at::parallel_for(0, groups, kGrain / kNestedBlocksize, [&](int64_t begin, int64_t end) {
-    cpu::quantize_absmax(values, n, offset, begin, end, bytes, scales);
-  });
+  device_for(absmax).quantize_absmax(absmax, codes, nested_absmax, nested_offset);
   return {codes, nested_absmax, nested_offset};
-}
-
-// Rows and columns [begin, end) of the weight [*, K] into out, dense.
-struct Slice {
-  int64_t row_begin, row_end, column_begin, column_end;
-};
-
-void dequantize_slice(const Packed4bit& w, int64_t K, const Slice& slice, DType dtype, void* out) {
-  const int64_t width = slice.column_end - slice.column_begin;
-  auto* bytes = static_cast<uint8_t*>(out);
-  if (width == K) {  // one run of elements
-    const int64_t first = slice.row_begin * K;
-    const int64_t tile = std::max<int64_t>(w.blocksize, 4096);
-    const int64_t tiles_end = ceil_div(slice.row_end * K - first, tile);
-    at::parallel_for(0, tiles_end, kGrain / tile, [&](int64_t begin, int64_t end) {
-      const int64_t last = std::min(first + end * tile, slice.row_end * K);
-      cpu::dequantize_4bit(w, first + begin * tile, last, dtype, bytes + begin * tile * itemsize(dtype));
-    });
-    return;
-  }
-  at::parallel_for(slice.row_begin, slice.row_end, ceil_div(kGrain, width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      cpu::dequantize_4bit(w, row * K + slice.column_begin, row * K + slice.column_end, dtype,
-                           bytes + (row - slice.row_begin) * width * itemsize(dtype));
-    }
-  });
 }
 
 Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
@@ -109,33 +66,16 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
   const int64_t n = c10::multiply_integers(shape);
   const Weight4bit w(kOp, n, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
-  dequantize_slice(w.view, n, {0, 1, 0, n}, type, out.data_ptr());
+  device_for(out).dequantize_4bit(w.view, n, {0, 1, 0, n}, type, out);
   return out;
 }
 
 // --- linear_4bit, linear_4bit_dgrad: the sliced path --------------------------------------------------------------
 
-// The workspace that a slice of the weight is decoded into: it should stay in the cache between decoding and
-// multiplying.
-int64_t workspace_bytes() {
-  static const int64_t bytes = [] {
-    int64_t l2 = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    return std::max<int64_t>(l2, 1 << 20);
-  }();
-  return bytes;
-}
-
-// The type the matmul runs in: CPUs have no fast fp16 multiply, fp32 is both faster and more exact there.
-at::ScalarType compute_dtype(const Tensor& x) {
-  return x.is_cpu() && x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
-}
-
+// x as a matrix, in the type that it is multiplied in.
 Tensor as_rows(const Tensor& x) {
   const int64_t count = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-  return x.reshape({count, x.size(-1)}).to(compute_dtype(x));
+  return x.reshape({count, x.size(-1)}).to(device_for(x).compute_dtype(x.scalar_type()));
 }
 
 Tensor in_shape_of(const Tensor& rows, const Tensor& x) {
@@ -157,8 +97,8 @@ int64_t inner_size(const char* op, const char* what, const Tensor& x, const Tens
 
 // Of `total` rows or columns, how many a slice takes so that it fits the workspace; slices of about the same size,
 // since a narrow last one is multiplied by a slower and less exact kernel.
-int64_t slice_size(int64_t total, int64_t bytes_each) {
-  const int64_t slices = ceil_div(total * bytes_each, workspace_bytes());
+int64_t slice_size(const Device& device, int64_t total, int64_t bytes_each) {
+  const int64_t slices = ceil_div(total * bytes_each, device.workspace_bytes());
   return std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(1, slices)));
 }
 
@@ -178,11 +118,13 @@ Tensor multiply(const char* op, const Tensor& x, const Tensor& packed, const Ten
     b = bias->to(rows.scalar_type());
   }
   Tensor y = at::empty({rows.size(0), N}, rows.options());
-  const int64_t step = slice_size(N, K * itemsize(dtype));
+  const Device& device = device_for(rows);
+  if (device.fused_linear_4bit(rows, w.view, b, dtype, y)) return in_shape_of(y, x);
+  const int64_t step = slice_size(device, N, K * itemsize(dtype));
   Tensor workspace = at::empty({std::min(step, N), K}, rows.options());
   for (int64_t begin = 0; begin < N; begin += step) {
     const int64_t count = std::min(step, N - begin);
-    dequantize_slice(w.view, K, {begin, begin + count, 0, K}, dtype, workspace.data_ptr());
+    device.dequantize_4bit(w.view, K, {begin, begin + count, 0, K}, dtype, workspace);
     const Tensor weight_t = workspace.narrow(0, 0, count).t();
     Tensor out = y.narrow(1, begin, count);
     if (b.defined()) {
@@ -212,11 +154,13 @@ Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor&
   const Tensor rows = as_rows(grad);
   const DType dtype = checked_dtype(kOp, "grad", rows.scalar_type());
   Tensor out = at::empty({rows.size(0), K}, rows.options());
-  const int64_t step = ceil_div(slice_size(K, N * itemsize(dtype)), blocksize) * blocksize;
+  const Device& device = device_for(rows);
+  if (device.fused_linear_4bit_dgrad(rows, w.view, dtype, out)) return in_shape_of(out, grad);
+  const int64_t step = ceil_div(slice_size(device, K, N * itemsize(dtype)), blocksize) * blocksize;
   Tensor workspace = at::empty({N * std::min(step, K)}, rows.options());
   for (int64_t begin = 0; begin < K; begin += step) {
     const int64_t count = std::min(step, K - begin);
-    dequantize_slice(w.view, K, {0, N, begin, begin + count}, dtype, workspace.data_ptr());
+    device.dequantize_4bit(w.view, K, {0, N, begin, begin + count}, dtype, workspace);
     Tensor part = out.narrow(1, begin, count);
     at::mm_out(part, rows, workspace.narrow(0, 0, N * count).view({N, count}));
   }
@@ -264,6 +208,20 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
 }
 
 }  // namespace
+
+const Device& device_for(const Tensor& tensor) { return tensor.is_cuda() ? *cuda_device : cpu_device(); }
+
+void register_cuda_device(const Device& device) { cuda_device = &device; }
+
+void register_ops(torch::Library& m) {
+  m.impl("quantize_4bit", quantize_4bit);
+  m.impl("quantize_absmax", quantize_absmax);
+  m.impl("dequantize_4bit", dequantize_4bit);
+  m.impl("linear_4bit", linear_4bit);
+  m.impl("linear_4bit_dgrad", linear_4bit_dgrad);
+  m.impl("lora_linear_4bit", lora_linear_4bit);
+}
+
 }  // namespace qlora
 
 TORCH_LIBRARY(qlora_ext, m) {
@@ -280,11 +238,4 @@ TORCH_LIBRARY(qlora_ext, m) {
 #undef QLORA_WEIGHT
 }
 
-TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) {
-  m.impl("quantize_4bit", qlora::quantize_4bit);
-  m.impl("quantize_absmax", qlora::quantize_absmax);
-  m.impl("dequantize_4bit", qlora::dequantize_4bit);
-  m.impl("linear_4bit", qlora::linear_4bit);
-  m.impl("linear_4bit_dgrad", qlora::linear_4bit_dgrad);
-  m.impl("lora_linear_4bit", qlora::lora_linear_4bit);
-}
+TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) { qlora::register_ops(m); }
