@@ -3,11 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+# Threads that spin at a barrier take the core from those that compute, if others use the machine: 3 to 4 times slower.
+export GOMP_SPINCOUNT := 10000
+# The nvcc among the development packages is there for the tests of the kernels: .venv gets CUDA by the machine's own.
+export QLORA_EXT_CUDA ?= $(if $(or $(CUDA_HOME),$(shell which nvcc 2> /dev/null)),,0)
+SOURCES := pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.h *.cpp cpu/*.h cpu/*.cpp cuda/*.cu cuda/*.cuh))
+CUDA_VENV := .venv-cuda
+CUDA_PYTHON = $(abspath $(CUDA_VENV))/bin/python
+CUDA_TREE := build/cuda/tree
 DEMO := build/demo
 DEMO_FLAGS ?= --steps 60
 
-.PHONY: demo test lint bench ctest clean
+.PHONY: demo test lint bench ctest cuda gpu clean
 
 demo: $(VENV)/.installed-finetune  ## fine-tune SmolLM2-135M-Instruct with QLoRA and print what it reached
 	$(BIN)/python examples/demo_data.py --output $(DEMO)
@@ -23,11 +30,25 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy, clang-format
 ctest: $(VENV)/.installed-dev  ## the kernels and their C++ tests, without torch on the include path
 	$(BIN)/cmake -S . -B build/cmake && $(BIN)/cmake --build build/cmake -j 2 && $(BIN)/ctest --test-dir build/cmake --output-on-failure
 
+# The tests run in a copy of the tree whose qlora_ext is the installed one. They leave out the kernels on the PTX
+# interpreter, which `make test` has run: those do not see the build.
+cuda:  ## build for CUDA in .venv-cuda, from packages alone, and check it; a GPU is not needed
+	tools/cuda_env.sh $(CUDA_VENV)
+	rm -rf $(CUDA_TREE) && mkdir -p $(CUDA_TREE)
+	cp -r $(filter-out build qlora_ext %.egg-info,$(wildcard *)) $(CUDA_TREE)
+	cd $(CUDA_TREE) && ln -s "$$($(CUDA_PYTHON) -c 'import qlora_ext; print(*qlora_ext.__path__)')" qlora_ext
+	cd $(CUDA_TREE) && $(CUDA_PYTHON) -m qlora_ext.info
+	cd $(CUDA_TREE) && $(CUDA_PYTHON) -c "from qlora_ext.info import ops_without_cuda as ops; assert not ops(), ops()"
+	cd $(CUDA_TREE) && $(CUDA_PYTHON) -m pytest --ignore=tests/ptx --ignore=tests/cuda
+
+gpu:  ## on a machine with a GPU: build into the environment of PYTHON, all tests, compute-sanitizer, the CUDA benches
+	tools/gpu_suite.sh $(PYTHON)
+
 bench: $(VENV)/.installed-dev  ## all benchmarks into bench/results/, then the tables of README.md
 	$(BIN)/python bench/report.py --run
 
 clean:
-	rm -rf build $(VENV) qlora_ext/*.so *.egg-info
+	rm -rf build $(VENV) $(CUDA_VENV) qlora_ext/*.so *.egg-info
 
 # torch and the build tools first: the extension is built against the torch that is installed, not one of its own.
 $(VENV)/.torch:

@@ -1,27 +1,80 @@
-"""Builds qlora_ext._C. The metadata is in pyproject.toml."""
+"""Builds qlora_ext._C: for CUDA too, where torch has it and there is an nvcc. The metadata is in pyproject.toml.
 
+QLORA_EXT_CUDA=0 or 1 decides it instead; CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the architectures.
+"""
+
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+import torch
+from setuptools import Extension, setup
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
-CSRC = ROOT / "csrc"
-
+LANGUAGE = ["-O3", "-std=c++20"]
 # -ffp-contract=off: roundings are part of the storage format. -fopenmp: without it at::parallel_for is one thread.
-CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-Wall", "-fvisibility=hidden"]
+HOST = ["-ffp-contract=off", "-fopenmp", "-Wall", "-fvisibility=hidden"]
+NVCC = ["--expt-relaxed-constexpr", "--threads=4", f"-Xcompiler={','.join(HOST)}"]
 
 
-def extension() -> CppExtension:
-    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
-    headers = [*CSRC.rglob("*.h")]
-    return CppExtension(
-        "qlora_ext._C",
-        sorted(str(path.relative_to(ROOT)) for path in sources),
-        depends=sorted(str(path.relative_to(ROOT)) for path in headers),
-        extra_compile_args={"cxx": CXX_FLAGS},
-        extra_link_args=["-fopenmp"],
-    )
+def find_toolkit() -> Path:
+    """CUDA_HOME, or the package cuda-toolkit[nvcc] beside torch, or what the nvcc on PATH calls its top."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return Path(home)
+    package = Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
+    if (package / "bin/nvcc").exists() or not (nvcc := shutil.which("nvcc")):
+        return package
+    # Not simply the folder above it: it may be a script that calls the real one.
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    return Path(re.search(r"TOP=(.+)", dry_run.stderr)[1]).resolve()
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+def choose_toolkit() -> Path | None:
+    """The CUDA toolkit to build with; None for a build without CUDA."""
+    wanted = os.environ.get("QLORA_EXT_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"QLORA_EXT_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "0":
+        return None
+    if torch.version.cuda is None:
+        missing = f"a torch with CUDA, which {torch.__version__} is not"
+    elif ((toolkit := find_toolkit()) / "bin/nvcc").exists():
+        return toolkit
+    else:
+        missing = f"nvcc: on PATH, in CUDA_HOME/bin, or `pip install cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*`"
+    if wanted == "1":
+        raise SystemExit(f"QLORA_EXT_CUDA=1 needs {missing}")
+    print(f"qlora_ext: building without CUDA, which needs {missing}")
+    return None
+
+
+def extension(toolkit: Path | None) -> Extension:
+    """The extension with its CUDA sources, or without."""
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]
+    if toolkit is None:
+        sources = [path for path in sources if path.suffix != ".cu" and path.name != "ops_cuda.cpp"]
+    names = sorted(str(path.relative_to(ROOT)) for path in sources)
+    options = {"extra_compile_args": {"cxx": LANGUAGE + HOST, "nvcc": LANGUAGE + NVCC}, "extra_link_args": ["-fopenmp"]}
+    if toolkit is None:
+        return cpp_extension.CppExtension("qlora_ext._C", names, **options)
+    cpp_extension.CUDA_HOME = str(toolkit)
+    archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0+PTX"
+    version = subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    options["define_macros"] = [("QLORA_EXT_NVCC", f'"nvcc {re.search("V([0-9.]+)", version)[1]} for {archs}"')]
+    built = cpp_extension.CUDAExtension("qlora_ext._C", names, **options)
+    # The package has the library under no other name.
+    cudart = f":libcudart.so.{torch.version.cuda.split('.')[0]}"
+    built.libraries = [cudart if name == "cudart" else name for name in built.libraries]
+    return built
+
+
+toolkit = choose_toolkit()
+setup(
+    ext_modules=[extension(toolkit)],
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    # What to compile again is left to ninja, which sees other flags and another torch too.
+    options={"build": {"build_base": "build/cuda" if toolkit else "build"}, "build_ext": {"force": True}},
+)

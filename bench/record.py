@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def where() -> dict[str, Any]:
-    """The machine, the versions and the commit of this run."""
+    """The machine, the versions and the commit of this run; the GPU, where there is one."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -28,7 +29,7 @@ def where() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
+    } | (_gpu() if torch.cuda.is_available() else {})
 
 
 def write(name: str, rows: list[dict[str, Any]], *, smoke: bool) -> None:
@@ -57,6 +58,19 @@ def _cpu_model() -> str:
     return "unknown"
 
 
+def _gpu() -> dict[str, Any]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which(query[0]) else []
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "gpu_memory_bytes": properties.total_memory,
+        "sms": properties.multi_processor_count,
+        "driver": driver[0] if driver else None,
+        "cuda": torch.version.cuda,
+    }
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -65,6 +79,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return ""
     root = Path(__file__).parent.parent
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
     changes = ["git", "status", "--porcelain", "--", "csrc", "qlora_ext", "bench/*.py"]

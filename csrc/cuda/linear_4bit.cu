@@ -22,6 +22,7 @@ namespace qlora::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
 constexpr int kQuantum = 64;  // weights of a row between two scalings; the K of a slot of x
 constexpr int kUnitK = 1024;  // what is dealt out to the blocks: 16 absmax codes of a row, which are read at once
 
@@ -31,19 +32,22 @@ struct Config {
   using T = T_;
   static constexpr int kColumnTiles = kColumnTiles_;
   static constexpr bool kSmallBlocks = kSmallBlocks_;
-  static constexpr int kHalves = kSmallBlocks ? 2 : 1;
+  static constexpr int kHalves = kSmallBlocks ? 2 : 1;         // parts of a quantum with a scale of their own
   static constexpr int kRowTiles = kColumnTiles <= 2 ? 1 : 2;  // with many rows x costs more than W: use it twice
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kTileRows = kWarps * kWarpRows;
-  static constexpr int kStepQuanta = kColumnTiles <= 2 ? 4 : kColumnTiles * kHalves < 16 ? 2 : 1;
-  static constexpr int kUnroll = kColumnTiles > 2              ? 1
-                                 : kColumnTiles * kHalves == 1 ? 4
-                                                               : 2;  // more would not fit the registers
+  // Quanta between two barriers, of a row's weights loaded ahead, and computed at once: as far as registers reach.
+  static constexpr int kStepQuanta = kColumnTiles == 1             ? 8 / kHalves
+                                     : kColumnTiles == 2           ? 4
+                                     : kColumnTiles * kHalves < 16 ? 2
+                                                                   : 1;
+  static constexpr int kAhead = kStepQuanta < 4 ? kStepQuanta : 4;
+  static constexpr int kUnroll = kColumnTiles > 2 ? 1 : kColumnTiles * kHalves == 1 ? 8 : 2;
   static constexpr int kStepK = kStepQuanta * kQuantum;
+  static constexpr int kUnitSteps = kUnitK / kStepK;
   static constexpr int kStageSlots = 8 * kColumnTiles * kStepQuanta;
   static constexpr int kStages = kSlots / kStageSlots < 4 ? kSlots / kStageSlots : 4;
   static constexpr int kBlocksPerSm = kColumnTiles <= 2 ? 2 : 1;
-  static constexpr int kUnitSteps = kUnitK / kStepK;
   // Shared memory: the pair table with x in its slots, the dynamic codebook, 32 scales of each row.
   static constexpr int kCodebookAt = kTableBytes;
   static constexpr int kScalesAt = kCodebookAt + 4 * kNumDynamicCodes;
@@ -63,7 +67,7 @@ struct Arguments {
 };
 
 template <typename C>
-__global__ void __launch_bounds__(32 * kWarps, C::kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
     linear_4bit_kernel(const __grid_constant__ Arguments args) {
   using T = typename C::T;
   extern __shared__ __align__(16) char shared[];
@@ -75,7 +79,11 @@ __global__ void __launch_bounds__(32 * kWarps, C::kBlocksPerSm)
   const Split& split = args.split;
   const std::int64_t row_bytes = args.K / 2;
   const AbsmaxReader absmax(args.w, args.K >> args.blocksize_log2, codebook);
-  const int chunk_blocks = 2 * absmax.run_length;
+  // The scales of a chunk of K are decoded at once: of each row two runs of absmax, one a lane, repeated for every
+  // quantum (or half quantum) of a block, 32 at most.
+  const int repeats_log2 = C::kSmallBlocks ? 0 : args.blocksize_log2 - 6;
+  const int run_blocks = min(absmax.run_length, 16 >> repeats_log2);
+  const int chunk_scales_log2 = 31 - __clz(2 * run_blocks << repeats_log2);
 
   for (int begin = split.begin(blockIdx.x); begin < split.begin(opaque(blockIdx.x) + 1);) {
     const int tile = begin / split.steps;
@@ -83,79 +91,90 @@ __global__ void __launch_bounds__(32 * kWarps, C::kBlocksPerSm)
     const int end_unit = min(split.steps, first_unit + split.begin(opaque(blockIdx.x) + 1) - begin);
     const int first_step = first_unit * C::kUnitSteps;
     const int end_step = min(end_unit * C::kUnitSteps, (args.K + C::kStepK - 1) / C::kStepK);
+    const int end_k = min(args.K, end_step * C::kStepK);
     const int warp_row = tile * C::kTileRows + warp * C::kWarpRows;
-    const int first_block = first_step * C::kStepK >> args.blocksize_log2;
-    const int end_block = end_step * C::kStepK >> args.blocksize_log2;
 
-    // --- what a step needs: weights in registers, x in slots of the table, scales by chunks ---
-    const std::uint8_t* row_weights[2 * C::kRowTiles];  // the lane's bytes of its rows, at k = 0
-    int row_end[2 * C::kRowTiles];                      // and the k at which they end for this block
+    // --- weights: in registers, kAhead quanta ahead ---
+    const std::uint8_t* next_weights[2 * C::kRowTiles];  // what the lane loads next of its rows
+    bool row_inside[2 * C::kRowTiles];
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int row = warp_row + 8 * i + group;
-      row_weights[i] = args.w.packed + row * row_bytes + member * (C::kSmallBlocks ? 4 : 8);
-      row_end[i] = row < args.N ? min(args.K, end_step * C::kStepK) : 0;
+      next_weights[i] =
+          args.w.packed + row * row_bytes + first_step * (C::kStepK / 2) + member * (C::kSmallBlocks ? 4 : 8);
+      row_inside[i] = row < args.N;
     }
     struct Quantum {
       uint2 rows[2 * C::kRowTiles];
     };
-    auto load_weights = [&](int k) {
+    // Where a row, or K, ends the weights are any: x is 0 there, or the sum is not kept.
+    auto load_weights = [&](int quantum_ahead, bool inside, bool half_inside) {
       Quantum quantum;
 #pragma unroll
       for (int i = 0; i < 2 * C::kRowTiles; ++i) {
-        const std::uint8_t* from = row_weights[i] + k / 2;
-        quantum.rows[i] = {0, 0};
+        const std::uint8_t* from = next_weights[i] + quantum_ahead * (kQuantum / 2);
         if constexpr (C::kSmallBlocks) {
-          if (k < row_end[i]) quantum.rows[i].x = load_once(reinterpret_cast<const std::uint32_t*>(from));
-          if (k + 32 < row_end[i]) quantum.rows[i].y = load_once(reinterpret_cast<const std::uint32_t*>(from + 16));
-        } else if (k < row_end[i]) {
-          quantum.rows[i] = load_once(reinterpret_cast<const uint2*>(from));
+          load_once(quantum.rows[i].x, from, row_inside[i] && inside);
+          load_once(quantum.rows[i].y, from + 16, row_inside[i] && half_inside);
+        } else {
+          load_once(quantum.rows[i], from, row_inside[i] && inside);
         }
       }
       return quantum;
     };
+
+    // --- x: in slots of the table, kStages - 1 steps ahead; 16-byte parts are swizzled so that rows do not conflict
+    // ---
+    constexpr int kRowParts = C::kStepQuanta * 8, kPassRows = kThreads / kRowParts;
+    const int x_quantum = threadIdx.x % kRowParts / 8, x_part = threadIdx.x % 8, x_row = threadIdx.x / kRowParts;
+    char* x_to = slot_address(shared, x_row * C::kStepQuanta + x_quantum) +
+                 (x_part ^ x_row % 2 * (C::kSmallBlocks ? 4 : 1)) * 16;
+    const T* x_from =
+        static_cast<const T*>(args.x) + static_cast<std::int64_t>(x_row) * args.K + x_quantum * kQuantum + x_part * 8;
     auto stage_x = [&](int step) {
-      const int copies = step < end_step ? args.M * C::kStepQuanta * 8 : 0;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < copies; i += 32 * kWarps) {
-        const int part = i % 8, quantum = i / 8 % C::kStepQuanta, m = i / (8 * C::kStepQuanta);
-        const int k = step * C::kStepK + quantum * kQuantum + part * 8;
-        const int slot = step % C::kStages * C::kStageSlots + m * C::kStepQuanta + quantum;
-        const int swizzled = part ^ (m % 2) * (C::kSmallBlocks ? 4 : 1);
-        const T* from = static_cast<const T*>(args.x) + (k < args.K ? static_cast<std::int64_t>(m) * args.K + k : 0);
-        cp_async<16>(slot_address(shared, slot) + swizzled * 16, from, k < args.K ? 16 : 0);
+      if (step < end_step) {
+        const int k = step * C::kStepK;
+        const int bytes = k + x_quantum * kQuantum + x_part * 8 < args.K ? 16 : 0;
+#pragma unroll
+        for (int i = 0; i < 8 * C::kColumnTiles; i += kPassRows) {
+          if (x_row + i >= args.M) break;
+          cp_async<16>(x_to + (step % C::kStages * C::kStageSlots + i * C::kStepQuanta) * kSlotStride,
+                       bytes > 0 ? x_from + static_cast<std::int64_t>(i) * args.K + k : args.x, bytes);
+        }
       }
       cp_async_commit();
     };
-    // A chunk of scales: two runs of each row, one run a lane.
-    AbsmaxRun runs[C::kRowTiles];
-    auto load_scales = [&](int chunk) {
-#pragma unroll
-      for (int i = 0; i < C::kRowTiles; ++i) {
-        const int row = warp_row + 16 * i + lane / 2, first = chunk * chunk_blocks + lane % 2 * absmax.run_length;
-        runs[i] = absmax.read(row, first, first_block, row < args.N ? end_block : 0);
-      }
-    };
+
+    // --- scales: decoded by the warp that uses them, into shared memory ---
     auto decode_scales = [&](int chunk) {
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < C::kRowTiles; ++i) {
-        const int row = warp_row + 16 * i + lane / 2, run = lane % 2 * absmax.run_length;
+        const int row = warp_row + 16 * i + lane / 2;
+        const int first = (2 * chunk + lane % 2) * run_blocks, begin = first_step * C::kStepK >> args.blocksize_log2;
+        const int end = min(first + run_blocks, end_k >> args.blocksize_log2);
         if (row >= args.N) continue;
-        absmax.decode(runs[i], row, chunk * chunk_blocks + run, [&](int block, float4 four) {
-          const int place = (run + block) / 4 ^ lane / 2 % 8;
-          reinterpret_cast<float4*>(scales)[(16 * i + lane / 2) * 8 + place] = four;
+        absmax.decode(absmax.read(row, first, begin, end), row, first, run_blocks, [&](int block, float value) {
+          const int place = lane % 2 * run_blocks + block << repeats_log2;
+#pragma unroll 1
+          for (int j = 0; j < 1 << repeats_log2; ++j) {
+            scales[(16 * i + lane / 2) * 32 + (place + j ^ lane / 2 % 8 * 4)] = value;
+          }
         });
       }
     };
 
-    Quantum ahead[C::kStepQuanta];  // the weights of the next step, loaded while this one is computed
+    Quantum ahead[C::kAhead];
 #pragma unroll
-    for (int i = 0; i < C::kStepQuanta; ++i) ahead[i] = load_weights(first_step * C::kStepK + i * kQuantum);
-    int chunk = first_block / chunk_blocks - 1;
-    load_scales(chunk + 1);
+    for (int i = 0; i < C::kAhead; ++i) {
+      const int k = first_step * C::kStepK + i * kQuantum;
+      ahead[i] = load_weights(i, k < end_k, k + 32 < end_k);
+    }
+    for (const std::uint8_t*& next : next_weights) next += C::kAhead * (kQuantum / 2);
+    constexpr int kStepScales = C::kStepQuanta * C::kHalves;
+
     if (begin == split.begin(blockIdx.x)) {  // the first tile: while its weights are on their way
       fill_pair_table<T>(shared, args.w.quant_type);
-      for (int i = threadIdx.x; i < kNumDynamicCodes; i += 32 * kWarps) codebook[i] = device_dynamic_codebook.value[i];
+      for (int i = threadIdx.x; i < kNumDynamicCodes; i += kThreads) codebook[i] = device_dynamic_codebook.value[i];
     } else {
       __syncthreads();  // all warps are done with the x of the tile before
     }
@@ -163,21 +182,11 @@ __global__ void __launch_bounds__(32 * kWarps, C::kBlocksPerSm)
     for (int i = 0; i < C::kStages - 1; ++i) stage_x(first_step + i);
 
     float sum[C::kRowTiles][C::kColumnTiles][4] = {};
-    for (int step = first_step; step < end_step; ++step) {
-      cp_async_wait<C::kStages - 2>();
-      __syncthreads();
-      stage_x(step + C::kStages - 1);
-      const int step_block = step * C::kStepK >> args.blocksize_log2;
-      if (step_block / chunk_blocks != chunk) {
-        chunk = step_block / chunk_blocks;
-        decode_scales(chunk);
-        __syncwarp();
-        load_scales(chunk + 1);
-      }
-
+    auto compute = [&](unsigned step,
+                       auto all_inside) {  // all_inside: the weights that it loads are known to lie within K
+      float4 four_scales[2 * C::kRowTiles];
 #pragma unroll C::kUnroll
-      for (int quantum = 0; quantum < C::kStepQuanta; ++quantum) {
-        const int k = step * C::kStepK + quantum * kQuantum;
+      for (unsigned quantum = 0; quantum < C::kStepQuanta; ++quantum) {
         std::uint32_t pairs[C::kRowTiles][4][4];
 #pragma unroll
         for (int i = 0; i < C::kRowTiles; ++i) {
@@ -196,16 +205,31 @@ __global__ void __launch_bounds__(32 * kWarps, C::kBlocksPerSm)
           decode(std::integral_constant<int, 3>{});
         }
 #pragma unroll
-        for (int i = 0; i + 1 < C::kStepQuanta; ++i) ahead[i] = ahead[i + 1];
-        ahead[C::kStepQuanta - 1] = load_weights(k + C::kStepK);
+        for (int i = 0; i + 1 < C::kAhead; ++i) ahead[i] = ahead[i + 1];
+        const int next_k = step * C::kStepK + (quantum + C::kAhead) * kQuantum;
+        ahead[C::kAhead - 1] =
+            load_weights(quantum, all_inside() || next_k < end_k, all_inside() || next_k + 32 < end_k);
 
 #pragma unroll
-        for (int half = 0; half < C::kHalves; ++half) {  // what one absmax scales
-          const int block = k + 32 * half >> args.blocksize_log2;
-          const float* scale = scales + group * 32 + ((block & (chunk_blocks - 1)) ^ 4 * group);
+        for (int half = 0; half < C::kHalves; ++half) {
+          const unsigned place = (step * C::kStepQuanta + quantum) * C::kHalves + half;
+          const float* place_scales =
+              scales + group * 32 + ((place / 4 & ((1u << chunk_scales_log2) / 4 - 1)) ^ group) * 4;
+          if constexpr (C::kUnroll % 4 == 0) {
+            if (quantum % 4 == 0) {
+#pragma unroll
+              for (int i = 0; i < 2 * C::kRowTiles; ++i)
+                four_scales[i] = *reinterpret_cast<const float4*>(place_scales + 256 * i);
+            }
+          }
+          auto scale = [&](int i) {
+            if constexpr (C::kUnroll % 4 != 0) return place_scales[256 * i + place % 4];
+            const float4 four = four_scales[i];
+            return quantum % 4 == 0 ? four.x : quantum % 4 == 1 ? four.y : quantum % 4 == 2 ? four.z : four.w;
+          };
 #pragma unroll
           for (int j = 0; j < C::kColumnTiles; ++j) {
-            const int slot = step % C::kStages * C::kStageSlots + (8 * j + group) * C::kStepQuanta + quantum;
+            const unsigned slot = step % C::kStages * C::kStageSlots + (8 * j + group) * C::kStepQuanta + quantum;
             const auto* slot_x = reinterpret_cast<const uint4*>(slot_address(shared, slot));
             uint4 x[2 / C::kHalves];
 #pragma unroll
@@ -214,20 +238,41 @@ __global__ void __launch_bounds__(32 * kWarps, C::kBlocksPerSm)
             }
 #pragma unroll
             for (int i = 0; i < C::kRowTiles; ++i) {
-              float part[4] = {};
-#pragma unroll
-              for (int l = 0; l < 2 / C::kHalves; ++l) {
-                mma_m16n8k16<T>(part, pairs[i][2 * (half + l)], x[l].x, x[l].y);
-                mma_m16n8k16<T>(part, pairs[i][2 * (half + l) + 1], x[l].z, x[l].w);
+              float part[4];
+              mma<T>(part, pairs[i][2 * half], x[0].x, x[0].y);
+              mma_add<T>(part, pairs[i][2 * half + 1], x[0].z, x[0].w);
+              if constexpr (!C::kSmallBlocks) {
+                mma_add<T>(part, pairs[i][2], x[1].x, x[1].y);
+                mma_add<T>(part, pairs[i][3], x[1].z, x[1].w);
               }
-              sum[i][j][0] = fmaf(part[0], scale[512 * i], sum[i][j][0]);
-              sum[i][j][1] = fmaf(part[1], scale[512 * i], sum[i][j][1]);
-              sum[i][j][2] = fmaf(part[2], scale[512 * i + 256], sum[i][j][2]);
-              sum[i][j][3] = fmaf(part[3], scale[512 * i + 256], sum[i][j][3]);
+              sum[i][j][0] = fmaf(part[0], scale(2 * i), sum[i][j][0]);
+              sum[i][j][1] = fmaf(part[1], scale(2 * i), sum[i][j][1]);
+              sum[i][j][2] = fmaf(part[2], scale(2 * i + 1), sum[i][j][2]);
+              sum[i][j][3] = fmaf(part[3], scale(2 * i + 1), sum[i][j][3]);
             }
           }
         }
       }
+#pragma unroll
+      for (const std::uint8_t*& next : next_weights) next += C::kStepK / 2;
+    };
+    auto prepare = [&](int step) {
+      cp_async_wait<C::kStages - 2>();
+      __syncthreads();
+      stage_x(step + C::kStages - 1);
+      if (step == first_step || (step * kStepScales & ((1 << chunk_scales_log2) - 1)) == 0) {
+        decode_scales(step * kStepScales >> chunk_scales_log2);
+        __syncwarp();
+      }
+    };
+    int step = first_step;
+    for (; (step + 1) * C::kStepK + C::kAhead * kQuantum <= end_k; ++step) {
+      prepare(step);
+      compute(step, std::true_type{});
+    }
+    for (; step < end_step; ++step) {
+      prepare(step);
+      compute(step, std::false_type{});
     }
 
     // --- the tile's sum: written if this block has all of it, else put together by the last block ---
@@ -259,7 +304,7 @@ __global__ void __launch_bounds__(32 * kWarps, C::kBlocksPerSm)
       float* partial = args.partials + split.partial_slot(blockIdx.x, tile) * tile_values;
       for_each_sum([&](int m, int row, float value) { partial[m * C::kTileRows + row] = value; });
       if (last_to_arrive(args.arrivals + tile, contributors)) {
-        for (int i = threadIdx.x; i < args.M * C::kTileRows; i += 32 * kWarps) {
+        for (int i = threadIdx.x; i < args.M * C::kTileRows; i += kThreads) {
           const int n = tile * C::kTileRows + i % C::kTileRows;
           if (n < args.N) write(i / C::kTileRows, n, sum_of_partials(args.partials, split, tile, tile_values, i));
         }
@@ -325,7 +370,7 @@ cudaError_t launch_linear_4bit(const Product4bit& p, const DeviceLimits& limits,
                             split,
                             meeting.arrivals(workspace),
                             meeting.partials(workspace)};
-    return launch_split(linear_4bit_kernel<C>, split.blocks, 32 * kWarps, C::kSharedBytes, args, meeting, stream);
+    return launch_split(linear_4bit_kernel<C>, split.blocks, kThreads, C::kSharedBytes, args, meeting, stream);
   });
 }
 

@@ -38,16 +38,20 @@ struct Config {
   static constexpr int kTileM = 8 * kColumnTiles / kLaneBlocks;
   static constexpr int kTileBlocks = kWarps * kLaneBlocks;  // at the smallest blocksize
   static constexpr int kChunkN =
-      kTileM <= 32 ? 256 : 128;                   // rows of W whose absmax and grad are in shared memory at a time
-  static constexpr int kRowSlots = kChunkN / 64;  // of the table, for a row of grad; two chunks have room
-  static constexpr int kBlocksPerSm = kWarps == 8 && kLaneBytes * kColumnTiles <= 8 ? 2 : 1;
+      kTileM <= 32 ? 256 : 128;  // rows of W whose absmax and grad are in shared memory at a time
   static constexpr int kAhead = kLaneBlocks == 2 ? 2 : 4;  // groups whose weights are loaded ahead
-  static constexpr int kUnroll = kColumnTiles == 1 ? kAhead : kColumnTiles == 2 ? 2 : 1;
+  static constexpr int kUnroll = kColumnTiles == 1 ? kUnitN / kGroup : kColumnTiles == 2 ? 2 : 1;
+  static constexpr int kBlocksPerSm = kWarps == 8 && kLaneBytes * kColumnTiles <= 8 ? 2 : 1;
+  // grad lies in the slots of the table, where it is multiplied in fp32 as fp32 if there is room. A unit is a group's
+  // 16 values.
+  using Staged = std::conditional_t<std::is_same_v<T, BFloat16> && kLaneBytes == 8, float, T>;
+  static constexpr int kUnitBytes = kGroup * sizeof(Staged), kSlotUnits = kSlotBytes / kUnitBytes;
+  static constexpr int kRowSlots = kChunkN / kGroup / kSlotUnits;  // of a row of grad
+  static_assert(kTileM * kRowSlots <= kSlots);
   // Shared memory: the pair table with grad in its slots, the dynamic codebook, scales[kTileBlocks][kChunkN].
   static constexpr int kCodebookAt = kTableBytes;
   static constexpr int kScalesAt = kCodebookAt + 4 * kNumDynamicCodes;
   static constexpr int kSharedBytes = kScalesAt + 4 * kTileBlocks * kChunkN;
-  static_assert(2 * kTileM * kRowSlots <= kSlots);
 };
 
 struct Arguments {
@@ -66,10 +70,10 @@ __device__ __forceinline__ std::uint32_t word(uint2 words, int i) { return i == 
 
 // The bytes of the high and of the low nibbles of a and b, a's in the high nibble.
 __device__ __forceinline__ std::uint32_t high_nibbles(std::uint32_t a, std::uint32_t b) {
-  return (a & 0xf0f0f0f0u) | (b >> 4 & 0x0f0f0f0fu);
+  return merge_bits<0xf0f0f0f0u>(a, b >> 4);
 }
 __device__ __forceinline__ std::uint32_t low_nibbles(std::uint32_t a, std::uint32_t b) {
-  return (a << 4 & 0xf0f0f0f0u) | (b & 0x0f0f0f0fu);
+  return merge_bits<0xf0f0f0f0u>(a << 4, b);
 }
 
 template <typename C>
@@ -87,7 +91,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   const std::int64_t row_bytes = args.K / 2;
   const AbsmaxReader absmax(args.w, args.K >> args.blocksize_log2, codebook);
   const int first_m = blockIdx.y * C::kTileM, rows_m = min(C::kTileM, args.M - first_m);
-  const bool wide_copies = args.N % 8 == 0;
 
   fill_pair_table<T>(shared, args.w.quant_type);
   for (int i = threadIdx.x; i < kNumDynamicCodes; i += C::kThreads) codebook[i] = device_dynamic_codebook.value[i];
@@ -99,134 +102,152 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     const int first_n = first_unit * kUnitN, end_n = min(end_unit * kUnitN, args.N);
     const int lane_k = tile * C::kTileK + warp * C::kWarpK + group * 2 * C::kLaneBytes;
     const int lane_block = (warp * C::kWarpK + group * 2 * C::kLaneBytes) >> args.blocksize_log2;
-    const int row_end = lane_k < args.K ? end_n : 0;
-
-    const std::uint8_t* lane_weights = args.w.packed + lane_k / 2 + 4 * member * row_bytes;
+    // --- weights: in registers, kAhead groups ahead ---
+    const std::uint8_t* next_weights[4];  // what the lane loads next
+#pragma unroll
+    for (int i = 0; i < 4; ++i) next_weights[i] = args.w.packed + lane_k / 2 + (first_n + 4 * member + i) * row_bytes;
+    const bool lane_inside = lane_k < args.K;
     struct Group {
       typename C::Word rows[4];
     };
-    auto load_weights = [&](int n) {
+    // Where the rows, or K, end the weights are any: grad is 0 there, or the sum is not kept.
+    auto load_weights = [&](int n, auto all_inside) {  // rows [n, n + 16), which follow those of the call before
       Group loaded;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        loaded.rows[i] = {};
-        if (n + 4 * member + i < row_end) {
-          loaded.rows[i] = load_once(reinterpret_cast<const typename C::Word*>(lane_weights + (n + i) * row_bytes));
-        }
+        load_once(loaded.rows[i], next_weights[i], lane_inside && (all_inside() || n + 4 * member + i < end_n));
+        next_weights[i] += kGroup * row_bytes;
       }
       return loaded;
     };
-    // Rows [n, n + kChunkN) of grad^T; 32-byte units are swizzled by m, so that the rows of an mma do not conflict.
-    auto stage_grad = [&](int n, int stage) {
-      const int piece = wide_copies ? 8 : 2;  // elements
+
+    // --- grad and scales of a chunk ---
+    auto stage_grad = [&](int n) {
+      using Staged = typename C::Staged;
+      const int piece = args.N % 8 == 0 ? 8 : 2;  // elements that are read at once
       const int row_pieces = C::kChunkN / piece;
-      const int copies = n < end_n ? rows_m * row_pieces : 0;
 #pragma unroll 1
-      for (int i = threadIdx.x; i < copies; i += C::kThreads) {
-        const int m = i / row_pieces, column = i % row_pieces * piece;
-        const int slot = stage * C::kTileM * C::kRowSlots + m * C::kRowSlots + column / 64;
-        char* to = slot_address(shared, slot) + (column % 64 / 16 ^ m % 4) * 32 + column % 16 * 2;
-        const bool inside = n + column < args.N;
-        const T* from = static_cast<const T*>(args.grad) +
-                        (inside ? static_cast<std::int64_t>(first_m + m) * args.N + n + column : 0);
-        if (wide_copies) {
-          cp_async<16>(to, from, inside ? 16 : 0);
+      for (int i = threadIdx.x; i < rows_m * row_pieces; i += C::kThreads) {
+        const int m = i / row_pieces, column = i % row_pieces * piece, unit = column / kGroup;
+        const int slot = m * C::kRowSlots + unit / C::kSlotUnits;
+        // Units are swizzled by m, so that the rows of an mma do not conflict.
+        auto* to = reinterpret_cast<Staged*>(slot_address(shared, slot) +
+                                             (unit % C::kSlotUnits ^ m % C::kSlotUnits) * C::kUnitBytes) +
+                   column % kGroup;
+        const T* from = static_cast<const T*>(args.grad) + static_cast<std::int64_t>(first_m + m) * args.N + n + column;
+        uint4 read = {0, 0, 0, 0};
+        if (n + column < end_n) {
+          if (piece == 8) {
+            read = __ldg(reinterpret_cast<const uint4*>(from));
+          } else {
+            read.x = __ldg(reinterpret_cast<const std::uint32_t*>(from));
+          }
+        }
+        if constexpr (std::is_same_v<Staged, float>) {
+          auto* pairs = reinterpret_cast<float2*>(to);
+          pairs[0] = unpack_pair(read.x, T{});
+          if (piece == 8) {
+            pairs[1] = unpack_pair(read.y, T{}), pairs[2] = unpack_pair(read.z, T{}),
+            pairs[3] = unpack_pair(read.w, T{});
+          }
+        } else if (piece == 8) {
+          *reinterpret_cast<uint4*>(to) = read;
         } else {
-          cp_async<4>(to, from, inside ? 4 : 0);
+          *reinterpret_cast<std::uint32_t*>(to) = read.x;
         }
       }
-      cp_async_commit();
     };
     auto stage_scales = [&](int n) {
       const int first_block = tile * C::kTileK >> args.blocksize_log2;
-      const int blocks = C::kTileK >> args.blocksize_log2;
-      const int row_runs = (blocks + absmax.run_length - 1) / absmax.run_length;
+      const int tile_blocks = C::kTileK >> args.blocksize_log2;
+      const int run_blocks = min(absmax.run_length, tile_blocks);
+      const int row_runs = tile_blocks / run_blocks;
 #pragma unroll 1
       for (int i = threadIdx.x; i < C::kChunkN * row_runs; i += C::kThreads) {
-        const int row = i / row_runs, run = i % row_runs * absmax.run_length;
+        const int row = i / row_runs, run = i % row_runs * run_blocks;
         const bool inside = n + row < end_n;
-        const int end_block = inside ? first_block + blocks : 0;
-        const AbsmaxRun read = absmax.read(n + row, first_block + run, first_block, end_block);
-        absmax.decode(read, inside ? n + row : 0, first_block + run, [&](int block, float4 four) {
-          const float values[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int place = run + block + j;
-            if (place < blocks) scales[place * C::kChunkN + row] = inside ? values[j] : 0.0f;
-          }
+        const int end = min(first_block + run + run_blocks, absmax.blocks_per_row);
+        const AbsmaxRun read = absmax.read(n + row, first_block + run, 0, inside ? end : 0);
+        absmax.decode(read, inside ? n + row : 0, first_block + run, run_blocks, [&](int block, float value) {
+          scales[(run + block) * C::kChunkN + row] = inside ? value : 0.0f;
         });
       }
     };
 
     Group ahead[C::kAhead];
 #pragma unroll
-    for (int i = 0; i < C::kAhead; ++i) ahead[i] = load_weights(first_n + i * kGroup);
-    if (begin != split.begin(blockIdx.x)) __syncthreads();  // all warps are done with the grad of the tile before
-    stage_grad(first_n, 0);
+    for (int i = 0; i < C::kAhead; ++i) ahead[i] = load_weights(first_n + i * kGroup, std::false_type{});
 
     float sum[C::kLaneBytes][C::kColumnTiles][4] = {};
-    int stage = 0;
-    for (int chunk_n = first_n; chunk_n < end_n; chunk_n += C::kChunkN) {
-      __syncthreads();  // all warps are done with the scales of the chunk before
-      stage_scales(chunk_n);
-      cp_async_wait<0>();
-      __syncthreads();
-      stage_grad(chunk_n + C::kChunkN, stage ^ 1);
-      const char* grad = slot_address(shared, stage * C::kTileM * C::kRowSlots);
-      stage ^= 1;
-
-      const int chunk_end = min(chunk_n + C::kChunkN, end_n);
-      for (int unit_n = chunk_n; unit_n < chunk_end; unit_n += kUnitN) {
-#pragma unroll C::kUnroll
-        for (int i = 0; i < kUnitN / kGroup; ++i) {
-          const int n = unit_n - chunk_n + i * kGroup;
-          const Group now = ahead[0];
+    auto compute = [&](int chunk_n, unsigned unit,
+                       auto all_inside) {  // all_inside: the rows that it loads are known to exist
+      constexpr int kUnroll = decltype(all_inside)::value ? C::kUnroll : 1;
+#pragma unroll kUnroll
+      for (unsigned i = 0; i < kUnitN / kGroup; ++i) {
+        const unsigned n = unit * kUnitN + i * kGroup;
+        const Group now = ahead[0];
 #pragma unroll
-          for (int a = 0; a + 1 < C::kAhead; ++a) ahead[a] = ahead[a + 1];
-          ahead[C::kAhead - 1] = load_weights(chunk_n + n + C::kAhead * kGroup);
+        for (int a = 0; a + 1 < C::kAhead; ++a) ahead[a] = ahead[a + 1];
+        ahead[C::kAhead - 1] = load_weights(chunk_n + n + C::kAhead * kGroup, all_inside);
 
-          const float4 scale = *reinterpret_cast<const float4*>(scales + lane_block * C::kChunkN + n + 4 * member);
-          std::uint32_t b[C::kColumnTiles][2];
+        const float4 scale = *reinterpret_cast<const float4*>(scales + lane_block * C::kChunkN + n + 4 * member);
+        const std::uint32_t scale_pairs[2] = {pack_pair(scale.x, scale.y, T{}), pack_pair(scale.z, scale.w, T{})};
+        std::uint32_t b[C::kColumnTiles][2];
 #pragma unroll
-          for (int j = 0; j < C::kColumnTiles; ++j) {
-            const int m = C::kLaneBlocks == 1 ? 8 * j + group : 4 * j + group % 4;
-            const uint2 pairs = *reinterpret_cast<const uint2*>(grad + (m * C::kRowSlots + n / 64) * 256 +
-                                                                (n % 64 / 16 ^ m % 4) * 32 + member * 8);
-            if constexpr (kScaleWeights) {
-              b[j][0] = pairs.x, b[j][1] = pairs.y;
-            } else {
+        for (int j = 0; j < C::kColumnTiles; ++j) {
+          const unsigned m = C::kLaneBlocks == 1 ? 8 * j + group : 4 * j + group % 4;
+          const char* from = slot_address(shared, m * C::kRowSlots + n / kGroup / C::kSlotUnits) +
+                             (n / kGroup % C::kSlotUnits ^ m % C::kSlotUnits) * C::kUnitBytes +
+                             member * (C::kUnitBytes / 4);
+          if constexpr (std::is_same_v<typename C::Staged, float>) {
+            const float4 grad = *reinterpret_cast<const float4*>(from);
+            b[j][0] = pack_pair(grad.x * scale.x, grad.y * scale.y, T{});
+            b[j][1] = pack_pair(grad.z * scale.z, grad.w * scale.w, T{});
+          } else {
+            const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+            b[j][0] = pairs.x, b[j][1] = pairs.y;
+            if constexpr (!kScaleWeights) {
               const float2 first = unpack_pair(pairs.x, T{}), second = unpack_pair(pairs.y, T{});
               b[j][0] = pack_pair(first.x * scale.x, first.y * scale.y, T{});
               b[j][1] = pack_pair(second.x * scale.z, second.y * scale.w, T{});
             }
           }
-          const std::uint32_t scale_pairs[2] = {pack_pair(scale.x, scale.y, T{}), pack_pair(scale.z, scale.w, T{})};
+        }
 
 #pragma unroll
-          for (int part = 0; part < C::kLaneBytes / 4; ++part) {
-            const std::uint32_t row0 = word(now.rows[0], part), row1 = word(now.rows[1], part);
-            const std::uint32_t row2 = word(now.rows[2], part), row3 = word(now.rows[3], part);
-            const std::uint32_t even01 = high_nibbles(row0, row1), odd01 = low_nibbles(row0, row1);
-            const std::uint32_t even23 = high_nibbles(row2, row3), odd23 = low_nibbles(row2, row3);
-            auto multiply = [&](auto which) {  // columns 2 byte and 2 byte + 1 of the lane
-              constexpr int kByte = decltype(which)::value;
-              std::uint32_t a[4] = {lookup_pair<kByte>(shared, even01, lane4), lookup_pair<kByte>(shared, odd01, lane4),
-                                    lookup_pair<kByte>(shared, even23, lane4),
-                                    lookup_pair<kByte>(shared, odd23, lane4)};
-              if constexpr (kScaleWeights) {
+        for (int part = 0; part < C::kLaneBytes / 4; ++part) {
+          const std::uint32_t row0 = word(now.rows[0], part), row1 = word(now.rows[1], part);
+          const std::uint32_t row2 = word(now.rows[2], part), row3 = word(now.rows[3], part);
+          const std::uint32_t even01 = high_nibbles(row0, row1), odd01 = low_nibbles(row0, row1);
+          const std::uint32_t even23 = high_nibbles(row2, row3), odd23 = low_nibbles(row2, row3);
+          auto multiply = [&](auto which) {  // columns 2 byte and 2 byte + 1 of the lane
+            constexpr int kByte = decltype(which)::value;
+            std::uint32_t a[4] = {lookup_pair<kByte>(shared, even01, lane4), lookup_pair<kByte>(shared, odd01, lane4),
+                                  lookup_pair<kByte>(shared, even23, lane4), lookup_pair<kByte>(shared, odd23, lane4)};
+            if constexpr (kScaleWeights) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) a[e] = multiply_pairs(a[e], scale_pairs[e / 2], T{});
-              }
+              for (int e = 0; e < 4; ++e) a[e] = multiply_pairs(a[e], scale_pairs[e / 2], T{});
+            }
 #pragma unroll
-              for (int j = 0; j < C::kColumnTiles; ++j) mma_m16n8k16<T>(sum[4 * part + kByte][j], a, b[j][0], b[j][1]);
-            };
-            multiply(std::integral_constant<int, 0>{});
-            multiply(std::integral_constant<int, 1>{});
-            multiply(std::integral_constant<int, 2>{});
-            multiply(std::integral_constant<int, 3>{});
-          }
+            for (int j = 0; j < C::kColumnTiles; ++j) mma_add<T>(sum[4 * part + kByte][j], a, b[j][0], b[j][1]);
+          };
+          multiply(std::integral_constant<int, 0>{});
+          multiply(std::integral_constant<int, 1>{});
+          multiply(std::integral_constant<int, 2>{});
+          multiply(std::integral_constant<int, 3>{});
         }
       }
+    };
+    for (int chunk_n = first_n; chunk_n < end_n; chunk_n += C::kChunkN) {
+      __syncthreads();  // the table is there, and all warps are done with the chunk before
+      stage_grad(chunk_n);
+      stage_scales(chunk_n);
+      __syncthreads();
+      const int units = (min(C::kChunkN, end_n - chunk_n) + kUnitN - 1) / kUnitN;
+      const int inner_units = min(units, (end_n - chunk_n - C::kAhead * kGroup) / kUnitN);
+      int unit = 0;
+      for (; unit < inner_units; ++unit) compute(chunk_n, unit, std::true_type{});
+      for (; unit < units; ++unit) compute(chunk_n, unit, std::false_type{});
     }
 
     // --- the tile's sum: written if this block has all of it, else put together by the last block ---

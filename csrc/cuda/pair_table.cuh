@@ -15,8 +15,9 @@ namespace qlora::cuda {
 constexpr int kTableBytes = 256 * 256;
 constexpr int kSlots = 256;
 constexpr int kSlotBytes = 128;
+constexpr int kSlotStride = 256;
 
-__device__ __forceinline__ char* slot_address(char* table, int slot) { return table + slot * 256 + kSlotBytes; }
+__device__ __forceinline__ char* slot_address(char* table, int slot) { return table + slot * kSlotStride + kSlotBytes; }
 
 __device__ __forceinline__ std::uint32_t pack_pair(float low, float high, BFloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

@@ -1,0 +1,104 @@
+"""Cases of the fused products, and inputs for which fp32 sums are exact in any order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import reference
+import torch
+from cases import normal, pairwise, quantized_normal
+from reference import NESTED_BLOCKSIZE, Quantized
+from torch import Tensor
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+KINDS = list(product(DTYPES, ("nf4", "fp4")))
+BLOCKSIZES = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class ProductCase:
+    """A product with a weight [N, K]; M: the rows of x or grad."""
+
+    mnk: tuple[int, int, int]
+    dtype_name: str
+    quant_type: str
+    blocksize: int
+    double_quant: bool
+    bias: bool
+    num_sms: int
+
+    def __str__(self) -> str:
+        flags = "-dq" * self.double_quant + "-bias" * self.bias
+        m, n, k = self.mnk
+        return f"{self.dtype_name}-{self.quant_type}-b{self.blocksize}{flags}-M{m}N{n}K{k}-sms{self.num_sms}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+
+def cases(shapes: list[tuple[int, int, int]], num_sms: tuple[int, ...], bias: tuple[bool, ...]) -> list[ProductCase]:
+    """Every pair of settings. K: a multiple of 256, so that each blocksize can take it."""
+    rows = pairwise(shapes, KINDS, BLOCKSIZES, (False, True), bias, num_sms)
+    return [ProductCase(mnk, *kind, *settings) for mnk, kind, *settings in rows]
+
+
+@dataclass(frozen=True)
+class ExactProduct:
+    """weight: of q in fp64, its codes rounded to the dtype as the kernel's table holds them."""
+
+    case: ProductCase
+    q: Quantized
+    weight: Tensor
+
+    def largest_exact_sum(self) -> float:
+        """fp32 holds every multiple of the last place of the smallest weight up to here."""
+        fraction_bits = 10 if self.case.dtype == torch.float16 else 7
+        return float(self.weight[self.weight != 0].abs().min().log2().floor().exp2()) * 2.0 ** (24 - fraction_bits)
+
+    def factor(self, width: int) -> Tensor:
+        """[M, width] integers in [-2, 2], as many of them 0 as keep all sums exact: a product is 8 at most."""
+        shape = self.case.mnk[0], width
+        values = torch.randint(-2, 3, shape) * (torch.rand(shape) < self.largest_exact_sum() / 8 / width)
+        return values.to(self.case.dtype)
+
+    def bias(self) -> Tensor | None:
+        return torch.randint(-8, 9, (self.case.mnk[1],)).to(self.case.dtype) if self.case.bias else None
+
+    def expected(self, factor: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """factor @ weight + bias, rounded once. The sums are exact in every order."""
+        added = torch.zeros(weight.shape[1]) if bias is None else bias
+        largest = (factor.double().abs() @ weight.abs() + added.double().abs()).max()
+        assert largest <= self.largest_exact_sum()
+        return (factor.double() @ weight + added.double()).float().to(self.case.dtype)
+
+
+def exact_product(case: ProductCase) -> ExactProduct:
+    """Random codes, every scale a power of two."""
+    _, n, k = case.mnk
+    packed = torch.randint(256, (n, k // 2), dtype=torch.uint8)
+    num_blocks = n * k // case.blocksize
+    if case.double_quant:  # codes of 0.0 and 1.0: offset, or offset + nested_absmax
+        absmax = torch.tensor([127, 255], dtype=torch.uint8)[torch.randint(2, (num_blocks,))]
+        nested_absmax = torch.tensor([1.0, 3.0])[torch.randint(2, (-(-num_blocks // NESTED_BLOCKSIZE),))]
+        q = Quantized(packed, absmax.view(n, -1), nested_absmax, torch.tensor(1.0), case.quant_type, case.blocksize)
+    else:
+        absmax = torch.tensor([1.0, 2.0, 4.0])[torch.randint(3, (num_blocks,))]
+        q = Quantized(packed, absmax.view(n, -1), None, None, case.quant_type, case.blocksize)
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(n, k).long()
+    values = reference.codebook(case.quant_type).to(case.dtype).double()[codes]
+    weight = values * reference.decode_absmax(q).double().view(n, -1).repeat_interleave(case.blocksize, 1)
+    return ExactProduct(case, q, weight)
+
+
+def random_product(case: ProductCase, width: int) -> tuple[Quantized, Tensor]:
+    """A weight as of a trained layer, and x or grad [M, width]."""
+    q = quantized_normal(case.mnk[1:], case.quant_type, case.blocksize, case.double_quant)
+    return q, normal(case.mnk[0], width, dtype=case.dtype, seed=2)
+
+
+def decoded(case: ProductCase, dtype: torch.dtype) -> Tensor:
+    """The weight of random_product; fp32 is the one that exact results are taken from."""
+    q = quantized_normal(case.mnk[1:], case.quant_type, case.blocksize, case.double_quant)
+    return reference.dequantize_4bit(q, case.mnk[1:], dtype)

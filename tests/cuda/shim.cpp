@@ -1,0 +1,93 @@
+// The launchers as C functions for ctypes. Every argument is an int64_t, pointers too, or an array of them.
+#include "launch.h"
+
+using Integer = std::int64_t;
+
+namespace {
+
+template <typename T = void>
+T* at(Integer address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct Weight {
+  Integer packed, absmax, nested_absmax, nested_offset, quant_type, blocksize;
+
+  operator qlora::Packed4bit() const {
+    return {.packed = at<const std::uint8_t>(packed),
+            .absmax = at<const void>(absmax),
+            .nested_absmax = at<const float>(nested_absmax),
+            .nested_offset = at<const float>(nested_offset),
+            .quant_type = static_cast<qlora::QuantType>(quant_type),
+            .blocksize = blocksize};
+  }
+};
+
+struct Product {
+  Integer x;
+  Weight weight;
+  Integer bias, out, M, N, K, dtype;
+
+  operator qlora::cuda::Product4bit() const {
+    return {.x = at<const void>(x),
+            .w = weight,
+            .bias = at<const void>(bias),
+            .out = at(out),
+            .M = M,
+            .N = N,
+            .K = K,
+            .dtype = static_cast<qlora::DType>(dtype)};
+  }
+};
+
+struct Limits {
+  Integer num_sms, shared_bytes_per_sm;
+
+  operator qlora::cuda::DeviceLimits() const {
+    return {.num_sms = static_cast<int>(num_sms), .shared_bytes_per_sm = static_cast<int>(shared_bytes_per_sm)};
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+int quantize_4bit(Integer weight, Integer dtype, Integer n, Integer blocksize, Integer quant_type, Integer packed,
+                  Integer absmax, Integer stream) {
+  return qlora::cuda::launch_quantize_4bit(at<const void>(weight), static_cast<qlora::DType>(dtype), n, blocksize,
+                                           static_cast<qlora::QuantType>(quant_type), at<std::uint8_t>(packed),
+                                           at<float>(absmax), at<CUstream_st>(stream));
+}
+
+int quantize_absmax(Integer absmax, Integer n, Integer group_sums, Integer codes, Integer nested_absmax,
+                    Integer nested_offset, Integer stream) {
+  return qlora::cuda::launch_quantize_absmax(at<const float>(absmax), n, at<double>(group_sums),
+                                             at<std::uint8_t>(codes), at<float>(nested_absmax),
+                                             at<float>(nested_offset), at<CUstream_st>(stream));
+}
+
+int dequantize_4bit(const Weight* weight, Integer K, const qlora::Slice* slice, Integer dtype, Integer out,
+                    Integer stream) {
+  return qlora::cuda::launch_dequantize_4bit(*weight, K, *slice, static_cast<qlora::DType>(dtype), at(out),
+                                             at<CUstream_st>(stream));
+}
+
+bool takes_fused(const Product* product) { return qlora::cuda::takes_fused(*product); }
+
+Integer linear_4bit_workspace_bytes(const Product* product, const Limits* limits) {
+  return qlora::cuda::linear_4bit_workspace_bytes(*product, *limits);
+}
+
+int linear_4bit(const Product* product, const Limits* limits, Integer workspace, Integer stream) {
+  return qlora::cuda::launch_linear_4bit(*product, *limits, at(workspace), at<CUstream_st>(stream));
+}
+
+Integer linear_4bit_dgrad_workspace_bytes(const Product* product, const Limits* limits) {
+  return qlora::cuda::linear_4bit_dgrad_workspace_bytes(*product, *limits);
+}
+
+int linear_4bit_dgrad(const Product* product, const Limits* limits, Integer workspace, Integer stream) {
+  return qlora::cuda::launch_linear_4bit_dgrad(*product, *limits, at(workspace), at<CUstream_st>(stream));
+}
+
+}  // extern "C"

@@ -1,0 +1,55 @@
+"""What the other tests are worth: each mutant of the kernels makes one of them fail."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from library import CSRC
+from mutant_list import KINDS, MUTANTS, NOT_APPLICABLE, Mutant
+from mutants import deletions, judge, kernels_with, mutated
+from ptx import require_nvcc
+
+SEEN_QUICKLY = [
+    ("quantize_4bit.cu", "__syncthreads()"),
+    ("quantize_4bit.cu", "byte & 0xf0u"),
+    ("quantize_absmax.cu", "group < num_groups ?"),
+    ("dequantize_4bit.cu", "kGroup == 1 ? 0 :"),
+]
+
+
+def identify(mutant: Mutant) -> str:
+    return f"{mutant.file}-{mutant.kind}-{mutant.pattern}-{mutant.replacement}".replace("/", "|")
+
+
+def check(mutant: Mutant) -> None:
+    require_nvcc()
+    verdict = judge(mutant)
+    assert verdict.as_expected, verdict.text
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=identify)
+def test_pattern_occurs_once(mutant: Mutant) -> None:
+    assert mutated(mutant) != (CSRC / "cuda" / mutant.file).read_text()
+
+
+def test_every_kernel_has_three_mutants_of_each_kind() -> None:
+    count = Counter(
+        (kernel, mutant.kind) for mutant in MUTANTS if not mutant.equivalent for kernel in kernels_with(mutant.file)
+    )
+    for kernel in (path.stem for path in CSRC.glob("cuda/*.cu")):
+        for kind in KINDS:
+            wanted = 0 if (kernel, kind) in NOT_APPLICABLE else 3
+            assert count[kernel, kind] >= wanted, f"{kernel}: {count[kernel, kind]} of {kind}"
+
+
+@pytest.mark.parametrize(("file", "pattern"), SEEN_QUICKLY)
+def test_quick_ones_are_seen(file: str, pattern: str) -> None:
+    [mutant] = [one for one in [*deletions(), *MUTANTS] if (one.file, one.pattern) == (file, pattern)]
+    check(mutant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", [*deletions(), *MUTANTS], ids=identify)
+def test_is_seen(mutant: Mutant) -> None:
+    check(mutant)
