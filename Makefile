@@ -39,6 +39,7 @@ cuda:  ## build for CUDA in .venv-cuda, from packages alone, and check it; a GPU
 	cd $(CUDA_TREE) && ln -s "$$($(CUDA_PYTHON) -c 'import qlora_ext; print(*qlora_ext.__path__)')" qlora_ext
 	cd $(CUDA_TREE) && $(CUDA_PYTHON) -m qlora_ext.info
 	cd $(CUDA_TREE) && $(CUDA_PYTHON) -c "from qlora_ext.info import ops_without_cuda as ops; assert not ops(), ops()"
+	cd $(CUDA_TREE) && $(CUDA_PYTHON) bench/sass_report.py --check
 	cd $(CUDA_TREE) && $(CUDA_PYTHON) -m pytest --ignore=tests/ptx --ignore=tests/cuda
 
 gpu:  ## on a machine with a GPU: build into the environment of PYTHON, all tests, compute-sanitizer, the CUDA benches
