@@ -7,7 +7,7 @@
 // shuffle. With blocksize 32 a lane takes 4 bytes of each half of the quantum instead, and each half is scaled for
 // itself.
 //
-// Per 32 weights and lane: 16 permutations and 16 loads decode, 2 loads fetch x, 2 the scales, 4 mma and 4
+// Per 32 weights and lane: 16 permutations and 16 loads decode, 2 loads fetch x and half a load the scales, 4 mma and 4
 // multiply-adds sum.
 #include <bit>
 #include <climits>
@@ -123,8 +123,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
       return quantum;
     };
 
-    // --- x: in slots of the table, kStages - 1 steps ahead; 16-byte parts are swizzled so that rows do not conflict
-    // ---
+    // --- x: in slots of the table, kStages - 1 steps ahead. 16-byte parts are swizzled: rows must not conflict ---
     constexpr int kRowParts = C::kStepQuanta * 8, kPassRows = kThreads / kRowParts;
     const int x_quantum = threadIdx.x % kRowParts / 8, x_part = threadIdx.x % 8, x_row = threadIdx.x / kRowParts;
     char* x_to = slot_address(shared, x_row * C::kStepQuanta + x_quantum) +
@@ -182,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
     for (int i = 0; i < C::kStages - 1; ++i) stage_x(first_step + i);
 
     float sum[C::kRowTiles][C::kColumnTiles][4] = {};
-    auto compute = [&](unsigned step,
-                       auto all_inside) {  // all_inside: the weights that it loads are known to lie within K
+    // all_inside: the weights that it loads are known to lie within K.
+    auto compute = [&](unsigned step, auto all_inside) {
       float4 four_scales[2 * C::kRowTiles];
 #pragma unroll C::kUnroll
       for (unsigned quantum = 0; quantum < C::kStepQuanta; ++quantum) {
@@ -218,8 +217,9 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
           if constexpr (C::kUnroll % 4 == 0) {
             if (quantum % 4 == 0) {
 #pragma unroll
-              for (int i = 0; i < 2 * C::kRowTiles; ++i)
+              for (int i = 0; i < 2 * C::kRowTiles; ++i) {
                 four_scales[i] = *reinterpret_cast<const float4*>(place_scales + 256 * i);
+              }
             }
           }
           auto scale = [&](int i) {
@@ -234,7 +234,11 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
             uint4 x[2 / C::kHalves];
 #pragma unroll
             for (int i = 0; i < 2 / C::kHalves; ++i) {
-              x[i] = slot_x[C::kSmallBlocks ? (4 * half + member) ^ group % 2 * 4 : (2 * member + i) ^ group % 2];
+              if constexpr (C::kSmallBlocks) {
+                x[i] = load_shared_16(slot_x + ((4 * half + member) ^ group % 2 * 4));
+              } else {
+                x[i] = slot_x[(2 * member + i) ^ group % 2];
+              }
             }
 #pragma unroll
             for (int i = 0; i < C::kRowTiles; ++i) {

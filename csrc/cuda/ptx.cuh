@@ -71,6 +71,15 @@ __device__ __forceinline__ void load_once(std::uint32_t& value, const std::uint8
       : "l"(from), "r"(static_cast<int>(inside)));
 }
 
+// 16 bytes of shared memory at once: the compiler may make two loads of them, whose banks conflict.
+__device__ __forceinline__ uint4 load_shared_16(const void* from) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(from))));
+  return value;
+}
+
 // Copies kBytes (4, 8 or 16) from global to shared memory without waiting; the last kBytes - `bytes` of them are zeros.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* to, const void* from, int bytes) {
