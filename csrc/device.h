@@ -22,9 +22,9 @@ class Device {
   virtual void dequantize_4bit(const Packed4bit& w, int64_t K, const Slice& slice, DType dtype,
                                const at::Tensor& out) const = 0;
 
-  // The size of the workspace that a slice of the weight is decoded into: it should stay in the cache between decoding
-  // and multiplying.
-  virtual int64_t workspace_bytes() const = 0;
+  // The size of the workspace on the tensor's device that a slice of the weight is decoded into: it should stay in the
+  // cache between decoding and multiplying.
+  virtual int64_t workspace_bytes(const at::Tensor& like) const = 0;
 
   // The type a product of this type is computed in.
   virtual at::ScalarType compute_dtype(at::ScalarType dtype) const = 0;

@@ -97,9 +97,10 @@ int64_t inner_size(const char* op, const char* what, const Tensor& x, const Tens
 
 // Of `total` rows or columns, how many a slice takes so that it fits the workspace; slices of about the same size,
 // since a narrow last one is multiplied by a slower and less exact kernel.
-int64_t slice_size(const Device& device, int64_t total, int64_t bytes_each) {
-  const int64_t slices = ceil_div(total * bytes_each, device.workspace_bytes());
-  return std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(1, slices)));
+int64_t slice_size(int64_t workspace_bytes, int64_t total, int64_t bytes_each) {
+  const int64_t slices = ceil_div(total * bytes_each, workspace_bytes);
+  const int64_t size = std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(1, slices)));
+  return size < 256 ? size : ceil_div(size, 64) * 64;  // BLAS libraries want aligned rows
 }
 
 // linear_4bit for the op of this name.
@@ -118,9 +119,10 @@ Tensor multiply(const char* op, const Tensor& x, const Tensor& packed, const Ten
     b = bias->to(rows.scalar_type());
   }
   Tensor y = at::empty({rows.size(0), N}, rows.options());
+  if (rows.size(0) == 0) return in_shape_of(y, x);
   const Device& device = device_for(rows);
   if (device.fused_linear_4bit(rows, w.view, b, dtype, y)) return in_shape_of(y, x);
-  const int64_t step = slice_size(device, N, K * itemsize(dtype));
+  const int64_t step = slice_size(device.workspace_bytes(rows), N, K * itemsize(dtype));
   Tensor workspace = at::empty({std::min(step, N), K}, rows.options());
   for (int64_t begin = 0; begin < N; begin += step) {
     const int64_t count = std::min(step, N - begin);
@@ -154,9 +156,12 @@ Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor&
   const Tensor rows = as_rows(grad);
   const DType dtype = checked_dtype(kOp, "grad", rows.scalar_type());
   Tensor out = at::empty({rows.size(0), K}, rows.options());
+  if (rows.size(0) == 0) return in_shape_of(out, grad);
   const Device& device = device_for(rows);
   if (device.fused_linear_4bit_dgrad(rows, w.view, dtype, out)) return in_shape_of(out, grad);
-  const int64_t step = ceil_div(slice_size(device, K, N * itemsize(dtype)), blocksize) * blocksize;
+  // Borders where vector kernels have them, unless blocks are so large that a slice would be the whole weight.
+  const int64_t border = std::min<int64_t>(blocksize, 256);
+  const int64_t step = ceil_div(slice_size(device.workspace_bytes(rows), K, N * itemsize(dtype)), border) * border;
   Tensor workspace = at::empty({N * std::min(step, K)}, rows.options());
   for (int64_t begin = 0; begin < K; begin += step) {
     const int64_t count = std::min(step, K - begin);

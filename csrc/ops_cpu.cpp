@@ -65,7 +65,7 @@ class Cpu final : public Device {
     });
   }
 
-  int64_t workspace_bytes() const override {
+  int64_t workspace_bytes(const Tensor&) const override {
     static const int64_t bytes = [] {
       int64_t l2 = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE

@@ -1,6 +1,7 @@
 // The CUDA device of the ops: the launchers of launch.h on torch's current stream.
 //
 // Only c10's CUDA headers are included: ATen's want library headers that a toolkit of nvcc alone does not have.
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -27,6 +28,7 @@ int attribute(cudaDeviceAttr which, int device) {
 
 // Raises a launcher's error with its name and what it was called with.
 void check_launch(cudaError_t error, const char* launcher, const std::string& arguments) {
+  if (error != cudaSuccess) cudaGetLastError();  // so that torch does not raise it once more
   TORCH_CHECK(error == cudaSuccess, launcher, "(", arguments, "): ", cudaGetErrorName(error), ": ",
               cudaGetErrorString(error));
 }
@@ -65,9 +67,9 @@ class Cuda final : public Device {
                           slice.column_end, " of ", K, ", ", describe(w), ", ", out.scalar_type()));
   }
 
-  int64_t workspace_bytes() const override {
+  int64_t workspace_bytes(const Tensor& like) const override {
     constexpr int64_t kMost = 32 << 20;
-    const int64_t l2 = attribute(cudaDevAttrL2CacheSize, c10::cuda::current_device());
+    const int64_t l2 = attribute(cudaDevAttrL2CacheSize, like.get_device());
     return std::clamp<int64_t>(l2 / 2, 1 << 20, kMost);
   }
 
@@ -76,7 +78,7 @@ class Cuda final : public Device {
   bool fused_linear_4bit(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias_arg, DType dtype,
                          const Tensor& y) const override {
     if (x_arg.size(0) > cuda::kMostFusedRows) return false;
-    const Tensor x = x_arg.contiguous();
+    const Tensor x = aligned(x_arg);
     const Tensor bias = bias_arg.defined() ? bias_arg.contiguous() : bias_arg;
     return launch_fused("linear_4bit", cuda::linear_4bit_workspace_bytes, cuda::launch_linear_4bit, y,
                         {x.const_data_ptr(), w, bias.defined() ? bias.const_data_ptr() : nullptr, y.data_ptr(),
@@ -86,19 +88,34 @@ class Cuda final : public Device {
   bool fused_linear_4bit_dgrad(const Tensor& grad_arg, const Packed4bit& w, DType dtype,
                                const Tensor& grad_x) const override {
     if (grad_arg.size(0) > cuda::kMostFusedRows) return false;
-    const Tensor grad = grad_arg.contiguous();
+    const Tensor grad = aligned(grad_arg);
     return launch_fused(
         "linear_4bit_dgrad", cuda::linear_4bit_dgrad_workspace_bytes, cuda::launch_linear_4bit_dgrad, grad_x,
         {grad.const_data_ptr(), w, nullptr, grad_x.data_ptr(), grad.size(0), grad.size(1), grad_x.size(1), dtype});
   }
 
  private:
+  // Contiguous, on the 16-byte boundary that views need not have.
+  static Tensor aligned(const Tensor& tensor) {
+    const Tensor contiguous = tensor.contiguous();
+    return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
+  }
+
   static cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
   template <typename WorkspaceBytes, typename Launch>
   static bool launch_fused(const char* op, WorkspaceBytes workspace_bytes, Launch launch, const Tensor& out,
                            const cuda::Product4bit& product) {
-    if (!cuda::takes_fused(product)) return false;
+    if (!cuda::takes_fused(product)) {
+      if (product.dtype != DType::Float32) {
+        TORCH_WARN_ONCE(op,
+                        ": few rows, but not for the fused kernel, which takes whole blocks of 32 to 256 in a row, an "
+                        "even out_features and 16-byte alignment; got M ",
+                        product.M, ", N ", product.N, ", K ", product.K, ", ", describe(product.w),
+                        ". Decoding slices instead, which is slower");
+      }
+      return false;
+    }
     const c10::cuda::CUDAGuard guard(out.device());
     const int device = out.get_device();
     const cuda::DeviceLimits limits = {attribute(cudaDevAttrMultiProcessorCount, device),

@@ -320,8 +320,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
 
 template <typename C>
 Split split_of(const Product4bit& p, const DeviceLimits& limits) {
-  return make_split((p.N + C::kTileRows - 1) / C::kTileRows, (p.K + kUnitK - 1) / kUnitK,
-                    resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm));
+  return make_split((p.N + C::kTileRows - 1) / C::kTileRows, (p.K + kUnitK - 1) / kUnitK, 1, p.M * C::kTileRows,
+                    resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm), p.N * p.K / 2);
 }
 
 // Calls body with the Config of the product.

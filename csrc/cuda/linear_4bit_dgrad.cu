@@ -276,9 +276,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     if (contributors == 1) {
       for_each_sum([&](int m, int k, float even, float odd) { write(m, tile * C::kTileK + k, even, odd); });
     } else {
-      constexpr std::int64_t kTileValues = static_cast<std::int64_t>(C::kTileM) * C::kTileK;
-      const float* partials = args.partials + static_cast<std::int64_t>(blockIdx.y) * 2 * split.blocks * kTileValues;
-      float* partial = const_cast<float*>(partials) + split.partial_slot(blockIdx.x, tile) * kTileValues;
+      const std::int64_t tile_values = static_cast<std::int64_t>(min(args.M, C::kTileM)) * C::kTileK;
+      const float* partials =
+          args.partials + static_cast<std::int64_t>(blockIdx.y) * split.partial_slots() * tile_values;
+      float* partial = const_cast<float*>(partials) + split.partial_slot(blockIdx.x, tile) * tile_values;
       for_each_sum([&](int m, int k, float even, float odd) {
         *reinterpret_cast<float2*>(partial + m * C::kTileK + k) = make_float2(even, odd);
       });
@@ -286,8 +287,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
         for (int i = 2 * threadIdx.x; i < rows_m * C::kTileK; i += 2 * C::kThreads) {
           const int k = tile * C::kTileK + i % C::kTileK;
           if (k >= args.K) continue;
-          write(i / C::kTileK, k, sum_of_partials(partials, split, tile, kTileValues, i),
-                sum_of_partials(partials, split, tile, kTileValues, i + 1));
+          write(i / C::kTileK, k, sum_of_partials(partials, split, tile, tile_values, i),
+                sum_of_partials(partials, split, tile, tile_values, i + 1));
         }
       }
     }
@@ -300,11 +301,16 @@ int tiles_m(const Product4bit& p) {
   return static_cast<int>((p.M + C::kTileM - 1) / C::kTileM);
 }
 
+// Of a layer: all have the partial sums of the first, the last may use fewer.
+template <typename C>
+std::int64_t tile_values(const Product4bit& p) {
+  return std::min<std::int64_t>(p.M, C::kTileM) * C::kTileK;
+}
+
 template <typename C>
 Split split_of(const Product4bit& p, const DeviceLimits& limits) {
-  const std::int64_t resident = resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm);
-  return make_split((p.K + C::kTileK - 1) / C::kTileK, (p.N + kUnitN - 1) / kUnitN,
-                    (resident + tiles_m<C>(p) - 1) / tiles_m<C>(p));
+  return make_split((p.K + C::kTileK - 1) / C::kTileK, (p.N + kUnitN - 1) / kUnitN, tiles_m<C>(p), tile_values<C>(p),
+                    resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm), p.N * p.K / 2);
 }
 
 // Calls body with the Config of the product.
@@ -327,7 +333,7 @@ auto with_config(const Product4bit& p, Body&& body) {
 std::int64_t linear_4bit_dgrad_workspace_bytes(const Product4bit& p, const DeviceLimits& limits) {
   return with_config(p, [&](auto config) {
     using C = decltype(config);
-    return Meeting(split_of<C>(p, limits), tiles_m<C>(p), C::kTileM * C::kTileK).bytes();
+    return Meeting(split_of<C>(p, limits), tiles_m<C>(p), tile_values<C>(p)).bytes();
   });
 }
 
@@ -337,7 +343,7 @@ cudaError_t launch_linear_4bit_dgrad(const Product4bit& p, const DeviceLimits& l
   return with_config(p, [&](auto config) {
     using C = decltype(config);
     const Split split = split_of<C>(p, limits);
-    const Meeting meeting(split, tiles_m<C>(p), C::kTileM * C::kTileK);
+    const Meeting meeting(split, tiles_m<C>(p), tile_values<C>(p));
     const Arguments args = {p.x,
                             p.w,
                             p.out,

@@ -6,6 +6,7 @@
 // them up, in the order of the blocks: the result does not depend on the order in which they ran.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../launch.h"
@@ -24,16 +25,24 @@ struct Split {
   }
   __host__ __device__ int first_block(int tile) const { return block_of(tile * steps); }
   __host__ __device__ int last_block(int tile) const { return block_of((tile + 1) * steps - 1); }
-  // Where the block puts its partial sum of the tile: a block has at most two unfinished tiles, its first and its last.
-  __host__ __device__ int partial_slot(int block, int tile) const { return 2 * block + (begin(block) / steps != tile); }
+  // Where the block puts its partial sum of the tile. If blocks are more, each next piece along the steps has the next
+  // block or the next tile; else a block has two unfinished tiles at most, its first and its last.
+  __host__ __device__ int partial_slot(int block, int tile) const {
+    return tiles < blocks ? block + tile : 2 * block + (begin(block) / steps != tile);
+  }
+  __host__ __device__ int partial_slots() const { return blocks + min_of(blocks, tiles); }
 
   __host__ __device__ static int min_of(int a, int b) { return a < b ? a : b; }
 };
 
-// As many blocks as the device holds at once, or as there are steps (fewer than 2^31).
-inline Split make_split(std::int64_t tiles, std::int64_t steps, std::int64_t resident_blocks) {
+// As many blocks for each of `layers` equal splits as the device holds at once, or as there are steps (fewer than
+// 2^31), or as may store partial sums of `tile_values` floats: in all, 8 MB or a quarter of the weight.
+inline Split make_split(std::int64_t tiles, std::int64_t steps, std::int64_t layers, std::int64_t tile_values,
+                        std::int64_t resident_blocks, std::int64_t weight_bytes) {
   const std::int64_t total = tiles * steps;
-  const std::int64_t blocks = total < resident_blocks ? total : resident_blocks;
+  const std::int64_t slots = std::max<std::int64_t>(8 << 20, weight_bytes / 4) / (layers * tile_values * 4);
+  const std::int64_t by_memory = std::max(slots - tiles, slots / 2);
+  const std::int64_t blocks = std::clamp<std::int64_t>(std::min(resident_blocks / layers, by_memory), 1, total);
   return {static_cast<int>(tiles), static_cast<int>(steps), static_cast<int>(blocks), static_cast<int>(total / blocks),
           static_cast<int>(total % blocks)};
 }
@@ -41,18 +50,17 @@ inline Split make_split(std::int64_t tiles, std::int64_t steps, std::int64_t res
 // How many blocks the device holds at once, if registers allow `most_per_sm`. CUDA keeps 1 KB of shared memory a block.
 inline std::int64_t resident_blocks(const DeviceLimits& limits, int shared_bytes, int most_per_sm) {
   const int by_memory = limits.shared_bytes_per_sm / (shared_bytes + 1024);
-  const int per_sm = by_memory < 1 ? 1 : by_memory < most_per_sm ? by_memory : most_per_sm;
-  return static_cast<std::int64_t>(limits.num_sms) * per_sm;
+  return static_cast<std::int64_t>(limits.num_sms) * std::clamp(by_memory, 1, most_per_sm);
 }
 
-// Where the blocks of `layers` equal splits meet: arrivals[layers][tiles], partial sums [layers][2 *
-// blocks][tile_values]; nothing if no tile is split.
+// Where the blocks of `layers` equal splits meet: arrivals[layers][tiles], partial sums [layers][blocks +
+// tiles][tile_values]; nothing if no tile is split.
 struct Meeting {
   std::int64_t arrivals_bytes, partials_bytes;
 
   Meeting(const Split& split, std::int64_t layers, std::int64_t tile_values)
       : arrivals_bytes(split.tiles % split.blocks == 0 ? 0 : (layers * split.tiles * 4 + 15) / 16 * 16),
-        partials_bytes(arrivals_bytes == 0 ? 0 : layers * 2 * split.blocks * tile_values * 4) {}
+        partials_bytes(arrivals_bytes == 0 ? 0 : layers * split.partial_slots() * tile_values * 4) {}
 
   std::int64_t bytes() const { return arrivals_bytes + partials_bytes; }
   unsigned* arrivals(void* workspace) const { return static_cast<unsigned*>(workspace); }

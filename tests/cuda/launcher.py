@@ -148,6 +148,11 @@ class Device:
     def takes_fused(self, x: Tensor, q: Quantized, mnk: tuple[int, int, int]) -> bool:
         return bool(self.library.functions.takes_fused(self._operands(x, q, None, 0, mnk)))
 
+    def workspace_bytes(self, op: str, mnk: tuple[int, int, int]) -> int:
+        """Of a bf16 product with nf4 weights of blocksize 64. No array is there."""
+        product = _integers(0, 0, 0, 0, 0, QUANT_TYPES["nf4"], 64, 0, 0, *mnk, DTYPES[torch.bfloat16])
+        return int(getattr(self.library.functions, f"{op}_workspace_bytes")(product, _integers(*self.limits)))
+
     # --- their arguments ----------------------------------------------------------------------------------------------
 
     def _product(

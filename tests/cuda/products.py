@@ -74,6 +74,20 @@ class ExactProduct:
         return (factor.double() @ weight + added.double()).float().to(self.case.dtype)
 
 
+# The codes that the kernels' table rounds the other way than to nearest (csrc/cuda/pair_table.cuh).
+ROUNDED_AWAY = {("nf4", torch.bfloat16): (6, 12), ("nf4", torch.float16): (5,)}
+
+
+def table_values(quant_type: str, dtype: torch.dtype) -> Tensor:
+    """The codes' values as the kernels' table holds them, in fp64."""
+    exact = reference.codebook(quant_type)
+    values = exact.to(dtype)
+    for code in ROUNDED_AWAY.get((quant_type, dtype), ()):
+        beyond = torch.where(values[code].double() > exact[code].double(), -torch.inf, torch.inf).to(dtype)
+        values[code] = torch.nextafter(values[code], beyond)
+    return values.double()
+
+
 def exact_product(case: ProductCase) -> ExactProduct:
     """Random codes, every scale a power of two."""
     _, n, k = case.mnk
@@ -87,7 +101,7 @@ def exact_product(case: ProductCase) -> ExactProduct:
         absmax = torch.tensor([1.0, 2.0, 4.0])[torch.randint(3, (num_blocks,))]
         q = Quantized(packed, absmax.view(n, -1), None, None, case.quant_type, case.blocksize)
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(n, k).long()
-    values = reference.codebook(case.quant_type).to(case.dtype).double()[codes]
+    values = table_values(case.quant_type, case.dtype)[codes]
     weight = values * reference.decode_absmax(q).double().view(n, -1).repeat_interleave(case.blocksize, 1)
     return ExactProduct(case, q, weight)
 

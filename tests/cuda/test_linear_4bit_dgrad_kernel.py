@@ -160,3 +160,21 @@ def test_what_the_kernel_does_not_take(mnk: tuple[int, int, int]) -> None:
     with pytest.raises(LaunchError, match="linear_4bit_dgrad: CUDA error 1"):
         device.linear_4bit_dgrad(torch.zeros(m, n).bfloat16(), quantized_normal((n, k), "nf4", 64, False), k)
     assert not device.results
+
+
+@pytest.mark.parametrize("dtype_name", DTYPES)
+def test_long_sums_of_a_constant_gradient(dtype_name: str) -> None:
+    """As y.sum().backward() gives: what is wrong with a code adds up."""
+    case = replace(KIND, mnk=(2, 7168, 128), dtype_name=dtype_name)
+    q, grad = random_product(case, case.mnk[1])
+    grad = torch.ones_like(grad)
+    exact = grad.double() @ decoded(case, torch.float32).double()
+    got = Device(Limits(4)).linear_4bit_dgrad(grad, q, case.mnk[2])
+    assert_as_exact_as_torch(got, grad @ decoded(case, case.dtype), exact)
+
+
+@pytest.mark.parametrize("mnk", [(1, 8192, 8192), (64, 4096, 4096), (64, 1024, 1024), (16, 28672, 8192)])
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dgrad"])
+def test_partial_sums_take_little_memory(op: str, mnk: tuple[int, int, int]) -> None:
+    _, n, k = mnk
+    assert Device(Limits(132, 228 * 1024)).workspace_bytes(op, mnk) <= max(9 << 20, n * k // 8)

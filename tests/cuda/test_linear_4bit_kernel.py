@@ -176,3 +176,15 @@ def test_what_the_kernel_takes() -> None:
         assert Device().takes_fused(
             torch.zeros(m, 512, dtype=dtype), quantized_normal((2, 512), "fp4", 256, True), (m, 2, 512)
         )
+
+
+@pytest.mark.parametrize("dtype_name", DTYPES)
+@pytest.mark.parametrize("kind", ["ones", "relu"])
+def test_long_sums_of_inputs_that_have_a_mean(kind: str, dtype_name: str) -> None:
+    """What is wrong with a code adds up here, as it does not where x has both signs."""
+    case = replace(KIND, mnk=(2, 16, 14336), dtype_name=dtype_name)
+    q, x = random_product(case, case.mnk[2])
+    x = torch.ones_like(x) if kind == "ones" else x.relu()
+    exact = F.linear(x.double(), decoded(case, torch.float32).double())
+    y = Device(Limits(4)).linear_4bit(x, q, case.mnk[1])
+    assert_as_exact_as_torch(y, F.linear(x, decoded(case, case.dtype)), exact)
