@@ -118,8 +118,10 @@ def _blocks(lines: Sequence[str]) -> list[Block]:
 
 
 def hot_loop(blocks: Sequence[Block]) -> Loop | None:
-    """The innermost loop with tensor core instructions; of several the one with the most, then the shortest: its longer twin
-    is for the ends of a tile, where bounds are checked."""
+    """The innermost loop with tensor core instructions; of several the one with the most, then the shortest.
+
+    The longer twin of a loop is for the ends of a tile, where bounds are checked.
+    """
     predecessors = _predecessors(blocks)
     dominators = _dominators(predecessors)
     latches: dict[int, list[int]] = {}
