@@ -102,9 +102,9 @@ MUTANTS = [
     Mutant(DEQUANTIZE_4BIT, TAIL, "(out) % 16 == 0", "(out) % 4 == 0"),
     Mutant(DEQUANTIZE_4BIT, TAIL, "multiple(region.row_stride) && multiple(region.width)", "true"),
 
-    Mutant(PAIR_TABLE, NIBBLE, "value[byte >> 4], value[byte & 0xf]", "value[byte & 0xf], value[byte >> 4]"),
-    Mutant(PAIR_TABLE, NIBBLE, "value[byte >> 4]", "value[byte >> 3 & 0xf]"),
-    Mutant(PAIR_TABLE, NIBBLE, "value[byte & 0xf]", "value[byte & 0x7]"),
+    Mutant(PAIR_TABLE, NIBBLE, "byte & 0xf) << 16", "byte & 0xf)"),
+    Mutant(PAIR_TABLE, NIBBLE, "quant_type, byte >> 4)", "quant_type, byte >> 3 & 0xf)"),
+    Mutant(PAIR_TABLE, NIBBLE, "byte & 0xf) <<", "byte & 0x7) <<"),
     Mutant(PAIR_TABLE, FRAGMENT, "0x5504 | kByte << 4", "0x5504 | (kByte ^ 1) << 4"),
     Mutant(PAIR_TABLE, BOUND, "i < 256 * 8;", "i < 255 * 8;"),
     Mutant(ABSMAX, SCALE, "run.words[0] >>= 8", "run.words[0] >>= 4"),
