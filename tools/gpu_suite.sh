@@ -32,6 +32,7 @@ part() {
 # For this GPU alone, to save time; a copy of the tree whose qlora_ext is the installed one, as in `make cuda`.
 install() {
   set -e
+  rm -rf build/cuda/lib* # what an earlier build left would go into the wheel
   QLORA_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch "$python" -m pip wheel --no-build-isolation --no-deps -w build/gpu/wheel .
   "$python" -m pip install --no-deps --force-reinstall build/gpu/wheel/*.whl
   (cd / && "$python" -m qlora_ext.info)
