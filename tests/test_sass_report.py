@@ -39,10 +39,10 @@ struct Config {
 
 template <typename C>
 __global__ void __launch_bounds__(128, C::kBlocksPerSm)
-    linear_4bit_kernel(const char* packed, const uint4* x, float4* y, int steps) {
+    linear_4bit_kernel(const std::uint8_t* packed, const uint4* x, float4* y, int steps) {
   extern __shared__ __align__(16) char table[];
   const std::uint32_t lane4 = threadIdx.x % 32 * 4;
-  const char* from = packed + threadIdx.x * 8;
+  const std::uint8_t* from = packed + threadIdx.x * 8;
   const uint4 b = x[threadIdx.x];
   float sum[4] = {}, other = 0.0f, many[64] = {};
   volatile unsigned local[16];
@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(128, C::kBlocksPerSm)
   for (int step = 0; step < steps; ++step, from += 1024) {
     uint2 w;
     if constexpr (C::kPlant == kNarrowLoads) {
-      w.x = load_once(reinterpret_cast<const std::uint32_t*>(from));
-      w.y = load_once(reinterpret_cast<const std::uint32_t*>(from + 512));
+      load_once(w.x, from, true);
+      load_once(w.y, from + 512, true);
     } else {
-      w = load_once(reinterpret_cast<const uint2*>(from));
+      load_once(w, from, true);
     }
     if constexpr (C::kPlant == kShuffle) w.x = __shfl_xor_sync(~0u, w.x, 1);
     if constexpr (C::kPlant == kConversion) other += static_cast<float>(w.x);
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(128, C::kBlocksPerSm)
     if constexpr (C::kPlant == kNoMma) {
       for (int i = 0; i < 4; ++i) sum[i] += __uint_as_float(upper[i] ^ lower[i]);
     } else {
-      mma_m16n8k16<BFloat16>(sum, upper, b.x, b.y);
-      if (C::kPlant != kBranch || __any_sync(~0u, w.x % 7 == 0)) mma_m16n8k16<BFloat16>(sum, lower, b.z, b.w);
+      mma_add<BFloat16>(sum, upper, b.x, b.y);
+      if (C::kPlant != kBranch || __any_sync(~0u, w.x % 7 == 0)) mma_add<BFloat16>(sum, lower, b.z, b.w);
     }
   }
   for (int i = 0; i < 64; ++i) other += many[i];
@@ -117,7 +117,7 @@ def rows() -> dict[str, dict[str, Any]]:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(str(error))
-    arguments = "(const char*, const uint4*, float4*, int)"
+    arguments = "(const std::uint8_t*, const uint4*, float4*, int)"
     made = [f"template __global__ void linear_4bit_kernel<Config<k{plant}>>{arguments};" for plant in PLANTS]
     source = write_source("\n".join([SOURCE, *made, END]), "sass_plants")
     measured = sass_report.measure(source, ARCH, kernel_binaries.compile_kernels(source, ARCH))
@@ -142,11 +142,12 @@ def test_reads_a_loop() -> None:
 def test_clean_kernel_is_within_budget(rows: dict[str, dict[str, Any]]) -> None:
     row = rows["Clean"]
     assert failures(row) == []
-    assert row["weights"] == 16
+    steps = row["weights"] // 16  # ptxas may unroll
+    assert row["weights"] == 16 * steps > 0
     assert row["cta_threads"] == 128
     assert row["wanted_ctas"] == row["ctas_per_sm"] == 2  # of 64.5 KB each
     assert row["dynamic_shared"] == 256 * 256 + 512
-    expected = {"HMMA": 2, "PRMT": 8, "LDS": 8, "LDG:8": 1}
+    expected = {name: number * steps for name, number in {"HMMA": 2, "PRMT": 8, "LDS": 8, "LDG:8": 1}.items()}
     assert {name: row["every_step"][name] for name in expected} == expected
     assert row["sometimes"] == {}
     assert row["weights_per_clock"]["shared"] == 16 * 32 / 8
@@ -158,11 +159,11 @@ def test_clean_kernel_is_within_budget(rows: dict[str, dict[str, Any]]) -> None:
         ("Shuffle", "expected no SHFL in the loop, got 1"),
         ("NarrowLoads", "expected global loads of 8 or 16 bytes, got 2 of 4"),
         ("Local", "expected no stack, got 64"),
-        ("Local", "expected no LDL in the loop, got 1"),
+        ("Local", "expected no LDL in the loop, got"),
         ("Local", "expected no local, got"),
         ("Spill", "expected no spill_stores, got"),
         ("Spill", "expected no spill_loads, got"),
-        ("Conversion", "expected no I2F in the loop, got 1"),
+        ("Conversion", "expected no I2F in the loop, got"),
         ("NoMma", "no loop with HMMA.16816"),
         ("Branch", "1 HMMA not in every step"),
         ("Lookups", "expected at most 1.15 PRMT + LDS a weight, got 1.5"),
@@ -180,7 +181,10 @@ def test_planted_faults(rows: dict[str, dict[str, Any]], plant: str, expected: s
         ({"registers": 255, "cta_threads": 512}, "512 threads of 255 registers"),
         ({"registers": 0}, "do not fit"),
         ({"ctas_per_sm": 0}, "do not fit"),
-        ({"every_step": {"HMMA": 2, "LDG:8": 0}}, "expected 8 bytes of weights loaded in every step, got 0"),
+        (
+            {"weights": 16, "every_step": {"HMMA": 2, "LDG:8": 0}},
+            "expected 8 bytes of weights loaded in every step, got 0",
+        ),
         ({"roofline": 0.97}, "cannot keep up with the memory of A100: 0.97 of it"),
     ],
 )

@@ -115,6 +115,8 @@ MUTANTS = [
     Mutant(ABSMAX, BOUND, "min(end, word_first + word_length)", "word_first + word_length"),
     Mutant(SPLIT, TAIL, "(tile + 1) * steps - 1", "(tile + 1) * steps"),
     Mutant(SPLIT, TAIL, "2 * block + (begin(block) / steps != tile)", "2 * block"),
+    Mutant(SPLIT, TAIL, "? block + tile", "? block"),
+    Mutant(SPLIT, TAIL, "blocks + min_of(blocks, tiles)", "blocks"),
     Mutant(SPLIT, TAIL, "min_of(block, longer_runs)", "longer_runs"),
     Mutant(SPLIT, TAIL, "split.tiles % split.blocks == 0 ?", "split.tiles >= split.blocks ?"),
     Mutant(SPLIT, TAIL, "arguments.arrivals, 0, meeting", "arguments.arrivals, 1, meeting"),
