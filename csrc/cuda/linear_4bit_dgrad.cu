@@ -10,7 +10,7 @@
 // (gradients are small): there the decoded pair is multiplied by the absmax rounded to fp16, one rounding more than
 // decoding the weight has.
 //
-// Per 64 weights and lane (kLaneBytes 8, M <= 4): 4 loads, 16 to exchange nibbles, 128 to decode, 8 mma, 8 to scale
+// Per 64 weights and lane (kLaneBytes 8, M <= 4): 4 loads, 16 to exchange nibbles, 64 to decode, 8 mma, 8 to scale
 // grad.
 #include <bit>
 #include <type_traits>
@@ -37,13 +37,13 @@ struct Config {
   static constexpr int kWarpK = 16 * kLaneBytes, kTileK = kWarps * kWarpK;
   static constexpr int kTileM = 8 * kColumnTiles / kLaneBlocks;
   static constexpr int kTileBlocks = kWarps * kLaneBlocks;  // at the smallest blocksize
-  static constexpr int kChunkN =
-      kTileM <= 32 ? 256 : 128;  // rows of W whose absmax and grad are in shared memory at a time
+  // Rows of W whose absmax and grad are in shared memory at a time.
+  static constexpr int kChunkN = kTileM <= 32 ? 256 : 128;
   static constexpr int kAhead = kLaneBlocks == 2 ? 2 : 4;  // groups whose weights are loaded ahead
   static constexpr int kUnroll = kColumnTiles == 1 ? kUnitN / kGroup : kColumnTiles == 2 ? 2 : 1;
   static constexpr int kBlocksPerSm = kWarps == 8 && kLaneBytes * kColumnTiles <= 8 ? 2 : 1;
-  // grad lies in the slots of the table, where it is multiplied in fp32 as fp32 if there is room. A unit is a group's
-  // 16 values.
+  // grad lies in the slots of the table: as fp32, which is scaled at once, where there is room. A unit is a group's 16
+  // values.
   using Staged = std::conditional_t<std::is_same_v<T, BFloat16> && kLaneBytes == 8, float, T>;
   static constexpr int kUnitBytes = kGroup * sizeof(Staged), kSlotUnits = kSlotBytes / kUnitBytes;
   static constexpr int kRowSlots = kChunkN / kGroup / kSlotUnits;  // of a row of grad
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     const int first_n = first_unit * kUnitN, end_n = min(end_unit * kUnitN, args.N);
     const int lane_k = tile * C::kTileK + warp * C::kWarpK + group * 2 * C::kLaneBytes;
     const int lane_block = (warp * C::kWarpK + group * 2 * C::kLaneBytes) >> args.blocksize_log2;
+
     // --- weights: in registers, kAhead groups ahead ---
     const std::uint8_t* next_weights[4];  // what the lane loads next
 #pragma unroll
