@@ -36,5 +36,8 @@ def assert_partial_sums_are_fenced(kernel_name: str) -> None:
         for arrival in arrivals:
             before = [line for line in text[:arrival] if re.search(r"\b(st\.global|membar|fence)\b", line)]
             assert re.search(r"\b(membar\.gl|fence\.acq_rel\.gpu)\b", before[-1]), f"{kernel.name}: {before[-1]}"
+            fence = max(i for i in range(arrival) if text[i] == before[-1])
+            waits = [line for line in text[fence:arrival] if re.search(r"\b(bar|barrier)\.sync\b", line)]
+            assert waits, f"{kernel.name}: one thread announces what others have not stored yet"
             after = [line for line in text[arrival:] if re.search(r"\b(ld\.global|membar|fence)\b", line)]
             assert re.search(r"\b(membar\.gl|fence\.acq_rel\.gpu)\b", after[0]), f"{kernel.name}: {after[0]}"

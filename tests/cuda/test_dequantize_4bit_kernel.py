@@ -18,6 +18,7 @@ SLICES = {
     "one-element": ((3, 64), (1, 2), (9, 10)),
     "odd-rows": ((7, 33), (1, 6), (0, 33)),
     "odd-rows-odd-columns": ((7, 33), (3, 7), (5, 32)),
+    "rows-that-end-within-a-group": ((7, 36), (2, 5), (0, 36)),
     "rows-not-blocks": ((3, 4304), (1, 3), (8, 4296)),
     "column-of-aligned-groups": ((3, 4304), (0, 3), (2152, 4304)),
     "no-rows": ((3, 64), (1, 1), (0, 64)),

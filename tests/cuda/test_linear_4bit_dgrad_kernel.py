@@ -178,3 +178,8 @@ def test_long_sums_of_a_constant_gradient(dtype_name: str) -> None:
 def test_partial_sums_take_little_memory(op: str, mnk: tuple[int, int, int]) -> None:
     _, n, k = mnk
     assert Device(Limits(132, 228 * 1024)).workspace_bytes(op, mnk) <= max(9 << 20, n * k // 8)
+
+
+def test_a_block_with_two_unfinished_tiles() -> None:
+    """Its first and its last: each has a place of its own for the partial sum, which others read when it is done."""
+    check_exact(replace(KIND, mnk=(1, 192, 5 * 1024)), Device(Limits(3, 100 * 1024), block_order="reverse"))

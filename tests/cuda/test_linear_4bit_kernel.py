@@ -188,3 +188,8 @@ def test_long_sums_of_inputs_that_have_a_mean(kind: str, dtype_name: str) -> Non
     exact = F.linear(x.double(), decoded(case, torch.float32).double())
     y = Device(Limits(4)).linear_4bit(x, q, case.mnk[1])
     assert_as_exact_as_torch(y, F.linear(x, decoded(case, case.dtype)), exact)
+
+
+def test_a_block_with_two_unfinished_tiles() -> None:
+    """Its first and its last: each has a place of its own for the partial sum, which others read when it is done."""
+    check_exact(replace(KIND, mnk=(1, 5 * 128, 3072)), Device(Limits(3, 100 * 1024), block_order="reverse"))
