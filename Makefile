@@ -9,8 +9,6 @@ export GOMP_SPINCOUNT := 10000
 export QLORA_EXT_CUDA ?= $(if $(or $(CUDA_HOME),$(shell which nvcc 2> /dev/null)),,0)
 SOURCES := pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.h *.cpp cpu/*.h cpu/*.cpp cuda/*.cu cuda/*.cuh))
 CUDA_VENV := .venv-cuda
-CUDA_PYTHON = $(abspath $(CUDA_VENV))/bin/python
-CUDA_TREE := build/cuda/tree
 DEMO := build/demo
 DEMO_FLAGS ?= --steps 60
 
@@ -30,17 +28,8 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy, clang-format
 ctest: $(VENV)/.installed-dev  ## the kernels and their C++ tests, without torch on the include path
 	$(BIN)/cmake -S . -B build/cmake && $(BIN)/cmake --build build/cmake -j 2 && $(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-# The tests run in a copy of the tree whose qlora_ext is the installed one. They leave out the kernels on the PTX
-# interpreter, which `make test` has run: those do not see the build.
 cuda:  ## build for CUDA in .venv-cuda, from packages alone, and check it; a GPU is not needed
-	tools/cuda_env.sh $(CUDA_VENV)
-	rm -rf $(CUDA_TREE) && mkdir -p $(CUDA_TREE)
-	cp -r $(filter-out build qlora_ext %.egg-info,$(wildcard *)) $(CUDA_TREE)
-	cd $(CUDA_TREE) && ln -s "$$($(CUDA_PYTHON) -c 'import qlora_ext; print(*qlora_ext.__path__)')" qlora_ext
-	cd $(CUDA_TREE) && $(CUDA_PYTHON) -m qlora_ext.info
-	cd $(CUDA_TREE) && $(CUDA_PYTHON) -c "from qlora_ext.info import ops_without_cuda as ops; assert not ops(), ops()"
-	cd $(CUDA_TREE) && $(CUDA_PYTHON) bench/sass_report.py --check
-	cd $(CUDA_TREE) && $(CUDA_PYTHON) -m pytest --ignore=tests/ptx --ignore=tests/cuda
+	tools/cuda_env.sh $(CUDA_VENV) && tools/cuda_check.sh $(CUDA_VENV)/bin/python
 
 gpu:  ## on a machine with a GPU: build into the environment of PYTHON, all tests, compute-sanitizer, the CUDA benches
 	tools/gpu_suite.sh $(PYTHON)

@@ -110,7 +110,7 @@ constexpr DynamicCodebook make_dynamic_codebook() {
 inline constexpr DynamicCodebook kDynamicCodebook = make_dynamic_codebook();
 
 #ifdef __CUDACC__
-// The same tables where a kernel can index them; each kernel file gets a copy (1.3 KB).
+// The same tables where a kernel can index them; each kernel file gets a copy (2.3 KB).
 namespace {
 __constant__ Codebook device_codebooks[] = {kCodebooks[0], kCodebooks[1]};
 __constant__ DynamicCodebook device_dynamic_codebook = kDynamicCodebook;

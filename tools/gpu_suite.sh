@@ -11,7 +11,7 @@ python=$(command -v "${1:-python3}") || { echo "usage: tools/gpu_suite.sh [PYTHO
 arch=$("$python" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") \
   || { echo "gpu_suite: $python has no torch that finds a GPU" >&2; exit 2; }
 logs=$PWD/build/gpu/logs tree=$PWD/build/gpu/tree
-rm -rf build/gpu && mkdir -p "$logs" "$tree"
+rm -rf build/gpu && mkdir -p "$logs"
 failed=0
 
 # part NAME SECONDS COMMAND...
@@ -29,17 +29,14 @@ part() {
   fi
 }
 
-# For this GPU alone, to save time; a copy of the tree whose qlora_ext is the installed one, as in `make cuda`.
+# For this GPU alone, to save time.
 install() {
   set -e
   rm -rf build/cuda/lib* # what an earlier build left would go into the wheel
   QLORA_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch "$python" -m pip wheel --no-build-isolation --no-deps -w build/gpu/wheel .
   "$python" -m pip install --no-deps --force-reinstall build/gpu/wheel/*.whl
   (cd / && "$python" -m qlora_ext.info)
-  for path in *; do
-    case $path in build | qlora_ext | *.egg-info) ;; *) cp -r "$path" "$tree" ;; esac
-  done
-  ln -s "$(cd / && "$python" -c 'import qlora_ext; print(*qlora_ext.__path__)')" "$tree/qlora_ext"
+  tools/test_tree.sh "$python" "$tree"
 }
 
 # One process a file, with several at a time. A file that needs a package which is not there is told and left out.

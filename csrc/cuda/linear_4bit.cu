@@ -9,7 +9,6 @@
 //
 // Per 32 weights and lane: 16 permutations and 16 loads decode, 2 loads fetch x and half a load the scales, 4 mma and 4
 // multiply-adds sum.
-#include <bit>
 #include <climits>
 #include <type_traits>
 
@@ -54,21 +53,9 @@ struct Config {
   static constexpr int kSharedBytes = kScalesAt + 4 * 32 * kTileRows;
 };
 
-struct Arguments {
-  const void* x;
-  Packed4bit w;
-  const void* bias;
-  void* y;
-  int M, N, K;
-  int blocksize_log2;
-  Split split;
-  unsigned* arrivals;
-  float* partials;
-};
-
 template <typename C>
 __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
-    linear_4bit_kernel(const __grid_constant__ Arguments args) {
+    linear_4bit_kernel(const __grid_constant__ ProductArguments args) {
   using T = typename C::T;
   extern __shared__ __align__(16) char shared[];
   auto* codebook = reinterpret_cast<float*>(shared + C::kCodebookAt);
@@ -137,8 +124,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
 #pragma unroll
         for (int i = 0; i < 8 * C::kColumnTiles; i += kPassRows) {
           if (x_row + i >= args.M) break;
-          cp_async<16>(x_to + (step % C::kStages * C::kStageSlots + i * C::kStepQuanta) * kSlotStride,
-                       bytes > 0 ? x_from + static_cast<std::int64_t>(i) * args.K + k : args.x, bytes);
+          cp_async(x_to + (step % C::kStages * C::kStageSlots + i * C::kStepQuanta) * kSlotStride,
+                   bytes > 0 ? x_from + static_cast<std::int64_t>(i) * args.K + k : args.x, bytes);
         }
       }
       cp_async_commit();
@@ -281,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
 
     // --- the tile's sum: written if this block has all of it, else put together by the last block ---
     const auto* bias = static_cast<const T*>(args.bias);
-    auto* y = static_cast<T*>(args.y);
+    auto* y = static_cast<T*>(args.out);
     auto write = [&](int m, int n, float value) {
       if (bias != nullptr) value += to_float(bias[n]);
       y[static_cast<std::int64_t>(m) * args.N + n] = round_to<T>(value);
@@ -363,18 +350,7 @@ cudaError_t launch_linear_4bit(const Product4bit& p, const DeviceLimits& limits,
     using C = decltype(config);
     const Split split = split_of<C>(p, limits);
     const Meeting meeting(split, 1, p.M * C::kTileRows);
-    const Arguments args = {p.x,
-                            p.w,
-                            p.bias,
-                            p.out,
-                            static_cast<int>(p.M),
-                            static_cast<int>(p.N),
-                            static_cast<int>(p.K),
-                            std::countr_zero(static_cast<unsigned>(p.w.blocksize)),
-                            split,
-                            meeting.arrivals(workspace),
-                            meeting.partials(workspace)};
-    return launch_split(linear_4bit_kernel<C>, split.blocks, kThreads, C::kSharedBytes, args, meeting, stream);
+    return launch_product(linear_4bit_kernel<C>, p, split, 1, meeting, kThreads, C::kSharedBytes, workspace, stream);
   });
 }
 

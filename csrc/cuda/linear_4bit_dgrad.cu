@@ -12,7 +12,6 @@
 //
 // Per 64 weights and lane (kLaneBytes 8, M <= 4): 4 loads, 16 to exchange nibbles, 64 to decode, 8 mma, 8 to scale
 // grad.
-#include <bit>
 #include <type_traits>
 
 #include "../launch.h"
@@ -54,17 +53,6 @@ struct Config {
   static constexpr int kSharedBytes = kScalesAt + 4 * kTileBlocks * kChunkN;
 };
 
-struct Arguments {
-  const void* grad;
-  Packed4bit w;
-  void* grad_x;
-  int M, N, K;
-  int blocksize_log2;
-  Split split;
-  unsigned* arrivals;
-  float* partials;
-};
-
 __device__ __forceinline__ std::uint32_t word(std::uint32_t words, int) { return words; }
 __device__ __forceinline__ std::uint32_t word(uint2 words, int i) { return i == 0 ? words.x : words.y; }
 
@@ -78,7 +66,7 @@ __device__ __forceinline__ std::uint32_t low_nibbles(std::uint32_t a, std::uint3
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
-    linear_4bit_dgrad_kernel(const __grid_constant__ Arguments args) {
+    linear_4bit_dgrad_kernel(const __grid_constant__ ProductArguments args) {
   using T = typename C::T;
   constexpr bool kScaleWeights = std::is_same_v<T, Half>;
   extern __shared__ __align__(16) char shared[];
@@ -135,7 +123,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
         auto* to = reinterpret_cast<Staged*>(slot_address(shared, slot) +
                                              (unit % C::kSlotUnits ^ m % C::kSlotUnits) * C::kUnitBytes) +
                    column % kGroup;
-        const T* from = static_cast<const T*>(args.grad) + static_cast<std::int64_t>(first_m + m) * args.N + n + column;
+        const T* from = static_cast<const T*>(args.x) + static_cast<std::int64_t>(first_m + m) * args.N + n + column;
         uint4 read = {0, 0, 0, 0};
         if (n + column < end_n) {
           if (piece == 8) {
@@ -252,7 +240,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     }
 
     // --- the tile's sum: written if this block has all of it, else put together by the last block ---
-    auto* grad_x = static_cast<T*>(args.grad_x) + static_cast<std::int64_t>(first_m) * args.K;
+    auto* grad_x = static_cast<T*>(args.out) + static_cast<std::int64_t>(first_m) * args.K;
     auto write = [&](int m, int k, float even, float odd) {
       *reinterpret_cast<std::uint32_t*>(grad_x + static_cast<std::int64_t>(m) * args.K + k) = pack_pair(even, odd, T{});
     };
@@ -345,18 +333,8 @@ cudaError_t launch_linear_4bit_dgrad(const Product4bit& p, const DeviceLimits& l
     using C = decltype(config);
     const Split split = split_of<C>(p, limits);
     const Meeting meeting(split, tiles_m<C>(p), tile_values<C>(p));
-    const Arguments args = {p.x,
-                            p.w,
-                            p.out,
-                            static_cast<int>(p.M),
-                            static_cast<int>(p.N),
-                            static_cast<int>(p.K),
-                            std::countr_zero(static_cast<unsigned>(p.w.blocksize)),
-                            split,
-                            meeting.arrivals(workspace),
-                            meeting.partials(workspace)};
-    return launch_split(linear_4bit_dgrad_kernel<C>, dim3(split.blocks, tiles_m<C>(p)), C::kThreads, C::kSharedBytes,
-                        args, meeting, stream);
+    return launch_product(linear_4bit_dgrad_kernel<C>, p, split, tiles_m<C>(p), meeting, C::kThreads, C::kSharedBytes,
+                          workspace, stream);
   });
 }
 

@@ -33,10 +33,6 @@ __device__ __forceinline__ float2 unpack_pair(std::uint32_t pair, BFloat16) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-__device__ __forceinline__ float2 unpack_pair(std::uint32_t pair, Half) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-
 __device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b, Half) {
   const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
   return *reinterpret_cast<const std::uint32_t*>(&product);

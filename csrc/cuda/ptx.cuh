@@ -76,20 +76,15 @@ __device__ __forceinline__ uint4 load_shared_16(const void* from) {
   uint4 value;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(from))));
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(from)))
+               : "memory");
   return value;
 }
 
-// Copies kBytes (4, 8 or 16) from global to shared memory without waiting; the last kBytes - `bytes` of them are zeros.
-template <int kBytes>
+// Copies 16 bytes from global to shared memory without waiting; the last 16 - `bytes` of them are zeros.
 __device__ __forceinline__ void cp_async(void* to, const void* from, int bytes) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(kBytes), "r"(bytes)
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "../launch.h"
@@ -17,7 +18,7 @@ struct Split {
   int tiles, steps, blocks;
   int run, longer_runs;  // a block has `run` steps, the first `longer_runs` blocks one more
 
-  __host__ __device__ int begin(int block) const { return block * run + min_of(block, longer_runs); }
+  __host__ __device__ int begin(int block) const { return block * run + (block < longer_runs ? block : longer_runs); }
   // The block that computes this one of all steps.
   __host__ __device__ int block_of(int step) const {
     const int in_longer = longer_runs * (run + 1);
@@ -30,9 +31,7 @@ struct Split {
   __host__ __device__ int partial_slot(int block, int tile) const {
     return tiles < blocks ? block + tile : 2 * block + (begin(block) / steps != tile);
   }
-  __host__ __device__ int partial_slots() const { return blocks + min_of(blocks, tiles); }
-
-  __host__ __device__ static int min_of(int a, int b) { return a < b ? a : b; }
+  __host__ __device__ int partial_slots() const { return blocks + std::min(blocks, tiles); }
 };
 
 // As many blocks for each of `layers` equal splits as the device holds at once, or as there are steps (fewer than
@@ -53,8 +52,8 @@ inline std::int64_t resident_blocks(const DeviceLimits& limits, int shared_bytes
   return static_cast<std::int64_t>(limits.num_sms) * std::clamp(by_memory, 1, most_per_sm);
 }
 
-// Where the blocks of `layers` equal splits meet: arrivals[layers][tiles], partial sums [layers][blocks +
-// tiles][tile_values]; nothing if no tile is split.
+// Where the blocks of `layers` equal splits meet: arrivals[layers][tiles], partial sums [layers][partial_slots]
+// [tile_values]; nothing if no tile is split.
 struct Meeting {
   std::int64_t arrivals_bytes, partials_bytes;
 
@@ -69,16 +68,40 @@ struct Meeting {
   }
 };
 
-// Launches a kernel of one struct of arguments on a split and its meeting.
-template <typename Kernel, typename Arguments>
-cudaError_t launch_split(Kernel* kernel, dim3 grid, int threads, int shared_bytes, const Arguments& arguments,
-                         const Meeting& meeting, cudaStream_t stream) {
+// What both fused kernels get.
+struct ProductArguments {
+  const void* x;
+  Packed4bit w;
+  const void* bias;
+  void* out;
+  int M, N, K;
+  int blocksize_log2;
+  Split split;
+  unsigned* arrivals;
+  float* partials;
+};
+
+// Launches a fused kernel on the blocks of `layers` equal splits.
+template <typename Kernel>
+cudaError_t launch_product(Kernel* kernel, const Product4bit& p, const Split& split, int layers, const Meeting& meeting,
+                           int threads, int shared_bytes, void* workspace, cudaStream_t stream) {
+  const ProductArguments arguments = {p.x,
+                                      p.w,
+                                      p.bias,
+                                      p.out,
+                                      static_cast<int>(p.M),
+                                      static_cast<int>(p.N),
+                                      static_cast<int>(p.K),
+                                      std::countr_zero(static_cast<unsigned>(p.w.blocksize)),
+                                      split,
+                                      meeting.arrivals(workspace),
+                                      meeting.partials(workspace)};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess && meeting.arrivals_bytes > 0) {
     error = cudaMemsetAsync(arguments.arrivals, 0, meeting.arrivals_bytes, stream);
   }
   if (error != cudaSuccess) return error;
-  kernel<<<grid, threads, shared_bytes, stream>>>(arguments);
+  kernel<<<dim3(split.blocks, layers), threads, shared_bytes, stream>>>(arguments);
   return cudaGetLastError();
 }
 

@@ -7,35 +7,23 @@ from itertools import product
 
 import reference
 import torch
-from cases import normal, pairwise, quantized_normal
+from cases import QUANT_TYPES, LinearCase, normal, pairwise
 from reference import NESTED_BLOCKSIZE, Quantized
 from torch import Tensor
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-KINDS = list(product(DTYPES, ("nf4", "fp4")))
+DTYPES = ("fp16", "bf16")
+KINDS = list(product(DTYPES, QUANT_TYPES))
 BLOCKSIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class ProductCase:
-    """A product with a weight [N, K]; M: the rows of x or grad."""
+class ProductCase(LinearCase):
+    """On a GPU of so many multiprocessors."""
 
-    mnk: tuple[int, int, int]
-    dtype_name: str
-    quant_type: str
-    blocksize: int
-    double_quant: bool
-    bias: bool
     num_sms: int
 
     def __str__(self) -> str:
-        flags = "-dq" * self.double_quant + "-bias" * self.bias
-        m, n, k = self.mnk
-        return f"{self.dtype_name}-{self.quant_type}-b{self.blocksize}{flags}-M{m}N{n}K{k}-sms{self.num_sms}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype_name]
+        return f"{super().__str__()}-sms{self.num_sms}"
 
 
 def cases(shapes: list[tuple[int, int, int]], num_sms: tuple[int, ...], bias: tuple[bool, ...]) -> list[ProductCase]:
@@ -108,11 +96,4 @@ def exact_product(case: ProductCase) -> ExactProduct:
 
 def random_product(case: ProductCase, width: int) -> tuple[Quantized, Tensor]:
     """A weight as of a trained layer, and x or grad [M, width]."""
-    q = quantized_normal(case.mnk[1:], case.quant_type, case.blocksize, case.double_quant)
-    return q, normal(case.mnk[0], width, dtype=case.dtype, seed=2)
-
-
-def decoded(case: ProductCase, dtype: torch.dtype) -> Tensor:
-    """The weight of random_product; fp32 is the one that exact results are taken from."""
-    q = quantized_normal(case.mnk[1:], case.quant_type, case.blocksize, case.double_quant)
-    return reference.dequantize_4bit(q, case.mnk[1:], dtype)
+    return case.quantized, normal(case.mnk[0], width, dtype=case.dtype, seed=2)

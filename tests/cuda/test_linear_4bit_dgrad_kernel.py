@@ -13,7 +13,7 @@ from evidence import (
     assert_weight_is_read_once,
 )
 from launcher import Device, LaunchError, Limits, under_schedules
-from products import DTYPES, ProductCase, cases, decoded, exact_product, random_product
+from products import DTYPES, ProductCase, cases, exact_product, random_product
 from reference import assert_as_exact_as_torch, assert_same
 from torch import Tensor
 
@@ -77,8 +77,8 @@ def test_as_exact_as_torch(mnk: tuple[int, int, int], dtype_name: str, quant_typ
     case = replace(KIND, mnk=mnk, dtype_name=dtype_name, quant_type=quant_type)
     q, grad = random_product(case, mnk[1])
     grad_x = Device(Limits(3)).linear_4bit_dgrad(grad, q, mnk[2])
-    exact = grad.double() @ decoded(case, torch.float32).double()
-    assert_as_exact_as_torch(grad_x, grad @ decoded(case, case.dtype), exact)
+    exact = grad.double() @ case.weight(torch.float32).double()
+    assert_as_exact_as_torch(grad_x, grad @ case.weight(case.dtype), exact)
 
 
 @pytest.mark.parametrize("dtype_name", DTYPES)
@@ -88,8 +88,8 @@ def test_small_gradients(dtype_name: str) -> None:
     q, grad = random_product(case, 256)
     grad = grad * 1e-4
     grad_x = Device(Limits(3)).linear_4bit_dgrad(grad, q, 256)
-    exact = grad.double() @ decoded(case, torch.float32).double()
-    assert_as_exact_as_torch(grad_x, grad @ decoded(case, case.dtype), exact)
+    exact = grad.double() @ case.weight(torch.float32).double()
+    assert_as_exact_as_torch(grad_x, grad @ case.weight(case.dtype), exact)
 
 
 @pytest.mark.parametrize("case", [
@@ -168,9 +168,9 @@ def test_long_sums_of_a_constant_gradient(dtype_name: str) -> None:
     case = replace(KIND, mnk=(2, 7168, 128), dtype_name=dtype_name)
     q, grad = random_product(case, case.mnk[1])
     grad = torch.ones_like(grad)
-    exact = grad.double() @ decoded(case, torch.float32).double()
+    exact = grad.double() @ case.weight(torch.float32).double()
     got = Device(Limits(4)).linear_4bit_dgrad(grad, q, case.mnk[2])
-    assert_as_exact_as_torch(got, grad @ decoded(case, case.dtype), exact)
+    assert_as_exact_as_torch(got, grad @ case.weight(case.dtype), exact)
 
 
 @pytest.mark.parametrize("mnk", [(1, 8192, 8192), (64, 4096, 4096), (64, 1024, 1024), (16, 28672, 8192)])

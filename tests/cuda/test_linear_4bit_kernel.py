@@ -14,7 +14,7 @@ from evidence import (
     assert_weight_is_read_once,
 )
 from launcher import Device, LaunchError, Limits, under_schedules
-from products import DTYPES, ProductCase, cases, decoded, exact_product, random_product
+from products import DTYPES, ProductCase, cases, exact_product, random_product
 from reference import assert_as_exact_as_torch, assert_same
 from torch import Tensor
 
@@ -78,8 +78,8 @@ def test_as_exact_as_torch(mnk: tuple[int, int, int], dtype_name: str, quant_typ
     q, x = random_product(case, mnk[2])
     bias = normal(mnk[1], dtype=case.dtype, seed=3)
     y = Device(Limits(3)).linear_4bit(x, q, mnk[1], bias)
-    exact = x.double() @ decoded(case, torch.float32).double().T + bias.double()
-    assert_as_exact_as_torch(y, F.linear(x, decoded(case, case.dtype), bias), exact)
+    exact = x.double() @ case.weight(torch.float32).double().T + bias.double()
+    assert_as_exact_as_torch(y, F.linear(x, case.weight(case.dtype), bias), exact)
 
 
 @pytest.mark.parametrize("case", [
@@ -185,9 +185,9 @@ def test_long_sums_of_inputs_that_have_a_mean(kind: str, dtype_name: str) -> Non
     case = replace(KIND, mnk=(2, 16, 14336), dtype_name=dtype_name)
     q, x = random_product(case, case.mnk[2])
     x = torch.ones_like(x) if kind == "ones" else x.relu()
-    exact = F.linear(x.double(), decoded(case, torch.float32).double())
+    exact = F.linear(x.double(), case.weight(torch.float32).double())
     y = Device(Limits(4)).linear_4bit(x, q, case.mnk[1])
-    assert_as_exact_as_torch(y, F.linear(x, decoded(case, case.dtype)), exact)
+    assert_as_exact_as_torch(y, F.linear(x, case.weight(case.dtype)), exact)
 
 
 def test_a_block_with_two_unfinished_tiles() -> None:
