@@ -4,9 +4,7 @@
 // The slice is a matrix whose rows are cut into strips, one a warp. Each lane takes 4 groups of a strip. A group is 16
 // bytes of out, or, where the slice or the pointers do not allow that, one weight.
 #include "../launch.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "pairs.cuh"
 
 namespace qlora::cuda {
 namespace {
@@ -74,20 +72,10 @@ __device__ void store(const float (&x)[4], float* out) {
   __stwb(reinterpret_cast<float4*>(out), make_float4(x[0], x[1], x[2], x[3]));
 }
 
-__device__ std::uint32_t round_to_word(float low, float high, BFloat16) {
-  const __nv_bfloat162_raw two = __floats2bfloat162_rn(low, high);
-  return two.x | std::uint32_t{two.y} << 16;
-}
-
-__device__ std::uint32_t round_to_word(float low, float high, Half) {
-  const __half2_raw two = __floats2half2_rn(low, high);
-  return two.x | std::uint32_t{two.y} << 16;
-}
-
 template <typename T>
 __device__ void store(const float (&x)[8], T* out) {
-  __stwb(reinterpret_cast<uint4*>(out), make_uint4(round_to_word(x[0], x[1], T{}), round_to_word(x[2], x[3], T{}),
-                                                   round_to_word(x[4], x[5], T{}), round_to_word(x[6], x[7], T{})));
+  __stwb(reinterpret_cast<uint4*>(out), make_uint4(pack_pair(x[0], x[1], T{}), pack_pair(x[2], x[3], T{}),
+                                                   pack_pair(x[4], x[5], T{}), pack_pair(x[6], x[7], T{})));
 }
 
 template <typename T, int kGroup>

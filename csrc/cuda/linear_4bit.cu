@@ -15,6 +15,7 @@
 #include "../launch.h"
 #include "absmax.cuh"
 #include "pair_table.cuh"
+#include "ptx.cuh"
 #include "split.cuh"
 
 namespace qlora::cuda {

@@ -17,6 +17,8 @@
 #include "../launch.h"
 #include "absmax.cuh"
 #include "pair_table.cuh"
+#include "pairs.cuh"
+#include "ptx.cuh"
 #include "split.cuh"
 
 namespace qlora::cuda {

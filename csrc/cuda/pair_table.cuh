@@ -8,7 +8,8 @@
 // The rows' other 128 bytes, the slots, are free: the kernels stage the small operand of the product there.
 #pragma once
 
-#include "ptx.cuh"
+#include "../codebook.h"
+#include "../dtype.h"
 
 namespace qlora::cuda {
 
@@ -18,25 +19,6 @@ constexpr int kSlotBytes = 128;
 constexpr int kSlotStride = 256;
 
 __device__ __forceinline__ char* slot_address(char* table, int slot) { return table + slot * kSlotStride + kSlotBytes; }
-
-__device__ __forceinline__ std::uint32_t pack_pair(float low, float high, BFloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const std::uint32_t*>(&pair);
-}
-
-__device__ __forceinline__ std::uint32_t pack_pair(float low, float high, Half) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const std::uint32_t*>(&pair);
-}
-
-__device__ __forceinline__ float2 unpack_pair(std::uint32_t pair, BFloat16) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
-__device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b, Half) {
-  const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
-  return *reinterpret_cast<const std::uint32_t*>(&product);
-}
 
 // The codes that the table rounds the other way than to nearest, as bits. Rounded to nearest, NF4's codes are off in
 // one direction: by 1.8e-4 of absmax a weight in bf16 for normal weights, which adds up over K wherever x has a mean.

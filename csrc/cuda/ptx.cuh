@@ -1,9 +1,6 @@
 // The instructions that CUDA C++ has no name for. This is the only file with inline PTX.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "../dtype.h"

@@ -2,8 +2,7 @@
 //
 //   absmax[b] = max |w| over block b;  code[i] = number of bounds below w[i] / absmax[b], as that rank's code
 #include "../launch.h"
-
-#include <cuda_fp16.h>
+#include "pairs.cuh"
 
 namespace qlora::cuda {
 namespace {
@@ -13,25 +12,13 @@ constexpr int kThreads = 512;
 constexpr int kPerThread = 8;
 constexpr int kWarp = 32;
 
-// The two of a word, the first in its low half.
-__device__ float2 to_float2(std::uint32_t word, BFloat16) {
-  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-}
-
-__device__ float2 to_float2(std::uint32_t word, Half) {
-  const auto widen = [](std::uint32_t bits) {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-  };
-  return {widen(word & 0xffffu), widen(word >> 16)};
-}
-
 template <typename T>
 __device__ void load_whole(const T* weight, float (&value)[kPerThread]) {
   const uint4 words = *reinterpret_cast<const uint4*>(weight);
   const std::uint32_t word[] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 two = to_float2(word[i], T{});
+    const float2 two = unpack_pair(word[i], T{});
     value[2 * i] = two.x;
     value[2 * i + 1] = two.y;
   }
