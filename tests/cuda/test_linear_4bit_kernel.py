@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from cases import QUANT_TYPES, normal, quantized_normal
@@ -14,7 +15,7 @@ from evidence import (
     assert_weight_is_read_once,
 )
 from launcher import Device, LaunchError, Limits, under_schedules
-from products import DTYPES, ProductCase, cases, exact_product, random_product
+from products import DTYPES, ProductCase, cases, exact_product, random_product, table_values
 from reference import assert_as_exact_as_torch, assert_same
 from torch import Tensor
 
@@ -193,3 +194,13 @@ def test_long_sums_of_inputs_that_have_a_mean(kind: str, dtype_name: str) -> Non
 def test_a_block_with_two_unfinished_tiles() -> None:
     """Its first and its last: each has a place of its own for the partial sum, which others read when it is done."""
     check_exact(replace(KIND, mnk=(1, 5 * 128, 3072)), Device(Limits(3, 100 * 1024), block_order="reverse"))
+
+
+@pytest.mark.parametrize(("dtype", "nearest", "most"), [(torch.bfloat16, 1.5e-4, 4e-5), (torch.float16, 1e-5, 2e-6)])
+def test_errors_of_the_codes_cancel(dtype: torch.dtype, nearest: float, most: float) -> None:
+    """Of normal weights, per absmax: what rounding NF4's codes to nearest leaves, and what the kernels' table does."""
+    packed = quantized_normal((1024, 4096), "nf4", 64, False).packed.long()
+    codes = torch.stack([packed >> 4, packed & 15]).flatten()
+    exact = reference.codebook("nf4").double()
+    assert (exact.to(dtype).double() - exact)[codes].mean().abs() > nearest
+    assert (table_values("nf4", dtype) - exact)[codes].mean().abs() < most
