@@ -22,6 +22,7 @@ ARCH = "sm_80"
 # Two steps of decoding and two mma per iteration, as in the fused kernels, and one fault each.
 SOURCE = """
 #include "cuda/pair_table.cuh"
+#include "cuda/ptx.cuh"
 
 namespace qlora::cuda {
 namespace {
