@@ -7,6 +7,20 @@
 
 namespace qlora {
 
+// A matrix whose elements count as 0 where the mask of its shape, if it is defined, is false. Any strides, which are the
+// mask's too.
+struct MaskedMatrix {
+  at::Tensor values, mask;
+};
+
+// What an adapter adds to a product [M, J]: scale * x[M, r] @ factor[r, J], where the mask [M, J], if defined, is true.
+struct LowRank {
+  at::Tensor x, factor;
+  double scale;
+  at::Tensor mask;
+};
+using LowRankList = c10::ArrayRef<LowRank>;
+
 // Arguments are checked, contiguous and on the device, results allocated.
 class Device {
  public:
@@ -26,19 +40,27 @@ class Device {
   // cache between decoding and multiplying.
   virtual int64_t workspace_bytes(const at::Tensor& like) const = 0;
 
-  // The type a product of this type is computed in.
+  // The type that a product of this type is computed in by torch, on slices of decoded weights.
   virtual at::ScalarType compute_dtype(at::ScalarType dtype) const = 0;
 
-  // y[M, N] = x[M, K] @ W[N, K]^T + bias and grad_x[M, K] = grad[M, N] @ W[N, K] in one kernel, without a workspace of
-  // decoded weights. False if the device has no kernel for these arguments.
-  virtual bool fused_linear_4bit(const at::Tensor& x, const Packed4bit& w, const at::Tensor& bias, DType dtype,
-                                 const at::Tensor& y) const = 0;
-  virtual bool fused_linear_4bit_dgrad(const at::Tensor& grad, const Packed4bit& w, DType dtype,
+  // y[M, N] = x[M, K] @ W[N, K]^T + bias + added and grad_x[M, K] = grad[M, N] @ W[N, K] + added without decoding the
+  // weight to memory. False if the device has no kernel for these arguments.
+  virtual bool fused_linear_4bit(const at::Tensor& x, const Packed4bit& w, const at::Tensor& bias, LowRankList added,
+                                 DType dtype, const at::Tensor& y) const = 0;
+  virtual bool fused_linear_4bit_dgrad(const at::Tensor& grad, const Packed4bit& w, LowRankList added, DType dtype,
                                        const at::Tensor& grad_x) const = 0;
+
+  // scale * a[M, R] @ b[R, J] as out[M, J], whose type may be another; `compute` is the type to multiply in, if the
+  // device multiplies in no better one.
+  virtual at::Tensor mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
+                        at::ScalarType out) const;
 
  protected:
   ~Device() = default;
 };
+
+// out + added by torch's own multiplies, in the type of out.
+void add_low_rank(const at::Tensor& out, LowRankList added);
 
 const Device& cpu_device();
 

@@ -1,20 +1,16 @@
-// The ops of torch.ops.qlora_ext: schemas, argument checks, allocation, and the sliced path. What they compute with is
-// the Device of their tensors.
+// The ops of torch.ops.qlora_ext: schemas, argument checks, allocation, and the sliced path; those with adapters are in
+// ops_lora.cpp. What they compute with is the Device of their tensors.
 #include "ops.h"
 
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 
 #include <algorithm>
 #include <string>
 #include <vector>
 
-#include "check.h"
-#include "device.h"
 
 namespace qlora {
 namespace {
@@ -70,20 +66,26 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
   return out;
 }
 
-// --- linear_4bit, linear_4bit_dgrad: the sliced path --------------------------------------------------------------
+// --- linear_4bit, linear_4bit_dgrad -------------------------------------------------------------------------------
 
-// x as a matrix, in the type that it is multiplied in.
-Tensor as_rows(const Tensor& x) {
-  const int64_t count = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-  return x.reshape({count, x.size(-1)}).to(device_for(x).compute_dtype(x.scalar_type()));
+Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                   const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize, int64_t out_features,
+                   const OptionalTensor& bias) {
+  constexpr const char* kOp = "linear_4bit";
+  const LinearArguments arguments =
+      check_linear(kOp, x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features);
+  return in_shape_of(multiply(arguments, check_bias(kOp, bias, x, out_features), {}), x);
 }
 
-Tensor in_shape_of(const Tensor& rows, const Tensor& x) {
-  auto sizes = x.sizes().vec();
-  sizes.back() = rows.size(1);
-  // No view: an in-place operation on the result (nn.ReLU(inplace=True)) must be allowed.
-  return at::_unsafe_view(rows, sizes).to(x.scalar_type());
+Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                         const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                         std::string quant_type, int64_t blocksize, int64_t in_features) {
+  const LinearArguments arguments = check_dgrad("linear_4bit_dgrad", grad, packed, absmax, nested_absmax,
+                                                nested_offset, quant_type, blocksize, in_features);
+  return in_shape_of(multiply_dgrad(arguments, {}), grad);
 }
+
+// --- the sliced path ----------------------------------------------------------------------------------------------
 
 // The last dimension of x, after the checks that come before the weight's own.
 int64_t inner_size(const char* op, const char* what, const Tensor& x, const Tensor& packed, const char* outer_what,
@@ -103,116 +105,110 @@ int64_t slice_size(int64_t workspace_bytes, int64_t total, int64_t bytes_each) {
   return size < 256 ? size : ceil_div(size, 64) * 64;  // BLAS libraries want aligned rows
 }
 
-// linear_4bit for the op of this name.
-Tensor multiply(const char* op, const Tensor& x, const Tensor& packed, const Tensor& absmax,
-                const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, const std::string& quant_type,
-                int64_t blocksize, int64_t N, const OptionalTensor& bias) {
-  const int64_t K = inner_size(op, "x", x, packed, "out_features", N);
-  const Weight4bit w(op, N * K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
-  const Tensor rows = as_rows(x);
-  const DType dtype = checked_dtype(op, "x", rows.scalar_type());
-  Tensor b;
-  if (bias.has_value()) {
-    check_device(op, "bias", *bias, x);
-    QLORA_CHECK(bias->dim() == 1 && bias->size(0) == N, op, "bias", "shape [" + std::to_string(N) + "]", bias->sizes());
-    checked_dtype(op, "bias", bias->scalar_type());
-    b = bias->to(rows.scalar_type());
-  }
-  Tensor y = at::empty({rows.size(0), N}, rows.options());
-  if (rows.size(0) == 0) return in_shape_of(y, x);
-  const Device& device = device_for(rows);
-  if (device.fused_linear_4bit(rows, w.view, b, dtype, y)) return in_shape_of(y, x);
-  const int64_t step = slice_size(device.workspace_bytes(rows), N, K * itemsize(dtype));
-  Tensor workspace = at::empty({std::min(step, N), K}, rows.options());
+// x @ W^T + bias, the weight decoded a slice of rows at a time.
+void multiply_slices(const Tensor& x, const Packed4bit& w, const Tensor& bias, const Tensor& y) {
+  const int64_t N = y.size(1), K = x.size(1);
+  const Device& device = device_for(x);
+  const DType dtype = checked_dtype("linear_4bit", "x", x.scalar_type());
+  const int64_t step = slice_size(device.workspace_bytes(x), N, K * itemsize(dtype));
+  Tensor workspace = at::empty({std::min(step, N), K}, x.options());
   for (int64_t begin = 0; begin < N; begin += step) {
     const int64_t count = std::min(step, N - begin);
-    device.dequantize_4bit(w.view, K, {begin, begin + count, 0, K}, dtype, workspace);
+    device.dequantize_4bit(w, K, {begin, begin + count, 0, K}, dtype, workspace);
     const Tensor weight_t = workspace.narrow(0, 0, count).t();
     Tensor out = y.narrow(1, begin, count);
-    if (b.defined()) {
-      at::addmm_out(out, b.narrow(0, begin, count), rows, weight_t);
+    if (bias.defined()) {
+      at::addmm_out(out, bias.narrow(0, begin, count), x, weight_t);
     } else {
-      at::mm_out(out, rows, weight_t);
+      at::mm_out(out, x, weight_t);
     }
   }
-  return in_shape_of(y, x);
 }
 
-Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
-                   const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize, int64_t out_features,
-                   const OptionalTensor& bias) {
-  return multiply("linear_4bit", x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features,
-                  bias);
-}
-
-// grad_x[M, K] = grad[M, N] @ W[N, K]. The weight is cut by columns, so that no slice adds onto another's rounded sum.
-Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
-                         const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
-                         std::string quant_type, int64_t blocksize, int64_t in_features) {
-  constexpr const char* kOp = "linear_4bit_dgrad";
-  const int64_t K = in_features;
-  const int64_t N = inner_size(kOp, "grad", grad, packed, "in_features", K);
-  const Weight4bit w(kOp, N * K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
-  const Tensor rows = as_rows(grad);
-  const DType dtype = checked_dtype(kOp, "grad", rows.scalar_type());
-  Tensor out = at::empty({rows.size(0), K}, rows.options());
-  if (rows.size(0) == 0) return in_shape_of(out, grad);
-  const Device& device = device_for(rows);
-  if (device.fused_linear_4bit_dgrad(rows, w.view, dtype, out)) return in_shape_of(out, grad);
+// grad @ W. The weight is cut by columns, so that no slice adds onto another's rounded sum.
+void multiply_slices_dgrad(const Tensor& grad, const Packed4bit& w, const Tensor& grad_x) {
+  const int64_t N = grad.size(1), K = grad_x.size(1);
+  const Device& device = device_for(grad);
+  const DType dtype = checked_dtype("linear_4bit_dgrad", "grad", grad.scalar_type());
   // Borders where vector kernels have them, unless blocks are so large that a slice would be the whole weight.
-  const int64_t border = std::min<int64_t>(blocksize, 256);
-  const int64_t step = ceil_div(slice_size(device.workspace_bytes(rows), K, N * itemsize(dtype)), border) * border;
-  Tensor workspace = at::empty({N * std::min(step, K)}, rows.options());
+  const int64_t border = std::min<int64_t>(w.blocksize, 256);
+  const int64_t step = ceil_div(slice_size(device.workspace_bytes(grad), K, N * itemsize(dtype)), border) * border;
+  Tensor workspace = at::empty({N * std::min(step, K)}, grad.options());
   for (int64_t begin = 0; begin < K; begin += step) {
     const int64_t count = std::min(step, K - begin);
-    device.dequantize_4bit(w.view, K, {0, N, begin, begin + count}, dtype, workspace);
-    Tensor part = out.narrow(1, begin, count);
-    at::mm_out(part, rows, workspace.narrow(0, 0, N * count).view({N, count}));
+    device.dequantize_4bit(w, K, {0, N, begin, begin + count}, dtype, workspace);
+    Tensor part = grad_x.narrow(1, begin, count);
+    at::mm_out(part, grad, workspace.narrow(0, 0, N * count).view({N, count}));
   }
-  return in_shape_of(out, grad);
-}
-
-// --- lora_linear_4bit ---------------------------------------------------------------------------------------------
-
-// The adapters side by side: rows of A, or columns of B times scaling, in the compute dtype.
-Tensor stack_A(at::TensorList A, at::ScalarType dtype) { return at::cat(A, 0).to(dtype); }
-
-Tensor stack_B(at::TensorList B, c10::ArrayRef<double> scaling, at::ScalarType dtype) {
-  std::vector<Tensor> scaled;
-  for (size_t i = 0; i < B.size(); ++i) scaled.push_back(at::mul(B[i], scaling[i]));
-  return at::cat(scaled, 1).to(dtype);
-}
-
-// y = linear_4bit(x) + sum_i scaling_i ((x * dropout_mask_i) A_i^T) B_i^T; xA: the (x * mask_i) A_i^T side by side.
-// All adapters go into y in one multiply-add: y is read and written once however many there are.
-std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
-                                            const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
-                                            std::string quant_type, int64_t blocksize, int64_t out_features,
-                                            const OptionalTensor& bias, at::TensorList A, at::TensorList B,
-                                            c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
-  constexpr const char* kOp = "lora_linear_4bit";
-  Tensor y = multiply(kOp, x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features, bias);
-  check_adapters(kOp, x, out_features, A, B, scaling, dropout_mask);
-  const Tensor rows = as_rows(x);
-  const Tensor stacked_A = stack_A(A, rows.scalar_type());
-  Tensor xA = at::empty({rows.size(0), stacked_A.size(0)}, rows.options());
-  if (dropout_mask.empty()) {
-    at::mm_out(xA, rows, stacked_A.t());
-  } else {
-    int64_t first = 0;
-    for (size_t i = 0; i < A.size(); ++i) {
-      const int64_t r = A[i].size(0);
-      Tensor part = xA.narrow(1, first, r);
-      at::mm_out(part, at::mul(rows, dropout_mask[i].reshape_as(rows)), stacked_A.narrow(0, first, r).t());
-      first += r;
-    }
-  }
-  Tensor y_rows = y.view({rows.size(0), out_features}).to(rows.scalar_type());
-  at::addmm_out(y_rows, y_rows, xA, stack_B(B, scaling, rows.scalar_type()).t());
-  return {in_shape_of(y_rows, y), xA.to(x.scalar_type())};
 }
 
 }  // namespace
+
+LinearArguments check_linear(const char* op, const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                             const std::string& quant_type, int64_t blocksize, int64_t out_features) {
+  const int64_t K = inner_size(op, "x", x, packed, "out_features", out_features);
+  Weight4bit w(op, out_features * K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  return {out_features, K, std::move(w), as_rows(x)};
+}
+
+LinearArguments check_dgrad(const char* op, const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                            const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                            const std::string& quant_type, int64_t blocksize, int64_t in_features) {
+  const int64_t N = inner_size(op, "grad", grad, packed, "in_features", in_features);
+  Weight4bit w(op, N * in_features, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  return {N, in_features, std::move(w), as_rows(grad)};
+}
+
+Tensor check_bias(const char* op, const OptionalTensor& bias, const Tensor& x, int64_t N) {
+  if (!bias.has_value()) return {};
+  check_device(op, "bias", *bias, x);
+  QLORA_CHECK(bias->dim() == 1 && bias->size(0) == N, op, "bias", "shape [" + std::to_string(N) + "]", bias->sizes());
+  checked_dtype(op, "bias", bias->scalar_type());
+  return bias->to(x.scalar_type());
+}
+
+Tensor multiply(const LinearArguments& arguments, const Tensor& bias, LowRankList added) {
+  const auto& [N, K, w, x] = arguments;
+  const auto dtype = x.scalar_type();
+  Tensor y = at::empty({x.size(0), N}, x.options());
+  const Device& device = device_for(x);
+  if (y.numel() == 0) return y;
+  if (device.fused_linear_4bit(x, w.view, bias, added, checked_dtype("linear_4bit", "x", dtype), y)) return y;
+  const auto compute = device.compute_dtype(dtype);
+  if (compute != dtype) y = at::empty(y.sizes(), y.options().dtype(compute));
+  multiply_slices(x.to(compute), w.view, bias.defined() ? bias.to(compute) : bias, y);
+  add_low_rank(y, added);
+  return y.to(dtype);
+}
+
+Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added) {
+  const auto& [N, K, w, grad] = arguments;
+  const auto dtype = grad.scalar_type();
+  Tensor grad_x = at::empty({grad.size(0), K}, grad.options());
+  const Device& device = device_for(grad);
+  if (grad_x.numel() == 0) return grad_x;
+  if (device.fused_linear_4bit_dgrad(grad, w.view, added, checked_dtype("linear_4bit_dgrad", "grad", dtype), grad_x)) {
+    return grad_x;
+  }
+  const auto compute = device.compute_dtype(dtype);
+  if (compute != dtype) grad_x = at::empty(grad_x.sizes(), grad_x.options().dtype(compute));
+  multiply_slices_dgrad(grad.to(compute), w.view, grad_x);
+  add_low_rank(grad_x, added);
+  return grad_x.to(dtype);
+}
+
+Tensor as_rows(const Tensor& x) {
+  const int64_t count = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  return x.reshape({count, x.size(-1)});
+}
+
+Tensor in_shape_of(const Tensor& rows, const Tensor& x) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = rows.size(1);
+  // No view: an in-place operation on the result (nn.ReLU(inplace=True)) must be allowed.
+  return at::_unsafe_view(rows, sizes);
+}
 
 const Device& device_for(const Tensor& tensor) { return tensor.is_cuda() ? *cuda_device : cpu_device(); }
 
@@ -224,7 +220,6 @@ void register_ops(torch::Library& m) {
   m.impl("dequantize_4bit", dequantize_4bit);
   m.impl("linear_4bit", linear_4bit);
   m.impl("linear_4bit_dgrad", linear_4bit_dgrad);
-  m.impl("lora_linear_4bit", lora_linear_4bit);
 }
 
 }  // namespace qlora
@@ -240,7 +235,13 @@ TORCH_LIBRARY(qlora_ext, m) {
   m.def("lora_linear_4bit(Tensor x, " QLORA_WEIGHT
         ", SymInt out_features, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, Tensor[] dropout_mask)"
         " -> (Tensor y, Tensor xA)");
+  m.def("lora_linear_4bit_backward(Tensor grad, Tensor x, Tensor xA, " QLORA_WEIGHT
+        ", Tensor[] A, Tensor[] B, float[] scaling, Tensor[] dropout_mask, bool with_grad_x)"
+        " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 #undef QLORA_WEIGHT
 }
 
-TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) { qlora::register_ops(m); }
+TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) {
+  qlora::register_ops(m);
+  qlora::register_lora_ops(m);
+}

@@ -1,10 +1,41 @@
-// The ops for a device's tensors, to be registered under its dispatch key.
+// What the files of ops share: arguments once they are checked, and the products.
 #pragma once
 
 #include <torch/library.h>
 
+#include <string>
+
+#include "check.h"
+#include "device.h"
+
 namespace qlora {
 
+// x (or a gradient) as a matrix, and the 4-bit weight [N, K].
+struct LinearArguments {
+  int64_t N, K;
+  Weight4bit w;
+  at::Tensor rows;  // [M, K], or of a gradient [M, N]
+};
+
+LinearArguments check_linear(const char* op, const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax,
+                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                             const std::string& quant_type, int64_t blocksize, int64_t out_features);
+LinearArguments check_dgrad(const char* op, const at::Tensor& grad, const at::Tensor& packed, const at::Tensor& absmax,
+                            const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                            const std::string& quant_type, int64_t blocksize, int64_t in_features);
+// In the dtype of x; undefined if there is none.
+at::Tensor check_bias(const char* op, const OptionalTensor& bias, const at::Tensor& x, int64_t N);
+
+// rows @ W^T + bias + added: [M, N]; rows @ W + added: [M, K].
+at::Tensor multiply(const LinearArguments& arguments, const at::Tensor& bias, LowRankList added);
+at::Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added);
+
+// x[..., n] as [M, n], and a matrix as the tensor whose leading dimensions are x's.
+at::Tensor as_rows(const at::Tensor& x);
+at::Tensor in_shape_of(const at::Tensor& rows, const at::Tensor& x);
+
+// The ops for a device's tensors, to be registered under its dispatch key.
 void register_ops(torch::Library& m);
+void register_lora_ops(torch::Library& m);
 
 }  // namespace qlora

@@ -2,10 +2,6 @@
 //
 // In C++, not by torch.library.register_autograd: that walks the tensor lists in Python, which took a tenth of a
 // training step of a small model (bench/NOTES.md).
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -80,6 +76,20 @@ std::tuple<Tensor, Tensor> call_lora(const Tensor& x, const Weight& w, c10::SymI
                  std::move(out_features), bias, A, B, scaling, dropout_mask);
 }
 
+std::tuple<Tensor, Tensor, Tensor> call_lora_backward(const Tensor& grad, const Tensor& x, const Tensor& xA,
+                                                      const Weight& w, at::TensorList A, at::TensorList B,
+                                                      c10::ArrayRef<double> scaling, at::TensorList dropout_mask,
+                                                      bool with_grad_x) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qlora_ext::lora_linear_4bit_backward", "")
+                             .typed<std::tuple<Tensor, Tensor, Tensor>(
+                                 const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                 const OptionalTensor&, const OptionalTensor&, std::string, int64_t, at::TensorList,
+                                 at::TensorList, c10::ArrayRef<double>, at::TensorList, bool)>();
+  return op.call(grad, x, xA, w.packed, w.absmax, w.nested_absmax, w.nested_offset, w.quant_type, w.blocksize, A, B,
+                 scaling, dropout_mask, with_grad_x);
+}
+
 // x[..., n] as [M, n].
 Tensor as_rows(const Tensor& x) {
   const auto sizes = x.sym_sizes();
@@ -124,9 +134,6 @@ struct Dropout {
   variable_list masks;
 };
 
-// With g_i = scaling_i grad B_i:  dx = grad W + sum_i mask_i * (g_i A_i),  dA_i = g_i^T (x * mask_i),
-// dB_i = scaling_i grad^T xA_i. Without masks the adapters go through one multiply side by side. All in the dtype of x;
-// the gradients of the adapters are cast to theirs (float32) at the end.
 struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, at::TensorList A,
                                at::TensorList B, const Weight& w, const c10::SymInt& out_features,
@@ -160,35 +167,17 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     variable_list out(2 + 2 * count + 3);
     if (!grads[0].defined()) return out;
 
-    const Tensor rows = as_rows(saved[4]), grad = as_rows(grads[0]);
-    const Tensor& xA = saved[5];
-    variable_list scaled_B;
-    for (size_t i = 0; i < count; ++i) scaled_B.push_back(at::mul(B[i], scaling[i]));
-    const Tensor stacked_A = at::cat(A, 0).to(rows.scalar_type());
-    const Tensor g = at::mm(grad, at::cat(scaled_B, 1).to(rows.scalar_type()));  // [M, sum r]
-    const Tensor grad_B = at::mm(xA.t(), grad);                                  // [sum r, N]
-    if (ctx->needs_input_grad(0)) {
-      Tensor dx = call_dgrad(grad, w, rows.sym_size(1));
-      if (masks.empty()) dx = dx.addmm_(g, stacked_A);
-      out[0] = dx;
-    }
-    Tensor grad_A;  // [sum r, K]
-    if (masks.empty()) grad_A = at::mm(g.t(), rows);
+    const auto [grad_x, grad_A, grad_B] =
+        call_lora_backward(grads[0], saved[4], saved[5], w, A, B, scaling, masks, ctx->needs_input_grad(0));
+    if (ctx->needs_input_grad(0)) out[0] = grad_x;
     int64_t first = 0;
     for (size_t i = 0; i < count; ++i) {
       const int64_t r = A[i].size(0);
-      if (masks.empty()) {
-        out[2 + i] = grad_A.narrow(0, first, r).to(A[i].scalar_type());
-      } else {
-        const Tensor g_i = g.narrow(1, first, r), mask = as_rows(masks[i]);
-        out[2 + i] = at::mm(g_i.t(), at::mul(rows, mask)).to(A[i].scalar_type());
-        if (out[0].defined()) out[0].addcmul_(at::mm(g_i, stacked_A.narrow(0, first, r)), mask);
-      }
-      out[first_B + i] = at::mul(grad_B.narrow(0, first, r).t().to(B[i].scalar_type()), scaling[i]);
+      out[2 + i] = grad_A.narrow(0, first, r).to(A[i].scalar_type());
+      out[first_B + i] = grad_B.narrow(0, first, r).t().contiguous().to(B[i].scalar_type());
       first += r;
     }
-    if (out[0].defined()) out[0] = out[0].reshape_symint(saved[4].sym_sizes());
-    if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, grad);
+    if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
     return out;
   }
 };

@@ -1,12 +1,18 @@
 // The CPU of the ops: the kernels of cpu/, spread over torch's threads.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <unistd.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "check.h"
 #include "cpu/kernels.h"
+#include "cpu/linear_4bit.h"
+#include "cpu/matmul.h"
+#include "cpu/path.h"
 #include "device.h"
 
 namespace qlora {
@@ -16,6 +22,7 @@ using at::Tensor;
 
 // Elements (or bytes of work) a thread should have before another is worth waking.
 constexpr int64_t kGrain = 32768;
+constexpr int64_t kMinFlops = 1 << 20;  // of a product that more than one thread should have
 
 class Cpu final : public Device {
  public:
@@ -76,13 +83,119 @@ class Cpu final : public Device {
     return bytes;
   }
 
-  // CPUs have no fast fp16 multiply: fp32 is both faster and more exact.
-  at::ScalarType compute_dtype(at::ScalarType dtype) const override { return dtype == at::kHalf ? at::kFloat : dtype; }
-
-  bool fused_linear_4bit(const Tensor&, const Packed4bit&, const Tensor&, DType, const Tensor&) const override {
-    return false;
+  // torch multiplies bf16 well where the CPU has instructions for it, and fp16 nowhere: fp32 is faster there, and more
+  // exact.
+  at::ScalarType compute_dtype(at::ScalarType dtype) const override {
+    return dtype == at::kHalf || (dtype == at::kBFloat16 && !cpu::multiplies_bf16()) ? at::kFloat : dtype;
   }
-  bool fused_linear_4bit_dgrad(const Tensor&, const Packed4bit&, DType, const Tensor&) const override { return false; }
+
+  bool fused_linear_4bit(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added, DType dtype,
+                         const Tensor& y) const override {
+    const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
+    if (K % w.blocksize != 0) return false;
+    if (M <= cpu::kMostFewRows && cpu::has_few_rows()) {
+      multiply_few_rows(x.contiguous(), w, bias, added, dtype, y);
+      return true;
+    }
+    if (!cpu::has_matmul(dtype)) return false;
+    multiply({.R = K, .x = matrix(x), .kind = cpu::Term::Kind::WeightTransposed, .w = w}, added, bias, y);
+    return true;
+  }
+
+  bool fused_linear_4bit_dgrad(const Tensor& grad, const Packed4bit& w, LowRankList added, DType dtype,
+                               const Tensor& grad_x) const override {
+    if (grad_x.size(1) % w.blocksize != 0 || !cpu::has_matmul(dtype)) return false;
+    multiply({.R = grad.size(1), .x = matrix(grad), .kind = cpu::Term::Kind::Weight, .w = w}, added, {}, grad_x);
+    return true;
+  }
+
+  Tensor mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
+            at::ScalarType out_dtype) const override {
+    if (!cpu::has_matmul(checked_dtype("mm", "a", a.values.scalar_type()))) {
+      return Device::mm(a, b, scale, compute, out_dtype);
+    }
+    const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
+    const MaskedMatrix x = with_strides_of_mask(a), dense = with_strides_of_mask(b);
+    multiply({.R = a.values.size(1),
+              .x = matrix(x.values, x.mask),
+              .kind = cpu::Term::Kind::Dense,
+              .dense = matrix(dense.values, dense.mask),
+              .scale = static_cast<float>(scale)},
+             {}, {}, out);
+    return out;
+  }
+
+ private:
+  static MaskedMatrix with_strides_of_mask(const MaskedMatrix& m) {
+    return m.mask.defined() ? MaskedMatrix{m.values.contiguous(), m.mask.contiguous()} : m;
+  }
+
+  static cpu::Matrix matrix(const Tensor& values, const Tensor& mask = {}) {
+    return {values.const_data_ptr(), checked_dtype("matmul", "x", values.scalar_type()), values.stride(0),
+            values.stride(1), mask.defined() ? mask.const_data_ptr<bool>() : nullptr};
+  }
+
+  // out = the term + added + bias, cut into as many rectangles as there are threads.
+  static void multiply(const cpu::Term& term, LowRankList added, const Tensor& bias, const Tensor& out) {
+    std::vector<cpu::Term> terms{term};
+    std::vector<Tensor> masks;  // kept until the product is done
+    for (const LowRank& one : added) {
+      const bool* mask = nullptr;
+      if (one.mask.defined()) mask = masks.emplace_back(one.mask.contiguous()).const_data_ptr<bool>();
+      terms.push_back({.R = one.x.size(1),
+                       .x = matrix(one.x),
+                       .kind = cpu::Term::Kind::Dense,
+                       .dense = matrix(one.factor),
+                       .scale = static_cast<float>(one.scale),
+                       .out_mask = mask});
+    }
+    const Tensor bias_values = bias.defined() ? bias.contiguous() : bias;
+    const int64_t M = out.size(0), J = out.size(1);
+    const cpu::Matmul product{M,
+                              J,
+                              terms.data(),
+                              static_cast<int>(terms.size()),
+                              bias.defined() ? bias_values.const_data_ptr() : nullptr,
+                              out.data_ptr(),
+                              checked_dtype("matmul", "out", out.scalar_type())};
+    int64_t flops = 0;
+    for (const cpu::Term& each : terms) flops += 2 * M * J * each.R;
+    const int64_t threads = flops < kMinFlops ? 1 : at::get_num_threads();
+    const int64_t column_parts = std::min(threads, ceil_div(J, cpu::kMatmulColumnBorder));
+    const int64_t row_parts = std::min(ceil_div(threads, std::max<int64_t>(1, column_parts)), ceil_div(M, int64_t{8}));
+    const int64_t columns = ceil_div(ceil_div(J, column_parts), cpu::kMatmulColumnBorder) * cpu::kMatmulColumnBorder;
+    const int64_t rows = ceil_div(M, row_parts);
+    at::parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t row = part / column_parts * rows, column = part % column_parts * columns;
+        cpu::matmul(product, {row, std::min(row + rows, M), column, std::min(column + columns, J)});
+      }
+    });
+  }
+
+  static void multiply_few_rows(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added,
+                                DType dtype, const Tensor& y) {
+    const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
+    const Tensor arranged = at::empty({cpu::arranged_bytes(M, K)}, x.options().dtype(at::kByte));
+    cpu::arrange_x(x.const_data_ptr(), dtype, M, K, arranged.data_ptr());
+    Tensor addend = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
+    if (!added.empty()) {
+      addend = (bias.defined() ? addend : at::zeros({N}, x.options().dtype(at::kFloat))).expand({M, N}).contiguous();
+      add_low_rank(addend, added);
+    }
+    const cpu::FewRows product{arranged.const_data_ptr(),
+                               w,
+                               addend.defined() ? addend.const_data_ptr<float>() : nullptr,
+                               added.empty() ? 0 : N,
+                               y.data_ptr(),
+                               M,
+                               N,
+                               K,
+                               dtype};
+    at::parallel_for(0, N, std::max<int64_t>(1, kGrain / K), [&](int64_t begin, int64_t end) {
+      cpu::linear_4bit(product, begin, end);
+    });
+  }
 };
 
 }  // namespace

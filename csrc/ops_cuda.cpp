@@ -75,22 +75,22 @@ class Cuda final : public Device {
 
   at::ScalarType compute_dtype(at::ScalarType dtype) const override { return dtype; }
 
-  bool fused_linear_4bit(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias_arg, DType dtype,
-                         const Tensor& y) const override {
+  bool fused_linear_4bit(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias_arg,
+                         LowRankList added, DType dtype, const Tensor& y) const override {
     if (x_arg.size(0) > cuda::kMostFusedRows) return false;
     const Tensor x = aligned(x_arg);
     const Tensor bias = bias_arg.defined() ? bias_arg.contiguous() : bias_arg;
-    return launch_fused("linear_4bit", cuda::linear_4bit_workspace_bytes, cuda::launch_linear_4bit, y,
+    return launch_fused("linear_4bit", cuda::linear_4bit_workspace_bytes, cuda::launch_linear_4bit, y, added,
                         {x.const_data_ptr(), w, bias.defined() ? bias.const_data_ptr() : nullptr, y.data_ptr(),
                          x.size(0), y.size(1), x.size(1), dtype});
   }
 
-  bool fused_linear_4bit_dgrad(const Tensor& grad_arg, const Packed4bit& w, DType dtype,
+  bool fused_linear_4bit_dgrad(const Tensor& grad_arg, const Packed4bit& w, LowRankList added, DType dtype,
                                const Tensor& grad_x) const override {
     if (grad_arg.size(0) > cuda::kMostFusedRows) return false;
     const Tensor grad = aligned(grad_arg);
     return launch_fused(
-        "linear_4bit_dgrad", cuda::linear_4bit_dgrad_workspace_bytes, cuda::launch_linear_4bit_dgrad, grad_x,
+        "linear_4bit_dgrad", cuda::linear_4bit_dgrad_workspace_bytes, cuda::launch_linear_4bit_dgrad, grad_x, added,
         {grad.const_data_ptr(), w, nullptr, grad_x.data_ptr(), grad.size(0), grad.size(1), grad_x.size(1), dtype});
   }
 
@@ -105,7 +105,7 @@ class Cuda final : public Device {
 
   template <typename WorkspaceBytes, typename Launch>
   static bool launch_fused(const char* op, WorkspaceBytes workspace_bytes, Launch launch, const Tensor& out,
-                           const cuda::Product4bit& product) {
+                           LowRankList added, const cuda::Product4bit& product) {
     if (!cuda::takes_fused(product)) {
       if (product.dtype != DType::Float32) {
         TORCH_WARN_ONCE(op,
@@ -124,6 +124,7 @@ class Cuda final : public Device {
     check_launch(launch(product, limits, workspace.data_ptr(), stream()), op,
                  c10::str("M ", product.M, ", N ", product.N, ", K ", product.K, ", ", out.scalar_type(), ", ",
                           describe(product.w)));
+    add_low_rank(out, added);
     return true;
   }
 };
@@ -137,4 +138,7 @@ const bool registered = [] {
 }  // namespace
 }  // namespace qlora
 
-TORCH_LIBRARY_IMPL(qlora_ext, CUDA, m) { qlora::register_ops(m); }
+TORCH_LIBRARY_IMPL(qlora_ext, CUDA, m) {
+  qlora::register_ops(m);
+  qlora::register_lora_ops(m);
+}

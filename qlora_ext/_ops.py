@@ -119,3 +119,31 @@ def _(
             _same_device("lora_linear_4bit", x, **{name: tensor})
     y = x.new_empty([*x.shape[:-1], out_features])
     return y, x.new_empty([prod(x.shape[:-1]), sum(a.shape[0] for a in A)])
+
+
+@torch.library.register_fake("qlora_ext::lora_linear_4bit_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    xA: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    A: list[Tensor],
+    B: list[Tensor],
+    scaling: list[float],
+    dropout_mask: list[Tensor],
+    with_grad_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    _same_device("lora_linear_4bit_backward", grad, x=x, xA=xA, packed=packed, **scales)
+    for name, tensors in (("A", A), ("B", B), ("dropout_mask", dropout_mask)):
+        for tensor in tensors:
+            _same_device("lora_linear_4bit_backward", grad, **{name: tensor})
+    ranks = sum(a.shape[0] for a in A)
+    grad_x = grad.new_empty([*grad.shape[:-1], x.shape[-1]] if with_grad_x else [0])
+    grad_A, grad_B = (grad.new_empty([ranks, size], dtype=torch.float32) for size in (x.shape[-1], grad.shape[-1]))
+    return grad_x, grad_A, grad_B

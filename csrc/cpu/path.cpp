@@ -61,6 +61,14 @@ std::vector<std::string> path_names() {
   return names;
 }
 
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  return best_path() == Path::Avx512Bf16;
+#else
+  return true;  // not known: let torch decide
+#endif
+}
+
 void set_path(const std::string& name) { current().store(parse(name), std::memory_order_relaxed); }
 
 }  // namespace qlora::cpu

@@ -13,6 +13,9 @@ Path path();
 const char* path_name(Path path);
 std::vector<std::string> path_names();  // those this machine can run, ascending
 
+// Whether this machine has instructions that multiply bf16, whichever path is in use.
+bool multiplies_bf16();
+
 // Throws std::invalid_argument, naming what was expected, if the machine cannot run it or there is no such path.
 void set_path(const std::string& name);
 

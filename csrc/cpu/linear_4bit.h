@@ -1,0 +1,51 @@
+// linear_4bit for few rows of x: weights are decoded in registers, one row of W after the other, and multiplied there.
+#pragma once
+
+#include <cstdint>
+
+#include "../codec.h"
+
+namespace qlora::cpu {
+
+// y[M, N] = x[M, K] @ W[N, K]^T + addend; rows of W are whole blocks.
+struct FewRows {
+  const void* x;  // as arrange_x leaves it
+  Packed4bit w;
+  const float* addend;         // or null
+  std::int64_t addend_stride;  // N: it is [M, N]; 0: it is [N], the same for every row
+  void* y;
+  std::int64_t M, N, K;
+  DType dtype;  // of y
+};
+
+// More rows than this are matmul's.
+constexpr std::int64_t kMostFewRows = 8;
+
+// Whether the CPU path in use has such a kernel.
+bool has_few_rows();
+
+// x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on a
+// 64-byte border.
+std::int64_t arranged_bytes(std::int64_t M, std::int64_t K);
+void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t K, void* arranged);
+
+// Rows [begin, end) of W.
+void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end);
+
+// --- the vector kernels -------------------------------------------------------------------------------------------
+
+// How a kernel wants x: chunk by chunk, element order[i] of the chunk at place i.
+struct Arrangement {
+  std::int64_t chunk;  // elements; x is padded with zeros to whole chunks
+  DType dtype;
+  std::uint8_t order[128];
+};
+
+Arrangement arrangement_avx2();
+Arrangement arrangement_avx512();
+Arrangement arrangement_avx512_bf16();
+void linear_4bit_avx2(const FewRows& product, std::int64_t begin, std::int64_t end);
+void linear_4bit_avx512(const FewRows& product, std::int64_t begin, std::int64_t end);
+void linear_4bit_avx512_bf16(const FewRows& product, std::int64_t begin, std::int64_t end);
+
+}  // namespace qlora::cpu

@@ -1,0 +1,76 @@
+// linear_4bit for few rows, AVX2 and FMA: 64 weights of 32 bytes at a time, in fp32.
+#include "linear_4bit.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+#include "linear_4bit_loops.h"
+#include "simd_avx2.h"
+
+namespace qlora::cpu {
+namespace {
+
+struct Avx2 {
+  static constexpr std::int64_t kChunk = 64;
+  using Element = float;
+  using Vector = __m256;
+  struct Weights {
+    __m256 high[4], low[4];  // of the bytes' high nibbles (even elements) and low ones, as `expand` orders them
+  };
+
+  Planes planes;
+
+  explicit Avx2(const Codebook& book) : planes(book.value) {}
+
+  Weights decode(const std::uint8_t* packed) const {
+    const __m256i nibble = _mm256_set1_epi8(0xf);
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    Weights weights;
+    expand(planes, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), weights.high);
+    expand(planes, _mm256_and_si256(bytes, nibble), weights.low);
+    return weights;
+  }
+
+  static Vector zero() { return _mm256_setzero_ps(); }
+
+  static Vector dot(const Weights& weights, const float* x) {
+    Vector high = _mm256_mul_ps(weights.high[0], _mm256_load_ps(x));
+    Vector low = _mm256_mul_ps(weights.low[0], _mm256_load_ps(x + 32));
+    for (int q = 1; q < 4; ++q) {
+      high = _mm256_fmadd_ps(weights.high[q], _mm256_load_ps(x + 8 * q), high);
+      low = _mm256_fmadd_ps(weights.low[q], _mm256_load_ps(x + 32 + 8 * q), low);
+    }
+    return _mm256_add_ps(high, low);
+  }
+
+  static Vector scales(const float* absmax) { return _mm256_set_m128(_mm_set1_ps(absmax[1]), _mm_set1_ps(absmax[0])); }
+  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static float add_lanes(Vector x) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+};
+
+}  // namespace
+
+Arrangement arrangement_avx2() {
+  Arrangement arrangement{Avx2::kChunk, DType::Float32, {}};
+  for (int i = 0; i < Avx2::kChunk; ++i) {
+    const int low = i / 32, q = i / 8 % 4, lane = i / 4 % 2, byte = 16 * lane + 4 * q + i % 4;
+    arrangement.order[i] = static_cast<std::uint8_t>(2 * byte + low);
+  }
+  return arrangement;
+}
+
+void linear_4bit_avx2(const FewRows& product, std::int64_t begin, std::int64_t end) {
+  multiply_few_rows<Avx2>(product, begin, end);
+}
+
+}  // namespace qlora::cpu
+
+#pragma GCC pop_options
+#endif

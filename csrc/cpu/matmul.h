@@ -1,0 +1,59 @@
+// The product of many rows with operands that are decoded on the fly: what linear_4bit, its gradient and the adapters
+// compute on vector CPUs.
+//
+//   out[M, J] = round(sum over terms of x[M, R] @ b[R, J] + bias[J])
+//
+// Any rectangle of out can be computed by itself; each element gets the same roundings however out is cut.
+#pragma once
+
+#include <cstdint>
+
+#include "../codec.h"
+
+namespace qlora::cpu {
+
+// A dense matrix of any strides; elements whose mask is false count as 0.
+struct Matrix {
+  const void* values;
+  DType dtype;
+  std::int64_t row_stride, column_stride;
+  const bool* mask = nullptr;  // of the same strides, or null
+};
+
+// One product x[M, R] @ b[R, J].
+struct Term {
+  enum class Kind { Dense, Weight, WeightTransposed };
+
+  std::int64_t R;
+  Matrix x;
+  Kind kind;
+  Packed4bit w;  // Weight: b = W[R, J]; WeightTransposed: b = W^T of W[J, R]. Whole blocks in a row.
+  Matrix dense;  // Dense: b = scale * dense
+  float scale = 1.0f;
+  const bool* out_mask = nullptr;  // [M, J] or null: where this term counts
+};
+
+struct Matmul {
+  std::int64_t M, J;
+  const Term* terms;
+  int num_terms;
+  const void* bias;  // [J] of out's dtype, or null
+  void* out;         // [M, J], contiguous
+  DType dtype;
+};
+
+// Rows and columns of out. Columns are best cut at multiples of kMatmulColumnBorder.
+struct Rectangle {
+  std::int64_t row_begin, row_end, column_begin, column_end;
+};
+
+constexpr std::int64_t kMatmulColumnBorder = 48;
+
+// Whether the CPU path in use has a kernel for a product whose out is of this dtype: not on the portable path, nor for
+// bf16 where the CPU multiplies matrices itself (AMX) and torch makes use of that.
+bool has_matmul(DType dtype);
+
+// std::logic_error if it has none.
+void matmul(const Matmul& product, const Rectangle& rectangle);
+
+}  // namespace qlora::cpu

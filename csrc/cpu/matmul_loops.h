@@ -1,0 +1,158 @@
+// The loops of matmul around the kernels of one instruction set. A file of kernels includes this inside its target
+// region, so that everything here is compiled for it.
+//
+// Per block of kDepth of the reduction: the rows of x are copied to one place, in the type that is multiplied. Then, a
+// panel of columns of b at a time, b is decoded to the panel, which stays in L1, and multiplied with all rows, tile by
+// tile in registers, onto fp32 sums. A weight is decoded once per kMaxRows rows, and never stored beyond the panel.
+//
+// Isa has
+//   kColumns               a panel's width
+//   copy_row               part of a row of x to its place
+//   store_panel_row        dense values, a row of the panel
+//   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
+//   fill_weight_transposed the panel, from W[J, R]: W's rows are the panel's columns
+//   multiply               rows of x @ panel onto the sums
+//   store_row              sums + bias, rounded
+namespace qlora::cpu {
+namespace {
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// `total` in parts of at most `most` and about the same size, a multiple of `border`.
+inline std::int64_t even_part(std::int64_t total, std::int64_t most, std::int64_t border) {
+  const std::int64_t parts = (total + most - 1) / most;
+  return ((total + parts - 1) / parts + border - 1) / border * border;
+}
+
+template <typename Isa>
+void copy_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_t r, std::int64_t depth, float* to) {
+  with_type(x.dtype, [&](auto type) {
+    const auto* values = static_cast<const decltype(type)*>(x.values);
+    for (std::int64_t i = 0; i < rows; ++i, to += kXStride) {
+      const std::int64_t first = (row + i) * x.row_stride + r * x.column_stride;
+      if (x.column_stride == 1 && x.mask == nullptr) {
+        Isa::copy_row(values + first, depth, to);
+      } else {
+        float row_values[kDepth];
+        for (std::int64_t j = 0; j < depth; ++j) {
+          const std::int64_t at = first + j * x.column_stride;
+          row_values[j] = x.mask == nullptr || x.mask[at] ? to_float(values[at]) : 0.0f;
+        }
+        Isa::copy_row(row_values, depth, to);
+      }
+    }
+  });
+}
+
+// Element [r, j] of a dense b to panel[r][j], whatever its strides.
+template <typename Isa>
+void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64_t column, std::int64_t width,
+                float* panel) {
+  const Matrix& b = term.dense;
+  with_type(b.dtype, [&](auto type) {
+    const auto* values = static_cast<const decltype(type)*>(b.values);
+    float row_values[Isa::kColumns] = {};
+    for (std::int64_t i = 0; i < depth; ++i) {
+      const std::int64_t first = (r + i) * b.row_stride + column * b.column_stride;
+      for (std::int64_t j = 0; j < width; ++j) {
+        const std::int64_t at = first + j * b.column_stride;
+        row_values[j] = b.mask == nullptr || b.mask[at] ? to_float(values[at]) * term.scale : 0.0f;
+      }
+      Isa::store_panel_row(row_values, i, depth, panel);
+    }
+  });
+}
+
+// Rows [row, row + rows) and columns [column, column + columns) of the weight [*, K], to one place. Up to a panel's
+// width of rows more have an absmax of 0.
+inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::int64_t rows, std::int64_t column,
+                  std::int64_t columns, const MatmulScratch& s) {
+  const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
+  const std::int64_t steps = (columns + kStep - 1) / kStep;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const std::int64_t first = (row + i) * K + column;
+    const std::uint8_t* from = w.packed + first / 2;
+    std::uint8_t* to = s.packed + i * kStagedBytes;
+    for (std::int64_t byte = 0; byte < columns / 2; byte += 8) __builtin_memcpy(to + byte, from + byte, 8);
+    for (std::int64_t step = 0; step < steps;) {
+      const std::int64_t block = (first + step * kStep) >> shift;
+      const std::int64_t steps_end = smaller(steps, (((block + 1) << shift) - first) / kStep);
+      const float absmax = block_absmax(w, block);
+      for (; step < steps_end; ++step) s.absmax[step * kDepth + i] = absmax;
+    }
+  }
+  for (std::int64_t step = 0; step < steps; ++step) {
+    for (std::int64_t i = rows; i < smaller(rows + kMatmulColumnBorder, kDepth); ++i) s.absmax[step * kDepth + i] = 0.0f;
+  }
+}
+
+inline void clear(float* sums, std::int64_t rows, std::int64_t columns) {
+  for (std::int64_t row = 0; row < rows; ++row, sums += kSumStride) {
+    for (std::int64_t j = 0; j < columns; ++j) sums[j] = 0.0f;
+  }
+}
+
+inline void add_masked(const float* from, const bool* mask, std::int64_t mask_stride, std::int64_t rows,
+                       std::int64_t columns, float* sums) {
+  for (std::int64_t row = 0; row < rows; ++row, from += kSumStride, sums += kSumStride, mask += mask_stride) {
+    for (std::int64_t j = 0; j < columns; ++j) sums[j] += mask[j] ? from[j] : 0.0f;
+  }
+}
+
+// A part of out that has room in the scratch.
+template <typename Isa>
+void multiply_part(const Matmul& product, const Rectangle& part, const MatmulScratch& s) {
+  const std::int64_t rows = part.row_end - part.row_begin;
+  const std::int64_t columns = part.column_end - part.column_begin;
+  const std::int64_t padded = (columns + Isa::kColumns - 1) / Isa::kColumns * Isa::kColumns;
+  const std::int64_t first = part.row_begin * product.J + part.column_begin;
+  clear(s.sums, rows, padded);
+  for (int t = 0; t < product.num_terms; ++t) {
+    const Term& term = product.terms[t];
+    float* sums = s.sums;
+    if (term.out_mask != nullptr) clear(sums = s.masked, rows, padded);
+    for (std::int64_t r = 0; r < term.R; r += kDepth) {
+      const std::int64_t depth = smaller(kDepth, term.R - r);
+      copy_rows<Isa>(term.x, part.row_begin, rows, r, depth, s.x);
+      if (term.kind == Term::Kind::Weight) stage(term.w, product.J, r, depth, part.column_begin, columns, s);
+      if (term.kind == Term::Kind::WeightTransposed) stage(term.w, term.R, part.column_begin, columns, r, depth, s);
+      for (std::int64_t j = 0; j < columns; j += Isa::kColumns) {
+        const std::int64_t width = smaller(Isa::kColumns, columns - j);
+        if (term.kind == Term::Kind::Dense) {
+          fill_dense<Isa>(term, r, depth, part.column_begin + j, width, s.panel);
+        } else if (term.kind == Term::Kind::Weight) {
+          Isa::fill_weight(codebook(term.w.quant_type), s, j, depth, s.panel);
+        } else {
+          Isa::fill_weight_transposed(codebook(term.w.quant_type), s, j, depth, s.panel);
+        }
+        Isa::multiply(s.x, rows, s.panel, depth, width, sums + j);
+      }
+    }
+    if (term.out_mask != nullptr) add_masked(sums, term.out_mask + first, product.J, rows, columns, s.sums);
+  }
+  with_type(product.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* bias = product.bias == nullptr ? nullptr : static_cast<const T*>(product.bias) + part.column_begin;
+    T* out = static_cast<T*>(product.out) + first;
+    for (std::int64_t row = 0; row < rows; ++row, out += product.J) {
+      Isa::store_row(s.sums + row * kSumStride, bias, columns, out);
+    }
+  });
+}
+
+template <typename Isa>
+void multiply_rectangle(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch) {
+  const auto [row_begin, row_end, column_begin, column_end] = rectangle;
+  if (row_begin >= row_end || column_begin >= column_end) return;
+  const std::int64_t rows = even_part(row_end - row_begin, kMaxRows, 1);
+  const std::int64_t columns = even_part(column_end - column_begin, kMaxColumns, kMatmulColumnBorder);
+  for (std::int64_t row = row_begin; row < row_end; row += rows) {
+    for (std::int64_t column = column_begin; column < column_end; column += columns) {
+      multiply_part<Isa>(
+          product, {row, smaller(row + rows, row_end), column, smaller(column + columns, column_end)}, scratch);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qlora::cpu

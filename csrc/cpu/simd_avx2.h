@@ -1,0 +1,73 @@
+// What the AVX2 kernels share: loads and stores of 8 numbers of any dtype, and the lookup of fp32 codes. A file of
+// kernels includes this inside its target region.
+namespace qlora::cpu {
+namespace {
+
+inline __m256 load8(const float* from) { return _mm256_loadu_ps(from); }
+
+inline __m256 load8(const BFloat16* from) {
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+}
+
+inline __m256 load8(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+// fp32 -> bf16 to nearest even in the low word of each dword.
+inline __m256i round_dwords(__m256 x, BFloat16) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
+}
+
+inline __m256i round_dwords(__m256 x, Half) {
+  return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline void store8(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
+
+inline void store8(BFloat16* to, __m256 x) {
+  const __m256i dwords = round_dwords(x, BFloat16{});
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(dwords, dwords), 0b1000);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(words));
+}
+
+inline void store8(Half* to, __m256 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// The fp32 codebook by bytes, lowest first, for vpshufb.
+struct Planes {
+  __m256i plane[4];
+
+  explicit Planes(const float* values) {
+    std::uint8_t bytes[4][kNumCodes];
+    for (int code = 0; code < kNumCodes; ++code) {
+      const auto bits = __builtin_bit_cast(std::uint32_t, values[code]);
+      for (int i = 0; i < 4; ++i) bytes[i][code] = static_cast<std::uint8_t>(bits >> 8 * i);
+    }
+    for (int i = 0; i < 4; ++i) {
+      plane[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[i])));
+    }
+  }
+};
+
+// The values of 32 codes, one a byte: out[q] has those of bytes 4q ... 4q + 3 of each 128-bit lane.
+inline void expand(const Planes& planes, __m256i codes, __m256 (&out)[4]) {
+  const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], codes);
+  const __m256i b1 = _mm256_shuffle_epi8(planes.plane[1], codes);
+  const __m256i b2 = _mm256_shuffle_epi8(planes.plane[2], codes);
+  const __m256i b3 = _mm256_shuffle_epi8(planes.plane[3], codes);
+  const __m256i low[2] = {_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1)};
+  const __m256i high[2] = {_mm256_unpacklo_epi8(b2, b3), _mm256_unpackhi_epi8(b2, b3)};
+  for (int i = 0; i < 2; ++i) {
+    out[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i]));
+    out[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i]));
+  }
+}
+
+}  // namespace
+}  // namespace qlora::cpu

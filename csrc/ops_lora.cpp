@@ -1,0 +1,137 @@
+// lora_linear_4bit and its gradients: a 4-bit linear layer with adapters in one op, on any device.
+#include <ATen/ops/addcmul.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+
+#include <vector>
+
+#include "ops.h"
+
+namespace qlora {
+namespace {
+
+using at::Tensor;
+
+int64_t total_rank(at::TensorList A) {
+  int64_t total = 0;
+  for (const Tensor& a : A) total += a.size(0);
+  return total;
+}
+
+// y = linear_4bit(x) + sum_i scaling_i ((x * mask_i) A_i^T) B_i^T; xA: the (x * mask_i) A_i^T side by side, in x's dtype.
+std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                                            const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                                            std::string quant_type, int64_t blocksize, int64_t out_features,
+                                            const OptionalTensor& bias_arg, at::TensorList A, at::TensorList B,
+                                            c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
+  constexpr const char* kOp = "lora_linear_4bit";
+  const LinearArguments arguments =
+      check_linear(kOp, x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features);
+  const Tensor bias = check_bias(kOp, bias_arg, x, out_features);
+  check_adapters(kOp, x, out_features, A, B, scaling, dropout_mask);
+  const Device& device = device_for(x);
+  const auto dtype = x.scalar_type();
+  const auto compute = device.compute_dtype(dtype);
+  std::vector<Tensor> xA;
+  std::vector<LowRank> added;
+  if (dropout_mask.empty()) {
+    const Tensor stacked = A.size() == 1 ? A[0] : at::cat(A, 0);
+    xA.push_back(device.mm({arguments.rows, {}}, {stacked.t(), {}}, 1.0, compute, dtype));
+  } else {
+    for (size_t i = 0; i < A.size(); ++i) {
+      xA.push_back(device.mm({arguments.rows, as_rows(dropout_mask[i])}, {A[i].t(), {}}, 1.0, compute, dtype));
+    }
+  }
+  const Tensor all_xA = xA.size() == 1 ? xA[0] : at::cat(xA, 1);
+  int64_t first = 0;
+  for (size_t i = 0; i < A.size(); ++i) {
+    const int64_t r = A[i].size(0);
+    added.push_back({all_xA.narrow(1, first, r), B[i].t(), scaling[i], {}});
+    first += r;
+  }
+  return {in_shape_of(multiply(arguments, bias, added), x), all_xA};
+}
+
+// With g_i = scaling_i grad B_i:  grad_x = grad W + sum_i mask_i * (g_i A_i),  grad_A_i = g_i^T (x * mask_i) and
+// grad_B_i = scaling_i grad^T xA_i. grad_A is stacked, [sum r, K]; so is grad_B, transposed, [sum r, N]; both are float32.
+// grad_x is empty unless it is wanted.
+std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
+    const Tensor& grad_arg, const Tensor& x_arg, const Tensor& xA, const Tensor& packed, const Tensor& absmax,
+    const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
+    at::TensorList A, at::TensorList B, c10::ArrayRef<double> scaling, at::TensorList dropout_mask, bool with_grad_x) {
+  constexpr const char* kOp = "lora_linear_4bit_backward";
+  QLORA_CHECK(x_arg.dim() >= 1, kOp, "x", "at least 1 dimension", x_arg.sizes());
+  const int64_t K = x_arg.size(-1);
+  const LinearArguments arguments =
+      check_dgrad(kOp, grad_arg, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, K);
+  check_adapters(kOp, x_arg, arguments.N, A, B, scaling, dropout_mask);
+  const Tensor& grad = arguments.rows;
+  const Tensor x = as_rows(x_arg);
+  const int64_t M = x.size(0), ranks = total_rank(A);
+  QLORA_CHECK(grad.size(0) == M, kOp, "grad", std::to_string(M) + " rows, as x", grad.size(0));
+  QLORA_CHECK(xA.dim() == 2 && xA.size(0) == M && xA.size(1) == ranks, kOp, "xA",
+              "shape [" + std::to_string(M) + ", " + std::to_string(ranks) + "]", xA.sizes());
+  QLORA_CHECK_TYPE(x.scalar_type() == grad.scalar_type() && xA.scalar_type() == grad.scalar_type(), kOp, "x and xA",
+                   grad.scalar_type(), x.scalar_type());
+  check_device(kOp, "x", x, grad);
+  check_device(kOp, "xA", xA, grad);
+
+  const Device& device = device_for(grad);
+  const auto compute = device.compute_dtype(grad.scalar_type());
+  std::vector<LowRank> added;
+  std::vector<Tensor> grad_A, grad_B;
+  int64_t first = 0;
+  for (size_t i = 0; i < A.size(); ++i) {
+    const int64_t r = A[i].size(0);
+    const Tensor mask = dropout_mask.empty() ? Tensor() : as_rows(dropout_mask[i]);
+    const Tensor g = device.mm({grad, {}}, {B[i], {}}, scaling[i], compute, at::kFloat);
+    grad_A.push_back(device.mm({g.t(), {}}, {x, mask}, 1.0, compute, at::kFloat));
+    grad_B.push_back(device.mm({xA.narrow(1, first, r).t(), {}}, {grad, {}}, scaling[i], compute, at::kFloat));
+    added.push_back({g, A[i], 1.0, mask});
+    first += r;
+  }
+  auto stacked = [](const std::vector<Tensor>& parts) { return parts.size() == 1 ? parts[0] : at::cat(parts, 0); };
+  const Tensor grad_x = with_grad_x ? in_shape_of(multiply_dgrad(arguments, added), grad_arg)
+                                    : at::empty({0}, grad.options());
+  return {grad_x, stacked(grad_A), stacked(grad_B)};
+}
+
+Tensor masked(const MaskedMatrix& matrix, at::ScalarType dtype) {
+  const Tensor values = matrix.values.to(dtype);
+  return matrix.mask.defined() ? at::mul(values, matrix.mask) : values;
+}
+
+}  // namespace
+
+Tensor Device::mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
+                  at::ScalarType out) const {
+  Tensor product = at::mm(masked(a, compute), masked(b, compute));
+  if (scale != 1.0) product.mul_(scale);
+  return product.to(out);
+}
+
+// Adapters without a mask side by side, so that `out` is read and written once however many there are.
+void add_low_rank(const Tensor& out, LowRankList added) {
+  const auto dtype = out.scalar_type();
+  std::vector<Tensor> x, factors;
+  for (const LowRank& one : added) {
+    if (one.mask.defined()) {
+      const Tensor product = at::mm(one.x.to(dtype), at::mul(one.factor, one.scale).to(dtype));
+      out.addcmul_(product, one.mask.to(dtype));
+    } else {
+      x.push_back(one.x.to(dtype));
+      factors.push_back(at::mul(one.factor, one.scale).to(dtype));
+    }
+  }
+  if (!x.empty()) out.addmm_(at::cat(x, 1), at::cat(factors, 0));
+}
+
+void register_lora_ops(torch::Library& m) {
+  m.impl("lora_linear_4bit", lora_linear_4bit);
+  m.impl("lora_linear_4bit_backward", lora_linear_4bit_backward);
+}
+
+}  // namespace qlora
