@@ -12,7 +12,7 @@ CUDA_VENV := .venv-cuda
 DEMO := build/demo
 DEMO_FLAGS ?= --steps 60
 
-.PHONY: demo test lint bench ctest cuda gpu clean
+.PHONY: demo test lint bench ctest aarch64 cuda gpu clean
 
 demo: $(VENV)/.installed-finetune  ## fine-tune SmolLM2-135M-Instruct with QLoRA and print what it reached
 	$(BIN)/python examples/demo_data.py --output $(DEMO)
@@ -27,6 +27,9 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy, clang-format
 
 ctest: $(VENV)/.installed-dev  ## the kernels and their C++ tests, without torch on the include path
 	$(BIN)/cmake -S . -B build/cmake && $(BIN)/cmake --build build/cmake -j 2 && $(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+aarch64: $(VENV)/.installed-dev  ## the CPU kernels and their C++ tests for 64-bit Arm; needs g++-aarch64-linux-gnu and qemu-user
+	$(BIN)/cmake -S . -B build/aarch64 --toolchain cmake/aarch64.cmake && $(BIN)/cmake --build build/aarch64 -j 2 && $(BIN)/ctest --test-dir build/aarch64 --output-on-failure
 
 cuda:  ## build for CUDA in .venv-cuda, from packages alone, and check it; a GPU is not needed
 	tools/cuda_env.sh $(CUDA_VENV) && tools/cuda_check.sh $(CUDA_VENV)/bin/python

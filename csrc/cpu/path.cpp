@@ -11,7 +11,9 @@ namespace {
 constexpr Path kPaths[] = {Path::Portable, Path::Avx2, Path::Avx512, Path::Avx512Bf16};
 
 Path best_path() {
-#if defined(__x86_64__)
+#if defined(QLORA_EXT_EMULATED)  // the vector kernels are made of plain C++: cmake/emulated.cmake
+  return Path::Avx512Bf16;
+#elif defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
     return Path::Portable;

@@ -1,0 +1,7 @@
+# Toolchain: builds for 64-bit Arm with Debian's cross compiler; the tests run in qemu's emulation of that machine's programs.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64)
+# No libraries to find at run time: the emulator need not know where they lie.
+set(CMAKE_EXE_LINKER_FLAGS_INIT -static)
