@@ -93,7 +93,7 @@ class Cpu final : public Device {
                          const Tensor& y) const override {
     const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
     if (K % w.blocksize != 0) return false;
-    if (M <= cpu::kMostFewRows && cpu::has_few_rows()) {
+    if (M <= cpu::kMostFewRows && cpu::has_few_rows(dtype)) {
       multiply_few_rows(x.contiguous(), w, bias, added, dtype, y);
       return true;
     }
@@ -111,7 +111,8 @@ class Cpu final : public Device {
 
   Tensor mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
             at::ScalarType out_dtype) const override {
-    if (!cpu::has_matmul(checked_dtype("mm", "a", a.values.scalar_type()))) {
+    const bool bf16 = a.values.scalar_type() == at::kBFloat16 || b.values.scalar_type() == at::kBFloat16;
+    if (!cpu::has_matmul(bf16 ? DType::BFloat16 : DType::Float32)) {
       return Device::mm(a, b, scale, compute, out_dtype);
     }
     const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
@@ -151,6 +152,7 @@ class Cpu final : public Device {
     }
     const Tensor bias_values = bias.defined() ? bias.contiguous() : bias;
     const int64_t M = out.size(0), J = out.size(1);
+    if (M == 0 || J == 0) return;
     const cpu::Matmul product{M,
                               J,
                               terms.data(),
@@ -162,7 +164,7 @@ class Cpu final : public Device {
     for (const cpu::Term& each : terms) flops += 2 * M * J * each.R;
     const int64_t threads = flops < kMinFlops ? 1 : at::get_num_threads();
     const int64_t column_parts = std::min(threads, ceil_div(J, cpu::kMatmulColumnBorder));
-    const int64_t row_parts = std::min(ceil_div(threads, std::max<int64_t>(1, column_parts)), ceil_div(M, int64_t{8}));
+    const int64_t row_parts = std::min(ceil_div(threads, column_parts), ceil_div(M, int64_t{8}));
     const int64_t columns = ceil_div(ceil_div(J, column_parts), cpu::kMatmulColumnBorder) * cpu::kMatmulColumnBorder;
     const int64_t rows = ceil_div(M, row_parts);
     at::parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
@@ -176,11 +178,11 @@ class Cpu final : public Device {
   static void multiply_few_rows(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added,
                                 DType dtype, const Tensor& y) {
     const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
-    const Tensor arranged = at::empty({cpu::arranged_bytes(M, K)}, x.options().dtype(at::kByte));
+    const Tensor arranged = at::empty({cpu::arranged_bytes(dtype, M, K)}, x.options().dtype(at::kByte));
     cpu::arrange_x(x.const_data_ptr(), dtype, M, K, arranged.data_ptr());
     Tensor addend = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
     if (!added.empty()) {
-      addend = (bias.defined() ? addend : at::zeros({N}, x.options().dtype(at::kFloat))).expand({M, N}).contiguous();
+      addend = bias.defined() ? addend.repeat({M, 1}) : at::zeros({M, N}, x.options().dtype(at::kFloat));
       add_low_rank(addend, added);
     }
     const cpu::FewRows product{arranged.const_data_ptr(),
@@ -192,7 +194,7 @@ class Cpu final : public Device {
                                N,
                                K,
                                dtype};
-    at::parallel_for(0, N, std::max<int64_t>(1, kGrain / K), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, N, ceil_div(kGrain, std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
       cpu::linear_4bit(product, begin, end);
     });
   }

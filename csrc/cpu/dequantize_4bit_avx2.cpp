@@ -7,21 +7,10 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 
+#include "simd_avx2.h"
+
 namespace qlora::cpu {
 namespace {
-
-// fp32 -> bf16 to nearest even in the low word of each dword.
-inline __m256i round_dwords(__m256 x, BFloat16) {
-  const __m256i bits = _mm256_castps_si256(x);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
-}
-
-inline __m256i round_dwords(__m256 x, Half) {
-  return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
 
 template <typename T>  // bf16 or fp16
 inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize, __m256 low, __m256 high, T* out) {

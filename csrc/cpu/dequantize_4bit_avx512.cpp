@@ -8,25 +8,14 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
+#include "simd_avx512.h"
+
 namespace qlora::cpu {
 namespace {
 
-// fp32 -> bf16 to nearest even, subnormals and NaN as the format wants them (vcvtneps2bf16 flushes subnormals).
-inline __m256i round_bf16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i nan = _mm512_set1_epi32(0x7fc0);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan));
-}
-
-inline __m256i round_to(__m512 x, BFloat16) { return round_bf16(x); }
-inline __m256i round_to(__m512 x, Half) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
-
 template <typename T>  // bf16 or fp16
 inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize, __m512 products, T* out) {
-  const __m512i table = _mm512_broadcast_i64x4(round_to(products, T{}));
+  const __m512i table = _mm512_broadcast_i64x4(round16(products, T{}));
   for (std::int64_t i = 0; i < blocksize; i += 32) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2));
     const __m512i dword = _mm512_cvtepu8_epi32(bytes);
@@ -38,9 +27,7 @@ inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize,
 
 inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize, __m512 products, float* out) {
   for (std::int64_t i = 0; i < blocksize; i += 16) {
-    const __m512i qword = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + i / 2)));
-    const __m512i index = _mm512_or_si512(_mm512_srli_epi64(qword, 4), _mm512_slli_epi64(qword, 32));
-    _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, products));
+    _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(indices(packed + i / 2), products));
   }
 }
 

@@ -15,18 +15,18 @@ struct FewRows {
   std::int64_t addend_stride;  // N: it is [M, N]; 0: it is [N], the same for every row
   void* y;
   std::int64_t M, N, K;
-  DType dtype;  // of y
+  DType dtype;  // of y, and of x before arrange_x
 };
 
 // More rows than this are matmul's.
 constexpr std::int64_t kMostFewRows = 8;
 
-// Whether the CPU path in use has such a kernel.
-bool has_few_rows();
+// Whether the CPU path in use has such a kernel for x of this dtype.
+bool has_few_rows(DType dtype);
 
 // x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on a
 // 64-byte border.
-std::int64_t arranged_bytes(std::int64_t M, std::int64_t K);
+std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t K);
 void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t K, void* arranged);
 
 // Rows [begin, end) of W.

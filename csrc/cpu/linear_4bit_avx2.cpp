@@ -22,7 +22,7 @@ struct Avx2 {
 
   Planes planes;
 
-  explicit Avx2(const Codebook& book) : planes(book.value) {}
+  explicit Avx2(QuantType quant_type) : planes(codebook(quant_type).value) {}
 
   Weights decode(const std::uint8_t* packed) const {
     const __m256i nibble = _mm256_set1_epi8(0xf);

@@ -30,7 +30,7 @@ inline void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t 
 
 template <typename Isa, int kRows, typename T>
 void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
-  const Isa isa(codebook(p.w.quant_type));
+  const Isa isa(p.w.quant_type);
   const std::int64_t x_stride = (p.K + Isa::kChunk - 1) / Isa::kChunk * Isa::kChunk;
   const auto* x = static_cast<const typename Isa::Element*>(p.x);
   for (std::int64_t n = begin; n < end; ++n) {

@@ -47,11 +47,11 @@ struct Rectangle {
   std::int64_t row_begin, row_end, column_begin, column_end;
 };
 
-constexpr std::int64_t kMatmulColumnBorder = 48;
+constexpr std::int64_t kMatmulColumnBorder = 32;
 
-// Whether the CPU path in use has a kernel for a product whose out is of this dtype: not on the portable path, nor for
-// bf16 where the CPU multiplies matrices itself (AMX) and torch makes use of that.
-bool has_matmul(DType dtype);
+// Whether the CPU path in use has a kernel for operands of this dtype, or of this and fp32: not on the portable path, nor
+// for bf16 where the CPU multiplies matrices itself (AMX) and torch makes use of that.
+bool has_matmul(DType operands);
 
 // std::logic_error if it has none.
 void matmul(const Matmul& product, const Rectangle& rectangle);

@@ -11,22 +11,10 @@
 
 #include "matmul_loops.h"
 #include "simd_avx2.h"
+#include "transpose_bytes.h"
 
 namespace qlora::cpu {
 namespace {
-
-// 16 rows of 16 bytes to 16 columns: each round interleaves row i with row i + 8, which moves the lowest bit of the
-// column's number into the row's.
-inline void transpose_bytes(__m128i (&bytes)[16]) {
-  for (int round = 0; round < 4; ++round) {
-    __m128i next[16];
-    for (int i = 0; i < 8; ++i) {
-      next[2 * i] = _mm_unpacklo_epi8(bytes[i], bytes[i + 8]);
-      next[2 * i + 1] = _mm_unpackhi_epi8(bytes[i], bytes[i + 8]);
-    }
-    for (int i = 0; i < 16; ++i) bytes[i] = next[i];
-  }
-}
 
 struct Avx2 {
   static constexpr std::int64_t kColumns = 16;
@@ -39,13 +27,14 @@ struct Avx2 {
     for (; r < depth; ++r) to[r] = to_float(from[r]);
   }
 
-  static void store_panel_row(const float* values, std::int64_t r, std::int64_t, float* panel) {
-    _mm256_storeu_ps(panel + r * kColumns, _mm256_loadu_ps(values));
-    _mm256_storeu_ps(panel + r * kColumns + 8, _mm256_loadu_ps(values + 8));
+  static void store_panel_rows(const float* even, const float* odd, std::int64_t r, float* panel) {
+    float* to = panel + r * kColumns;
+    for (int q = 0; q < 2; ++q) _mm256_storeu_ps(to + 8 * q, _mm256_loadu_ps(even + 8 * q));
+    for (int q = 0; q < 2; ++q) _mm256_storeu_ps(to + kColumns + 8 * q, _mm256_loadu_ps(odd + 8 * q));
   }
 
   // The weights of 16 codes of row r of the panel (low lane) and of row r + 1 (high lane), whose scales are so too.
-  static void store_panel_rows(const Planes& planes, __m256i codes, const __m256 (&scale)[4], float* to) {
+  static void store_weights(const Planes& planes, __m256i codes, const __m256 (&scale)[4], float* to) {
     __m256 values[4];
     expand(planes, codes, values);
     for (int q = 0; q < 4; ++q) values[q] = _mm256_mul_ps(values[q], scale[q]);
@@ -55,12 +44,10 @@ struct Avx2 {
     _mm256_storeu_ps(to + 24, _mm256_permute2f128_ps(values[2], values[3], 0x31));
   }
 
-  static __m128i load16(const std::uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
-
   // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side.
-  static void fill_weight_transposed(const Codebook& book, const MatmulScratch& s, std::int64_t column,
-                                     std::int64_t depth, float* panel) {
-    const Planes planes(book.value);
+  static void fill_weight_transposed(const float* values, const MatmulScratch& s, std::int64_t column,
+                                     std::int64_t depth) {
+    const Planes planes(values);
     const __m128i nibble = _mm_set1_epi8(0xf);
     for (std::int64_t r = 0; r < depth; r += 32) {
       __m256 absmax[4];
@@ -69,20 +56,18 @@ struct Avx2 {
         absmax[q] = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
       }
       __m128i bytes[16];
-      for (int j = 0; j < 16; ++j) bytes[j] = load16(s.packed + (column + j) * kStagedBytes + r / 2);
-      transpose_bytes(bytes);
+      transpose_bytes(s.packed + column * kStagedBytes + r / 2, kStagedBytes, bytes);
       for (int i = 0; i < 16; ++i) {
         const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes[i], 4), nibble);
         const __m128i low = _mm_and_si128(bytes[i], nibble);
-        store_panel_rows(planes, _mm256_set_m128i(low, high), absmax, panel + (r + 2 * i) * kColumns);
+        store_weights(planes, _mm256_set_m128i(low, high), absmax, s.panel + (r + 2 * i) * kColumns);
       }
     }
   }
 
   // Two of W's rows at a time, 8 bytes of each; after the last of an odd number comes one of zeros.
-  static void fill_weight(const Codebook& book, const MatmulScratch& s, std::int64_t column, std::int64_t depth,
-                          float* panel) {
-    const Planes planes(book.value);
+  static void fill_weight(const float* values, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
+    const Planes planes(values);
     const __m128i nibble = _mm_set1_epi8(0xf);
     for (std::int64_t r = 0; r < depth; r += 2) {
       const std::uint8_t* first = s.packed + r * kStagedBytes + column / 2;
@@ -94,7 +79,7 @@ struct Avx2 {
       const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(high, low), _mm_unpacklo_epi8(high, low));
       const float* absmax = s.absmax + column / kStep * kDepth + r;
       const __m256 scale = _mm256_set_m128(_mm_set1_ps(absmax[1]), _mm_set1_ps(absmax[0]));
-      store_panel_rows(planes, codes, {scale, scale, scale, scale}, panel + r * kColumns);
+      store_weights(planes, codes, {scale, scale, scale, scale}, s.panel + r * kColumns);
     }
   }
 
@@ -115,16 +100,6 @@ struct Avx2 {
       _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), sum[i][0]));
       _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), sum[i][1]));
     }
-  }
-
-  static void multiply(const float* x, std::int64_t rows, const float* panel, std::int64_t depth, std::int64_t,
-                       float* sums) {
-    constexpr decltype(&multiply_tile<1>) kTails[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
-                                                      multiply_tile<4>, multiply_tile<5>};
-    for (; rows >= kTileRows; rows -= kTileRows, x += kTileRows * kXStride, sums += kTileRows * kSumStride) {
-      multiply_tile<kTileRows>(x, panel, depth, sums);
-    }
-    if (rows > 0) kTails[rows - 1](x, panel, depth, sums);
   }
 
   template <typename T>

@@ -7,7 +7,7 @@ namespace qlora::cpu {
 
 constexpr std::int64_t kDepth = 256;       // of the reduction
 constexpr std::int64_t kMaxRows = 512;     // of x: what a decoded weight is used for
-constexpr std::int64_t kMaxColumns = 240;  // of out, whose sums are kept at a time; a multiple of every panel's width
+constexpr std::int64_t kMaxColumns = 256;  // of out, whose sums are kept at a time
 // Strides in floats. No powers of two: rows would meet in a few sets of the cache.
 constexpr std::int64_t kXStride = kDepth + 16;
 constexpr std::int64_t kSumStride = kMaxColumns + 16;

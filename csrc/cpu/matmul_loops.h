@@ -6,12 +6,12 @@
 // tile in registers, onto fp32 sums. A weight is decoded once per kMaxRows rows, and never stored beyond the panel.
 //
 // Isa has
-//   kColumns               a panel's width
+//   kTileRows, kColumns    the most rows of a tile, and its columns, which are a panel's
 //   copy_row               part of a row of x to its place
-//   store_panel_row        dense values, a row of the panel
+//   store_panel_rows       dense values, two rows of the panel
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
 //   fill_weight_transposed the panel, from W[J, R]: W's rows are the panel's columns
-//   multiply               rows of x @ panel onto the sums
+//   multiply_tile<rows>    so many rows of x @ panel onto their sums
 //   store_row              sums + bias, rounded
 namespace qlora::cpu {
 namespace {
@@ -44,21 +44,36 @@ void copy_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_
   });
 }
 
-// Element [r, j] of a dense b to panel[r][j], whatever its strides.
+// Some of row r of a dense b, scaled.
+template <typename T>
+void copy_dense_row(const Matrix& b, float scale, std::int64_t r, std::int64_t column, std::int64_t width, float* to) {
+  const std::int64_t first = r * b.row_stride + column * b.column_stride;
+  const T* from = static_cast<const T*>(b.values) + first;
+  if (b.column_stride == 1 && b.mask == nullptr) {
+    for (std::int64_t j = 0; j < width; ++j) to[j] = to_float(from[j]) * scale;
+    return;
+  }
+  for (std::int64_t j = 0; j < width; ++j) {
+    const std::int64_t at = j * b.column_stride;
+    to[j] = b.mask == nullptr || b.mask[first + at] ? to_float(from[at]) * scale : 0.0f;
+  }
+}
+
+// The panel of a dense b, two rows at a time; after the last of an odd number comes one of zeros.
 template <typename Isa>
 void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64_t column, std::int64_t width,
                 float* panel) {
-  const Matrix& b = term.dense;
-  with_type(b.dtype, [&](auto type) {
-    const auto* values = static_cast<const decltype(type)*>(b.values);
-    float row_values[Isa::kColumns] = {};
-    for (std::int64_t i = 0; i < depth; ++i) {
-      const std::int64_t first = (r + i) * b.row_stride + column * b.column_stride;
-      for (std::int64_t j = 0; j < width; ++j) {
-        const std::int64_t at = first + j * b.column_stride;
-        row_values[j] = b.mask == nullptr || b.mask[at] ? to_float(values[at]) * term.scale : 0.0f;
+  with_type(term.dense.dtype, [&](auto type) {
+    using T = decltype(type);
+    float even[Isa::kColumns] = {}, odd[Isa::kColumns] = {};
+    for (std::int64_t i = 0; i < depth; i += 2) {
+      copy_dense_row<T>(term.dense, term.scale, r + i, column, width, even);
+      if (i + 1 < depth) {
+        copy_dense_row<T>(term.dense, term.scale, r + i + 1, column, width, odd);
+      } else {
+        for (float& value : odd) value = 0.0f;
       }
-      Isa::store_panel_row(row_values, i, depth, panel);
+      Isa::store_panel_rows(even, odd, i, panel);
     }
   });
 }
@@ -99,6 +114,17 @@ inline void add_masked(const float* from, const bool* mask, std::int64_t mask_st
   }
 }
 
+// All rows onto their sums, tile by tile, with a smaller one for the last rows.
+template <typename Isa, int kRows = Isa::kTileRows>
+void multiply_rows(const float* x, std::int64_t rows, const float* panel, std::int64_t depth, float* sums) {
+  for (; rows >= kRows; rows -= kRows, x += kRows * kXStride, sums += kRows * kSumStride) {
+    Isa::template multiply_tile<kRows>(x, panel, depth, sums);
+  }
+  if constexpr (kRows > 1) {
+    if (rows > 0) multiply_rows<Isa, kRows - 1>(x, rows, panel, depth, sums);
+  }
+}
+
 // A part of out that has room in the scratch.
 template <typename Isa>
 void multiply_part(const Matmul& product, const Rectangle& part, const MatmulScratch& s) {
@@ -121,11 +147,11 @@ void multiply_part(const Matmul& product, const Rectangle& part, const MatmulScr
         if (term.kind == Term::Kind::Dense) {
           fill_dense<Isa>(term, r, depth, part.column_begin + j, width, s.panel);
         } else if (term.kind == Term::Kind::Weight) {
-          Isa::fill_weight(codebook(term.w.quant_type), s, j, depth, s.panel);
+          Isa::fill_weight(codebook(term.w.quant_type).value, s, j, depth);
         } else {
-          Isa::fill_weight_transposed(codebook(term.w.quant_type), s, j, depth, s.panel);
+          Isa::fill_weight_transposed(codebook(term.w.quant_type).value, s, j, depth);
         }
-        Isa::multiply(s.x, rows, s.panel, depth, width, sums + j);
+        multiply_rows<Isa>(s.x, rows, s.panel, depth, sums + j);
       }
     }
     if (term.out_mask != nullptr) add_masked(sums, term.out_mask + first, product.J, rows, columns, s.sums);

@@ -1,6 +1,10 @@
 // Detection and override of the CPU path; see path.h.
 #include "path.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -68,6 +72,16 @@ bool multiplies_bf16() {
   return best_path() == Path::Avx512Bf16;
 #else
   return true;  // not known: let torch decide
+#endif
+}
+
+bool multiplies_matrices() {
+#if defined(__x86_64__) && !defined(QLORA_EXT_EMULATED)
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kAmxBf16 = 1u << 22;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0;
+#else
+  return false;
 #endif
 }
 

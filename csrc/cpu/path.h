@@ -16,6 +16,9 @@ std::vector<std::string> path_names();  // those this machine can run, ascending
 // Whether this machine has instructions that multiply bf16, whichever path is in use.
 bool multiplies_bf16();
 
+// Whether it multiplies matrices of bf16 (AMX).
+bool multiplies_matrices();
+
 // Throws std::invalid_argument, naming what was expected, if the machine cannot run it or there is no such path.
 void set_path(const std::string& name);
 

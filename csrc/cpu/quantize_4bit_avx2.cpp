@@ -6,17 +6,10 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 
+#include "simd_avx2.h"
+
 namespace qlora::cpu {
 namespace {
-
-inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
-
-inline __m256 load8(const BFloat16* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-inline __m256 load8(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
 inline __m256i rank8(__m256 x, const Codebook& book) {
   __m256i rank = _mm256_setzero_si256();

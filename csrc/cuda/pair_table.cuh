@@ -8,8 +8,7 @@
 // The rows' other 128 bytes, the slots, are free: the kernels stage the small operand of the product there.
 #pragma once
 
-#include "../codebook.h"
-#include "../dtype.h"
+#include "../codec.h"
 
 namespace qlora::cuda {
 
@@ -20,22 +19,9 @@ constexpr int kSlotStride = 256;
 
 __device__ __forceinline__ char* slot_address(char* table, int slot) { return table + slot * kSlotStride + kSlotBytes; }
 
-// The codes that the table rounds the other way than to nearest, as bits. Rounded to nearest, NF4's codes are off in
-// one direction: by 1.8e-4 of absmax a weight in bf16 for normal weights, which adds up over K wherever x has a mean.
-// Two codes rounded the other way take that to 2e-5, and the root mean square from 5.3e-4 to 5.9e-4. FP4 is symmetric.
-__device__ constexpr unsigned rounded_away(QuantType quant_type, BFloat16) {
-  return quant_type == QuantType::NF4 ? 1u << 6 | 1u << 12 : 0;
-}
-__device__ constexpr unsigned rounded_away(QuantType quant_type, Half) {
-  return quant_type == QuantType::NF4 ? 1u << 5 : 0;
-}
-
 template <typename T>
 __device__ std::uint32_t table_code(QuantType quant_type, int code) {
-  const float value = device_codebooks[static_cast<int>(quant_type)].value[code];
-  const T nearest = round_to<T>(value);
-  if ((rounded_away(quant_type, T{}) >> code & 1) == 0) return nearest.bits;
-  return nearest.bits + (fabsf(to_float(nearest)) > fabsf(value) ? -1 : 1);
+  return round_code<T>(quant_type, code, device_codebooks[static_cast<int>(quant_type)].value[code]).bits;
 }
 
 // By all threads of the block; ends without a barrier.

@@ -1,0 +1,127 @@
+// matmul for AVX512_BF16: pairs of bf16 along the reduction, tiles of 12 rows x 32 columns, 24 sums in 24 registers.
+//
+// Places hold pairs in 32 bits, the element of even r in the low half: of x as it lies in memory, of the panel so that
+// row r / 2 has the pairs of its columns. Weights are decoded in fp32 and rounded once, as dequantize_4bit does.
+#include "matmul_blocks.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+
+#include "matmul_loops.h"
+#include "simd_avx512.h"
+#include "transpose_bytes.h"
+
+namespace qlora::cpu {
+namespace {
+
+struct Avx512Bf16 {
+  static constexpr std::int64_t kColumns = 32;
+  static constexpr int kTileRows = 12;
+
+  static void copy_row(const BFloat16* from, std::int64_t depth, float* to) {
+    __builtin_memcpy(to, from, static_cast<std::size_t>(2 * depth));
+    if (depth % 2 != 0) reinterpret_cast<BFloat16*>(to)[depth] = {0};
+  }
+
+  template <typename T>
+  static void copy_row(const T* from, std::int64_t depth, float* to) {
+    auto* words = reinterpret_cast<BFloat16*>(to);
+    std::int64_t r = 0;
+    for (; r + 16 <= depth; r += 16) store16(words + r, load16(from + r));
+    for (; r < depth; ++r) words[r] = round_to<BFloat16>(to_float(from[r]));
+    if (depth % 2 != 0) words[depth] = {0};
+  }
+
+  // 16 pairs of rows r and r + 1, and where they belong in the panel.
+  static void store_pairs(__m512 even, __m512 odd, const __m512i& interleave, float* to) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // words 0 to 15 are even's
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(interleave, halves));
+  }
+
+  // Word 2j from word j, word 2j + 1 from word 16 + j.
+  static __m512i interleaving() {
+    const __m512i j = _mm512_cvtepu8_epi32(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    return _mm512_or_si512(j, _mm512_slli_epi32(_mm512_add_epi32(j, _mm512_set1_epi32(16)), 16));
+  }
+
+  static void store_panel_rows(const float* even, const float* odd, std::int64_t r, float* panel) {
+    const __m512i interleave = interleaving();
+    float* to = panel + r / 2 * kColumns;
+    for (int q = 0; q < 32; q += 16) {
+      store_pairs(_mm512_loadu_ps(even + q), _mm512_loadu_ps(odd + q), interleave, to + q);
+    }
+  }
+
+  // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side: each byte is a pair.
+  static void fill_weight_transposed(const float* values, const MatmulScratch& s, std::int64_t column,
+                                     std::int64_t depth) {
+    const __m512 table = _mm512_loadu_ps(values);
+    const __m512i interleave = interleaving();
+    for (std::int64_t half = 0; half < kColumns; half += 16) {
+      for (std::int64_t r = 0; r < depth; r += 32) {
+        const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + column + half);
+        __m128i bytes[16];
+        transpose_bytes(s.packed + (column + half) * kStagedBytes + r / 2, kStagedBytes, bytes);
+        float* to = s.panel + r / 2 * kColumns + half;
+        for (int i = 0; i < 16; ++i, to += kColumns) {
+          const __m512i low = _mm512_cvtepu8_epi32(bytes[i]), high = _mm512_srli_epi32(low, 4);
+          store_pairs(_mm512_mul_ps(_mm512_permutexvar_ps(high, table), absmax),
+                      _mm512_mul_ps(_mm512_permutexvar_ps(low, table), absmax), interleave, to);
+        }
+      }
+    }
+  }
+
+  // Two of W's rows at a time; after the last of an odd number comes one with an absmax of 0.
+  static void fill_weight(const float* values, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
+    const __m512 table = _mm512_loadu_ps(values);
+    const __m512i interleave = interleaving();
+    for (std::int64_t half = 0; half < kColumns; half += 16) {
+      const float* absmax = s.absmax + (column + half) / kStep * kDepth;
+      const std::uint8_t* packed = s.packed + (column + half) / 2;
+      for (std::int64_t r = 0; r < depth; r += 2, packed += 2 * kStagedBytes) {
+        const __m512 even = _mm512_permutexvar_ps(indices(packed), table);
+        const __m512 odd = _mm512_permutexvar_ps(indices(packed + kStagedBytes), table);
+        store_pairs(_mm512_mul_ps(even, _mm512_set1_ps(absmax[r])), _mm512_mul_ps(odd, _mm512_set1_ps(absmax[r + 1])),
+                    interleave, s.panel + r / 2 * kColumns + half);
+      }
+    }
+  }
+
+  template <int kRows>
+  static void multiply_tile(const float* x, const float* panel, std::int64_t depth, float* sums) {
+    __m512 sum[kRows][2];
+    for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (std::int64_t pair = 0; pair < (depth + 1) / 2; ++pair, panel += kColumns) {
+      const auto b0 = (__m512bh)_mm512_loadu_si512(panel), b1 = (__m512bh)_mm512_loadu_si512(panel + 16);
+#pragma GCC unroll 12
+      for (int i = 0; i < kRows; ++i) {
+        const auto a = (__m512bh)_mm512_set1_ps(x[i * kXStride + pair]);
+        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], b0, a);
+        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], b1, a);
+      }
+    }
+    for (int i = 0; i < kRows; ++i, sums += kSumStride) {
+      _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sum[i][0]));
+      _mm512_storeu_ps(sums + 16, _mm512_add_ps(_mm512_loadu_ps(sums + 16), sum[i][1]));
+    }
+  }
+
+  template <typename T>
+  static void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {
+    cpu::store_row(sums, bias, columns, out);
+  }
+};
+
+}  // namespace
+
+void matmul_avx512_bf16(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch) {
+  multiply_rectangle<Avx512Bf16>(product, rectangle, scratch);
+}
+
+}  // namespace qlora::cpu
+
+#pragma GCC pop_options
+#endif

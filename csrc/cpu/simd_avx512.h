@@ -1,0 +1,54 @@
+// What the AVX512 kernels share: loads and stores of 16 numbers of any dtype. A file of kernels includes this inside its
+// target region.
+namespace qlora::cpu {
+namespace {
+
+inline __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
+
+inline __m512 load16(const BFloat16* from) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+inline __m512 load16(const Half* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// fp32 -> bf16 to nearest even, subnormals and NaN as the format wants them (vcvtneps2bf16 flushes subnormals).
+inline __m256i round16(__m512 x, BFloat16) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i nan = _mm512_set1_epi32(0x7fc0);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan));
+}
+
+inline __m256i round16(__m512 x, Half) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+
+inline void store16(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
+
+template <typename T>  // bf16 or fp16
+void store16(T* to, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round16(x, T{}));
+}
+
+// sums + bias, rounded.
+template <typename T>
+void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {
+  std::int64_t j = 0;
+  for (; j + 16 <= columns; j += 16) {
+    const __m512 sum = _mm512_loadu_ps(sums + j);
+    store16(out + j, bias == nullptr ? sum : _mm512_add_ps(sum, load16(bias + j)));
+  }
+  for (; j < columns; ++j) out[j] = round_to<T>(bias == nullptr ? sums[j] : sums[j] + to_float(bias[j]));
+}
+
+// The dword indices of the 16 codes of 8 bytes; a lookup uses their low 4 bits only, so they need no mask.
+inline __m512i indices(const std::uint8_t* packed) {
+  const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+  return _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+}
+
+}  // namespace
+}  // namespace qlora::cpu

@@ -1,0 +1,224 @@
+// linear_4bit for few rows and matmul, on every path: as exact as sums in fp32 are, and the same bytes however the work
+// is cut.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cpu/kernels.h"
+#include "cpu/linear_4bit.h"
+#include "cpu/matmul.h"
+#include "cpu/path.h"
+
+using namespace qlora;
+
+namespace {
+
+std::mt19937 generator(7);
+
+// Numbers of a dtype, and what they are as doubles.
+struct Values {
+  DType dtype;
+  std::vector<std::uint8_t> bytes;
+  std::vector<double> exact;
+
+  Values(DType type, std::int64_t n, float scale = 1.0f)
+      : dtype(type), bytes(static_cast<std::size_t>(n * itemsize(type))), exact(static_cast<std::size_t>(n)) {
+    std::normal_distribution<float> normal(0.0f, scale);
+    for (std::int64_t i = 0; i < n; ++i) set(i, normal(generator));
+  }
+
+  void set(std::int64_t i, float x) {
+    with_type(dtype, [&](auto type) {
+      const auto value = round_to<decltype(type)>(x);
+      reinterpret_cast<decltype(type)*>(bytes.data())[i] = value;
+      exact[static_cast<std::size_t>(i)] = to_float(value);
+    });
+  }
+
+  double read(std::int64_t i) const {
+    return with_type(dtype, [&](auto type) -> double {
+      return to_float(reinterpret_cast<const decltype(type)*>(bytes.data())[i]);
+    });
+  }
+};
+
+// A weight [N, K] with double quantization, and its decoded values.
+struct Weight {
+  std::vector<std::uint8_t> packed, codes;
+  std::vector<float> absmax, nested_absmax, decoded;
+  float offset = 0;
+  Packed4bit view{};
+
+  Weight(std::int64_t N, std::int64_t K, std::int64_t blocksize, QuantType quant_type, bool double_quant) {
+    const std::int64_t n = N * K, blocks = n / blocksize, groups = (blocks + kNestedBlocksize - 1) / kNestedBlocksize;
+    const Values values(DType::Float32, n, 0.02f);
+    packed.resize(static_cast<std::size_t>(n / 2));
+    absmax.resize(static_cast<std::size_t>(blocks));
+    decoded.resize(static_cast<std::size_t>(n));
+    cpu::quantize_4bit(values.bytes.data(), DType::Float32, n, blocksize, quant_type, 0, blocks, packed.data(),
+                       absmax.data());
+    view = {packed.data(), absmax.data(), nullptr, nullptr, quant_type, blocksize};
+    if (double_quant) {
+      codes.resize(absmax.size());
+      nested_absmax.resize(static_cast<std::size_t>(groups));
+      offset = cpu::absmax_offset(absmax.data(), blocks);
+      cpu::quantize_absmax(absmax.data(), blocks, offset, 0, groups, codes.data(), nested_absmax.data());
+      view = {packed.data(), codes.data(), nested_absmax.data(), &offset, quant_type, blocksize};
+    }
+    cpu::dequantize_4bit(view, 0, n, DType::Float32, decoded.data());
+  }
+};
+
+// How far a result may be from the exact one, whose terms' absolute values add up to `magnitude`: the sum's rounding in
+// fp32 (or of factors in bf16), and the rounding of the result.
+double allowed(DType operands, DType out, double magnitude, double exact) {
+  const double of_out = out == DType::Float32 ? 0x1p-24 : out == DType::Float16 ? 0x1p-11 : 0x1p-8;
+  const bool in_bf16 = operands == DType::BFloat16 && cpu::path() == cpu::Path::Avx512Bf16;
+  return magnitude * (in_bf16 ? 0x1p-8 : 0x1p-21) + std::fabs(exact) * of_out + 1e-7;
+}
+
+void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, DType dtype,
+                    QuantType quant_type, bool double_quant) {
+  if (!cpu::has_few_rows(dtype)) return;
+  const Weight w(N, K, blocksize, quant_type, double_quant);
+  const Values x(dtype, M * K), addend(DType::Float32, M * N);
+  Values y(dtype, M * N), in_parts(dtype, M * N);
+  const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, K) + 63) / 64 * 64;
+  const std::unique_ptr<void, decltype(&std::free)> arranged(
+      std::aligned_alloc(64, static_cast<std::size_t>(bytes)), std::free);
+  cpu::arrange_x(x.bytes.data(), dtype, M, K, arranged.get());
+  const auto* added = reinterpret_cast<const float*>(addend.bytes.data());
+  for (const std::int64_t stride : {std::int64_t{0}, N}) {
+    cpu::FewRows product{arranged.get(), w.view, added, stride, y.bytes.data(), M, N, K, dtype};
+    cpu::linear_4bit(product, 0, N);
+    product.y = in_parts.bytes.data();
+    for (std::int64_t n = 0; n < N; n += 3) cpu::linear_4bit(product, n, std::min(n + 3, N));
+    CHECK(y.bytes == in_parts.bytes);
+    for (std::int64_t m = 0; m < M; ++m) {
+      for (std::int64_t n = 0; n < N; ++n) {
+        double exact = addend.read(m * stride + n), magnitude = std::fabs(exact);
+        for (std::int64_t k = 0; k < K; ++k) {
+          const double term = x.exact[static_cast<std::size_t>(m * K + k)] * w.decoded[static_cast<std::size_t>(n * K + k)];
+          exact += term;
+          magnitude += std::fabs(term);
+        }
+        CHECK(std::fabs(y.read(m * N + n) - exact) <= allowed(dtype, dtype, magnitude, exact));
+      }
+    }
+  }
+}
+
+// out = x @ W^T (or x @ W) + mask * (u @ v) + bias, where u and v are strided and x has a mask.
+void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, DType dtype,
+                  QuantType quant_type) {
+  if (!cpu::has_matmul(dtype)) return;
+  const Weight w(N, K, blocksize, quant_type, true);
+  const std::int64_t R = transposed ? K : N, J = transposed ? N : K, rank = 5;
+  const Values x(dtype, M * R), u(dtype, rank * M), v(DType::Float32, J * rank), bias(dtype, J);
+  std::vector<std::uint8_t> coins(static_cast<std::size_t>(M * (R + J)));
+  for (auto& coin : coins) coin = generator() % 3 != 0;
+  const auto* x_mask = reinterpret_cast<const bool*>(coins.data());
+  const bool* out_mask = x_mask + M * R;
+  cpu::Term terms[2] = {};
+  terms[0].R = R;
+  terms[0].x = {x.bytes.data(), dtype, R, 1, x_mask};
+  terms[0].kind = transposed ? cpu::Term::Kind::WeightTransposed : cpu::Term::Kind::Weight;
+  terms[0].w = w.view;
+  terms[1].R = rank;
+  terms[1].x = {u.bytes.data(), dtype, 1, M};
+  terms[1].kind = cpu::Term::Kind::Dense;
+  terms[1].dense = {v.bytes.data(), DType::Float32, 1, rank};
+  terms[1].scale = 0.5f;
+  terms[1].out_mask = out_mask;
+  Values out(dtype, M * J), in_parts(dtype, M * J);
+  cpu::Matmul product{M, J, terms, 2, bias.bytes.data(), out.bytes.data(), dtype};
+  cpu::matmul(product, {0, M, 0, J});
+  product.out = in_parts.bytes.data();
+  const std::int64_t rows = 5, columns = cpu::kMatmulColumnBorder;
+  for (std::int64_t m = 0; m < M; m += rows) {
+    for (std::int64_t j = 0; j < J; j += columns) {
+      cpu::matmul(product, {m, std::min(m + rows, M), j, std::min(j + columns, J)});
+    }
+  }
+  CHECK(out.bytes == in_parts.bytes);
+  for (std::int64_t m = 0; m < M; ++m) {
+    for (std::int64_t j = 0; j < J; ++j) {
+      double exact = bias.exact[static_cast<std::size_t>(j)], magnitude = std::fabs(exact);
+      for (std::int64_t r = 0; r < R; ++r) {
+        if (!x_mask[m * R + r]) continue;
+        const std::int64_t at = transposed ? j * K + r : r * K + j;
+        const double term = x.exact[static_cast<std::size_t>(m * R + r)] * w.decoded[static_cast<std::size_t>(at)];
+        exact += term;
+        magnitude += std::fabs(term);
+      }
+      for (std::int64_t r = 0; r < rank && out_mask[m * J + j]; ++r) {
+        const double term =
+            0.5 * u.exact[static_cast<std::size_t>(r * M + m)] * v.exact[static_cast<std::size_t>(j * rank + r)];
+        exact += term;
+        magnitude += std::fabs(term);
+      }
+      CHECK(std::fabs(out.read(m * J + j) - exact) <= allowed(dtype, dtype, magnitude, exact));
+    }
+  }
+}
+
+// A product without a 4-bit weight and out of another dtype, as the adapters' gradients are.
+void check_dense(std::int64_t M, std::int64_t R, std::int64_t J) {
+  if (!cpu::has_matmul(DType::BFloat16)) return;
+  const Values x(DType::Float32, R * M), b(DType::BFloat16, R * J);
+  std::vector<std::uint8_t> coins(static_cast<std::size_t>(R * J));
+  for (auto& coin : coins) coin = generator() % 2;
+  const auto* mask = reinterpret_cast<const bool*>(coins.data());
+  cpu::Term term{};
+  term.R = R;
+  term.x = {x.bytes.data(), DType::Float32, 1, M};
+  term.kind = cpu::Term::Kind::Dense;
+  term.dense = {b.bytes.data(), DType::BFloat16, J, 1, mask};
+  Values out(DType::Float32, M * J);
+  cpu::matmul({M, J, &term, 1, nullptr, out.bytes.data(), DType::Float32}, {0, M, 0, J});
+  for (std::int64_t m = 0; m < M; ++m) {
+    for (std::int64_t j = 0; j < J; ++j) {
+      double exact = 0, magnitude = 0;
+      for (std::int64_t r = 0; r < R; ++r) {
+        if (!mask[r * J + j]) continue;
+        const double product =
+            x.exact[static_cast<std::size_t>(r * M + m)] * b.exact[static_cast<std::size_t>(r * J + j)];
+        exact += product;
+        magnitude += std::fabs(product);
+      }
+      CHECK(std::fabs(out.read(m * J + j) - exact) <= allowed(DType::BFloat16, DType::Float32, magnitude, exact));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const auto& path : cpu::path_names()) {
+    cpu::set_path(path);
+    for (DType dtype : {DType::Float32, DType::Float16, DType::BFloat16}) {
+      const QuantType quant_type = dtype == DType::Float16 ? QuantType::FP4 : QuantType::NF4;
+      // K of whole and unfinished chunks (of 64 or 128 weights), of one and of several segments (of 4096).
+      for (const auto& [M, K, blocksize] : {std::tuple{1, 256, 64}, std::tuple{2, 96, 32}, std::tuple{3, 320, 64},
+                                            std::tuple{4, 4096 + 160, 32}, std::tuple{5, 512, 512},
+                                            std::tuple{6, 8192, 4096}, std::tuple{7, 32, 32}, std::tuple{8, 192, 64}}) {
+        check_few_rows(M, 7, K, blocksize, dtype, quant_type, M % 2 == 1);
+      }
+      // N of unfinished panels and odd; K of unfinished depths (of 256); M of every unfinished tile.
+      for (std::int64_t M = 1; M <= 13; ++M) {
+        check_matmul(true, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 576, 64, dtype, quant_type);
+        check_matmul(false, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 352, 32, dtype, quant_type);
+      }
+      check_matmul(true, 37, 300, 512, 512, dtype, quant_type);
+      check_matmul(false, 37, 301, 512, 512, dtype, quant_type);
+    }
+    check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4);  // more rows than are kept at a time
+    check_dense(16, 300, 70);
+    check_dense(3, 1, 1);
+  }
+  return failures();
+}
