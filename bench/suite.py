@@ -137,8 +137,8 @@ class Run:
             print(" ".join(str(of_rows.get(key, "")) for key in ("bench", "shape", "dtype", "M")), file=sys.stderr)
             case = bench.case(weight, M)
             for mode in self.options.modes:
-                if mode == "hot" and not fits_hot(forms[0][0].weight_bytes, self.cache_bytes):
-                    reason = f"the weight is larger than half the last-level cache of {self.cache_bytes} bytes"
+                if mode == "hot" and not fits_hot(_kept_bytes(forms[0][0], case), self.cache_bytes):
+                    reason = f"it is too large for half the last-level cache of {self.cache_bytes} bytes"
                     self.rows.append(of_rows | {"mode": mode, "provider": OURS, "skipped": reason})
                 else:
                     self._measure_case(of_rows | {"mode": mode}, case, forms)
@@ -188,6 +188,11 @@ class Run:
         if not provider.is_peer:
             self.failures += 1
             print(f"FAILED: {provider.name}, {same}\n{traceback.format_exc()}", file=sys.stderr)
+
+
+def _kept_bytes(provider: Provider, case: Case) -> int:
+    """What must stay in the cache for a hot call: the weight, and where it is copied, the copy."""
+    return provider.weight_bytes + (case.other_bytes if case.copying else 0)
 
 
 def _compare_with_peers(rows: list[Row]) -> None:
