@@ -187,11 +187,14 @@ int main(int argc, char** argv) {
     return 1;
   }
   void* memory = mmap(nullptr, cold_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return std::perror("limits: mmap"), 1;
+  if (memory == MAP_FAILED) {
+    std::perror("limits: mmap of COLD_BYTES");
+    return 1;
+  }
   madvise(memory, cold_bytes, MADV_HUGEPAGE);  // page walks are no limit of the memory; refused, it is only slower
   char* buffer = static_cast<char*>(memory);
 #pragma omp parallel for num_threads(threads)
-  for (size_t i = 0; i < cold_bytes; i += 4096) buffer[i] = 1;  // zero pages are one page
+  for (size_t i = 0; i < cold_bytes; i += 4096) buffer[i] = 1;  // a page never written is the one page of zeros
 
   std::string fma;
   const InstructionSet* widest = nullptr;

@@ -78,7 +78,6 @@ def least_seconds(
     Of several measurements the fastest counts: a share of the limit is never the better for a slow moment.
     """
     bandwidth = ("hot_" if mode == "hot" else "") + ("copy" if copying else "read")
-    return max(
-        moved_bytes / max(limits[bandwidth] for limits in measured),
-        flops / max(flops_per_s(limits, dtype, cpu_path) for limits in measured),
-    )
+    moving = moved_bytes / max(float(limits[bandwidth]) for limits in measured)
+    computing = flops / max(flops_per_s(limits, dtype, cpu_path) for limits in measured)
+    return max(moving, computing)

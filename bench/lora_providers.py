@@ -148,7 +148,7 @@ def _peft(weight: Weight, make: Callable[[Weight], nn.Module], adapter_dtype: to
         import peft
     except ImportError as error:
         raise MissingPeerError("peft is not installed") from error
-    model = nn.Module()
+    model: Any = nn.Module()
     model.linear = make(weight)
     model.is_loaded_in_4bit = make is _bitsandbytes_layer  # what PEFT looks for
     config = peft.LoraConfig(r=R, lora_alpha=int(SCALING * R), target_modules=["linear"])
@@ -163,7 +163,7 @@ def _bitsandbytes_layer(weight: Weight) -> nn.Module:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         raise MissingPeerError("bitsandbytes is not installed") from error
-    layer: nn.Module = Linear4bit(
+    layer: Any = Linear4bit(
         weight.K, weight.N, bias=False, compute_dtype=weight.dtype, quant_type=QUANT_TYPE, device="meta"
     )
     layer.weight = Params4bit(weight.source, requires_grad=False, quant_type=QUANT_TYPE).to("cpu")

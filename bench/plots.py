@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,17 @@ def draw(name: str, rows: list[Row]) -> None:
 
 def _pages(name: str, rows: list[Row]) -> Pages:
     if name == "quantization_error" and rows:
-        return {record.RESULTS / f"{name}.png": lambda path: _draw_errors(path, rows)}
+        return {record.RESULTS / f"{name}.png": partial(_draw_errors, rows)}
     pages: Pages = {}
     if name in PRODUCTS:
         for bench, dtype in dict.fromkeys((row["bench"], row["dtype"]) for row in rows if "p50" in row):
             of_page = [row for row in rows if (row["bench"], row["dtype"]) == (bench, dtype) and "p50" in row]
             path = record.RESULTS / f"{bench.replace(' ', '_')}-{dtype}.png"
-            pages[path] = lambda path, of_page=of_page: _draw_rows(path, of_page)
+            pages[path] = partial(_draw_rows, of_page)
     return pages
 
 
-def _draw_rows(path: Path, rows: list[Row]) -> None:
+def _draw_rows(rows: list[Row], path: Path) -> None:
     """A panel for each shape and mode: a line for each provider, and what the limits leave."""
     panels = list(dict.fromkeys((tuple(row["shape"]), row["mode"]) for row in rows))
     providers = list(dict.fromkeys(row["provider"] for row in rows))
@@ -70,7 +71,7 @@ def _draw_rows(path: Path, rows: list[Row]) -> None:
 def _draw_panel(panel: Axes, rows: list[Row], providers: list[str]) -> None:
     for i, provider in enumerate(providers):
         mine = [row for row in rows if row["provider"] == provider]
-        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
         style |= {"linewidth": 2.5, "zorder": 3} if provider == OURS else {"linewidth": 1}
         if mine:
             panel.plot(*_fastest(mine, "p50"), label=provider, **style)
@@ -89,7 +90,7 @@ def _fastest(rows: list[Row], what: str) -> tuple[list[int], list[float]]:
     return numbers, [1e3 * min(row[what] for row in rows if row["M"] == M) for M in numbers]
 
 
-def _draw_errors(path: Path, rows: list[Row]) -> None:
+def _draw_errors(rows: list[Row], path: Path) -> None:
     figure, panel = pyplot.subplots(figsize=(6.4, 4.4))
     kinds = dict.fromkeys((row["quant_type"], row["double_quant"]) for row in rows)
     for i, (quant_type, double_quant) in enumerate(kinds):

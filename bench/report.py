@@ -20,7 +20,7 @@ RUNS = (
     ["examples/demo_data.py", "--output", "build/demo"],
     ["bench/bench_linear_4bit.py", "--dtype", "bf16", "fp32"],
     ["bench/bench_linear_4bit_dgrad.py"],
-    ["bench/bench_lora_linear_4bit.py", "--mode", "cold"],
+    ["bench/bench_lora_linear_4bit.py", "--mode", "cold", "--rows", "1", "16", "128", "512", "2048"],
     ["bench/bench_quantize_4bit.py", "--dtype", "bf16", "fp32"],
     ["bench/bench_dequantize_4bit.py", "--dtype", "bf16", "fp32"],
     ["bench/quantization_error.py"],
@@ -53,7 +53,7 @@ def filled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="measure everything first (an hour or so)")
+    parser.add_argument("--run", action="store_true", help="measure everything first; each bench says what it is at")
     parser.add_argument("--check", action="store_true", help="only fail if a table is stale")
     args = parser.parse_args()
     if args.run:

@@ -123,7 +123,7 @@ class Run:
 
     def _measure_weight(self, bench: Bench, weight: Weight) -> None:
         """One op on one weight: the providers' forms of it serve all numbers of rows."""
-        same = {"bench": bench.op, "shape": [weight.N, weight.K], "dtype": str(weight.dtype)[6:]}
+        same: Row = {"bench": bench.op, "shape": [weight.N, weight.K], "dtype": str(weight.dtype)[6:]}
         same |= {"quant_type": QUANT_TYPE, "blocksize": BLOCKSIZE, "double_quant": weight.double_quant}
         same |= {"huge_pages": self.options.huge_pages}
         forms: list[tuple[Provider, list[Any]]] = []
@@ -138,8 +138,8 @@ class Run:
             case = bench.case(weight, M)
             for mode in self.options.modes:
                 if mode == "hot" and not fits_hot(_kept_bytes(forms[0][0], case), self.cache_bytes):
-                    reason = f"it is too large for half the last-level cache of {self.cache_bytes} bytes"
-                    self.rows.append(of_rows | {"mode": mode, "provider": OURS, "skipped": reason})
+                    too_large = f"it is too large for half the last-level cache of {self.cache_bytes} bytes"
+                    self.rows.append(of_rows | {"mode": mode, "provider": OURS, "skipped": too_large})
                 else:
                     self._measure_case(of_rows | {"mode": mode}, case, forms)
 
