@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from exactness import differing, of_bound
 from torch import Tensor
 
 bnb: Any
@@ -85,18 +86,6 @@ def _bitsandbytes_quantize(weight: Tensor) -> Any:
 
 def _bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def of_bound(exact: Tensor, torch_result: Tensor, got: Tensor) -> float:
-    """max|got - exact| as a fraction of twice that of plain torch and a unit in the last place."""
-    last_place = torch.finfo(got.dtype).eps * exact.abs().max()
-    bound = 2 * (torch_result.double() - exact).abs().max() + last_place
-    return float((got.double() - exact).abs().max() / bound)
-
-
-def differing(expected: Tensor, got: Tensor) -> float:
-    """The fraction of values that are not equal."""
-    return float((got.reshape(-1) != expected.to(got.device).reshape(-1)).double().mean())
 
 
 def linear_providers(w: Weights, decoded: Tensor, x: Tensor) -> list[Provider]:

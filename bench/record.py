@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from limits import last_level_cache
 
 import qlora_ext._C as _C
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
+# What changes the speed of a process from outside: recorded where it is set.
+SETTINGS = ("GLIBC_TUNABLES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def where() -> dict[str, Any]:
@@ -26,23 +30,41 @@ def where() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_path": _C.cpu_path(),
+        "last_level_cache": last_level_cache(),
+        "transparent_huge_pages": _huge_pages(),
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     } | (_gpu() if torch.cuda.is_available() else {})
 
 
-def write(name: str, rows: list[dict[str, Any]], *, smoke: bool) -> None:
-    """Print the rows, and replace bench/results/<name>.jsonl by them unless it is a smoke run."""
+def stamped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with where() in each."""
     here = where()
-    lines = [json.dumps(row | here) for row in rows]
-    print("\n".join(lines))
-    if smoke:
-        return
+    return [row | here for row in rows]
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """A line of JSON each."""
+    for row in rows:
+        print(json.dumps(row))
+
+
+def replace(name: str, rows: list[dict[str, Any]]) -> None:
+    """Replace bench/results/<name>.jsonl by these rows."""
     RESULTS.mkdir(exist_ok=True)
     beside = RESULTS / f"{name}.jsonl.tmp"
-    beside.write_text("\n".join(lines) + "\n")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(beside, RESULTS / f"{name}.jsonl")
+
+
+def write(name: str, rows: list[dict[str, Any]], *, smoke: bool) -> None:
+    """Stamp and print the rows, and replace bench/results/<name>.jsonl by them unless it is a smoke run."""
+    rows = stamped(rows)
+    print_rows(rows)
+    if not smoke:
+        replace(name, rows)
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -56,6 +78,11 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return "unknown"
+
+
+def _huge_pages() -> str:
+    """When the kernel gives memory in huge pages: always, madvise (to whoever asks) or never."""
+    return HUGE_PAGES.read_text().partition("[")[2].partition("]")[0] if HUGE_PAGES.exists() else "never"
 
 
 def _gpu() -> dict[str, Any]:
@@ -83,6 +110,6 @@ def _commit() -> str:
         return ""
     root = Path(__file__).parent.parent
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    changes = ["git", "status", "--porcelain", "--", "csrc", "qlora_ext", "bench/*.py"]
+    changes = ["git", "status", "--porcelain", "--", "csrc", "qlora_ext", "bench/*.py", "bench/*.cpp"]
     dirty = subprocess.run(changes, cwd=root, capture_output=True, text=True)
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

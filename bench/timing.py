@@ -2,40 +2,70 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def interleaved(
-    providers: dict[str, Callable[[], object]], *, seconds: float, burst: float = 0.05, warmup: int = 2
-) -> dict[str, list[float]]:
+    providers: dict[Key, Callable[[], object]], *, seconds: float, burst: float = 0.05, warmup: float = 0.05
+) -> dict[Key, list[float]]:
     """Time each provider in turn, in bursts, until every one has had its share of `seconds`.
 
     Args:
         providers: what to call, by name.
         seconds: of measuring for each provider.
         burst: seconds that one provider runs before the next has its turn; at least one call.
-        warmup: uncounted calls of each, first.
+        warmup: seconds of uncounted calls of each, first; at least one call.
 
     Returns:
-        Seconds of each call, by name.
+        Seconds of each call, by name. The first call of a burst finds the cache as the provider before left it, and
+        is counted only if it fills the burst alone.
     """
     for call in providers.values():
-        for _ in range(warmup):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    while any(sum(spent) < seconds for spent in times.values()):
-        for name, call in providers.items():
-            burst_end = time.perf_counter() + burst
-            while True:
-                start = time.perf_counter()
-                call()
-                end = time.perf_counter()
-                times[name].append(end - start)
-                if end >= burst_end:
-                    break
+        _burst(call, warmup)
+    times: dict[Key, list[float]] = {name: [] for name in providers}
+    spent = dict.fromkeys(providers, 0.0)
+    while waiting := [name for name in providers if spent[name] < seconds]:
+        for name in waiting:
+            calls = _burst(providers[name], burst)
+            spent[name] += sum(calls)
+            times[name] += calls[1:] or calls
     return times
+
+
+def _burst(call: Callable[[], object], seconds: float) -> list[float]:
+    """Seconds of each of the calls that fill so much time."""
+    times = []
+    start = time.perf_counter()
+    burst_end = start + seconds
+    while True:
+        call()
+        end = time.perf_counter()
+        times.append(end - start)
+        if end >= burst_end:
+            return times
+        start = end
+
+
+def cold_copies(size: int, cache_bytes: int) -> int:
+    """How many things of so many bytes must be used in rotation to find none of them in the cache: 4 times its size."""
+    return max(1, -(-4 * cache_bytes // size))
+
+
+def fits_hot(size: int, cache_bytes: int) -> bool:
+    """Whether so many bytes stay in the cache from call to call: half of it is left to whatever else a call touches."""
+    return size <= cache_bytes // 2
+
+
+def rotated(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """One call that is each of these in turn."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
 
 
 def percentiles(times: list[float]) -> dict[str, float]:

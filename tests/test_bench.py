@@ -15,6 +15,27 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+# Who must be named in the rows of a CPU bench, timed or missing.
+DENSE = {"torchao NF4", "bitsandbytes training"}
+LINEAR = {"torch bfloat16 linear", "torch float32 linear", "torch int4pack", "bitsandbytes eval", *DENSE}
+PEFT = {
+    f"PEFT + {base}, {adapter} adapter"
+    for base, adapter in product(("bitsandbytes", "torch bfloat16 linear"), ("float32", "bfloat16"))
+}
+PEERS = {
+    "bench_linear_4bit.py": {"qlora_ext dequantize_4bit + torch linear", *LINEAR},
+    "bench_linear_4bit_dgrad.py": {
+        "qlora_ext dequantize_4bit + torch matmul",
+        "torch bfloat16 matmul",
+        "torch float32 matmul",
+        *DENSE,
+    },
+    "bench_lora_linear_4bit.py": {"qlora_ext linear_4bit alone", *PEFT},
+    "bench_quantize_4bit.py": {"bitsandbytes", "torchao NF4"},
+    "bench_dequantize_4bit.py": {"bitsandbytes", "torchao NF4"},
+}
+
+
 def rows_of(*command: str) -> list[dict[str, Any]]:
     """The results of a run, which must have some of ours and some of a peer; a skipped provider says why."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -33,6 +54,66 @@ def test_smoke(script: str) -> None:
     rows = rows_of(f"bench/{script}", "--smoke")
     if script == "bench_cuda.py":
         check_every_cuda_bench(rows)
+    elif script in PEERS:
+        check_cpu_bench(rows, PEERS[script])
+
+
+def check_cpu_bench(rows: list[dict[str, Any]], peers: set[str]) -> None:
+    """Everyone is named; every row says where and under what limits; ours is right, compared, and never skipped."""
+    assert {row["provider"] for row in rows} == {"qlora_ext", *peers}
+    timed = [row for row in rows if "skipped" not in row]
+    ours = [row for row in timed if row["provider"] == "qlora_ext"]
+    assert all(row["error"] <= (1 if "M" in row else 0) for row in ours)
+    assert {row["mode"] for row in ours} >= {"cold"}
+    assert {row.get("M") for row in ours} in ({1, 4}, {None})
+    assert all(row["best_peer"] in peers and row["speedup_over_best_peer"] > 0 for row in ours)
+    assert all(len(row["limits"]) == 2 and row["limits"][0]["read"] > 0 for row in rows)
+    assert all(row["of_limit"] == pytest.approx(row["limit_s"] / row["p50"]) for row in timed)
+    assert all(row["copies"] == 1 for row in timed if row["mode"] == "hot")
+    assert all(row["copies"] > 1 for row in ours if row["mode"] == "cold")
+    assert all(
+        {"cpu", "threads", "cpu_path", "last_level_cache", "settings", "versions", "commit"} <= set(row) for row in rows
+    )
+
+
+def test_process_is_set_up_as_asked() -> None:
+    command = ["bench/bench_dequantize_4bit.py", "--smoke", "--huge-pages", "on", "--cpu-path", "portable"]
+    rows = rows_of(*command)
+    assert {row["cpu_path"] for row in rows} == {"portable"}
+    assert {row["huge_pages"] for row in rows} == {"on"}
+    expected = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    assert all(row["settings"].items() >= expected.items() for row in rows)
+
+
+def test_both_settings_of_huge_pages_and_nothing_recorded() -> None:
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "bench/results").iterdir()}
+    command = ["bench/bench_dequantize_4bit.py", "--shapes", "64x128", "--mode", "hot", "--seconds", "0.001"]
+    rows = rows_of(*command, "--no-record")
+    assert [row["huge_pages"] for row in rows] == ["off"] * (len(rows) // 2) + ["on"] * (len(rows) // 2)
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "bench/results").iterdir()} == before
+
+
+def test_wrong_result_fails_and_missing_peer_is_named() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'bench'); sys.argv = ['bench', '--smoke']\n"
+        "sys.modules |= {'bitsandbytes': None, 'torchao': None}\n"
+        "import torch, suite, linear_providers\n"
+        "from functools import partial\n"
+        "right = linear_providers.qlora_ext.linear_4bit\n"
+        "linear_providers.qlora_ext.linear_4bit = lambda x, *q: right(x, *q) * (1.1 if len(x) == 4 else 1)\n"
+        "case = partial(linear_providers.product_case, transposed=False)\n"
+        "suite.main('linear_4bit', None, [suite.Bench('linear_4bit', linear_providers.linear, case)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "FAILED: qlora_ext, " in done.stderr
+    assert "AssertionError: its error is " in done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    timed = {row["M"] for row in rows if row["provider"] == "qlora_ext" and "skipped" not in row}
+    assert timed == {1}
+    skipped = {row["provider"]: row["skipped"] for row in rows if "skipped" in row}
+    assert skipped["bitsandbytes eval"] == skipped["bitsandbytes training"] == "bitsandbytes is not installed"
+    assert skipped["torchao NF4"].startswith("torchao's NF4 cannot be imported")
 
 
 def check_every_cuda_bench(rows: list[dict[str, Any]]) -> None:

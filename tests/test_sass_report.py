@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import kernel_binaries
 import machine_code
 import record
-import report
 import sass_report
+import tables
 
 ARCH = "sm_80"
 
@@ -198,7 +198,7 @@ def test_record_overwrites_nothing(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def test_table_shows_the_worst(rows: dict[str, dict[str, Any]]) -> None:
-    _, line = report.sass_table([rows["Clean"], rows["Lookups"]])
+    _, line = tables.sass_table([rows["Clean"], rows["Lookups"]])
     registers = max(rows[plant]["registers"] for plant in ("Clean", "Lookups"))
     assert line[:4] == ["`linear_4bit_kernel`", str(registers), "2", "1.50"]
 

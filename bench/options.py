@@ -1,0 +1,102 @@
+"""The command line of the CPU benches, and the environment that a measuring process must have."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import shapes
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+# torch's products are held to the instructions of the path that ours is held to.
+ONEDNN_ISA = {"portable": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
+HUGE_PAGES = "glibc.malloc.hugetlb="
+SMOKE_SHAPE = "128x256"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, how long, and what for."""
+
+    shapes: list[shapes.Shape]
+    rows: list[int]
+    dtypes: list[torch.dtype]
+    modes: list[str]
+    cpu_path: str | None
+    huge_pages: str
+    seconds: float
+    burst: float
+    smoke: bool
+    record: bool
+
+
+def parse(description: str | None, *, by_rows: bool) -> Options:
+    """The options of this process's command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = f"NxK (out x in), or all layers of one of: {', '.join(shapes.MODELS)}"
+    parser.add_argument("--shapes", nargs="+", default=list(shapes.DEFAULT), metavar="SHAPE", help=names)
+    if by_rows:
+        parser.add_argument("--rows", nargs="+", type=int, default=list(shapes.ROWS), metavar="M", help="of the input")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"])
+    parser.add_argument("--mode", nargs="+", choices=["hot", "cold"], default=["hot", "cold"])
+    parser.add_argument("--cpu-path", choices=list(ONEDNN_ISA), help="that ours must take, and oneDNN's limit with it")
+    pages = "for malloc; both (the default): one process after the other, each without and with"
+    parser.add_argument("--huge-pages", choices=["off", "on", "both"], default="both", help=pages)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of measuring for each provider of a case")
+    parser.add_argument("--no-record", action="store_true", help="only print the rows")
+    parser.add_argument("--smoke", action="store_true", help="a small shape, no record: to see that it runs")
+    args = parser.parse_args()
+    try:
+        selected = shapes.select([SMOKE_SHAPE] if args.smoke else args.shapes)
+    except ValueError as error:
+        parser.error(str(error))
+    return Options(
+        shapes=selected,
+        rows=([1, 4] if args.smoke else args.rows) if by_rows else [],
+        dtypes=[DTYPES[name] for name in args.dtype],
+        modes=args.mode,
+        cpu_path=args.cpu_path,
+        huge_pages="off" if args.smoke and args.huge_pages == "both" else args.huge_pages,
+        seconds=0.002 if args.smoke else args.seconds,
+        burst=0.001 if args.smoke else 0.05,
+        smoke=args.smoke,
+        record=not (args.no_record or args.smoke),
+    )
+
+
+def environment(options: Options, base: Mapping[str, str]) -> dict[str, str]:
+    """What the libraries must find when they are loaded, or, malloc, before."""
+    env = dict(base)
+    tunables = [entry for entry in env.pop("GLIBC_TUNABLES", "").split(":") if entry]
+    tunables = [entry for entry in tunables if not entry.startswith(HUGE_PAGES)]
+    tunables += [f"{HUGE_PAGES}1"] if options.huge_pages == "on" else []
+    if tunables:
+        env["GLIBC_TUNABLES"] = ":".join(tunables)
+    if options.cpu_path:
+        env["QLORA_EXT_CPU"] = options.cpu_path
+        env["ONEDNN_MAX_CPU_ISA"] = ONEDNN_ISA[options.cpu_path]
+    return env
+
+
+def enter_environment(options: Options) -> None:
+    """Start this process anew, unless its environment is right already."""
+    if (env := environment(options, os.environ)) != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
+
+
+def run_with_and_without_huge_pages() -> tuple[list[dict[str, Any]], bool]:
+    """The rows of this command run in two processes, and whether one of them failed."""
+    rows, failed = [], False
+    for pages in ("off", "on"):
+        command = [sys.executable, *sys.orig_argv[1:], "--huge-pages", pages, "--no-record"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        rows += [json.loads(line) for line in done.stdout.splitlines()]
+        failed |= done.returncode != 0
+    return rows, failed
