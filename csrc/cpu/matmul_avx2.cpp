@@ -18,6 +18,7 @@ namespace {
 
 struct Avx2 {
   static constexpr std::int64_t kColumns = 16;
+  static constexpr std::int64_t kPerStep = 1;
   static constexpr int kTileRows = 6;
 
   template <typename T>
@@ -84,14 +85,14 @@ struct Avx2 {
   }
 
   template <int kRows>
-  static void multiply_tile(const float* x, const float* panel, std::int64_t depth, float* sums) {
+  static void multiply_tile(const float* x, const float* panel, std::int64_t steps, float* sums) {
     __m256 sum[kRows][2];
     for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
-    for (std::int64_t r = 0; r < depth; ++r, panel += kColumns) {
+    for (std::int64_t step = 0; step < steps; ++step, panel += kColumns) {
       const __m256 b0 = _mm256_loadu_ps(panel), b1 = _mm256_loadu_ps(panel + 8);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
-        const __m256 a = _mm256_broadcast_ss(x + i * kXStride + r);
+        const __m256 a = _mm256_broadcast_ss(x + i * kXStride + step);
         sum[i][0] = _mm256_fmadd_ps(a, b0, sum[i][0]);
         sum[i][1] = _mm256_fmadd_ps(a, b1, sum[i][1]);
       }

@@ -15,6 +15,7 @@ namespace {
 
 struct Avx512 {
   static constexpr std::int64_t kColumns = 32;
+  static constexpr std::int64_t kPerStep = 1;
   static constexpr int kTileRows = 12;
 
   template <typename T>
@@ -62,14 +63,14 @@ struct Avx512 {
   }
 
   template <int kRows>
-  static void multiply_tile(const float* x, const float* panel, std::int64_t depth, float* sums) {
+  static void multiply_tile(const float* x, const float* panel, std::int64_t steps, float* sums) {
     __m512 sum[kRows][2];
     for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-    for (std::int64_t r = 0; r < depth; ++r, panel += kColumns) {
+    for (std::int64_t step = 0; step < steps; ++step, panel += kColumns) {
       const __m512 b0 = _mm512_loadu_ps(panel), b1 = _mm512_loadu_ps(panel + 16);
 #pragma GCC unroll 12
       for (int i = 0; i < kRows; ++i) {
-        const __m512 a = _mm512_set1_ps(x[i * kXStride + r]);
+        const __m512 a = _mm512_set1_ps(x[i * kXStride + step]);
         sum[i][0] = _mm512_fmadd_ps(a, b0, sum[i][0]);
         sum[i][1] = _mm512_fmadd_ps(a, b1, sum[i][1]);
       }

@@ -18,6 +18,7 @@ namespace {
 
 struct Avx512Bf16 {
   static constexpr std::int64_t kColumns = 32;
+  static constexpr std::int64_t kPerStep = 2;
   static constexpr int kTileRows = 12;
 
   static void copy_row(const BFloat16* from, std::int64_t depth, float* to) {
@@ -91,14 +92,14 @@ struct Avx512Bf16 {
   }
 
   template <int kRows>
-  static void multiply_tile(const float* x, const float* panel, std::int64_t depth, float* sums) {
+  static void multiply_tile(const float* x, const float* panel, std::int64_t steps, float* sums) {
     __m512 sum[kRows][2];
     for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-    for (std::int64_t pair = 0; pair < (depth + 1) / 2; ++pair, panel += kColumns) {
+    for (std::int64_t step = 0; step < steps; ++step, panel += kColumns) {
       const auto b0 = (__m512bh)_mm512_loadu_si512(panel), b1 = (__m512bh)_mm512_loadu_si512(panel + 16);
 #pragma GCC unroll 12
       for (int i = 0; i < kRows; ++i) {
-        const auto a = (__m512bh)_mm512_set1_ps(x[i * kXStride + pair]);
+        const auto a = (__m512bh)_mm512_set1_ps(x[i * kXStride + step]);
         sum[i][0] = _mm512_dpbf16_ps(sum[i][0], b0, a);
         sum[i][1] = _mm512_dpbf16_ps(sum[i][1], b1, a);
       }

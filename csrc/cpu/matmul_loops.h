@@ -7,11 +7,12 @@
 //
 // Isa has
 //   kTileRows, kColumns    the most rows of a tile, and its columns, which are a panel's
+//   kPerStep               elements of the reduction in a row of the panel, and in a place of x: 1, or 2 in bf16
 //   copy_row               part of a row of x to its place
 //   store_panel_rows       dense values, two rows of the panel
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
 //   fill_weight_transposed the panel, from W[J, R]: W's rows are the panel's columns
-//   multiply_tile<rows>    so many rows of x @ panel onto their sums
+//   multiply_tile<rows>    so many rows of x @ panel, some steps, onto their sums
 //   store_row              sums + bias, rounded
 namespace qlora::cpu {
 namespace {
@@ -114,14 +115,18 @@ inline void add_masked(const float* from, const bool* mask, std::int64_t mask_st
   }
 }
 
-// All rows onto their sums, tile by tile, with a smaller one for the last rows.
+// All rows onto their sums, tile by tile, with a smaller one for the last rows. `steps` are rows of the panel. No chain
+// of additions in a register is longer than kChain: its rounding errors would grow beyond those of torch's kernels.
 template <typename Isa, int kRows = Isa::kTileRows>
-void multiply_rows(const float* x, std::int64_t rows, const float* panel, std::int64_t depth, float* sums) {
+void multiply_rows(const float* x, std::int64_t rows, const float* panel, std::int64_t steps, float* sums) {
+  constexpr std::int64_t kChain = 64;
   for (; rows >= kRows; rows -= kRows, x += kRows * kXStride, sums += kRows * kSumStride) {
-    Isa::template multiply_tile<kRows>(x, panel, depth, sums);
+    for (std::int64_t step = 0; step < steps; step += kChain) {
+      Isa::template multiply_tile<kRows>(x + step, panel + step * Isa::kColumns, smaller(kChain, steps - step), sums);
+    }
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) multiply_rows<Isa, kRows - 1>(x, rows, panel, depth, sums);
+    if (rows > 0) multiply_rows<Isa, kRows - 1>(x, rows, panel, steps, sums);
   }
 }
 
@@ -151,7 +156,7 @@ void multiply_part(const Matmul& product, const Rectangle& part, const MatmulScr
         } else {
           Isa::fill_weight_transposed(codebook(term.w.quant_type).value, s, j, depth);
         }
-        multiply_rows<Isa>(s.x, rows, s.panel, depth, sums + j);
+        multiply_rows<Isa>(s.x, rows, s.panel, (depth + Isa::kPerStep - 1) / Isa::kPerStep, sums + j);
       }
     }
     if (term.out_mask != nullptr) add_masked(sums, term.out_mask + first, product.J, rows, columns, s.sums);
