@@ -1,7 +1,6 @@
 // The CPU of the ops: the kernels of cpu/, spread over torch's threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <unistd.h>
 
@@ -98,14 +97,14 @@ class Cpu final : public Device {
       return true;
     }
     if (!cpu::has_matmul(dtype)) return false;
-    multiply({.R = K, .x = matrix(x), .kind = cpu::Term::Kind::WeightTransposed, .w = w}, added, bias, y);
+    multiply({{.R = K, .x = matrix(x), .kind = cpu::Term::Kind::WeightTransposed, .w = w}}, added, bias, y);
     return true;
   }
 
   bool fused_linear_4bit_dgrad(const Tensor& grad, const Packed4bit& w, LowRankList added, DType dtype,
                                const Tensor& grad_x) const override {
     if (grad_x.size(1) % w.blocksize != 0 || !cpu::has_matmul(dtype)) return false;
-    multiply({.R = grad.size(1), .x = matrix(grad), .kind = cpu::Term::Kind::Weight, .w = w}, added, {}, grad_x);
+    multiply({{.R = grad.size(1), .x = matrix(grad), .kind = cpu::Term::Kind::Weight, .w = w}}, added, {}, grad_x);
     return true;
   }
 
@@ -117,11 +116,11 @@ class Cpu final : public Device {
     }
     const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
     const MaskedMatrix x = with_strides_of_mask(a), dense = with_strides_of_mask(b);
-    multiply({.R = a.values.size(1),
-              .x = matrix(x.values, x.mask),
-              .kind = cpu::Term::Kind::Dense,
-              .dense = matrix(dense.values, dense.mask),
-              .scale = static_cast<float>(scale)},
+    multiply({{.R = a.values.size(1),
+               .x = matrix(x.values, x.mask),
+               .kind = cpu::Term::Kind::Dense,
+               .dense = matrix(dense.values, dense.mask),
+               .scale = static_cast<float>(scale)}},
              {}, {}, out);
     return out;
   }
@@ -136,9 +135,8 @@ class Cpu final : public Device {
             values.stride(1), mask.defined() ? mask.const_data_ptr<bool>() : nullptr};
   }
 
-  // out = the term + added + bias, cut into as many rectangles as there are threads.
-  static void multiply(const cpu::Term& term, LowRankList added, const Tensor& bias, const Tensor& out) {
-    std::vector<cpu::Term> terms{term};
+  // out = the terms + added + bias, cut into as many rectangles as there are threads.
+  static void multiply(std::vector<cpu::Term> terms, LowRankList added, const Tensor& bias, const Tensor& out) {
     std::vector<Tensor> masks;  // kept until the product is done
     for (const LowRank& one : added) {
       const bool* mask = nullptr;
@@ -182,8 +180,11 @@ class Cpu final : public Device {
     cpu::arrange_x(x.const_data_ptr(), dtype, M, K, arranged.data_ptr());
     Tensor addend = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
     if (!added.empty()) {
-      addend = bias.defined() ? addend.repeat({M, 1}) : at::zeros({M, N}, x.options().dtype(at::kFloat));
-      add_low_rank(addend, added);
+      std::vector<LowRank> in_fp32(added.begin(), added.end());
+      for (LowRank& one : in_fp32) one.x = one.x.to(at::kFloat);
+      const Tensor sums = at::empty({M, N}, x.options().dtype(at::kFloat));
+      multiply({}, in_fp32, addend, sums);
+      addend = sums;
     }
     const cpu::FewRows product{arranged.const_data_ptr(),
                                w,

@@ -6,6 +6,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -74,10 +75,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
   QLORA_CHECK(grad.size(0) == M, kOp, "grad", std::to_string(M) + " rows, as x", grad.size(0));
   QLORA_CHECK(xA.dim() == 2 && xA.size(0) == M && xA.size(1) == ranks, kOp, "xA",
               "shape [" + std::to_string(M) + ", " + std::to_string(ranks) + "]", xA.sizes());
-  QLORA_CHECK_TYPE(x.scalar_type() == grad.scalar_type() && xA.scalar_type() == grad.scalar_type(), kOp, "x and xA",
-                   grad.scalar_type(), x.scalar_type());
-  check_device(kOp, "x", x, grad);
-  check_device(kOp, "xA", xA, grad);
+  for (const auto& [what, tensor] : {std::pair{"x", &x}, std::pair{"xA", &xA}}) {
+    QLORA_CHECK_TYPE(tensor->scalar_type() == grad.scalar_type(), kOp, what, grad.scalar_type(), tensor->scalar_type());
+    check_device(kOp, what, *tensor, grad);
+  }
 
   const Device& device = device_for(grad);
   const auto compute = device.compute_dtype(grad.scalar_type());

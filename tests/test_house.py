@@ -18,7 +18,15 @@ import qlora_ext
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "qlora_ext"
-OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dgrad", "quantize_absmax", "lora_linear_4bit")
+OPS = (
+    "quantize_4bit",
+    "quantize_absmax",
+    "dequantize_4bit",
+    "linear_4bit",
+    "linear_4bit_dgrad",
+    "lora_linear_4bit",
+    "lora_linear_4bit_backward",
+)
 
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
 LAYERS = ("_C", "_ops", "quant_state", "functional", "linear", "lora", "adapters", "adapter_files", "__init__", "info")

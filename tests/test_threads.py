@@ -21,6 +21,7 @@ FLAT_Q = quantized_normal((N, FLAT_K), "nf4", 64, double_quant=True)
 WEIGHT, X, GRAD = normal(N, K), normal(M, K), normal(M, N)
 ABSMAX = WEIGHT.abs()
 A, B = [normal(8, K)], [normal(N, 8)]
+XA, MASK = normal(M, 8), normal(M, K) > 0
 
 # Each op in a dtype, and the products with a number of rows.
 CALLS: dict[str, Callable[[torch.dtype], Tensor | tuple[Tensor, ...]]] = {
@@ -37,6 +38,9 @@ for m in (1, 4, M):
             X[:m].to(dtype), *Q, N, None, A, B, [0.5], []
         ),
     }
+CALLS["lora_backward"] = lambda dtype: ops.lora_linear_4bit_backward(
+    GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, [0.5], [MASK], True
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +53,19 @@ def restored_thread_count() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("op", CALLS)
 def test_same_bytes_for_every_thread_count_and_run(op: str, dtype: torch.dtype, cpu_path: str) -> None:
-    """Products are torch's matmul of decoded slices: on some CPUs that depends on the number of threads by itself."""
+    """Where products are torch's matmul of decoded slices, they may depend on the number of threads by themselves."""
+    sliced = ("linear" in op or "lora" in op) and ("flat" in op or cpu_path == "portable" or multiplies_matrices(dtype))
     expected: dict[object, Tensor | tuple[Tensor, ...]] = {}
     for num_threads in (1, 2, 3, 1, 2):
         torch.set_num_threads(num_threads)
         result = CALLS[op](dtype)
-        assert_same(result, expected.setdefault(num_threads if "linear" in op else "all", result))
+        assert_same(result, expected.setdefault(num_threads if sliced else "all", result))
+
+
+def multiplies_matrices(dtype: torch.dtype) -> bool:
+    """Whether the CPU has AMX: then many rows of bf16 are torch's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return dtype == torch.bfloat16 and cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
 
 
 def ticks_by_thread() -> dict[str, int]:
@@ -78,7 +89,9 @@ def busy_threads(call: Callable[[], object]) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads by Linux's /proc")
-@pytest.mark.parametrize("op", ["quantize_4bit", "quantize_absmax", "dequantize_4bit", "linear_4bit-M1"])
+@pytest.mark.parametrize(
+    "op", ["quantize_4bit", "quantize_absmax", "dequantize_4bit", "linear_4bit-M1", "linear_4bit-M128", "lora_backward"]
+)
 def test_as_many_threads_work_as_torch_is_told(op: str) -> None:
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)

@@ -112,6 +112,33 @@ void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t
   }
 }
 
+// x = 1 shows a bias of the codes in 16 bits, which adds up over K: at most twice the error of a sum of weights that are
+// rounded to bf16.
+void check_mean() {
+  constexpr std::int64_t N = 24, K = 14336;
+  if (!cpu::has_few_rows(DType::BFloat16)) return;
+  const Weight w(N, K, 64, QuantType::NF4, true);
+  Values x(DType::BFloat16, K), y(DType::BFloat16, N);
+  for (std::int64_t k = 0; k < K; ++k) x.set(k, 1.0f);
+  const std::unique_ptr<void, decltype(&std::free)> arranged(
+      std::aligned_alloc(64, static_cast<std::size_t>(cpu::arranged_bytes(DType::BFloat16, 1, K))), std::free);
+  cpu::arrange_x(x.bytes.data(), DType::BFloat16, 1, K, arranged.get());
+  cpu::linear_4bit({arranged.get(), w.view, nullptr, 0, y.bytes.data(), 1, N, K, DType::BFloat16}, 0, N);
+  double error = 0, plain_error = 0, largest = 0;
+  for (std::int64_t n = 0; n < N; ++n) {
+    double exact = 0, plain = 0;
+    for (std::int64_t k = 0; k < K; ++k) {
+      const float weight = w.decoded[static_cast<std::size_t>(n * K + k)];
+      exact += weight;
+      plain += to_float(round_to<BFloat16>(weight));
+    }
+    error = std::max(error, std::fabs(y.read(n) - exact));
+    plain_error = std::max(plain_error, std::fabs(to_float(round_to<BFloat16>(static_cast<float>(plain))) - exact));
+    largest = std::max(largest, std::fabs(exact));
+  }
+  CHECK(error <= 2 * plain_error + 0x1p-7 * largest);
+}
+
 // out = x @ W^T (or x @ W) + mask * (u @ v) + bias, where u and v are strided and x has a mask.
 void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, DType dtype,
                   QuantType quant_type) {
@@ -217,6 +244,7 @@ int main() {
       check_matmul(false, 37, 301, 512, 512, dtype, quant_type);
     }
     check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4);  // more rows than are kept at a time
+    check_mean();
     check_dense(16, 300, 70);
     check_dense(3, 1, 1);
   }

@@ -1,0 +1,87 @@
+"""The op by itself; that its results are the gradients is in test_lora_linear_4bit.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, normal, quantized_normal
+from reference import assert_same, dequantize_4bit
+from torch import Tensor
+
+backward = torch.ops.qlora_ext.lora_linear_4bit_backward
+M, N, K = 6, 48, 256
+Q = quantized_normal((N, K), "nf4", 64, double_quant=True)
+GRAD, X, XA = normal(M, N), normal(M, K), normal(M, 8)
+A, B = [normal(3, K), normal(5, K, seed=2)], [normal(N, 3), normal(N, 5, seed=2)]
+SCALING, MASKS = [0.5, 2.0], [normal(M, K) > 0, normal(M, K, seed=2) > -1]
+
+
+def test_shapes_and_dtypes(cpu_path: str) -> None:
+    """The adapters' gradients are stacked, float32 and B's transposed; grad_x has grad's leading dimensions."""
+    x, grad = X.view(2, 3, K).bfloat16(), GRAD.view(2, 3, N).bfloat16()
+    grad_x, grad_a, grad_b = backward(grad, x, XA.bfloat16(), *Q, A, B, SCALING, [], True)
+    assert (grad_x.shape, grad_x.dtype) == ((2, 3, K), torch.bfloat16)
+    assert (grad_a.shape, grad_a.dtype) == ((8, K), torch.float32)
+    assert (grad_b.shape, grad_b.dtype) == ((8, N), torch.float32)
+
+
+@pytest.mark.parametrize("masks", [[], MASKS], ids=["", "dropout"])
+def test_values(masks: list[Tensor], cpu_path: str) -> None:
+    grad_x, grad_a, grad_b = backward(GRAD, X, XA, *Q, A, B, SCALING, masks, True)
+    parts = XA.double().split([3, 5], dim=1)
+    exact_x = GRAD.double() @ dequantize_4bit(Q, (N, K), torch.float32).double()
+    exact_a, exact_b = [], []
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
+        mask = masks[i].double() if masks else 1.0
+        g = SCALING[i] * GRAD.double() @ b.double()
+        exact_x += mask * (g @ a.double())
+        exact_a.append(g.T @ (X.double() * mask))
+        exact_b.append(SCALING[i] * parts[i].T @ GRAD.double())
+    for got, exact in ((grad_x, exact_x), (grad_a, torch.cat(exact_a)), (grad_b, torch.cat(exact_b))):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+
+
+def test_grad_x_only_where_wanted(cpu_path: str) -> None:
+    everything = backward(GRAD, X, XA, *Q, A, B, SCALING, MASKS, True)
+    grad_x, *adapters = backward(GRAD, X, XA, *Q, A, B, SCALING, MASKS, False)
+    assert grad_x.numel() == 0
+    assert_same(adapters, list(everything[1:]))
+
+
+def test_expanded_gradient(cpu_path: str) -> None:
+    """What y.sum().backward() gives: one number seen as a matrix."""
+    grad = torch.ones(()).expand(M, N)
+    assert_same(
+        backward(grad, X, XA, *Q, A, B, SCALING, [], True),
+        backward(grad.contiguous(), X, XA, *Q, A, B, SCALING, [], True),
+    )
+
+
+BAD = {
+    "grad-dtype": ({"grad": GRAD.double()}, TypeError, "grad: .*Double"),
+    "grad-rows": ({"grad": GRAD[1:]}, ValueError, "grad: .*6 rows.*5"),
+    "x-scalar": ({"x": X[0, 0]}, ValueError, "x: "),
+    "x-columns": ({"x": X[:, 1:]}, ValueError, "packed: "),
+    "x-dtype": ({"x": X.bfloat16()}, TypeError, "x: .*Float.*BFloat16"),
+    "xA-dtype": ({"xA": XA.bfloat16()}, TypeError, "xA: .*Float.*BFloat16"),
+    "xA-shape": ({"xA": XA[:, 1:]}, ValueError, r"xA: .*\[6, 8\].*\[6, 7\]"),
+    "A-shape": ({"A": [A[0], A[1][:, 1:]]}, ValueError, "A: "),
+    "scaling": ({"scaling": [1.0]}, ValueError, "scaling: "),
+    "device": ({"x": X.to("meta")}, ValueError, ".*meta"),
+}
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD.values(), ids=BAD)
+def test_errors(changed: dict[str, object], error: type[Exception], message: str) -> None:
+    names = ("grad", "x", "xA", "packed", "absmax", "nested_absmax", "nested_offset", "quant_type", "blocksize")
+    arguments = dict(zip(names, (GRAD, X, XA, *Q), strict=True))
+    arguments |= {"A": A, "B": B, "scaling": SCALING, "dropout_mask": [], "with_grad_x": True}
+    with pytest.raises(error, match=f"^lora_linear_4bit_backward: {message}"):
+        backward(**(arguments | changed))
+
+
+@pytest.mark.parametrize("with_grad_x", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_opcheck(dtype: torch.dtype, with_grad_x: bool) -> None:
+    arguments = (GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, SCALING, MASKS, with_grad_x)
+    torch.library.opcheck(backward.default, arguments)
