@@ -40,7 +40,7 @@ def _pages(name: str, rows: list[Row]) -> Pages:
     if name in PRODUCTS:
         for bench, dtype in dict.fromkeys((row["bench"], row["dtype"]) for row in rows if "p50" in row):
             of_page = [row for row in rows if (row["bench"], row["dtype"]) == (bench, dtype) and "p50" in row]
-            path = record.RESULTS / f"{bench.replace(' ', '_')}-{dtype}.png"
+            path = record.RESULTS / f"{bench.replace(' ', '_')}-{dtype}-{rows[0]['cpu_path']}.png"
             pages[path] = partial(_draw_rows, of_page)
     return pages
 

@@ -41,7 +41,7 @@ def main() -> None:
     weight = torch.randn(rows, args.size, generator=torch.Generator().manual_seed(0))
     forms = product(("nf4", "fp4"), (False, True), BLOCKSIZES)
     errors = [error_row(weight, kind, blocksize, double_quant) for kind, double_quant, blocksize in forms]
-    record.write("quantization_error", errors, smoke=args.smoke)
+    record.write("quantization_error", errors, smoke=args.smoke, every_machine=True)
 
 
 if __name__ == "__main__":

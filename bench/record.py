@@ -39,6 +39,14 @@ def where() -> dict[str, Any]:
     } | (_gpu() if torch.cuda.is_available() else {})
 
 
+def by_machine(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each machine."""
+    machines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        machines.setdefault(machine(row), []).append(row)
+    return machines
+
+
 def stamped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with where() in each."""
     here = where()
@@ -51,24 +59,31 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(json.dumps(row))
 
 
-def replace(name: str, rows: list[dict[str, Any]]) -> None:
-    """Replace bench/results/<name>.jsonl by these rows."""
+def machine(row: dict[str, Any]) -> str:
+    """What a result was measured on, as far as its speed depends on it: one line for README."""
+    return f"{row['cpu']}, {row['threads']} threads, {row['cpu_path']}" + (f", {row['gpu']}" if "gpu" in row else "")
+
+
+def replace(name: str, rows: list[dict[str, Any]], *, every_machine: bool = False) -> None:
+    """Replace the rows that this machine, or any, has in bench/results/<name>.jsonl."""
+    here = {machine(row) for row in rows}
+    kept = [] if every_machine else [row for row in read(name) if machine(row) not in here]
     RESULTS.mkdir(exist_ok=True)
     beside = RESULTS / f"{name}.jsonl.tmp"
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    beside.write_text("".join(json.dumps(row) + "\n" for row in kept + rows))
     os.replace(beside, RESULTS / f"{name}.jsonl")
 
 
-def write(name: str, rows: list[dict[str, Any]], *, smoke: bool) -> None:
-    """Stamp and print the rows, and replace bench/results/<name>.jsonl by them unless it is a smoke run."""
+def write(name: str, rows: list[dict[str, Any]], *, smoke: bool, every_machine: bool = False) -> None:
+    """Stamp and print the rows, and `replace` by them unless it is a smoke run."""
     rows = stamped(rows)
     print_rows(rows)
     if not smoke:
-        replace(name, rows)
+        replace(name, rows, every_machine=every_machine)
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """The rows of the last full run, or an empty list."""
+    """The rows of the last full run on each machine, or an empty list."""
     path = RESULTS / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import plots
 import record
@@ -31,16 +32,16 @@ RUNS = (
 
 
 def markdown(name: str) -> str:
-    """The table of one result, and the machine, versions and commit under it."""
-    rows = record.read(name)
-    if not rows:
-        return "\n(not measured yet)\n"
+    """The table and the plots of one result, for each machine that has it, with its versions and commit."""
+    parts = [_of_machine(name, machine, rows) for machine, rows in record.by_machine(record.read(name)).items()]
+    return "\n".join(parts) or "\n(not measured yet)\n"
+
+
+def _of_machine(name: str, machine: str, rows: list[dict[str, Any]]) -> str:
     head, *body = TABLES[name](rows)
     lines = ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body]]
-    row = rows[0]
-    versions = ", ".join(f"{package} {version}" for package, version in row["versions"].items() if version)
-    machine = f"{row['cpu']}, {row['threads']} threads, {row['cpu_path']}"
-    where = f"{machine}; {versions}; commit {row['commit']}, {row['date']}"
+    versions = ", ".join(f"{package} {version}" for package, version in rows[0]["versions"].items() if version)
+    where = f"{machine}; {versions}; commit {rows[0]['commit']}, {rows[0]['date']}"
     shown = "".join(f"\n![{path.stem}](bench/results/{path.name})\n" for path in plots.paths(name, rows))
     return "\n" + "\n".join(lines) + f"\n{shown}\n<sub>bench/results/{name}.jsonl: {where}</sub>\n"
 
@@ -64,7 +65,8 @@ def main() -> None:
     if args.check:
         sys.exit(0 if filled(text) == text else "README.md: its tables are stale; run bench/report.py")
     for name in TABLES:
-        plots.draw(name, record.read(name))
+        for rows in record.by_machine(record.read(name)).values():
+            plots.draw(name, rows)
     readme.write_text(filled(text))
 
 

@@ -199,11 +199,12 @@ def test_plots_are_drawn_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for double_quant in (False, True)
         for size in (64, 256)
     ]
-    for name, rows in (("linear_4bit", ROWS), ("quantization_error", errors), ("train_step", ROWS)):
+    of_path = [row | {"cpu_path": "avx2"} for row in ROWS]
+    for name, rows in (("linear_4bit", of_path), ("quantization_error", errors), ("train_step", of_path)):
         plots.draw(name, rows)
         assert plots.paths(name, []) == []
     drawn = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert set(drawn) == {"linear_4bit-bfloat16.png", "quantization_error.png"}
+    assert set(drawn) == {"linear_4bit-bfloat16-avx2.png", "quantization_error.png"}
     assert all(size < 100_000 for size in drawn.values())
 
 
@@ -219,3 +220,17 @@ def test_quantization_error() -> None:
         losses = [by_form[kind, False, 2**i]["rms_error"] for i in range(5, 13)]
         assert losses == sorted(losses)
     assert all(by_form["nf4", dq, size]["rms_error"] < by_form["fp4", dq, size]["rms_error"] for _, dq, size in by_form)
+
+
+def test_a_machine_replaces_its_own_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    first, second = ({"cpu": cpu, "threads": 2, "cpu_path": "avx2", "p50": 1.0} for cpu in ("one", "two"))
+    record.replace("op", [first])
+    record.replace("op", [second])
+    record.replace("op", [second | {"p50": 2.0}])
+    assert record.by_machine(record.read("op")) == {
+        "one, 2 threads, avx2": [first],
+        "two, 2 threads, avx2": [second | {"p50": 2.0}],
+    }
+    record.replace("op", [second], every_machine=True)
+    assert record.read("op") == [second]
