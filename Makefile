@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+USER_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that spin at a barrier take the core from those that compute, if others use the machine: 3 to 4 times slower.
 export GOMP_SPINCOUNT := 10000
@@ -34,6 +35,8 @@ aarch64: $(VENV)/.installed-dev  ## the CPU kernels and their C++ tests for 64-b
 cuda:  ## build for CUDA in .venv-cuda, from packages alone, and check it; a GPU is not needed
 	tools/cuda_env.sh $(CUDA_VENV) && tools/cuda_check.sh $(CUDA_VENV)/bin/python
 
+# The user's python3, not that of .venv.
+gpu: export PATH := $(USER_PATH)
 gpu:  ## on a machine with a GPU: build into the environment of PYTHON, all tests, compute-sanitizer, the CUDA benches
 	tools/gpu_suite.sh $(PYTHON)
 

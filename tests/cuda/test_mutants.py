@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import mutants
 import pytest
 from library import CSRC
 from mutant_list import KINDS, MUTANTS, NOT_APPLICABLE, Mutant
@@ -47,6 +48,11 @@ def test_every_kernel_has_three_mutants_of_each_kind() -> None:
 def test_quick_ones_are_seen(file: str, pattern: str) -> None:
     [mutant] = [one for one in [*deletions(), *MUTANTS] if (one.file, one.pattern) == (file, pattern)]
     check(mutant)
+
+
+def test_what_takes_too_much_cpu_time_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutants, "SECONDS", 1)
+    assert mutants.why_tests_fail("quantize_4bit", CSRC) == "quantize_4bit hangs"
 
 
 @pytest.mark.slow
