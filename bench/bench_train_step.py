@@ -1,6 +1,10 @@
-"""One training step of a language model: tokens/s of our QLoRA, PEFT + bitsandbytes, and PEFT LoRA on the bf16 base.
+"""One training step of a language model: speed, peak memory and a profile of our QLoRA, PEFT + bitsandbytes, PEFT LoRA.
 
-A step is forward, loss, backward and AdamW on the adapters (r=8, all linear layers), batch 4 x 128 tokens, bf16.
+A step is forward, loss, backward and AdamW on the adapters (r=8, all linear layers), batch 4 x 128 tokens, bf16. Ours
+is measured with transformers' own loss, with the loss by chunks (`finetune --loss-chunk`), and on request with compiled
+layers too (`finetune --compile`). Memory is the peak RSS of one child process for each, from the import of torch on.
+Then torch.profiler says where the time of a step goes (train_step_profile.jsonl; compiled layers have no parts to see).
+
 `--model` is a .gguf or a model folder (make demo leaves one in build/demo/model.gguf); without it a llama of the same
 shape with random weights is measured, which takes the same time.
 """
@@ -8,81 +12,126 @@ shape with random weights is measured, which takes the same time.
 from __future__ import annotations
 
 import argparse
+import copy
+import json
+import subprocess
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peers
 import record
+import smollm2
 import torch
+from step_profile import LOSS, OPTIMIZER, PARTS, mark_parts, profiled, scope
 from timing import interleaved, percentiles
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-SMOLLM2 = LlamaConfig(
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    vocab_size=49152,
-    tie_word_embeddings=True,
-)
+from qlora_ext.finetune.compile import compile_layers
+from qlora_ext.finetune.loss import answer_loss
+from qlora_ext.finetune.report import peak_rss
+
+OURS = "qlora_ext QLoRA"
+CHUNKED, COMPILED = f"{OURS}, chunked loss", f"{OURS}, chunked loss, compiled"
+STEPS_OF_MEMORY, STEPS_OF_PROFILE = 3, 5
 
 
-def training_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], float]:
-    """A function that makes one step and returns the loss."""
+def build(provider: str, model: nn.Module) -> nn.Module:
+    """The model under the method of this provider, in training mode; the model itself is used up."""
+    built = peers.METHODS[OURS if provider in (CHUNKED, COMPILED) else provider](model).train()
+    if provider == COMPILED:
+        compile_layers(built)
+    return built
+
+
+def training_step(model: nn.Module, ids: torch.Tensor, chunk: int | None) -> Callable[[], float]:
+    """A function that makes one step and returns the loss; chunk: of the loss, None for transformers' own loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> float:
-        loss = model(input_ids=ids, labels=ids).loss
+        with scope(LOSS):  # but for the layers inside, which have scopes of their own
+            if chunk is None:
+                loss = model(input_ids=ids, labels=ids).loss
+            else:
+                total, tokens = answer_loss(model, {"input_ids": ids, "labels": ids}, chunk)
+                loss = total / tokens
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with scope(OPTIMIZER):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
     return step
 
 
-def main() -> None:
+def peak_memory(provider: str) -> int:
+    """Peak RSS, bytes, of a child process that runs this script with the same options for one provider alone."""
+    command = [sys.executable, *sys.argv, "--only", provider]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_rss_bytes"])
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a .gguf or a model folder; none: random weights in SmolLM2-135M's shape")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--loss-chunk", type=int, default=128, help="tokens of a chunk of the loss (default: 128)")
+    parser.add_argument("--compile", action="store_true", help="ours with compiled layers, too")
     parser.add_argument("--seconds", type=float, default=40, help="of measuring for each method")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and no record, to see that it runs")
+    parser.add_argument("--only", help="print the peak memory of this provider after a few steps, and nothing else")
     args = parser.parse_args()
-
-    torch.manual_seed(0)
     if args.smoke:
-        tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
-        model, args.seconds = LlamaForCausalLM(LlamaConfig(vocab_size=99, **tiny)).bfloat16(), 0.1
-    elif args.model:
-        from qlora_ext.finetune.load import load_model, open_checkpoint
+        args.batch, args.length, args.loss_chunk, args.seconds = 2, 16, 8, 0.1
+    return args
 
-        model = load_model(open_checkpoint(args.model), dtype=torch.bfloat16, device=torch.device("cpu"))
-    else:
-        model = LlamaForCausalLM(SMOLLM2).bfloat16()
+
+def main() -> None:
+    args = options()
+    model = smollm2.load(args.model, tiny=args.smoke)
+    torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length))
+    chunks = {COMPILED: args.loss_chunk, CHUNKED: args.loss_chunk}
+    if args.only:
+        step = training_step(build(args.only, model), ids, chunks.get(args.only))
+        for _ in range(STEPS_OF_MEMORY):
+            step()
+        print(json.dumps({"peak_rss_bytes": peak_rss()}))
+        return
 
-    steps = {name: training_step(peers.build(name, model), ids) for name in peers.METHODS}
-    losses = {name: step() for name, step in steps.items()}
-    reference = losses["PEFT LoRA on bf16"]
+    providers = [OURS, CHUNKED, *([COMPILED] if args.compile else []), *(set_of_peers := list(peers.METHODS)[1:])]
+    models = {provider: build(provider, copy.deepcopy(model)) for provider in providers}
+    steps = {provider: training_step(models[provider], ids, chunks.get(provider)) for provider in providers}
+    losses = {provider: step() for provider, step in steps.items()}
+    reference = losses[set_of_peers[-1]]
     # The adapters start at zero: all methods see about the same model.
     assert all(abs(loss - reference) < 0.1 * reference for loss in losses.values()), losses
+    assert abs(losses[CHUNKED] - losses[OURS]) < 1e-3 * reference, losses
 
-    tokens = args.batch * args.length
-    same = {
-        "bench": "train_step",
-        "model": Path(args.model).resolve().name if args.model else "random, SmolLM2-135M",
-        "dtype": "bfloat16",
-    }
+    same = {"bench": "train_step", "model": smollm2.name(args.model, tiny=args.smoke), "dtype": "bfloat16"}
     same |= {"batch": args.batch, "length": args.length}
     rows: list[dict[str, Any]] = []
-    for name, times in interleaved(steps, seconds=args.seconds).items():
+    for provider, times in interleaved(steps, seconds=args.seconds).items():
         timed = percentiles(times)
-        rows.append(same | {"provider": name, "tokens_per_s": tokens / timed["p50"]} | timed)
+        row = {"provider": provider, "tokens_per_s": args.batch * args.length / timed["p50"]}
+        row["loss_chunk"] = chunks.get(provider)
+        if provider == OURS or not args.smoke:  # a child takes seconds to import all that it needs
+            row["peak_rss_bytes"] = peak_memory(provider)
+        rows.append(same | row | timed)
     record.write("train_step", rows, smoke=args.smoke)
+
+    same["bench"], rows = "train_step_profile", []
+    for provider in providers:
+        if provider == COMPILED:
+            continue
+        mark_parts(models[provider])
+        measured = [profiled(steps[provider]) for _ in range(STEPS_OF_PROFILE)]
+        for part in PARTS:
+            share = sum(one[part] for one in measured) / sum(sum(one.values()) for one in measured)
+            timed = percentiles([one[part] for one in measured])
+            rows.append(same | {"provider": provider, "part": part, "share": share} | timed)
+    record.write("train_step_profile", rows, smoke=args.smoke)
 
 
 if __name__ == "__main__":

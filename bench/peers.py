@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import peft
@@ -22,8 +21,8 @@ def ours(model: nn.Module) -> nn.Module:
     return model
 
 
-def peft_bitsandbytes(model: nn.Module) -> nn.Module:
-    """QLoRA by PEFT and bitsandbytes, as transformers' BitsAndBytesConfig (4-bit, nf4, double_quant) sets it up."""
+def bitsandbytes_4bit(model: nn.Module) -> nn.Module:
+    """The linear layers as transformers' BitsAndBytesConfig (4-bit, nf4, double_quant) makes them."""
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or name.endswith("lm_head"):
             continue
@@ -40,7 +39,12 @@ def peft_bitsandbytes(model: nn.Module) -> nn.Module:
         layer.bias = module.bias
         model.set_submodule(name, layer)
     model.is_loaded_in_4bit = True  # what PEFT looks for
-    return peft_lora(model)
+    return model
+
+
+def peft_bitsandbytes(model: nn.Module) -> nn.Module:
+    """QLoRA by PEFT and bitsandbytes."""
+    return peft_lora(bitsandbytes_4bit(model))
 
 
 def peft_lora(model: nn.Module) -> nn.Module:
@@ -55,8 +59,3 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "PEFT + bitsandbytes QLoRA": peft_bitsandbytes,
     "PEFT LoRA on bf16": peft_lora,
 }
-
-
-def build(name: str, model: nn.Module) -> nn.Module:
-    """A copy of the model under the method of this name, in training mode."""
-    return METHODS[name](copy.deepcopy(model)).train()

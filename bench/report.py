@@ -26,6 +26,7 @@ RUNS = (
     ["bench/bench_dequantize_4bit.py", "--dtype", "bf16", "fp32"],
     ["bench/quantization_error.py"],
     ["bench/bench_train_step.py", "--model", "build/demo/model.gguf"],
+    ["bench/bench_generate.py"],
     ["bench/compare_methods.py"],
     ["bench/sass_report.py"],
 )

@@ -146,7 +146,24 @@ def training_bytes(row: Row) -> int:
 
 def train_step_table(rows: list[Row]) -> Table:
     ours = rows[0]["tokens_per_s"]
-    lines = [[r["provider"], f"{r['tokens_per_s']:.0f}", f"{ours / r['tokens_per_s']:.2f}x"] for r in rows]
+    table = [["", "tokens/s", "qlora_ext is", "peak RSS of its process, MiB"]]
+    for row in rows:
+        peak = f"{row['peak_rss_bytes'] / MIB:.0f}" if "peak_rss_bytes" in row else "not measured"
+        table.append([row["provider"], f"{row['tokens_per_s']:.0f}", f"{ours / row['tokens_per_s']:.2f}x", peak])
+    return table
+
+
+def train_step_profile_table(rows: list[Row]) -> Table:
+    """A line a part of the step, a column a provider: milliseconds, and the share of the step."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    cells = {(r["part"], r["provider"]): f"{r['p50'] * 1e3:.0f} ({r['share']:.0%})" for r in rows}
+    parts = dict.fromkeys(row["part"] for row in rows)
+    return [["ms of a step", *providers], *([part, *(cells[part, one] for one in providers)] for part in parts)]
+
+
+def generate_table(rows: list[Row]) -> Table:
+    ours = rows[0]["tokens_per_s"]
+    lines = [[r["provider"], f"{r['tokens_per_s']:.1f}", f"{ours / r['tokens_per_s']:.2f}x"] for r in rows]
     return [["", "tokens/s", "qlora_ext is"], *lines]
 
 
@@ -174,6 +191,8 @@ def sass_table(rows: list[Row]) -> Table:
 TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "compare_methods": methods_table,
     "train_step": train_step_table,
+    "train_step_profile": train_step_profile_table,
+    "generate": generate_table,
     "linear_4bit": product_table,
     "linear_4bit_dgrad": product_table,
     "lora_linear_4bit": lora_table,

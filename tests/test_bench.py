@@ -54,6 +54,8 @@ def test_smoke(script: str) -> None:
     rows = rows_of(f"bench/{script}", "--smoke")
     if script == "bench_cuda.py":
         check_every_cuda_bench(rows)
+    elif script == "bench_train_step.py":
+        check_train_step(rows)
     elif script in PEERS:
         check_cpu_bench(rows, PEERS[script])
 
@@ -114,6 +116,18 @@ def test_wrong_result_fails_and_missing_peer_is_named() -> None:
     skipped = {row["provider"]: row["skipped"] for row in rows if "skipped" in row}
     assert skipped["bitsandbytes eval"] == skipped["bitsandbytes training"] == "bitsandbytes is not installed"
     assert skipped["torchao NF4"].startswith("torchao's NF4 cannot be imported")
+
+
+def check_train_step(rows: list[dict[str, Any]]) -> None:
+    """Both losses of ours are timed, memory comes from a child process, and the profile gives away all of a step."""
+    timed = {row["provider"]: row for row in rows if row["bench"] == "train_step"}
+    assert timed["qlora_ext QLoRA"]["peak_rss_bytes"] > 2**27  # torch alone is more
+    assert timed["qlora_ext QLoRA, chunked loss"]["loss_chunk"] == 8
+    for provider in timed:
+        shares = {row["part"]: row["share"] for row in rows if "part" in row and row["provider"] == provider}
+        assert len(shares) == 7
+        assert all(share > 0 for share in shares.values()), shares
+        assert abs(sum(shares.values()) - 1) < 1e-6
 
 
 def check_every_cuda_bench(rows: list[dict[str, Any]]) -> None:

@@ -73,6 +73,16 @@ def test_run_from_data_to_report(method: str, arguments: dict[str, Any], capsys:
     assert lowest <= report["base_bits"] <= highest
 
 
+def test_chunked_loss_trains_as_the_whole_one(arguments: dict[str, Any], tmp_path: Path) -> None:
+    assert cli.main(words(arguments)) == 0
+    whole = json.loads((arguments["output"] / "report.json").read_text(encoding="utf-8"))
+    assert cli.main(words({**arguments, "output": tmp_path / "chunked", "loss-chunk": 2})) == 0
+    chunked = json.loads((tmp_path / "chunked" / "report.json").read_text(encoding="utf-8"))
+    assert chunked["arguments"]["loss_chunk"] == 2
+    assert chunked["losses"] == pytest.approx(whole["losses"], rel=1e-3)
+    assert chunked["held_out_loss_after"] == pytest.approx(whole["held_out_loss_after"], rel=1e-3)
+
+
 def test_peft_reads_the_adapter(model: Path, arguments: dict[str, Any]) -> None:
     assert cli.main(words({**arguments, "method": "lora", "dtype": "fp32", "target-modules": "q_proj,up_proj"})) == 0
     ours = load_model(open_checkpoint(str(model)), dtype=torch.float32, device=torch.device("cpu"))
@@ -104,6 +114,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"steps": "-1"}, "argument --steps: expected a whole number above 0, got '-1'"),
     "lr": ({"lr": "inf"}, "argument --lr: expected a number above 0, got 'inf'"),
     "eval fraction": ({"eval-fraction": 1}, "argument --eval-fraction: expected a number from 0 to below 1"),
+    "loss chunk": ({"loss-chunk": 0}, "argument --loss-chunk: expected a whole number above 0, got '0'"),
     "steps and epochs": ({"epochs": 1}, "not allowed with argument"),
     "method": ({"method": "dora"}, "argument --method: invalid choice"),
     "blocksize": ({"blocksize": 48}, "blocksize"),

@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--warmup", type=_not_negative, default=0.03, help="steps, or a share of all steps if below 1")
     run.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=_DTYPE_HELP)
     run.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    run.add_argument("--loss-chunk", type=_positive, metavar="TOKENS", help=_CHUNK_HELP)
+    run.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
     run.add_argument("--seed", type=int, default=0, help="of the split, the adapter, the order and the dropout")
     run.add_argument("--save-steps", type=_positive, default=100, help="steps between checkpoints; the last 2 are kept")
 
@@ -83,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 _DTYPE_HELP = "of the computation; auto: bf16 where the machine multiplies it natively (adapters are always fp32)"
+_CHUNK_HELP = (
+    "make the output head's logits, and their gradients, for so many answer tokens at a time (128, say): less memory, "
+    "the same loss; for models whose logits are the result of lm_head (default: all tokens of a batch at once)"
+)
+_COMPILE_HELP = (
+    "torch.compile of the layers: fewer passes over memory, after a minute in the first step; needs g++ on CPU"
+)
 _CHAT_HELP = 'auto: the tokenizer\'s chat template if it has one; plain: lines of "role: content"'
 
 

@@ -5,34 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import IGNORE, Example, PadToLongest
-
-
-def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """Summed cross entropy of a batch over its labelled tokens, in nats, and how many those are.
-
-    Logits are made of the positions before a label only: with a vocabulary of 50,000 those of the rest would be most of
-    the memory of a step.
-
-    Args:
-        batch: input_ids, attention_mask and labels, int64 [examples, length], on the model's device.
-    """
-    labels = batch["labels"][:, 1:]
-    labelled = F.pad(labels != IGNORE, (0, 1))  # the position that predicts a label is the one before it
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][labelled],))
-    try:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = model(**inputs, use_cache=False).logits
-    finally:
-        hook.remove()
-    wanted = labels[labels != IGNORE]
-    return F.cross_entropy(logits.float(), wanted, reduction="sum"), len(wanted)
+from .data import Example, PadToLongest
+from .loss import answer_loss
 
 
 def held_out_loss(
@@ -42,19 +19,21 @@ def held_out_loss(
     batch_size: int,
     *,
     autocast: bool = False,
+    chunk: int | None = None,
 ) -> float:
     """Mean cross entropy over all labelled tokens of the examples, in nats.
 
     Args:
         examples: at least one; their order does not change the mean.
         autocast: compute in bfloat16 from float32 weights, as training with mixed precision does.
+        chunk: as for `answer_loss`.
     """
     ordered = sorted(examples, key=lambda example: len(example.input_ids))  # neighbours pad each other least
     total, count = 0.0, 0
     with _evaluating(model, autocast):
         for start in tqdm(range(0, len(ordered), batch_size), desc="held-out loss", unit="batch", leave=False):
             batch = collate(ordered[start : start + batch_size])
-            loss, tokens = answer_loss(model, {key: value.to(model.device) for key, value in batch.items()})
+            loss, tokens = answer_loss(model, {key: value.to(model.device) for key, value in batch.items()}, chunk)
             total, count = total + loss.item(), count + tokens
     return total / count
 
@@ -91,8 +70,10 @@ def sample_answers(
 def _evaluating(model: PreTrainedModel, autocast: bool) -> Iterator[None]:
     was_training = model.training
     model.eval()
+    # Compiled layers (--compile) run as they are: with a cache, each would be compiled by itself for its place in it.
+    eager = torch.compiler.set_stance("force_eager")
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+        with eager, torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
             yield
     finally:
         model.train(was_training)

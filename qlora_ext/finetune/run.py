@@ -14,9 +14,11 @@ import transformers
 import qlora_ext
 from qlora_ext.info import built_for_cuda, describe
 
+from .compile import compile_layers
 from .data import IGNORE, PadToLongest, load_data
 from .evaluate import held_out_loss, sample_answers
 from .load import compute_dtype, load_model, open_checkpoint
+from .loss import check_head
 from .report import composition, peak_rss, table, write
 from .train import Schedule, total_steps, train
 
@@ -57,6 +59,10 @@ def run(options: argparse.Namespace) -> int:
     transformers.set_seed(options.seed)  # the adapter starts the same on every base
     if adapter:
         qlora_ext.add_adapter(model, _lora_config(options))
+    if options.loss_chunk:
+        check_head(model)
+    if options.compile:
+        _say(f"{compile_layers(model)} layers to compile: the first step takes a minute")
     options.output.mkdir(parents=True, exist_ok=True)
     _check_same_run(options)
     for name in ("report.json", "report.png"):  # of an earlier run
@@ -68,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
     def evaluate() -> tuple[float | None, list[str]]:
         loss = None
         if data.held_out:
-            loss = held_out_loss(model, data.held_out, collate, options.batch_size, autocast=autocast)
+            how = {"autocast": autocast, "chunk": options.loss_chunk}
+            loss = held_out_loss(model, data.held_out, collate, options.batch_size, **how)
         return loss, sample_answers(model, tokenizer, shown, autocast=autocast)
 
     figures = composition(model, adapter=adapter)
@@ -208,6 +215,7 @@ def _schedule(options: argparse.Namespace, examples: int) -> Schedule:
         save_steps=options.save_steps,
         seed=options.seed,
         gradient_checkpointing=options.gradient_checkpointing,
+        loss_chunk=options.loss_chunk,
     )
 
 

@@ -25,7 +25,8 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 import qlora_ext
 
 from .data import Dataset, PadToLongest
-from .evaluate import answer_loss, held_out_loss
+from .evaluate import held_out_loss
+from .loss import answer_loss
 
 STAGING = ".incomplete"
 
@@ -44,6 +45,7 @@ class Schedule:
     save_steps: int = 100
     seed: int = 0
     gradient_checkpointing: bool = False
+    loss_chunk: int | None = None  # tokens whose logits exist together; None: all
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def train(
             shutil.rmtree(stale)
 
     arguments = _arguments(schedule, output, model.device, autocast)
-    trainer = _Trainer(model, tokenizer, data, arguments, adapter=adapter, autocast=autocast)
+    trainer = _Trainer(model, tokenizer, data, arguments, schedule.loss_chunk, adapter=adapter, autocast=autocast)
     trainer.remove_callback(PrinterCallback)
     watch, interrupt = _Watch(), _Interrupt()
     trainer.add_callback(watch)
@@ -175,12 +177,13 @@ class _Trainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         data: Dataset,
         args: TrainingArguments,
+        loss_chunk: int | None,
         *,
         adapter: bool,
         autocast: bool,
     ) -> None:
         self.tuned, self.tokenizer, self.held_out = model, tokenizer, data.held_out
-        self.adapter, self.autocast = adapter, autocast
+        self.loss_chunk, self.adapter, self.autocast = loss_chunk, adapter, autocast
         self.collate = PadToLongest(tokenizer.pad_token_id or 0)
         self.folder = Path(str(args.output_dir))
         super().__init__(
@@ -193,13 +196,14 @@ class _Trainer(Trainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         _, batch = args
-        loss, tokens = answer_loss(self.tuned, batch)
+        loss, tokens = answer_loss(self.tuned, batch, self.loss_chunk)
         total = kwargs["num_items_in_batch"]  # labelled tokens of all forward passes of this step
         return loss / (tokens if total is None else total)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         batch_size = self.args.per_device_train_batch_size
-        loss = held_out_loss(self.tuned, self.held_out, self.collate, batch_size, autocast=self.autocast)
+        how: dict[str, Any] = {"autocast": self.autocast, "chunk": self.loss_chunk}
+        loss = held_out_loss(self.tuned, self.held_out, self.collate, batch_size, **how)
         metrics = {"eval_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
