@@ -57,9 +57,9 @@ QLORA_HOST_DEVICE T decode(const Codebook& book, std::uint8_t code, float absmax
   return round_to<T>(book.value[code] * absmax);
 }
 
-// The codes that round_code rounds the other way than to nearest, as bits. Rounded to nearest, NF4's codes are off in one
-// direction: by 1.8e-4 of absmax a weight in bf16 for normal weights, which adds up over K wherever x has a mean. Two
-// codes rounded the other way take that to 2e-5, and the root mean square from 5.3e-4 to 5.9e-4. FP4 is symmetric.
+// The codes that round_code rounds the other way than to nearest, as bits. Rounded to nearest, NF4's codes are off in
+// one direction: by 1.8e-4 of absmax a weight in bf16 for normal weights, which adds up over K wherever x has a mean.
+// Two codes rounded the other way take that to 2e-5, and the root mean square from 5.3e-4 to 5.9e-4. FP4 is symmetric.
 QLORA_HOST_DEVICE constexpr unsigned rounded_away(QuantType quant_type, BFloat16) {
   return quant_type == QuantType::NF4 ? 1u << 6 | 1u << 12 : 0;
 }

@@ -7,8 +7,8 @@
 
 namespace qlora {
 
-// A matrix whose elements count as 0 where the mask of its shape, if it is defined, is false. Any strides, which are the
-// mask's too.
+// A matrix whose elements count as 0 where the mask of its shape, if it is defined, is false. Any strides, which are
+// the mask's too.
 struct MaskedMatrix {
   at::Tensor values, mask;
 };

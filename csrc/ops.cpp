@@ -11,7 +11,6 @@
 #include <string>
 #include <vector>
 
-
 namespace qlora {
 namespace {
 
@@ -80,8 +79,8 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
 Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
                          const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                          std::string quant_type, int64_t blocksize, int64_t in_features) {
-  const LinearArguments arguments = check_dgrad("linear_4bit_dgrad", grad, packed, absmax, nested_absmax,
-                                                nested_offset, quant_type, blocksize, in_features);
+  const LinearArguments arguments = check_dgrad("linear_4bit_dgrad", grad, packed, absmax, nested_absmax, nested_offset,
+                                                quant_type, blocksize, in_features);
   return in_shape_of(multiply_dgrad(arguments, {}), grad);
 }
 

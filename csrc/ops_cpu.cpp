@@ -195,9 +195,8 @@ class Cpu final : public Device {
                                N,
                                K,
                                dtype};
-    at::parallel_for(0, N, ceil_div(kGrain, std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
-      cpu::linear_4bit(product, begin, end);
-    });
+    at::parallel_for(0, N, ceil_div(kGrain, std::max<int64_t>(K, 1)),
+                     [&](int64_t begin, int64_t end) { cpu::linear_4bit(product, begin, end); });
   }
 };
 

@@ -75,8 +75,8 @@ class Cuda final : public Device {
 
   at::ScalarType compute_dtype(at::ScalarType dtype) const override { return dtype; }
 
-  bool fused_linear_4bit(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias_arg,
-                         LowRankList added, DType dtype, const Tensor& y) const override {
+  bool fused_linear_4bit(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias_arg, LowRankList added,
+                         DType dtype, const Tensor& y) const override {
     if (x_arg.size(0) > cuda::kMostFusedRows) return false;
     const Tensor x = aligned(x_arg);
     const Tensor bias = bias_arg.defined() ? bias_arg.contiguous() : bias_arg;

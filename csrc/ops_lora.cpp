@@ -22,7 +22,8 @@ int64_t total_rank(at::TensorList A) {
   return total;
 }
 
-// y = linear_4bit(x) + sum_i scaling_i ((x * mask_i) A_i^T) B_i^T; xA: the (x * mask_i) A_i^T side by side, in x's dtype.
+// y = linear_4bit(x) + sum_i scaling_i ((x * mask_i) A_i^T) B_i^T; xA: the (x * mask_i) A_i^T side by side, in x's
+// dtype.
 std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
                                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                                             std::string quant_type, int64_t blocksize, int64_t out_features,
@@ -57,8 +58,8 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
 }
 
 // With g_i = scaling_i grad B_i:  grad_x = grad W + sum_i mask_i * (g_i A_i),  grad_A_i = g_i^T (x * mask_i) and
-// grad_B_i = scaling_i grad^T xA_i. grad_A is stacked, [sum r, K]; so is grad_B, transposed, [sum r, N]; both are float32.
-// grad_x is empty unless it is wanted.
+// grad_B_i = scaling_i grad^T xA_i. grad_A is stacked, [sum r, K]; so is grad_B, transposed, [sum r, N]; both are
+// float32. grad_x is empty unless it is wanted.
 std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
     const Tensor& grad_arg, const Tensor& x_arg, const Tensor& xA, const Tensor& packed, const Tensor& absmax,
     const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
@@ -95,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
     first += r;
   }
   auto stacked = [](const std::vector<Tensor>& parts) { return parts.size() == 1 ? parts[0] : at::cat(parts, 0); };
-  const Tensor grad_x = with_grad_x ? in_shape_of(multiply_dgrad(arguments, added), grad_arg)
-                                    : at::empty({0}, grad.options());
+  const Tensor grad_x =
+      with_grad_x ? in_shape_of(multiply_dgrad(arguments, added), grad_arg) : at::empty({0}, grad.options());
   return {grad_x, stacked(grad_A), stacked(grad_B)};
 }
 

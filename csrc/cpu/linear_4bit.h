@@ -24,8 +24,8 @@ constexpr std::int64_t kMostFewRows = 8;
 // Whether the CPU path in use has such a kernel for x of this dtype.
 bool has_few_rows(DType dtype);
 
-// x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on a
-// 64-byte border.
+// x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on
+// a 64-byte border.
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t K);
 void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t K, void* arranged);
 

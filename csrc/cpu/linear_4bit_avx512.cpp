@@ -50,7 +50,8 @@ Arrangement arrangement_avx512() {
   Arrangement arrangement{Avx512::kChunk, DType::Float32, {}};
   for (int i = 0; i < Avx512::kChunk; ++i) {
     const int nibble = i / 16, dword = i % 16, byte = 4 * dword + nibble / 2;
-    arrangement.order[i] = static_cast<std::uint8_t>(2 * byte + (nibble % 2 == 0));  // the low nibble is the odd element
+    arrangement.order[i] =
+        static_cast<std::uint8_t>(2 * byte + (nibble % 2 == 0));  // the low nibble is the odd element
   }
   return arrangement;
 }

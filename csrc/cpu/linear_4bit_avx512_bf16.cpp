@@ -55,7 +55,8 @@ Arrangement arrangement_avx512_bf16() {
   Arrangement arrangement{Avx512Bf16::kChunk, DType::BFloat16, {}};
   for (int i = 0; i < Avx512Bf16::kChunk; ++i) {
     const int nibble = i / 32, word = i % 32, byte = 2 * word + nibble / 2;
-    arrangement.order[i] = static_cast<std::uint8_t>(2 * byte + (nibble % 2 == 0));  // the low nibble is the odd element
+    arrangement.order[i] =
+        static_cast<std::uint8_t>(2 * byte + (nibble % 2 == 0));  // the low nibble is the odd element
   }
   return arrangement;
 }

@@ -4,7 +4,8 @@
 // Isa has
 //   kChunk       weights that are decoded at a time
 //   Element      of x as arrange_x leaves it
-//   Vector       fp32 sums; their lanes are those of the chunk's weights in order, so that each run of 32 weights, which
+//   Vector       fp32 sums; their lanes are those of the chunk's weights in order, so that each run of 32 weights,
+//   which
 //                share an absmax, has its own lanes
 //   decode       the codes' values of a chunk
 //   dot          a chunk of x times those, each lane its own sum

@@ -49,8 +49,8 @@ struct Rectangle {
 
 constexpr std::int64_t kMatmulColumnBorder = 32;
 
-// Whether the CPU path in use has a kernel for operands of this dtype, or of this and fp32: not on the portable path, nor
-// for bf16 where the CPU multiplies matrices itself (AMX) and torch makes use of that.
+// Whether the CPU path in use has a kernel for operands of this dtype, or of this and fp32: not on the portable path,
+// nor for bf16 where the CPU multiplies matrices itself (AMX) and torch makes use of that.
 bool has_matmul(DType operands);
 
 // std::logic_error if it has none.

@@ -72,9 +72,8 @@ struct Avx2 {
     const __m128i nibble = _mm_set1_epi8(0xf);
     for (std::int64_t r = 0; r < depth; r += 2) {
       const std::uint8_t* first = s.packed + r * kStagedBytes + column / 2;
-      const __m128i bytes =
-          _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)),
-                             _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first + kStagedBytes)));
+      const __m128i bytes = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)),
+                                               _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first + kStagedBytes)));
       const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
       const __m128i low = _mm_and_si128(bytes, nibble);
       const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(high, low), _mm_unpacklo_epi8(high, low));

@@ -12,8 +12,8 @@ constexpr std::int64_t kMaxColumns = 256;  // of out, whose sums are kept at a t
 constexpr std::int64_t kXStride = kDepth + 16;
 constexpr std::int64_t kSumStride = kMaxColumns + 16;
 
-// A block of the 4-bit weight, copied to one place: its rows are so far apart that they would push each other out of the
-// cache. Bytes are as in the weight, [W's rows][kStagedBytes]; absmax is decoded, per kStep of W's columns.
+// A block of the 4-bit weight, copied to one place: its rows are so far apart that they would push each other out of
+// the cache. Bytes are as in the weight, [W's rows][kStagedBytes]; absmax is decoded, per kStep of W's columns.
 constexpr std::int64_t kStagedBytes = kDepth / 2;
 constexpr std::int64_t kStep = 16;
 

@@ -98,7 +98,8 @@ inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::in
     }
   }
   for (std::int64_t step = 0; step < steps; ++step) {
-    for (std::int64_t i = rows; i < smaller(rows + kMatmulColumnBorder, kDepth); ++i) s.absmax[step * kDepth + i] = 0.0f;
+    for (std::int64_t i = rows; i < smaller(rows + kMatmulColumnBorder, kDepth); ++i)
+      s.absmax[step * kDepth + i] = 0.0f;
   }
 }
 
@@ -179,8 +180,8 @@ void multiply_rectangle(const Matmul& product, const Rectangle& rectangle, const
   const std::int64_t columns = even_part(column_end - column_begin, kMaxColumns, kMatmulColumnBorder);
   for (std::int64_t row = row_begin; row < row_end; row += rows) {
     for (std::int64_t column = column_begin; column < column_end; column += columns) {
-      multiply_part<Isa>(
-          product, {row, smaller(row + rows, row_end), column, smaller(column + columns, column_end)}, scratch);
+      multiply_part<Isa>(product, {row, smaller(row + rows, row_end), column, smaller(column + columns, column_end)},
+                         scratch);
     }
   }
 }

@@ -1,5 +1,5 @@
-// What the AVX512 kernels share: loads and stores of 16 numbers of any dtype. A file of kernels includes this inside its
-// target region.
+// What the AVX512 kernels share: loads and stores of 16 numbers of any dtype. A file of kernels includes this inside
+// its target region.
 namespace qlora::cpu {
 namespace {
 

@@ -40,9 +40,8 @@ struct Values {
   }
 
   double read(std::int64_t i) const {
-    return with_type(dtype, [&](auto type) -> double {
-      return to_float(reinterpret_cast<const decltype(type)*>(bytes.data())[i]);
-    });
+    return with_type(
+        dtype, [&](auto type) -> double { return to_float(reinterpret_cast<const decltype(type)*>(bytes.data())[i]); });
   }
 };
 
@@ -88,8 +87,8 @@ void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t
   const Values x(dtype, M * K), addend(DType::Float32, M * N);
   Values y(dtype, M * N), in_parts(dtype, M * N);
   const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, K) + 63) / 64 * 64;
-  const std::unique_ptr<void, decltype(&std::free)> arranged(
-      std::aligned_alloc(64, static_cast<std::size_t>(bytes)), std::free);
+  const std::unique_ptr<void, decltype(&std::free)> arranged(std::aligned_alloc(64, static_cast<std::size_t>(bytes)),
+                                                             std::free);
   cpu::arrange_x(x.bytes.data(), dtype, M, K, arranged.get());
   const auto* added = reinterpret_cast<const float*>(addend.bytes.data());
   for (const std::int64_t stride : {std::int64_t{0}, N}) {
@@ -102,7 +101,8 @@ void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t
       for (std::int64_t n = 0; n < N; ++n) {
         double exact = addend.read(m * stride + n), magnitude = std::fabs(exact);
         for (std::int64_t k = 0; k < K; ++k) {
-          const double term = x.exact[static_cast<std::size_t>(m * K + k)] * w.decoded[static_cast<std::size_t>(n * K + k)];
+          const double term =
+              x.exact[static_cast<std::size_t>(m * K + k)] * w.decoded[static_cast<std::size_t>(n * K + k)];
           exact += term;
           magnitude += std::fabs(term);
         }
@@ -112,8 +112,8 @@ void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t
   }
 }
 
-// x = 1 shows a bias of the codes in 16 bits, which adds up over K: at most twice the error of a sum of weights that are
-// rounded to bf16.
+// x = 1 shows a bias of the codes in 16 bits, which adds up over K: at most twice the error of a sum of weights that
+// are rounded to bf16.
 void check_mean() {
   constexpr std::int64_t N = 24, K = 14336;
   if (!cpu::has_few_rows(DType::BFloat16)) return;
@@ -230,9 +230,9 @@ int main() {
     for (DType dtype : {DType::Float32, DType::Float16, DType::BFloat16}) {
       const QuantType quant_type = dtype == DType::Float16 ? QuantType::FP4 : QuantType::NF4;
       // K of whole and unfinished chunks (of 64 or 128 weights), of one and of several segments (of 4096).
-      for (const auto& [M, K, blocksize] : {std::tuple{1, 256, 64}, std::tuple{2, 96, 32}, std::tuple{3, 320, 64},
-                                            std::tuple{4, 4096 + 160, 32}, std::tuple{5, 512, 512},
-                                            std::tuple{6, 8192, 4096}, std::tuple{7, 32, 32}, std::tuple{8, 192, 64}}) {
+      for (const auto& [M, K, blocksize] :
+           {std::tuple{1, 256, 64}, std::tuple{2, 96, 32}, std::tuple{3, 320, 64}, std::tuple{4, 4096 + 160, 32},
+            std::tuple{5, 512, 512}, std::tuple{6, 8192, 4096}, std::tuple{7, 32, 32}, std::tuple{8, 192, 64}}) {
         check_few_rows(M, 7, K, blocksize, dtype, quant_type, M % 2 == 1);
       }
       // N of unfinished panels and odd; K of unfinished depths (of 256); M of every unfinished tile.
