@@ -1,4 +1,4 @@
-// quantize_4bit for AVX2: whole blocks, 32 values at a time. The rank is counted by 15 compares.
+// quantize_4bit for AVX2: whole blocks, 32 values at a time, ranked by four steps of a binary search.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -11,14 +11,35 @@
 namespace qlora::cpu {
 namespace {
 
-inline __m256i rank8(__m256 x, const Codebook& book) {
-  __m256i rank = _mm256_setzero_si256();
-  for (int i = 0; i < kNumCodes - 1; ++i) {  // a true compare is -1
-    const __m256 above = _mm256_cmp_ps(x, _mm256_set1_ps(book.bound[i]), _CMP_GT_OQ);
-    rank = _mm256_sub_epi32(rank, _mm256_castps_si256(above));
+struct Encoder {
+  // Four steps of a binary search among the 15 bounds, with sums of compares (0 or -1) as the index of the next bound:
+  // it is negative, and vpermps looks at its lowest 3 bits, so entry -i mod 8 of a table is that of index -i.
+  __m256 middle, low_quarter, high_quarter, eighths, sixteenths;
+
+  explicit Encoder(const Codebook& book)
+      : middle(_mm256_set1_ps(book.bound[7])),
+        low_quarter(_mm256_set1_ps(book.bound[3])),
+        high_quarter(_mm256_set1_ps(book.bound[11])) {
+    float eighth[8] = {}, sixteenth[8];
+    for (int i = 0; i < 4; ++i) eighth[-i & 7] = book.bound[4 * i + 1];
+    for (int i = 0; i < 8; ++i) sixteenth[-i & 7] = book.bound[2 * i];
+    eighths = _mm256_loadu_ps(eighth);
+    sixteenths = _mm256_loadu_ps(sixteenth);
   }
-  return rank;
-}
+
+  static __m256i above(__m256 x, __m256 bound) { return _mm256_castps_si256(_mm256_cmp_ps(x, bound, _CMP_GT_OQ)); }
+  static __m256i twice_plus(__m256i a, __m256i b) { return _mm256_add_epi32(_mm256_add_epi32(a, a), b); }
+
+  // The number of bounds below each x.
+  __m256i operator()(__m256 x) const {
+    const __m256i half = above(x, middle);
+    const __m256 quarter = _mm256_blendv_ps(low_quarter, high_quarter, _mm256_castsi256_ps(half));
+    __m256i rank = twice_plus(half, above(x, quarter));
+    rank = twice_plus(rank, above(x, _mm256_permutevar8x32_ps(eighths, rank)));
+    rank = twice_plus(rank, above(x, _mm256_permutevar8x32_ps(sixteenths, rank)));
+    return _mm256_sub_epi32(_mm256_setzero_si256(), rank);
+  }
+};
 
 inline float reduce_max(__m256i bits) {
   alignas(32) std::uint32_t lanes[8];
@@ -31,6 +52,7 @@ inline float reduce_max(__m256i bits) {
 template <typename T>
 void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& book, std::int64_t begin,
                      std::int64_t end, std::uint8_t* packed, float* absmax) {
+  const Encoder encoder(book);
   const __m256i code_of_rank =
       _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(book.code_of_rank)));
   for (std::int64_t block = begin; block < end; ++block) {
@@ -45,7 +67,7 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& bo
     const __m256 inverse = _mm256_set1_ps(inverse_absmax(absmax[block]));
     for (std::int64_t i = 0; i < blocksize; i += 32) {
       __m256i rank[4];
-      for (int j = 0; j < 4; ++j) rank[j] = rank8(_mm256_mul_ps(load8(w + i + 8 * j), inverse), book);
+      for (int j = 0; j < 4; ++j) rank[j] = encoder(_mm256_mul_ps(load8(w + i + 8 * j), inverse));
       // The two packs work inside 128-bit lanes; the permutation of dwords puts the 32 bytes back in order.
       const __m256i bytes =
           _mm256_packus_epi16(_mm256_packus_epi32(rank[0], rank[1]), _mm256_packus_epi32(rank[2], rank[3]));
