@@ -21,7 +21,8 @@ struct LowRank {
 };
 using LowRankList = c10::ArrayRef<LowRank>;
 
-// Arguments are checked, contiguous and on the device, results allocated.
+// Arguments are checked and on the device, results allocated and contiguous. Weights are contiguous; x, gradients,
+// factors and masks may have any strides.
 class Device {
  public:
   // packed and absmax of weight.

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "check.h"
@@ -96,24 +97,25 @@ class Cpu final : public Device {
       multiply_few_rows(x.contiguous(), w, bias, added, dtype, y);
       return true;
     }
-    if (!cpu::has_matmul(dtype)) return false;
-    multiply({{.R = K, .x = matrix(x), .kind = cpu::Term::Kind::WeightTransposed, .w = w}}, added, bias, y);
+    const DType compute = compute_in(dtype);
+    if (!cpu::has_matmul(compute)) return false;
+    multiply({{.R = K, .x = matrix(x), .kind = cpu::Term::Kind::WeightTransposed, .w = w}}, added, bias, compute, y);
     return true;
   }
 
   bool fused_linear_4bit_dgrad(const Tensor& grad, const Packed4bit& w, LowRankList added, DType dtype,
                                const Tensor& grad_x) const override {
-    if (grad_x.size(1) % w.blocksize != 0 || !cpu::has_matmul(dtype)) return false;
-    multiply({{.R = grad.size(1), .x = matrix(grad), .kind = cpu::Term::Kind::Weight, .w = w}}, added, {}, grad_x);
+    const DType compute = compute_in(dtype);
+    if (grad_x.size(1) % w.blocksize != 0 || !cpu::has_matmul(compute)) return false;
+    multiply({{.R = grad.size(1), .x = matrix(grad), .kind = cpu::Term::Kind::Weight, .w = w}}, added, {}, compute,
+             grad_x);
     return true;
   }
 
   Tensor mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
             at::ScalarType out_dtype) const override {
-    const bool bf16 = a.values.scalar_type() == at::kBFloat16 || b.values.scalar_type() == at::kBFloat16;
-    if (!cpu::has_matmul(bf16 ? DType::BFloat16 : DType::Float32)) {
-      return Device::mm(a, b, scale, compute, out_dtype);
-    }
+    const DType type = compute_in(checked_dtype("mm", "compute", compute));
+    if (!cpu::has_matmul(type)) return Device::mm(a, b, scale, compute, out_dtype);
     const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
     const MaskedMatrix x = with_strides_of_mask(a), dense = with_strides_of_mask(b);
     multiply({{.R = a.values.size(1),
@@ -121,11 +123,13 @@ class Cpu final : public Device {
                .kind = cpu::Term::Kind::Dense,
                .dense = matrix(dense.values, dense.mask),
                .scale = static_cast<float>(scale)}},
-             {}, {}, out);
+             {}, {}, type, out);
     return out;
   }
 
  private:
+  static DType compute_in(DType dtype) { return dtype == DType::BFloat16 ? dtype : DType::Float32; }
+
   static MaskedMatrix with_strides_of_mask(const MaskedMatrix& m) {
     return m.mask.defined() ? MaskedMatrix{m.values.contiguous(), m.mask.contiguous()} : m;
   }
@@ -136,7 +140,8 @@ class Cpu final : public Device {
   }
 
   // out = the terms + added + bias, cut into as many rectangles as there are threads.
-  static void multiply(std::vector<cpu::Term> terms, LowRankList added, const Tensor& bias, const Tensor& out) {
+  static void multiply(std::vector<cpu::Term> terms, LowRankList added, const Tensor& bias, DType compute,
+                       const Tensor& out) {
     std::vector<Tensor> masks;  // kept until the product is done
     for (const LowRank& one : added) {
       const bool* mask = nullptr;
@@ -157,17 +162,25 @@ class Cpu final : public Device {
                               static_cast<int>(terms.size()),
                               bias.defined() ? bias_values.const_data_ptr() : nullptr,
                               out.data_ptr(),
-                              checked_dtype("matmul", "out", out.scalar_type())};
+                              checked_dtype("matmul", "out", out.scalar_type()),
+                              compute};
+    // A panel is decoded for a few rows, too.
     int64_t flops = 0;
-    for (const cpu::Term& each : terms) flops += 2 * M * J * each.R;
+    for (const cpu::Term& each : terms) flops += 2 * std::max<int64_t>(M, 16) * J * each.R;
     const int64_t threads = flops < kMinFlops ? 1 : at::get_num_threads();
-    const int64_t column_parts = std::min(threads, ceil_div(J, cpu::kMatmulColumnBorder));
-    const int64_t row_parts = std::min(ceil_div(threads, column_parts), ceil_div(M, int64_t{8}));
-    const int64_t columns = ceil_div(ceil_div(J, column_parts), cpu::kMatmulColumnBorder) * cpu::kMatmulColumnBorder;
+    const int64_t panels = ceil_div(J, cpu::kMatmulColumnBorder);
+    int64_t row_parts = 1, column_parts = 1, least = std::numeric_limits<int64_t>::max();
+    for (int64_t parts = 1; parts <= std::min(threads, ceil_div(M, int64_t{8})); ++parts) {
+      const int64_t others = std::min(threads / parts, panels);
+      const int64_t work = ceil_div(M, parts) * ceil_div(panels, others);  // of the thread that has most
+      if (work < least) least = work, row_parts = parts, column_parts = others;
+    }
+    const int64_t columns = ceil_div(panels, column_parts) * cpu::kMatmulColumnBorder;
     const int64_t rows = ceil_div(M, row_parts);
     at::parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t row = part / column_parts * rows, column = part % column_parts * columns;
+        if (row >= M || column >= J) continue;
         cpu::matmul(product, {row, std::min(row + rows, M), column, std::min(column + columns, J)});
       }
     });
@@ -180,10 +193,8 @@ class Cpu final : public Device {
     cpu::arrange_x(x.const_data_ptr(), dtype, M, K, arranged.data_ptr());
     Tensor addend = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
     if (!added.empty()) {
-      std::vector<LowRank> in_fp32(added.begin(), added.end());
-      for (LowRank& one : in_fp32) one.x = one.x.to(at::kFloat);
       const Tensor sums = at::empty({M, N}, x.options().dtype(at::kFloat));
-      multiply({}, in_fp32, addend, sums);
+      multiply({}, added, addend, DType::Float32, sums);
       addend = sums;
     }
     const cpu::FewRows product{arranged.const_data_ptr(),

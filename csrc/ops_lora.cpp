@@ -1,8 +1,10 @@
 // lora_linear_4bit and its gradients: a 4-bit linear layer with adapters in one op, on any device.
-#include <ATen/ops/addcmul.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/logical_not.h>
+#include <ATen/ops/masked_fill.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 
@@ -103,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
 
 Tensor masked(const MaskedMatrix& matrix, at::ScalarType dtype) {
   const Tensor values = matrix.values.to(dtype);
-  return matrix.mask.defined() ? at::mul(values, matrix.mask) : values;
+  return matrix.mask.defined() ? at::masked_fill(values, at::logical_not(matrix.mask), 0) : values;
 }
 
 }  // namespace
@@ -122,7 +124,7 @@ void add_low_rank(const Tensor& out, LowRankList added) {
   for (const LowRank& one : added) {
     if (one.mask.defined()) {
       const Tensor product = at::mm(one.x.to(dtype), at::mul(one.factor, one.scale).to(dtype));
-      out.addcmul_(product, one.mask.to(dtype));
+      out.add_(at::masked_fill(product, at::logical_not(one.mask), 0));
     } else {
       x.push_back(one.x.to(dtype));
       factors.push_back(at::mul(one.factor, one.scale).to(dtype));

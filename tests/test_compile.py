@@ -45,7 +45,9 @@ def assert_compiles_as_eager(
     assert len(expected) == 2 + sum(p.requires_grad for p in model.parameters())
     results = gradients(model, torch.compile(forward, **mode), x)
     for got, same in zip(results, expected, strict=True):
-        torch.testing.assert_close(got, same)
+        # Native code has an exp of its own, whose rounding a sum shows in proportion to its largest terms.
+        near = {"rtol": 1.3e-6, "atol": max(1e-5, 2**-21 * same.abs().max().item())}
+        torch.testing.assert_close(got, same, **(near if same.dtype == torch.float32 else {}))
 
 
 @by_dtype

@@ -79,6 +79,30 @@ def test_values_and_gradients_as_exact_as_torch(
         assert_as_exact_as_torch(got, torch_result, exact_result)
 
 
+@pytest.mark.parametrize("m", [1, 33])
+def test_adapters_in_bf16_leave_fp32_exact(m: int, cpu_path: str) -> None:
+    """The type of x decides what is multiplied in, not that of the adapters."""
+    a, b, scaling = adapters((8,), 48, 256)
+    a, b = [t.bfloat16() for t in a], [t.bfloat16() for t in b]
+    leaves, grad = [torch.randn(m, 256), torch.randn(48), *a, *b], torch.randn(m, 48)
+    results = with_gradients(fused(WEIGHT, 48, scaling, []), leaves, grad)
+    weight = dequantize_4bit(WEIGHT, (48, 256), torch.float32)
+    in_fp32 = [leaf.float() for leaf in leaves]
+    low = with_gradients(plain(weight, scaling, []), in_fp32, grad)
+    exact = with_gradients(plain(weight.double(), scaling, []), [leaf.double() for leaf in leaves], grad)
+    for got, torch_result, exact_result in list(zip(results, low, exact, strict=True))[:4]:
+        assert_as_exact_as_torch(got, torch_result, exact_result)
+
+
+def test_masked_out_elements_do_not_count(cpu_path: str) -> None:
+    """Not even an Inf."""
+    a, b, scaling = adapters((8,), 48, 256)
+    mask = torch.rand(4, 256) > 0.3
+    x = torch.where(mask, torch.randn(4, 256), torch.inf)
+    _, xa = lora_linear_4bit(x, *WEIGHT, 48, None, a, b, scaling, [mask])
+    torch.testing.assert_close(xa, torch.where(mask, x, 0) @ a[0].T)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_zero_b_changes_nothing(dtype: torch.dtype, cpu_path: str) -> None:
     """A fresh adapter leaves the model bit for bit as it is."""

@@ -4,9 +4,8 @@
 // Isa has
 //   kChunk       weights that are decoded at a time
 //   Element      of x as arrange_x leaves it
-//   Vector       fp32 sums; their lanes are those of the chunk's weights in order, so that each run of 32 weights,
-//   which
-//                share an absmax, has its own lanes
+//   Vector       fp32 sums, whose lanes are in the order of the chunk's weights: each run of 32 weights, which share an
+//                absmax, has lanes of its own
 //   decode       the codes' values of a chunk
 //   dot          a chunk of x times those, each lane its own sum
 //   scales       a chunk's absmax, one for each 32 weights, in the lanes of those weights

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <stdexcept>
 
 #include "matmul_blocks.h"
@@ -14,7 +15,7 @@ namespace {
 using Kernel = void (*)(const Matmul&, const Rectangle&, const MatmulScratch&);
 
 // Null where there is none.
-Kernel kernel_for([[maybe_unused]] DType dtype) {
+Kernel kernel_for([[maybe_unused]] DType compute) {
 #if defined(__x86_64__)
   switch (path()) {
     case Path::Portable:
@@ -22,7 +23,7 @@ Kernel kernel_for([[maybe_unused]] DType dtype) {
     case Path::Avx2:
       return matmul_avx2;
     case Path::Avx512Bf16:
-      if (dtype == DType::BFloat16) return multiplies_matrices() ? nullptr : matmul_avx512_bf16;
+      if (compute == DType::BFloat16) return multiplies_matrices() ? nullptr : matmul_avx512_bf16;
       [[fallthrough]];
     case Path::Avx512:
       return matmul_avx512;
@@ -31,27 +32,21 @@ Kernel kernel_for([[maybe_unused]] DType dtype) {
   return nullptr;
 }
 
-// What the product is computed in: bf16 where an operand is, fp32 otherwise.
-DType multiplied_as(const Matmul& product) {
-  for (int t = 0; t < product.num_terms; ++t) {
-    const Term& term = product.terms[t];
-    const bool dense = term.kind == Term::Kind::Dense;
-    if (term.x.dtype == DType::BFloat16 || (dense && term.dense.dtype == DType::BFloat16)) return DType::BFloat16;
-  }
-  return DType::Float32;
-}
-
 struct Free {
   void operator()(float* memory) const { std::free(memory); }
 };
 
 }  // namespace
 
-bool has_matmul(DType operands) { return kernel_for(operands) != nullptr; }
+bool has_matmul(DType compute) { return kernel_for(compute) != nullptr; }
 
 void matmul(const Matmul& product, const Rectangle& rectangle) {
-  const Kernel kernel = kernel_for(multiplied_as(product));
-  if (kernel == nullptr) throw std::logic_error("matmul: no kernel for this dtype on this CPU path");
+  const Kernel kernel = kernel_for(product.compute);
+  if (kernel == nullptr) throw std::logic_error("matmul: no kernel that computes in this dtype on this CPU path");
+  const auto is_border = [&](std::int64_t column) { return column % kMatmulColumnBorder == 0 || column == product.J; };
+  if (!is_border(rectangle.column_begin) || !is_border(rectangle.column_end)) {
+    throw std::logic_error("matmul: columns must be cut at multiples of kMatmulColumnBorder");
+  }
   constexpr std::size_t kAlignment = 64;
   constexpr std::size_t kBytes = MatmulScratch::kFloats * sizeof(float);
   static_assert(kBytes % kAlignment == 0);

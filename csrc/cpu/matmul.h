@@ -3,7 +3,8 @@
 //
 //   out[M, J] = round(sum over terms of x[M, R] @ b[R, J] + bias[J])
 //
-// Any rectangle of out can be computed by itself; each element gets the same roundings however out is cut.
+// Any rectangle of out, cut as Rectangle says, can be computed by itself; each element gets the same roundings however
+// out is cut.
 #pragma once
 
 #include <cstdint>
@@ -40,20 +41,21 @@ struct Matmul {
   const void* bias;  // [J] of out's dtype, or null
   void* out;         // [M, J], contiguous
   DType dtype;
+  DType compute;  // Float32, or BFloat16 to multiply in pairs of bf16 where the CPU path has them
 };
 
-// Rows and columns of out. Columns are best cut at multiples of kMatmulColumnBorder.
+// Rows and columns of out. Columns must be cut at multiples of kMatmulColumnBorder.
 struct Rectangle {
   std::int64_t row_begin, row_end, column_begin, column_end;
 };
 
 constexpr std::int64_t kMatmulColumnBorder = 32;
 
-// Whether the CPU path in use has a kernel for operands of this dtype, or of this and fp32: not on the portable path,
-// nor for bf16 where the CPU multiplies matrices itself (AMX) and torch makes use of that.
-bool has_matmul(DType operands);
+// Whether the CPU path in use has a kernel that computes in this: not the portable path, nor for bf16 where the CPU
+// multiplies matrices itself (AMX) and torch makes use of that.
+bool has_matmul(DType compute);
 
-// std::logic_error if it has none.
+// std::logic_error if it has none, or if the rectangle's borders are not where they must be.
 void matmul(const Matmul& product, const Rectangle& rectangle);
 
 }  // namespace qlora::cpu

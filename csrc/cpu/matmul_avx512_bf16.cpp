@@ -1,7 +1,8 @@
 // matmul for AVX512_BF16: pairs of bf16 along the reduction, tiles of 12 rows x 32 columns, 24 sums in 24 registers.
 //
 // Places hold pairs in 32 bits, the element of even r in the low half: of x as it lies in memory, of the panel so that
-// row r / 2 has the pairs of its columns. Weights are decoded in fp32 and rounded once, as dequantize_4bit does.
+// row r / 2 has the pairs of its columns. Weights are decoded in fp32 and rounded once, as dequantize_4bit does (but
+// for subnormals, which are 0 here).
 #include "matmul_blocks.h"
 
 #if defined(__x86_64__)
@@ -21,18 +22,28 @@ struct Avx512Bf16 {
   static constexpr std::int64_t kPerStep = 2;
   static constexpr int kTileRows = 12;
 
+  // memcpy, as the places are read as floats.
+  static void put(BFloat16 value, std::int64_t at, float* places) {
+    __builtin_memcpy(reinterpret_cast<char*>(places) + 2 * at, &value, 2);
+  }
+
   static void copy_row(const BFloat16* from, std::int64_t depth, float* to) {
     __builtin_memcpy(to, from, static_cast<std::size_t>(2 * depth));
-    if (depth % 2 != 0) reinterpret_cast<BFloat16*>(to)[depth] = {0};
+    if (depth % 2 != 0) put({0}, depth, to);
   }
 
   template <typename T>
   static void copy_row(const T* from, std::int64_t depth, float* to) {
-    auto* words = reinterpret_cast<BFloat16*>(to);
     std::int64_t r = 0;
-    for (; r + 16 <= depth; r += 16) store16(words + r, load16(from + r));
-    for (; r < depth; ++r) words[r] = round_to<BFloat16>(to_float(from[r]));
-    if (depth % 2 != 0) words[depth] = {0};
+    for (; r + 16 <= depth; r += 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + r / 2), round16(load16(from + r), BFloat16{}));
+    }
+    for (; r < depth; ++r) put(round_to<BFloat16>(to_float(from[r])), r, to);
+    if (depth % 2 != 0) put({0}, depth, to);
+  }
+
+  static void store_panel_value(float value, std::int64_t r, std::int64_t j, float* panel) {
+    put(round_to<BFloat16>(value), r / 2 * 2 * kColumns + 2 * j + r % 2, panel);
   }
 
   // 16 pairs of rows r and r + 1, and where they belong in the panel.

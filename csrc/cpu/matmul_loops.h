@@ -10,6 +10,7 @@
 //   kPerStep               elements of the reduction in a row of the panel, and in a place of x: 1, or 2 in bf16
 //   copy_row               part of a row of x to its place
 //   store_panel_rows       dense values, two rows of the panel
+//   store_panel_value      one of them
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
 //   fill_weight_transposed the panel, from W[J, R]: W's rows are the panel's columns
 //   multiply_tile<rows>    so many rows of x @ panel, some steps, onto their sums
@@ -45,36 +46,47 @@ void copy_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_
   });
 }
 
-// Some of row r of a dense b, scaled.
+// Some of row r of a dense b whose columns lie side by side, scaled.
 template <typename T>
 void copy_dense_row(const Matrix& b, float scale, std::int64_t r, std::int64_t column, std::int64_t width, float* to) {
-  const std::int64_t first = r * b.row_stride + column * b.column_stride;
+  const std::int64_t first = r * b.row_stride + column;
   const T* from = static_cast<const T*>(b.values) + first;
-  if (b.column_stride == 1 && b.mask == nullptr) {
+  if (b.mask == nullptr) {
     for (std::int64_t j = 0; j < width; ++j) to[j] = to_float(from[j]) * scale;
-    return;
-  }
-  for (std::int64_t j = 0; j < width; ++j) {
-    const std::int64_t at = j * b.column_stride;
-    to[j] = b.mask == nullptr || b.mask[first + at] ? to_float(from[at]) * scale : 0.0f;
+  } else {
+    for (std::int64_t j = 0; j < width; ++j) to[j] = b.mask[first + j] ? to_float(from[j]) * scale : 0.0f;
   }
 }
 
-// The panel of a dense b, two rows at a time; after the last of an odd number comes one of zeros.
+// The panel of a dense b, zeros beyond its width and, after the last of an odd number of rows, one of zeros. In the
+// order in which b lies in memory: two rows at a time, or each column.
 template <typename Isa>
 void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64_t column, std::int64_t width,
                 float* panel) {
-  with_type(term.dense.dtype, [&](auto type) {
+  const Matrix& b = term.dense;
+  with_type(b.dtype, [&](auto type) {
     using T = decltype(type);
-    float even[Isa::kColumns] = {}, odd[Isa::kColumns] = {};
-    for (std::int64_t i = 0; i < depth; i += 2) {
-      copy_dense_row<T>(term.dense, term.scale, r + i, column, width, even);
-      if (i + 1 < depth) {
-        copy_dense_row<T>(term.dense, term.scale, r + i + 1, column, width, odd);
-      } else {
-        for (float& value : odd) value = 0.0f;
+    if (b.column_stride == 1) {
+      float even[Isa::kColumns] = {}, odd[Isa::kColumns] = {};
+      for (std::int64_t i = 0; i < depth; i += 2) {
+        copy_dense_row<T>(b, term.scale, r + i, column, width, even);
+        if (i + 1 < depth) {
+          copy_dense_row<T>(b, term.scale, r + i + 1, column, width, odd);
+        } else {
+          for (float& value : odd) value = 0.0f;
+        }
+        Isa::store_panel_rows(even, odd, i, panel);
       }
-      Isa::store_panel_rows(even, odd, i, panel);
+      return;
+    }
+    for (std::int64_t j = 0; j < Isa::kColumns; ++j) {
+      const std::int64_t first = r * b.row_stride + (column + j) * b.column_stride;
+      for (std::int64_t i = 0; i < depth + depth % 2; ++i) {
+        const std::int64_t at = first + i * b.row_stride;
+        const bool counts = i < depth && j < width && (b.mask == nullptr || b.mask[at]);
+        const float value = counts ? to_float(static_cast<const T*>(b.values)[at]) * term.scale : 0.0f;
+        Isa::store_panel_value(value, i, j, panel);
+      }
     }
   });
 }

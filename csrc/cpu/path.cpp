@@ -77,9 +77,12 @@ bool multiplies_bf16() {
 
 bool multiplies_matrices() {
 #if defined(__x86_64__) && !defined(QLORA_EXT_EMULATED)
-  unsigned eax, ebx, ecx, edx;
-  constexpr unsigned kAmxBf16 = 1u << 22;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0;
+  static const bool has_tiles = [] {  // once: in a virtual machine CPUID takes microseconds
+    unsigned eax, ebx, ecx, edx;
+    constexpr unsigned kAmxBf16 = 1u << 22;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0;
+  }();
+  return has_tiles;
 #else
   return false;
 #endif

@@ -162,7 +162,8 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
   terms[1].scale = 0.5f;
   terms[1].out_mask = out_mask;
   Values out(dtype, M * J), in_parts(dtype, M * J);
-  cpu::Matmul product{M, J, terms, 2, bias.bytes.data(), out.bytes.data(), dtype};
+  const DType compute = dtype == DType::BFloat16 ? dtype : DType::Float32;
+  cpu::Matmul product{M, J, terms, 2, bias.bytes.data(), out.bytes.data(), dtype, compute};
   cpu::matmul(product, {0, M, 0, J});
   product.out = in_parts.bytes.data();
   const std::int64_t rows = 5, columns = cpu::kMatmulColumnBorder;
@@ -194,8 +195,8 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
 }
 
 // A product without a 4-bit weight and out of another dtype, as the adapters' gradients are.
-void check_dense(std::int64_t M, std::int64_t R, std::int64_t J) {
-  if (!cpu::has_matmul(DType::BFloat16)) return;
+void check_dense(std::int64_t M, std::int64_t R, std::int64_t J, DType compute) {
+  if (!cpu::has_matmul(compute)) return;
   const Values x(DType::Float32, R * M), b(DType::BFloat16, R * J);
   std::vector<std::uint8_t> coins(static_cast<std::size_t>(R * J));
   for (auto& coin : coins) coin = generator() % 2;
@@ -206,7 +207,7 @@ void check_dense(std::int64_t M, std::int64_t R, std::int64_t J) {
   term.kind = cpu::Term::Kind::Dense;
   term.dense = {b.bytes.data(), DType::BFloat16, J, 1, mask};
   Values out(DType::Float32, M * J);
-  cpu::matmul({M, J, &term, 1, nullptr, out.bytes.data(), DType::Float32}, {0, M, 0, J});
+  cpu::matmul({M, J, &term, 1, nullptr, out.bytes.data(), DType::Float32, compute}, {0, M, 0, J});
   for (std::int64_t m = 0; m < M; ++m) {
     for (std::int64_t j = 0; j < J; ++j) {
       double exact = 0, magnitude = 0;
@@ -217,7 +218,7 @@ void check_dense(std::int64_t M, std::int64_t R, std::int64_t J) {
         exact += product;
         magnitude += std::fabs(product);
       }
-      CHECK(std::fabs(out.read(m * J + j) - exact) <= allowed(DType::BFloat16, DType::Float32, magnitude, exact));
+      CHECK(std::fabs(out.read(m * J + j) - exact) <= allowed(compute, DType::Float32, magnitude, exact));
     }
   }
 }
@@ -245,8 +246,10 @@ int main() {
     }
     check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4);  // more rows than are kept at a time
     check_mean();
-    check_dense(16, 300, 70);
-    check_dense(3, 1, 1);
+    for (DType compute : {DType::Float32, DType::BFloat16}) {  // bf16 operands do not make the product bf16
+      check_dense(16, 300, 70, compute);
+      check_dense(3, 1, 1, compute);
+    }
   }
   return failures();
 }
