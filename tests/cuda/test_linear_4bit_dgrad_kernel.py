@@ -177,7 +177,7 @@ def test_long_sums_of_a_constant_gradient(dtype_name: str) -> None:
 @pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dgrad"])
 def test_partial_sums_take_little_memory(op: str, mnk: tuple[int, int, int]) -> None:
     _, n, k = mnk
-    assert Device(Limits(132, 228 * 1024)).workspace_bytes(op, mnk) <= max(9 << 20, n * k // 8)
+    assert Device(Limits(132, 228 * 1024)).workspace_bytes(op, mnk) <= max(25 << 20, n * k // 8)
 
 
 def test_a_block_with_two_unfinished_tiles() -> None:
