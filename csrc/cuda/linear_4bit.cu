@@ -24,7 +24,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kQuantum = 64;  // weights of a row between two scalings; the K of a slot of x
-constexpr int kUnitK = 1024;  // what is dealt out to the blocks: 16 absmax codes of a row, which are read at once
+constexpr int kUnitK = 1024;  // the most that is dealt out to the blocks at once: 16 absmax codes of a row, one read
 
 // kColumnTiles: of 8 rows of x. kSmallBlocks: blocksize 32.
 template <typename T_, int kColumnTiles_, bool kSmallBlocks_>
@@ -44,7 +44,6 @@ struct Config {
   static constexpr int kAhead = kStepQuanta < 4 ? kStepQuanta : 4;
   static constexpr int kUnroll = kColumnTiles > 2 ? 1 : kColumnTiles * kHalves == 1 ? 8 : 2;
   static constexpr int kStepK = kStepQuanta * kQuantum;
-  static constexpr int kUnitSteps = kUnitK / kStepK;
   static constexpr int kStageSlots = 8 * kColumnTiles * kStepQuanta;
   static constexpr int kStages = kSlots / kStageSlots < 4 ? kSlots / kStageSlots : 4;
   static constexpr int kBlocksPerSm = kColumnTiles <= 2 ? 2 : 1;
@@ -74,11 +73,11 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
   const int chunk_scales_log2 = 31 - __clz(2 * run_blocks << repeats_log2);
 
   for (int begin = split.begin(blockIdx.x); begin < split.begin(opaque(blockIdx.x) + 1);) {
-    const int tile = begin / split.steps;
-    const int first_unit = begin % split.steps;
-    const int end_unit = min(split.steps, first_unit + split.begin(opaque(blockIdx.x) + 1) - begin);
-    const int first_step = first_unit * C::kUnitSteps;
-    const int end_step = min(end_unit * C::kUnitSteps, (args.K + C::kStepK - 1) / C::kStepK);
+    const int tile = begin / split.units;
+    const int first_unit = begin % split.units;
+    const int end_unit = min(split.units, first_unit + split.begin(opaque(blockIdx.x) + 1) - begin);
+    const int first_step = first_unit * split.unit_steps;
+    const int end_step = min(end_unit * split.unit_steps, (args.K + C::kStepK - 1) / C::kStepK);
     const int end_k = min(args.K, end_step * C::kStepK);
     const int warp_row = tile * C::kTileRows + warp * C::kWarpRows;
 
@@ -296,20 +295,30 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
       float* partial = args.partials + split.partial_slot(blockIdx.x, tile) * tile_values;
       for_each_sum([&](int m, int row, float value) { partial[m * C::kTileRows + row] = value; });
       if (last_to_arrive(args.arrivals + tile, contributors)) {
-        for (int i = threadIdx.x; i < args.M * C::kTileRows; i += kThreads) {
-          const int n = tile * C::kTileRows + i % C::kTileRows;
-          if (n < args.N) write(i / C::kTileRows, n, sum_of_partials(args.partials, split, tile, tile_values, i));
+        for (int i = 4 * threadIdx.x; i < args.M * C::kTileRows; i += 4 * kThreads) {
+          const int m = i / C::kTileRows, n = tile * C::kTileRows + i % C::kTileRows;
+          if (n >= args.N) continue;
+          const float4 four = sum_of_partials(args.partials, split, tile, tile_values, i);
+          write(m, n, four.x), write(m, n + 1, four.y);  // N is even
+          if (n + 2 < args.N) write(m, n + 2, four.z), write(m, n + 3, four.w);
         }
       }
     }
-    begin += end_unit - first_unit;
+    begin = min((tile + 1) * split.units, split.begin(opaque(blockIdx.x) + 1));  // begin itself would cost a register
   }
 }
 
 template <typename C>
 Split split_of(const Product4bit& p, const DeviceLimits& limits) {
-  return make_split((p.N + C::kTileRows - 1) / C::kTileRows, (p.K + kUnitK - 1) / kUnitK, 1, p.M * C::kTileRows,
-                    resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm), p.N * p.K / 2);
+  const Work work = {.tiles = (p.N + C::kTileRows - 1) / C::kTileRows,
+                     .steps = (p.K + C::kStepK - 1) / C::kStepK,
+                     .layers = 1,
+                     .most_unit_steps = kUnitK / C::kStepK,
+                     // No two units share an absmax: the kernel knows those of a unit as whole blocks.
+                     .least_unit_steps = std::max<std::int64_t>(p.w.blocksize / C::kStepK, 1),
+                     .tile_values = p.M * C::kTileRows,
+                     .weight_bytes = p.N * p.K / 2};
+  return make_split(work, resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm));
 }
 
 // Calls body with the Config of the product.

@@ -25,7 +25,8 @@ namespace qlora::cuda {
 namespace {
 
 constexpr int kGroup = 16;  // rows of W in one mma
-constexpr int kUnitN = 64;  // what is dealt out to the blocks
+constexpr int kUnitN = 64;  // the most that is dealt out to the blocks at once
+constexpr int kStepN = 32;  // the least: less would be over before the first weights are there
 
 // kLaneBytes: of a row of W that a lane reads, 4 or 8. kLaneBlocks: absmax blocks that the lanes of a warp reach over,
 // 1 or 2. kColumnTiles: of 8 columns of the mma, which are rows of grad, or 4 rows of grad for each of two blocks.
@@ -86,10 +87,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   for (int i = threadIdx.x; i < kNumDynamicCodes; i += C::kThreads) codebook[i] = device_dynamic_codebook.value[i];
 
   for (int begin = split.begin(blockIdx.x); begin < split.begin(opaque(blockIdx.x) + 1);) {
-    const int tile = begin / split.steps;
-    const int first_unit = begin % split.steps;
-    const int end_unit = min(split.steps, first_unit + split.begin(opaque(blockIdx.x) + 1) - begin);
-    const int first_n = first_unit * kUnitN, end_n = min(end_unit * kUnitN, args.N);
+    const int tile = begin / split.units;
+    const int first_unit = begin % split.units;
+    const int end_unit = min(split.units, first_unit + split.begin(opaque(blockIdx.x) + 1) - begin);
+    const int unit_n = split.unit_steps * kStepN;
+    const int first_n = first_unit * unit_n, end_n = min(end_unit * unit_n, args.N);
     const int lane_k = tile * C::kTileK + warp * C::kWarpK + group * 2 * C::kLaneBytes;
     const int lane_block = (warp * C::kWarpK + group * 2 * C::kLaneBytes) >> args.blocksize_log2;
 
@@ -275,11 +277,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
         *reinterpret_cast<float2*>(partial + m * C::kTileK + k) = make_float2(even, odd);
       });
       if (last_to_arrive(args.arrivals + blockIdx.y * split.tiles + tile, contributors)) {
-        for (int i = 2 * threadIdx.x; i < rows_m * C::kTileK; i += 2 * C::kThreads) {
-          const int k = tile * C::kTileK + i % C::kTileK;
+        for (int i = 4 * threadIdx.x; i < rows_m * C::kTileK; i += 4 * C::kThreads) {
+          const int m = i / C::kTileK, k = tile * C::kTileK + i % C::kTileK;
           if (k >= args.K) continue;
-          write(i / C::kTileK, k, sum_of_partials(partials, split, tile, tile_values, i),
-                sum_of_partials(partials, split, tile, tile_values, i + 1));
+          const float4 four = sum_of_partials(partials, split, tile, tile_values, i);
+          write(m, k, four.x, four.y), write(m, k + 2, four.z, four.w);
         }
       }
     }
@@ -300,8 +302,14 @@ std::int64_t tile_values(const Product4bit& p) {
 
 template <typename C>
 Split split_of(const Product4bit& p, const DeviceLimits& limits) {
-  return make_split((p.K + C::kTileK - 1) / C::kTileK, (p.N + kUnitN - 1) / kUnitN, tiles_m<C>(p), tile_values<C>(p),
-                    resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm), p.N * p.K / 2);
+  const Work work = {.tiles = (p.K + C::kTileK - 1) / C::kTileK,
+                     .steps = (p.N + kStepN - 1) / kStepN,
+                     .layers = tiles_m<C>(p),
+                     .most_unit_steps = kUnitN / kStepN,
+                     .least_unit_steps = 1,
+                     .tile_values = tile_values<C>(p),
+                     .weight_bytes = p.N * p.K / 2};
+  return make_split(work, resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm));
 }
 
 // Calls body with the Config of the product.

@@ -1,6 +1,6 @@
 // How a product is split over the device, and put together again.
 //
-// The output is cut into tiles, each tile's sum into steps; the steps of all tiles, one after the other, are dealt out
+// The output is cut into tiles, each tile's sum into units; the units of all tiles, one after the other, are dealt out
 // in equal runs, one to a block, so that every multiprocessor has the same work whatever the shape. A tile that one
 // block computes whole is written at once. Else each of its blocks stores its partial sum, and the last to arrive adds
 // them up, in the order of the blocks: the result does not depend on the order in which they ran.
@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 #include "../launch.h"
@@ -15,35 +16,50 @@
 namespace qlora::cuda {
 
 struct Split {
-  int tiles, steps, blocks;
-  int run, longer_runs;  // a block has `run` steps, the first `longer_runs` blocks one more
+  int tiles, units, blocks;  // units: of a tile
+  int unit_steps;            // what the kernel computes between two looks at this
+  int run, longer_runs;      // a block has `run` units, the first `longer_runs` blocks one more
 
   __host__ __device__ int begin(int block) const { return block * run + (block < longer_runs ? block : longer_runs); }
-  // The block that computes this one of all steps.
-  __host__ __device__ int block_of(int step) const {
+  // The block that computes this one of all units.
+  __host__ __device__ int block_of(int unit) const {
     const int in_longer = longer_runs * (run + 1);
-    return step < in_longer ? step / (run + 1) : longer_runs + (step - in_longer) / run;
+    return unit < in_longer ? unit / (run + 1) : longer_runs + (unit - in_longer) / run;
   }
-  __host__ __device__ int first_block(int tile) const { return block_of(tile * steps); }
-  __host__ __device__ int last_block(int tile) const { return block_of((tile + 1) * steps - 1); }
-  // Where the block puts its partial sum of the tile. If blocks are more, each next piece along the steps has the next
+  __host__ __device__ int first_block(int tile) const { return block_of(tile * units); }
+  __host__ __device__ int last_block(int tile) const { return block_of((tile + 1) * units - 1); }
+  // Where the block puts its partial sum of the tile. If blocks are more, each next piece along the units has the next
   // block or the next tile; else a block has two unfinished tiles at most, its first and its last.
   __host__ __device__ int partial_slot(int block, int tile) const {
-    return tiles < blocks ? block + tile : 2 * block + (begin(block) / steps != tile);
+    return tiles < blocks ? block + tile : 2 * block + (begin(block) / units != tile);
   }
   __host__ __device__ int partial_slots() const { return blocks + std::min(blocks, tiles); }
 };
 
-// As many blocks for each of `layers` equal splits as the device holds at once, or as there are steps (fewer than
-// 2^31), or as may store partial sums of `tile_values` floats: in all, 8 MB or a quarter of the weight.
-inline Split make_split(std::int64_t tiles, std::int64_t steps, std::int64_t layers, std::int64_t tile_values,
-                        std::int64_t resident_blocks, std::int64_t weight_bytes) {
-  const std::int64_t total = tiles * steps;
-  const std::int64_t slots = std::max<std::int64_t>(8 << 20, weight_bytes / 4) / (layers * tile_values * 4);
-  const std::int64_t by_memory = std::max(slots - tiles, slots / 2);
-  const std::int64_t blocks = std::clamp<std::int64_t>(std::min(resident_blocks / layers, by_memory), 1, total);
-  return {static_cast<int>(tiles), static_cast<int>(steps), static_cast<int>(blocks), static_cast<int>(total / blocks),
-          static_cast<int>(total % blocks)};
+// What is to be split: `layers` times `tiles` of `steps` each, fewer than 2^31. The steps of a unit are powers of two.
+struct Work {
+  std::int64_t tiles, steps, layers;
+  std::int64_t most_unit_steps, least_unit_steps;
+  std::int64_t tile_values, weight_bytes;
+};
+
+// For each layer as many blocks as the device holds at once, or as are worth it, or as may store partial sums: in all,
+// 24 MB (an H100's L2 has 50) or a quarter of the weight. The largest units that are as many, if any are.
+//
+// What is worth it: a block reads weight_bytes / blocks of weights, the last to arrive blocks / tiles partial sums,
+// from L2, where it gets some 8 times as many bytes a clock. More blocks than make both equal would finish later.
+inline Split make_split(const Work& work, std::int64_t resident_blocks) {
+  const std::int64_t tile_bytes = 4 * work.tile_values;
+  const std::int64_t slots = std::max<std::int64_t>(24 << 20, work.weight_bytes / 4) / (work.layers * tile_bytes);
+  const std::int64_t by_memory = std::max(slots - work.tiles, slots / 2);
+  const double worth = std::sqrt(8.0 * work.weight_bytes / tile_bytes * work.tiles);
+  const std::int64_t most = std::min({resident_blocks / work.layers, by_memory, std::int64_t{std::llround(worth)}});
+  std::int64_t unit = std::max(work.most_unit_steps, work.least_unit_steps);
+  const auto units = [&] { return (work.steps + unit - 1) / unit; };
+  while (unit > work.least_unit_steps && work.tiles * units() < most) unit /= 2;
+  const std::int64_t total = work.tiles * units(), blocks = std::clamp<std::int64_t>(most, 1, total);
+  return {static_cast<int>(work.tiles), static_cast<int>(units()),        static_cast<int>(blocks),
+          static_cast<int>(unit),       static_cast<int>(total / blocks), static_cast<int>(total % blocks)};
 }
 
 // How many blocks the device holds at once, if registers allow `most_per_sm`. CUDA keeps 1 KB of shared memory a block.
@@ -116,12 +132,16 @@ __device__ inline bool last_to_arrive(unsigned* arrivals, int contributors) {
   return true;
 }
 
-// The sum of value i over the blocks that computed the tile, in their order.
-__device__ inline float sum_of_partials(const float* partials, const Split& split, int tile, std::int64_t tile_values,
-                                        std::int64_t i) {
-  float sum = 0.0f;
+// The sum of values [i, i + 4) over the blocks that computed the tile, in their order. One multiprocessor reads them
+// all: several are on their way at once.
+__device__ inline float4 sum_of_partials(const float* partials, const Split& split, int tile, std::int64_t tile_values,
+                                         std::int64_t i) {
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
   for (int block = split.first_block(tile); block <= split.last_block(tile); ++block) {
-    sum += __ldcg(partials + split.partial_slot(block, tile) * tile_values + i);
+    const float* partial = partials + split.partial_slot(block, tile) * tile_values + i;
+    const float4 values = __ldcg(reinterpret_cast<const float4*>(partial));
+    sum.x += values.x, sum.y += values.y, sum.z += values.z, sum.w += values.w;
   }
   return sum;
 }

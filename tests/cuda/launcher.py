@@ -153,6 +153,13 @@ class Device:
         product = _integers(0, 0, 0, 0, 0, QUANT_TYPES["nf4"], 64, 0, 0, *mnk, DTYPES[torch.bfloat16])
         return int(getattr(self.library.functions, f"{op}_workspace_bytes")(product, _integers(*self.limits)))
 
+    def blocks(self, op: str, mnk: tuple[int, int, int]) -> int:
+        """On how many blocks a bf16 product with nf4 weights of blocksize 64 is launched. No array is there."""
+        product = _integers(0, 0, 0, 0, 0, QUANT_TYPES["nf4"], 64, 0, 0, *mnk, DTYPES[torch.bfloat16])
+        recorded = self._record(op, product, _integers(*self.limits), 0)
+        [kernel] = [command for command in recorded if isinstance(command, _Kernel)]
+        return math.prod(kernel.grid)
+
     # --- their arguments ----------------------------------------------------------------------------------------------
 
     def _product(
@@ -199,7 +206,12 @@ class Device:
     # --- what they launch ---------------------------------------------------------------------------------------------
 
     def _call(self, name: str, *arguments: int | ctypes.Array[ctypes.c_int64]) -> None:
-        """Calls a function of shim.cpp, then runs what it launched. Its last argument is the stream."""
+        """Calls a function of shim.cpp, then runs what it launched."""
+        for command in self._record(name, *arguments):
+            self._run(command)
+
+    def _record(self, name: str, *arguments: int | ctypes.Array[ctypes.c_int64]) -> list[_Kernel | _Memset]:
+        """What a function of shim.cpp launched. Its last argument is the stream."""
         recorded: list[_Kernel | _Memset] = []
         streams = set()
 
@@ -221,8 +233,7 @@ class Device:
             raise LaunchError(f"{name}: CUDA error {error}")
         if foreign := streams - {STREAM}:
             raise LaunchError(f"{name} got stream {STREAM:#x} and used {foreign}")
-        for command in recorded:
-            self._run(command)
+        return recorded
 
     def _run(self, command: _Kernel | _Memset) -> None:
         if isinstance(command, _Memset):

@@ -95,8 +95,8 @@ def test_small_gradients(dtype_name: str) -> None:
 @pytest.mark.parametrize("case", [
     replace(KIND, mnk=(1, 322, 256)),
     replace(KIND, mnk=(7, 130, 512), dtype_name="fp16", double_quant=False),
-    replace(KIND, mnk=(16, 136, 256), blocksize=32),
-    replace(KIND, mnk=(40, 130, 256), quant_type="fp4", blocksize=256),
+    replace(KIND, mnk=(16, 264, 256), blocksize=32),
+    replace(KIND, mnk=(40, 258, 256), quant_type="fp4", blocksize=256),
 ], ids=str)  # fmt: skip
 def test_every_schedule_gives_the_same_bytes(case: ProductCase) -> None:
     """Of random values, whose sum depends on its order."""
@@ -117,7 +117,7 @@ def test_workspace_may_hold_anything(garbage: int) -> None:
 
 
 def test_no_workspace_where_no_tile_is_shared() -> None:
-    device = check_exact(replace(KIND, mnk=(1, 64, 256)), Device(Limits(1)))
+    device = check_exact(replace(KIND, mnk=(1, 32, 256)), Device(Limits(1)))
     assert "workspace" not in device.results[0].traffic
 
 
@@ -177,7 +177,7 @@ def test_long_sums_of_a_constant_gradient(dtype_name: str) -> None:
 @pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dgrad"])
 def test_partial_sums_take_little_memory(op: str, mnk: tuple[int, int, int]) -> None:
     _, n, k = mnk
-    assert Device(Limits(132, 228 * 1024)).workspace_bytes(op, mnk) <= max(9 << 20, n * k // 8)
+    assert Device(Limits(132, 228 * 1024)).workspace_bytes(op, mnk) <= max(25 << 20, n * k // 8)
 
 
 def test_a_block_with_two_unfinished_tiles() -> None:
