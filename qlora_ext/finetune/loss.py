@@ -58,9 +58,8 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk
     Returns: the sum in float32, 0-d.
     """
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, head, labels, chunk, torch.is_grad_enabled(), *parameters
-    )
+    apply: Any = _ChunkedCrossEntropy.apply  # of which torch's releases tell mypy different things
+    loss: Tensor = apply(hidden, head, labels, chunk, torch.is_grad_enabled(), *parameters)
     return loss
 
 
