@@ -93,7 +93,7 @@ class Cpu final : public Device {
                          const Tensor& y) const override {
     const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
     if (K % w.blocksize != 0) return false;
-    if (M <= cpu::kMostFewRows && cpu::has_few_rows(dtype)) {
+    if (M <= cpu::most_few_rows(dtype)) {
       multiply_few_rows(x.contiguous(), w, bias, added, dtype, y);
       return true;
     }

@@ -18,11 +18,9 @@ struct FewRows {
   DType dtype;  // of y, and of x before arrange_x
 };
 
-// More rows than this are matmul's.
-constexpr std::int64_t kMostFewRows = 8;
-
-// Whether the CPU path in use has such a kernel for x of this dtype.
-bool has_few_rows(DType dtype);
+// As many rows are multiplied here, more by matmul: for x of this dtype, on the CPU path in use. 0: it has no such
+// kernel.
+std::int64_t most_few_rows(DType dtype);
 
 // x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on
 // a 64-byte border.
@@ -34,11 +32,14 @@ void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end);
 
 // --- the vector kernels -------------------------------------------------------------------------------------------
 
-// How a kernel wants x: chunk by chunk, element order[i] of the chunk at place i.
+constexpr std::int64_t kMostChunk = 256;
+constexpr int kMostAtOnce = 8;  // rows that a kernel multiplies
+
+// How a kernel wants x: chunk by chunk, of each all rows, element order[i] of a row's chunk at place i.
 struct Arrangement {
   std::int64_t chunk;  // elements; x is padded with zeros to whole chunks
   DType dtype;
-  std::uint8_t order[128];
+  std::uint8_t order[kMostChunk];
 };
 
 Arrangement arrangement_avx2();

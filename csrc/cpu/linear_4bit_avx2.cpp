@@ -12,40 +12,47 @@
 namespace qlora::cpu {
 namespace {
 
+// Of a chunk of 64 weights, the upper 4 lanes have the second half.
+struct LanesAvx2 {
+  std::int64_t second;  // 1: its absmax is the next one; 0: it is the same
+
+  explicit LanesAvx2(std::int64_t blocksize) : second(kRun / blocksize) {}
+
+  __m256 scales(const float* absmax) const {
+    return _mm256_set_m128(_mm_set1_ps(absmax[second]), _mm_set1_ps(absmax[0]));
+  }
+};
+
 struct Avx2 {
   static constexpr std::int64_t kChunk = 64;
   using Element = float;
+  using Lanes = LanesAvx2;
   using Vector = __m256;
-  struct Weights {
-    __m256 high[4], low[4];  // of the bytes' high nibbles (even elements) and low ones, as `expand` orders them
-  };
 
   Planes planes;
 
   explicit Avx2(QuantType quant_type) : planes(codebook(quant_type).value) {}
 
-  Weights decode(const std::uint8_t* packed) const {
-    const __m256i nibble = _mm256_set1_epi8(0xf);
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    Weights weights;
-    expand(planes, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), weights.high);
-    expand(planes, _mm256_and_si256(bytes, nibble), weights.low);
-    return weights;
-  }
-
   static Vector zero() { return _mm256_setzero_ps(); }
 
-  static Vector dot(const Weights& weights, const float* x) {
-    Vector high = _mm256_mul_ps(weights.high[0], _mm256_load_ps(x));
-    Vector low = _mm256_mul_ps(weights.low[0], _mm256_load_ps(x + 32));
-    for (int q = 1; q < 4; ++q) {
-      high = _mm256_fmadd_ps(weights.high[q], _mm256_load_ps(x + 8 * q), high);
-      low = _mm256_fmadd_ps(weights.low[q], _mm256_load_ps(x + 32 + 8 * q), low);
+  template <int kRows>
+  void multiply(const std::uint8_t* packed, const float* x, Vector* products) const {
+    const __m256i nibble = _mm256_set1_epi8(0xf);
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    __m256 high[4], low[4];  // of the bytes' high nibbles (even elements) and low ones, as `expand` orders them
+    expand(planes, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), high);
+    expand(planes, _mm256_and_si256(bytes, nibble), low);
+    for (int m = 0; m < kRows; ++m, x += kChunk) {
+      Vector even = _mm256_mul_ps(high[0], _mm256_load_ps(x));
+      Vector odd = _mm256_mul_ps(low[0], _mm256_load_ps(x + 32));
+      for (int q = 1; q < 4; ++q) {
+        even = _mm256_fmadd_ps(high[q], _mm256_load_ps(x + 8 * q), even);
+        odd = _mm256_fmadd_ps(low[q], _mm256_load_ps(x + 32 + 8 * q), odd);
+      }
+      products[m] = _mm256_add_ps(even, odd);
     }
-    return _mm256_add_ps(high, low);
   }
 
-  static Vector scales(const float* absmax) { return _mm256_set_m128(_mm_set1_ps(absmax[1]), _mm_set1_ps(absmax[0])); }
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
   static float add_lanes(Vector x) {

@@ -16,31 +16,31 @@ namespace {
 struct Avx512 : SumsAvx512 {
   static constexpr std::int64_t kChunk = 128;
   using Element = float;
-  struct Weights {
-    __m512 nibble[8];  // [i]: nibble i of each dword, the lowest first
-  };
+  using Lanes = LanesAvx512<Avx512>;
 
   __m512 table;
 
   explicit Avx512(QuantType quant_type) : table(_mm512_loadu_ps(codebook(quant_type).value)) {}
 
-  Weights decode(const std::uint8_t* packed) const {
-    const __m512i dwords = _mm512_loadu_si512(packed);
-    Weights weights;
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) weights.nibble[i] = _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, 4 * i), table);
-    return weights;
-  }
+  static int run_of_lane(int lane) { return lane / 4; }
 
-  static Vector dot(const Weights& weights, const float* x) {
-    Vector even = _mm512_mul_ps(weights.nibble[0], _mm512_load_ps(x));
-    Vector odd = _mm512_mul_ps(weights.nibble[1], _mm512_load_ps(x + 16));
-#pragma GCC unroll 3
-    for (int i = 2; i < 8; i += 2) {
-      even = _mm512_fmadd_ps(weights.nibble[i], _mm512_load_ps(x + 16 * i), even);
-      odd = _mm512_fmadd_ps(weights.nibble[i + 1], _mm512_load_ps(x + 16 * i + 16), odd);
+  template <int kRows>
+  void multiply(const std::uint8_t* packed, const float* x, Vector* products) const {
+    constexpr int kChains = kRows <= 4 ? 2 : 1;  // of dependent additions, to keep the units busy
+    const __m512i dwords = _mm512_loadu_si512(packed);
+    Vector sums[kRows][kChains];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const Vector weights = _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, 4 * i), table);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const Vector values = _mm512_load_ps(x + m * kChunk + 16 * i);
+        Vector& sum = sums[m][i % kChains];
+        sum = i < kChains ? _mm512_mul_ps(weights, values) : _mm512_fmadd_ps(weights, values, sum);
+      }
     }
-    return _mm512_add_ps(even, odd);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) products[m] = kChains == 1 ? sums[m][0] : sums[m][0] + sums[m][kChains - 1];
   }
 };
 

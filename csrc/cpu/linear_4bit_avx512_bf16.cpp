@@ -1,5 +1,6 @@
-// linear_4bit for few rows, AVX512_BF16: 128 weights of 64 bytes at a time. A word holds 4 codes; vpermw looks at the
-// lowest 5 bits of each, so that with the codes written twice, shifts alone bring them there.
+// linear_4bit for few rows, AVX512_BF16: 256 weights at a time. A word holds 4 codes; vpermw looks at the lowest 5 bits
+// of each, so that with the codes written twice, shifts alone bring them there. Two vectors of 128 weights exchange
+// every other 8 bytes first: a lane then has 16 products of one block to add up before it must be scaled, not 8.
 #include "linear_4bit.h"
 
 #if defined(__x86_64__)
@@ -14,11 +15,9 @@ namespace qlora::cpu {
 namespace {
 
 struct Avx512Bf16 : SumsAvx512 {
-  static constexpr std::int64_t kChunk = 128;
+  static constexpr std::int64_t kChunk = 256;
   using Element = BFloat16;
-  struct Weights {
-    __m512i nibble[4];  // [i]: nibble i of each word, the lowest first
-  };
+  using Lanes = LanesAvx512<Avx512Bf16>;
 
   __m512i table;
 
@@ -31,21 +30,30 @@ struct Avx512Bf16 : SumsAvx512 {
     table = _mm512_loadu_si512(words);
   }
 
-  Weights decode(const std::uint8_t* packed) const {
-    const __m512i words = _mm512_loadu_si512(packed);
-    Weights weights;
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) weights.nibble[i] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), table);
-    return weights;
-  }
+  // 8 bytes of the first vector, then 8 of the second.
+  static int run_of_lane(int lane) { return lane / 2 % 2 * 4 + lane / 4; }
 
-  static Vector dot(const Weights& weights, const BFloat16* x) {
-    Vector sums = zero();
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      sums = _mm512_dpbf16_ps(sums, (__m512bh)weights.nibble[i], (__m512bh)_mm512_load_si512(x + 32 * i));
+  template <int kRows>
+  void multiply(const std::uint8_t* packed, const BFloat16* x, Vector* products) const {
+    constexpr int kChains = kRows <= 3 ? 2 : 1;  // of dependent additions, to keep the units busy
+    const __m512i first = _mm512_loadu_si512(packed), second = _mm512_loadu_si512(packed + 64);
+    const __m512i words[2] = {_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second)};
+    Vector sums[kRows][kChains];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512i weights = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i / 4], 4 * (i % 4)), table);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const auto values = (__m512bh)_mm512_load_si512(x + m * kChunk + 32 * i);
+        Vector& sum = sums[m][i % kChains];
+        sum = _mm512_dpbf16_ps(i < kChains ? zero() : sum, (__m512bh)weights, values);
+      }
     }
-    return sums;
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      products[m] = sums[m][0];
+      if constexpr (kChains == 2) products[m] = sums[m][0] + sums[m][1];
+    }
   }
 };
 
@@ -54,9 +62,10 @@ struct Avx512Bf16 : SumsAvx512 {
 Arrangement arrangement_avx512_bf16() {
   Arrangement arrangement{Avx512Bf16::kChunk, DType::BFloat16, {}};
   for (int i = 0; i < Avx512Bf16::kChunk; ++i) {
-    const int nibble = i / 32, word = i % 32, byte = 2 * word + nibble / 2;
-    arrangement.order[i] =
-        static_cast<std::uint8_t>(2 * byte + (nibble % 2 == 0));  // the low nibble is the odd element
+    const int half = i / 128, nibble = i / 32 % 4, word = i % 32;
+    const int vector = word / 4 % 2, byte = word / 8 * 16 + half * 8 + word % 4 * 2 + nibble / 2;
+    // The low nibble is the odd element.
+    arrangement.order[i] = static_cast<std::uint8_t>(128 * vector + 2 * byte + (nibble % 2 == 0));
   }
   return arrangement;
 }

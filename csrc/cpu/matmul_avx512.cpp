@@ -15,6 +15,8 @@ namespace {
 
 struct Avx512 {
   static constexpr std::int64_t kColumns = 32;
+  // Rounding errors of longer chains would grow beyond those of torch's kernels.
+  static constexpr std::int64_t kChain = 64;
   static constexpr std::int64_t kPerStep = 1;
   static constexpr int kTileRows = 12;
 

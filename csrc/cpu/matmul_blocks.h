@@ -15,7 +15,7 @@ constexpr std::int64_t kSumStride = kMaxColumns + 16;
 // A block of the 4-bit weight, copied to one place: its rows are so far apart that they would push each other out of
 // the cache. Bytes are as in the weight, [W's rows][kStagedBytes]; absmax is decoded, per kStep of W's columns.
 constexpr std::int64_t kStagedBytes = kDepth / 2;
-constexpr std::int64_t kStep = 16;
+constexpr std::int64_t kStep = 32;
 
 // The memory of one thread.
 struct MatmulScratch {

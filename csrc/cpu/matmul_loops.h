@@ -7,6 +7,7 @@
 //
 // Isa has
 //   kTileRows, kColumns    the most rows of a tile, and its columns, which are a panel's
+//   kChain                 the most additions, steps of the panel, before a tile's sums go to memory
 //   kPerStep               elements of the reduction in a row of the panel, and in a place of x: 1, or 2 in bf16
 //   copy_row               part of a row of x to its place
 //   store_panel_rows       dense values, two rows of the panel
@@ -33,6 +34,9 @@ void copy_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_
     for (std::int64_t i = 0; i < rows; ++i, to += kXStride) {
       const std::int64_t first = (row + i) * x.row_stride + r * x.column_stride;
       if (x.column_stride == 1 && x.mask == nullptr) {
+        constexpr std::int64_t kRowsAhead = 4;  // rows are too short for the hardware to see a stream
+        const auto* ahead = values + first + kRowsAhead * x.row_stride;
+        for (std::int64_t j = 0; j < depth; j += 64 / sizeof(*ahead)) __builtin_prefetch(ahead + j);
         Isa::copy_row(values + first, depth, to);
       } else {
         float row_values[kDepth];
@@ -97,11 +101,13 @@ inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::in
                   std::int64_t columns, const MatmulScratch& s) {
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
   const std::int64_t steps = (columns + kStep - 1) / kStep;
+  constexpr std::int64_t kRowsAhead = 8;
   for (std::int64_t i = 0; i < rows; ++i) {
     const std::int64_t first = (row + i) * K + column;
     const std::uint8_t* from = w.packed + first / 2;
     std::uint8_t* to = s.packed + i * kStagedBytes;
-    for (std::int64_t byte = 0; byte < columns / 2; byte += 8) __builtin_memcpy(to + byte, from + byte, 8);
+    for (std::int64_t byte = 0; byte < columns / 2; byte += 16) __builtin_memcpy(to + byte, from + byte, 16);
+    for (std::int64_t byte = 0; byte < columns / 2; byte += 64) __builtin_prefetch(from + kRowsAhead * K / 2 + byte);
     for (std::int64_t step = 0; step < steps;) {
       const std::int64_t block = (first + step * kStep) >> shift;
       const std::int64_t steps_end = smaller(steps, (((block + 1) << shift) - first) / kStep);
@@ -115,12 +121,6 @@ inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::in
   }
 }
 
-inline void clear(float* sums, std::int64_t rows, std::int64_t columns) {
-  for (std::int64_t row = 0; row < rows; ++row, sums += kSumStride) {
-    for (std::int64_t j = 0; j < columns; ++j) sums[j] = 0.0f;
-  }
-}
-
 inline void add_masked(const float* from, const bool* mask, std::int64_t mask_stride, std::int64_t rows,
                        std::int64_t columns, float* sums) {
   for (std::int64_t row = 0; row < rows; ++row, from += kSumStride, sums += kSumStride, mask += mask_stride) {
@@ -129,13 +129,13 @@ inline void add_masked(const float* from, const bool* mask, std::int64_t mask_st
 }
 
 // All rows onto their sums, tile by tile, with a smaller one for the last rows. `steps` are rows of the panel. No chain
-// of additions in a register is longer than kChain: its rounding errors would grow beyond those of torch's kernels.
+// of additions in a register is longer than Isa::kChain.
 template <typename Isa, int kRows = Isa::kTileRows>
 void multiply_rows(const float* x, std::int64_t rows, const float* panel, std::int64_t steps, float* sums) {
-  constexpr std::int64_t kChain = 64;
   for (; rows >= kRows; rows -= kRows, x += kRows * kXStride, sums += kRows * kSumStride) {
-    for (std::int64_t step = 0; step < steps; step += kChain) {
-      Isa::template multiply_tile<kRows>(x + step, panel + step * Isa::kColumns, smaller(kChain, steps - step), sums);
+    for (std::int64_t step = 0; step < steps; step += Isa::kChain) {
+      Isa::template multiply_tile<kRows>(x + step, panel + step * Isa::kColumns, smaller(Isa::kChain, steps - step),
+                                         sums);
     }
   }
   if constexpr (kRows > 1) {
@@ -143,44 +143,69 @@ void multiply_rows(const float* x, std::int64_t rows, const float* panel, std::i
   }
 }
 
-// A part of out that has room in the scratch.
+// Columns [column, column + columns) of the product of rows that are in s.x, as many as are staged at a time, onto
+// their sums.
+template <typename Isa>
+void multiply_columns(const Matmul& product, const Term& term, std::int64_t r, std::int64_t depth, std::int64_t rows,
+                      std::int64_t column, std::int64_t columns, const MatmulScratch& s, float* sums) {
+  if (term.kind == Term::Kind::Weight) stage(term.w, product.J, r, depth, column, columns, s);
+  if (term.kind == Term::Kind::WeightTransposed) stage(term.w, term.R, column, columns, r, depth, s);
+  for (std::int64_t j = 0; j < columns; j += Isa::kColumns) {
+    if (term.kind == Term::Kind::Dense) {
+      fill_dense<Isa>(term, r, depth, column + j, smaller(Isa::kColumns, columns - j), s.panel);
+    } else if (term.kind == Term::Kind::Weight) {
+      Isa::fill_weight(codebook(term.w.quant_type).value, s, j, depth);
+    } else {
+      Isa::fill_weight_transposed(codebook(term.w.quant_type).value, s, j, depth);
+    }
+    multiply_rows<Isa>(s.x, rows, s.panel, (depth + Isa::kPerStep - 1) / Isa::kPerStep, sums + j);
+  }
+}
+
+// A part of out that has room in the scratch: its sums lie there in blocks of kMaxColumns columns.
 template <typename Isa>
 void multiply_part(const Matmul& product, const Rectangle& part, const MatmulScratch& s) {
   const std::int64_t rows = part.row_end - part.row_begin;
-  const std::int64_t columns = part.column_end - part.column_begin;
-  const std::int64_t padded = (columns + Isa::kColumns - 1) / Isa::kColumns * Isa::kColumns;
-  const std::int64_t first = part.row_begin * product.J + part.column_begin;
-  clear(s.sums, rows, padded);
+  const auto each_block = [&](auto&& handle) {
+    std::int64_t at = 0;
+    for (std::int64_t column = part.column_begin; column < part.column_end; column += kMaxColumns) {
+      handle(column, smaller(kMaxColumns, part.column_end - column), at);
+      at += rows * kSumStride;
+    }
+  };
+  const auto clear = [&](float* sums) {
+    each_block([&](std::int64_t, std::int64_t, std::int64_t at) {
+      __builtin_memset(sums + at, 0, static_cast<std::size_t>(rows * kSumStride) * sizeof(float));
+    });
+  };
+  clear(s.sums);
   for (int t = 0; t < product.num_terms; ++t) {
     const Term& term = product.terms[t];
-    float* sums = s.sums;
-    if (term.out_mask != nullptr) clear(sums = s.masked, rows, padded);
+    float* const sums = term.out_mask == nullptr ? s.sums : s.masked;
+    if (term.out_mask != nullptr) clear(sums);
     for (std::int64_t r = 0; r < term.R; r += kDepth) {
       const std::int64_t depth = smaller(kDepth, term.R - r);
       copy_rows<Isa>(term.x, part.row_begin, rows, r, depth, s.x);
-      if (term.kind == Term::Kind::Weight) stage(term.w, product.J, r, depth, part.column_begin, columns, s);
-      if (term.kind == Term::Kind::WeightTransposed) stage(term.w, term.R, part.column_begin, columns, r, depth, s);
-      for (std::int64_t j = 0; j < columns; j += Isa::kColumns) {
-        const std::int64_t width = smaller(Isa::kColumns, columns - j);
-        if (term.kind == Term::Kind::Dense) {
-          fill_dense<Isa>(term, r, depth, part.column_begin + j, width, s.panel);
-        } else if (term.kind == Term::Kind::Weight) {
-          Isa::fill_weight(codebook(term.w.quant_type).value, s, j, depth);
-        } else {
-          Isa::fill_weight_transposed(codebook(term.w.quant_type).value, s, j, depth);
-        }
-        multiply_rows<Isa>(s.x, rows, s.panel, (depth + Isa::kPerStep - 1) / Isa::kPerStep, sums + j);
-      }
+      each_block([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
+        multiply_columns<Isa>(product, term, r, depth, rows, column, columns, s, sums + at);
+      });
     }
-    if (term.out_mask != nullptr) add_masked(sums, term.out_mask + first, product.J, rows, columns, s.sums);
+    if (term.out_mask != nullptr) {
+      each_block([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
+        const bool* mask = term.out_mask + part.row_begin * product.J + column;
+        add_masked(sums + at, mask, product.J, rows, columns, s.sums + at);
+      });
+    }
   }
   with_type(product.dtype, [&](auto type) {
     using T = decltype(type);
-    const T* bias = product.bias == nullptr ? nullptr : static_cast<const T*>(product.bias) + part.column_begin;
-    T* out = static_cast<T*>(product.out) + first;
-    for (std::int64_t row = 0; row < rows; ++row, out += product.J) {
-      Isa::store_row(s.sums + row * kSumStride, bias, columns, out);
-    }
+    each_block([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
+      const T* bias = product.bias == nullptr ? nullptr : static_cast<const T*>(product.bias) + column;
+      T* out = static_cast<T*>(product.out) + part.row_begin * product.J + column;
+      for (std::int64_t row = 0; row < rows; ++row, out += product.J) {
+        Isa::store_row(s.sums + at + row * kSumStride, bias, columns, out);
+      }
+    });
   });
 }
 
@@ -189,7 +214,7 @@ void multiply_rectangle(const Matmul& product, const Rectangle& rectangle, const
   const auto [row_begin, row_end, column_begin, column_end] = rectangle;
   if (row_begin >= row_end || column_begin >= column_end) return;
   const std::int64_t rows = even_part(row_end - row_begin, kMaxRows, 1);
-  const std::int64_t columns = even_part(column_end - column_begin, kMaxColumns, kMatmulColumnBorder);
+  const std::int64_t columns = kMaxRows / rows * kMaxColumns;  // of fewer rows there is room for more columns
   for (std::int64_t row = row_begin; row < row_end; row += rows) {
     for (std::int64_t column = column_begin; column < column_end; column += columns) {
       multiply_part<Isa>(product, {row, smaller(row + rows, row_end), column, smaller(column + columns, column_end)},

@@ -1,5 +1,5 @@
-// The sums of linear_4bit's AVX512 kernels, fp32 and bf16: 16 lanes, of which each run of 32 weights has 4. A file of
-// kernels includes this inside its target region.
+// The sums of linear_4bit's AVX512 kernels, fp32 and bf16: 16 lanes. A file of kernels includes this inside its target
+// region.
 namespace qlora::cpu {
 namespace {
 
@@ -9,10 +9,21 @@ struct SumsAvx512 {
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static float add_lanes(Vector x) { return _mm512_reduce_add_ps(x); }
+};
 
-  static Vector scales(const float* absmax) {
-    const __m512i run = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutexvar_ps(run, _mm512_castps128_ps512(_mm_loadu_ps(absmax)));
+template <typename Isa>
+struct LanesAvx512 {
+  __m512i block;
+
+  explicit LanesAvx512(std::int64_t blocksize) {
+    std::int32_t blocks[16];
+    for (int lane = 0; lane < 16; ++lane)
+      blocks[lane] = static_cast<std::int32_t>(Isa::run_of_lane(lane) * kRun / blocksize);
+    block = _mm512_loadu_si512(blocks);
+  }
+
+  __m512 scales(const float* absmax) const {
+    return _mm512_permutexvar_ps(block, _mm512_castps256_ps512(_mm256_loadu_ps(absmax)));
   }
 };
 
