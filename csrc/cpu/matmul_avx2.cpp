@@ -30,10 +30,6 @@ struct Avx2 {
     for (; r < depth; ++r) to[r] = to_float(from[r]);
   }
 
-  static void store_panel_value(float value, std::int64_t r, std::int64_t j, float* panel) {
-    panel[r * kColumns + j] = value;
-  }
-
   static void store_panel_rows(const float* even, const float* odd, std::int64_t r, float* panel) {
     float* to = panel + r * kColumns;
     for (int q = 0; q < 2; ++q) _mm256_storeu_ps(to + 8 * q, _mm256_loadu_ps(even + 8 * q));

@@ -27,10 +27,6 @@ struct Avx512 {
     for (; r < depth; ++r) to[r] = to_float(from[r]);
   }
 
-  static void store_panel_value(float value, std::int64_t r, std::int64_t j, float* panel) {
-    panel[r * kColumns + j] = value;
-  }
-
   static void store_panel_rows(const float* even, const float* odd, std::int64_t r, float* panel) {
     float* to = panel + r * kColumns;
     for (int q = 0; q < 2; ++q) _mm512_storeu_ps(to + 16 * q, _mm512_loadu_ps(even + 16 * q));

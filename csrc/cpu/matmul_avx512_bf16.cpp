@@ -46,10 +46,6 @@ struct Avx512Bf16 {
     if (depth % 2 != 0) put({0}, depth, to);
   }
 
-  static void store_panel_value(float value, std::int64_t r, std::int64_t j, float* panel) {
-    put(round_to<BFloat16>(value), r / 2 * 2 * kColumns + 2 * j + r % 2, panel);
-  }
-
   // 16 pairs of rows r and r + 1, and where they belong in the panel.
   static void store_pairs(__m512 even, __m512 odd, const __m512i& interleave, float* to) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // words 0 to 15 are even's

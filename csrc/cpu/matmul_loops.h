@@ -11,7 +11,6 @@
 //   kPerStep               elements of the reduction in a row of the panel, and in a place of x: 1, or 2 in bf16
 //   copy_row               part of a row of x to its place
 //   store_panel_rows       dense values, two rows of the panel
-//   store_panel_value      one of them
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
 //   fill_weight_transposed the panel, from W[J, R]: W's rows are the panel's columns
 //   multiply_tile<rows>    so many rows of x @ panel, some steps, onto their sums
@@ -50,15 +49,16 @@ void copy_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_
   });
 }
 
-// Some of row r of a dense b whose columns lie side by side, scaled.
+// `count` values of a dense b, scaled, 0 where they are masked.
 template <typename T>
-void copy_dense_row(const Matrix& b, float scale, std::int64_t r, std::int64_t column, std::int64_t width, float* to) {
-  const std::int64_t first = r * b.row_stride + column;
-  const T* from = static_cast<const T*>(b.values) + first;
-  if (b.mask == nullptr) {
-    for (std::int64_t j = 0; j < width; ++j) to[j] = to_float(from[j]) * scale;
+void copy_dense_values(const T* from, const bool* mask, std::int64_t stride, float scale, std::int64_t count,
+                       float* to) {
+  if (mask != nullptr) {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = mask[i * stride] ? to_float(from[i * stride]) * scale : 0.0f;
+  } else if (stride == 1) {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]) * scale;
   } else {
-    for (std::int64_t j = 0; j < width; ++j) to[j] = b.mask[first + j] ? to_float(from[j]) * scale : 0.0f;
+    for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * stride]) * scale;
   }
 }
 
@@ -72,10 +72,15 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
     using T = decltype(type);
     if (b.column_stride == 1) {
       float even[Isa::kColumns] = {}, odd[Isa::kColumns] = {};
+      const auto copy_row = [&](std::int64_t i, float* to) {
+        const std::int64_t first = (r + i) * b.row_stride + column;
+        copy_dense_values(static_cast<const T*>(b.values) + first, b.mask == nullptr ? nullptr : b.mask + first, 1,
+                          term.scale, width, to);
+      };
       for (std::int64_t i = 0; i < depth; i += 2) {
-        copy_dense_row<T>(b, term.scale, r + i, column, width, even);
+        copy_row(i, even);
         if (i + 1 < depth) {
-          copy_dense_row<T>(b, term.scale, r + i + 1, column, width, odd);
+          copy_row(i + 1, odd);
         } else {
           for (float& value : odd) value = 0.0f;
         }
@@ -83,14 +88,16 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
       }
       return;
     }
+    const std::int64_t steps = (depth + Isa::kPerStep - 1) / Isa::kPerStep;
     for (std::int64_t j = 0; j < Isa::kColumns; ++j) {
-      const std::int64_t first = r * b.row_stride + (column + j) * b.column_stride;
-      for (std::int64_t i = 0; i < depth + depth % 2; ++i) {
-        const std::int64_t at = first + i * b.row_stride;
-        const bool counts = i < depth && j < width && (b.mask == nullptr || b.mask[at]);
-        const float value = counts ? to_float(static_cast<const T*>(b.values)[at]) * term.scale : 0.0f;
-        Isa::store_panel_value(value, i, j, panel);
+      float values[kDepth] = {}, places[kDepth];
+      if (j < width) {
+        const std::int64_t first = r * b.row_stride + (column + j) * b.column_stride;
+        copy_dense_values(static_cast<const T*>(b.values) + first, b.mask == nullptr ? nullptr : b.mask + first,
+                          b.row_stride, term.scale, depth, values);
       }
+      Isa::copy_row(values, depth, places);
+      for (std::int64_t step = 0; step < steps; ++step) panel[step * Isa::kColumns + j] = places[step];
     }
   });
 }
