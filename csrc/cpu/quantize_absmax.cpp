@@ -8,6 +8,24 @@
 
 namespace qlora::cpu {
 
+namespace {
+
+// encode_dynamic for several values, step by step: a search waits for each of its comparisons, others go on meanwhile.
+constexpr std::int64_t kAtOnce = 16;
+
+void encode_some(const float* absmax, float offset, float inverse, std::uint8_t* codes) {
+  float x[kAtOnce];
+  unsigned code[kAtOnce] = {};
+  for (std::int64_t i = 0; i < kAtOnce; ++i) x[i] = (absmax[i] - offset) * inverse;
+  for (int bit = 7; bit >= 0; --bit) {
+    const float* bound = kDynamicCodebook.bound + (1 << bit) - 1;
+    for (std::int64_t i = 0; i < kAtOnce; ++i) code[i] |= static_cast<unsigned>(x[i] > bound[code[i]]) << bit;
+  }
+  for (std::int64_t i = 0; i < kAtOnce; ++i) codes[i] = static_cast<std::uint8_t>(code[i]);
+}
+
+}  // namespace
+
 float absmax_offset(const float* absmax, std::int64_t n) {
   if (n == 0) return 0.0f;
   double total = 0.0;
@@ -30,8 +48,9 @@ void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int
     }
     nested_absmax[group] = std::bit_cast<float>(largest);
     const float inverse = inverse_group_absmax(nested_absmax[group]);
-    for (std::int64_t i = first; i < last; ++i)
-      codes[i] = encode_dynamic(kDynamicCodebook.bound, (absmax[i] - offset) * inverse);
+    std::int64_t i = first;
+    for (; i + kAtOnce <= last; i += kAtOnce) encode_some(absmax + i, offset, inverse, codes + i);
+    for (; i < last; ++i) codes[i] = encode_dynamic(kDynamicCodebook.bound, (absmax[i] - offset) * inverse);
   }
 }
 
