@@ -132,8 +132,6 @@ inline __m256i _mm512_cvtps_ph(__m512 a, int) {
 #undef _mm512_maskz_fmadd_ps
 #undef _mm256_dpbf16_ps
 #undef _mm512_dpbf16_ps
-#undef _mm512_mask_dpbf16_ps
-#undef _mm512_maskz_dpbf16_ps
 
 inline __m128 _mm_fmadd_ps(__m128 a, __m128 b, __m128 c) { return emulated::fused(a, b, c, 1, 1); }
 inline __m256 _mm256_fmadd_ps(__m256 a, __m256 b, __m256 c) { return emulated::fused(a, b, c, 1, 1); }
@@ -152,9 +150,3 @@ inline __m512 _mm512_maskz_fmadd_ps(__mmask16 k, __m512 a, __m512 b, __m512 c) {
 }
 inline __m256 _mm256_dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return emulated::dpbf16(sum, a, b); }
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) { return emulated::dpbf16(sum, a, b); }
-inline __m512 _mm512_mask_dpbf16_ps(__m512 sum, __mmask16 k, __m512bh a, __m512bh b) {
-  return _mm512_mask_mov_ps(sum, k, _mm512_dpbf16_ps(sum, a, b));
-}
-inline __m512 _mm512_maskz_dpbf16_ps(__mmask16 k, __m512 sum, __m512bh a, __m512bh b) {
-  return _mm512_maskz_mov_ps(k, _mm512_dpbf16_ps(sum, a, b));
-}
