@@ -13,22 +13,21 @@ namespace {
 struct Kernel {
   Arrangement (*arrangement)();
   void (*multiply)(const FewRows&, std::int64_t, std::int64_t);
-  std::int64_t most_rows;  // from more on, matmul is faster: measured, bench/NOTES.md
 };
 
-// For x of this dtype. Nulls and 0 where there is none.
+// For x of this dtype. Nulls where there is none.
 Kernel kernel_for([[maybe_unused]] DType dtype) {
 #if defined(__x86_64__)
   switch (path()) {
     case Path::Portable:
       break;
     case Path::Avx2:
-      return {arrangement_avx2, linear_4bit_avx2, 16};
+      return {arrangement_avx2, linear_4bit_avx2};
     case Path::Avx512Bf16:
-      if (dtype == DType::BFloat16) return {arrangement_avx512_bf16, linear_4bit_avx512_bf16, 32};
+      if (dtype == DType::BFloat16) return {arrangement_avx512_bf16, linear_4bit_avx512_bf16};
       [[fallthrough]];
     case Path::Avx512:
-      return {arrangement_avx512, linear_4bit_avx512, 16};
+      return {arrangement_avx512, linear_4bit_avx512};
   }
 #endif
   return {};
@@ -62,7 +61,10 @@ void arrange_group(const From* x, std::int64_t rows, std::int64_t K, const Arran
 
 }  // namespace
 
-std::int64_t most_few_rows(DType dtype) { return kernel_for(dtype).most_rows; }
+std::int64_t most_few_rows(DType dtype) {
+  if (kernel_for(dtype).multiply == nullptr) return 0;
+  return dtype == DType::BFloat16 && multiplies_matrices() ? kMostAtOnce : 2 * kMostAtOnce;
+}
 
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t K) {
   const Arrangement a = kernel_for(dtype).arrangement();
@@ -85,7 +87,8 @@ void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t K, void*
 void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end) {
   const Kernel chosen = kernel_for(product.dtype);
   const auto [x, w, addend, addend_stride, y, M, N, K, dtype] = product;
-  if (M < 1 || M > chosen.most_rows) throw std::logic_error("linear_4bit: no kernel for so many rows on this CPU path");
+  if (M < 1 || M > most_few_rows(dtype))
+    throw std::logic_error("linear_4bit: no kernel for so many rows on this CPU path");
   const std::int64_t group = group_size(M);
   const std::int64_t x_row = arranged_bytes(dtype, 1, K), y_row = N * itemsize(dtype);
   const std::int64_t rows_of_w = M > group ? 64 : end - begin;  // the next group finds them in the L2

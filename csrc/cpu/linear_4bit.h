@@ -1,4 +1,4 @@
-// linear_4bit for few rows of x: weights are decoded in registers, one row of W after the other, and multiplied there.
+// linear_4bit for few rows of x: weights are decoded in registers, and multiplied there.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ struct FewRows {
   DType dtype;  // of y, and of x before arrange_x
 };
 
-// As many rows are multiplied here, more by matmul: for x of this dtype, on the CPU path in use. 0: it has no such
-// kernel.
+// As many rows are multiplied here; of more, matmul or, with AMX, torch is faster: for x of this dtype, on the CPU path
+// in use. 0: it has no such kernel.
 std::int64_t most_few_rows(DType dtype);
 
 // x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on

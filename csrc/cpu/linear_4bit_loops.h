@@ -5,7 +5,6 @@
 //   kChunk       weights that are decoded at a time
 //   Element      of x as arrange_x leaves it
 //   Vector       fp32 sums; a lane's weights of a chunk are of one run of 32, so that they share an absmax
-//   run_of_lane  which of the chunk's runs that is
 //   multiply     a chunk of W times the chunk of each row of x, each lane its own sum, not yet scaled
 //   Lanes        which of a chunk's absmax each lane takes, and `scales`, which hands them out
 namespace qlora::cpu {
@@ -15,7 +14,7 @@ constexpr std::int64_t kRun = 32;           // the smallest blocksize
 constexpr std::int64_t kRowBlock = 16;      // rows of W that meet a segment of x while it is in L1
 constexpr std::int64_t kRowsAhead = 4;      // that are fetched from memory
 constexpr std::int64_t kMaxSegment = 4096;  // weights
-constexpr std::int64_t kMostScales = 8;     // that `scales` reads: a chunk of 256 weights in blocks of 32
+constexpr std::int64_t kMostScales = 8;     // that `scales` may read: a chunk of 256 weights in blocks of 32
 
 // Weights of a row that are multiplied at a time: half of a small L1 holds their part of x.
 template <typename Element, int kRows>

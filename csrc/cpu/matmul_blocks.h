@@ -7,7 +7,7 @@ namespace qlora::cpu {
 
 constexpr std::int64_t kDepth = 256;       // of the reduction
 constexpr std::int64_t kMaxRows = 512;     // of x: what a decoded weight is used for
-constexpr std::int64_t kMaxColumns = 256;  // of out, whose sums are kept at a time
+constexpr std::int64_t kMaxColumns = 256;  // of out, whose weights are staged at a time
 // Strides in floats. No powers of two: rows would meet in a few sets of the cache.
 constexpr std::int64_t kXStride = kDepth + 16;
 constexpr std::int64_t kSumStride = kMaxColumns + 16;
@@ -21,7 +21,7 @@ constexpr std::int64_t kStep = 32;
 struct MatmulScratch {
   float* x;              // [kMaxRows][kXStride]
   float* panel;          // [kDepth][panel's width]
-  float* sums;           // [kMaxRows][kSumStride]
+  float* sums;           // [blocks of kMaxColumns][rows][kSumStride], kMaxRows * kSumStride in all
   float* masked;         // likewise: a term before its out_mask
   float* absmax;         // staged [W's columns / kStep][W's rows], of which there are at most kDepth
   std::uint8_t* packed;  // staged

@@ -20,10 +20,10 @@ namespace {
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// `total` in parts of at most `most` and about the same size, a multiple of `border`.
-inline std::int64_t even_part(std::int64_t total, std::int64_t most, std::int64_t border) {
+// `total` in parts of at most `most` and about the same size.
+inline std::int64_t even_part(std::int64_t total, std::int64_t most) {
   const std::int64_t parts = (total + most - 1) / most;
-  return ((total + parts - 1) / parts + border - 1) / border * border;
+  return (total + parts - 1) / parts;
 }
 
 template <typename Isa>
@@ -220,7 +220,7 @@ template <typename Isa>
 void multiply_rectangle(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch) {
   const auto [row_begin, row_end, column_begin, column_end] = rectangle;
   if (row_begin >= row_end || column_begin >= column_end) return;
-  const std::int64_t rows = even_part(row_end - row_begin, kMaxRows, 1);
+  const std::int64_t rows = even_part(row_end - row_begin, kMaxRows);
   const std::int64_t columns = kMaxRows / rows * kMaxColumns;  // of fewer rows there is room for more columns
   for (std::int64_t row = row_begin; row < row_end; row += rows) {
     for (std::int64_t column = column_begin; column < column_end; column += columns) {

@@ -41,12 +41,33 @@ struct Encoder {
   }
 };
 
-inline float reduce_max(__m256i bits) {
+inline std::uint32_t reduce_max(__m256i bits) {
   alignas(32) std::uint32_t lanes[8];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), bits);
   std::uint32_t largest = lanes[0];
   for (int i = 1; i < 8; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-  return __builtin_bit_cast(float, largest);
+  return largest;
+}
+
+// The largest |w|, by its bits: integers order floats of one sign, and NaN last.
+inline float largest_magnitude(const float* w, std::int64_t blocksize) {
+  __m256i largest = _mm256_setzero_si256();
+  for (std::int64_t i = 0; i < blocksize; i += 8) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i));
+    largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
+  }
+  return __builtin_bit_cast(float, reduce_max(largest));
+}
+
+template <typename T>  // bf16 or fp16
+float largest_magnitude(const T* w, std::int64_t blocksize) {
+  __m256i largest = _mm256_setzero_si256();
+  for (std::int64_t i = 0; i < blocksize; i += 16) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i));
+    largest = _mm256_max_epu16(largest, _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)));
+  }
+  const __m256i odd = _mm256_srli_epi32(largest, 16), even = _mm256_and_si256(largest, _mm256_set1_epi32(0xffff));
+  return to_float(T{static_cast<std::uint16_t>(reduce_max(_mm256_max_epu32(even, odd)))});
 }
 
 template <typename T>
@@ -58,12 +79,7 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& bo
   for (std::int64_t block = begin; block < end; ++block) {
     const T* w = weight + block * blocksize;
     std::uint8_t* out = packed + block * blocksize / 2;
-    __m256i largest = _mm256_setzero_si256();  // integer maximum of the bits of |w|: NaN is the largest
-    for (std::int64_t i = 0; i < blocksize; i += 8) {
-      const __m256i bits = _mm256_castps_si256(load8(w + i));
-      largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
-    }
-    absmax[block] = reduce_max(largest);
+    absmax[block] = largest_magnitude(w, blocksize);
     const __m256 inverse = _mm256_set1_ps(inverse_absmax(absmax[block]));
     for (std::int64_t i = 0; i < blocksize; i += 32) {
       __m256i rank[4];

@@ -4,8 +4,6 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-
-#include <limits>
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
@@ -24,10 +22,10 @@ struct Encoder {
   explicit Encoder(const Codebook& book) {
     float bounds[32];
     std::int32_t ranks[32] = {};
-    for (float& each : bounds) each = std::numeric_limits<float>::infinity();
+    for (float& each : bounds) each = 2.0f;
     for (const float each : book.bound) {
-      if (each == std::numeric_limits<float>::infinity()) continue;
-      const auto bin = static_cast<int>(_mm_cvtsi128_si32(_mm512_castsi512_si128(bin_of(_mm512_set1_ps(each)))));
+      if (each > 1.0f) continue;  // none
+      const int bin = _mm_cvtsi128_si32(_mm512_castsi512_si128(bin_of(_mm512_set1_ps(each))));
       bounds[bin] = each;
       for (int above = bin + 1; above < 32; ++above) ++ranks[above];
     }
@@ -52,7 +50,7 @@ struct Encoder {
 };
 
 // The largest |w|, by its bits: integers order floats of one sign, and NaN last.
-inline float block_absmax(const float* w, std::int64_t blocksize) {
+inline float largest_magnitude(const float* w, std::int64_t blocksize) {
   __m512i largest = _mm512_setzero_si512();
   for (std::int64_t i = 0; i < blocksize; i += 16) {
     const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(w + i), _mm512_set1_epi32(0x7fffffff));
@@ -62,7 +60,7 @@ inline float block_absmax(const float* w, std::int64_t blocksize) {
 }
 
 template <typename T>  // bf16 or fp16
-float block_absmax(const T* w, std::int64_t blocksize) {
+float largest_magnitude(const T* w, std::int64_t blocksize) {
   __m512i largest = _mm512_setzero_si512();
   for (std::int64_t i = 0; i < blocksize; i += 32) {
     const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(w + i), _mm512_set1_epi16(0x7fff));
@@ -79,7 +77,7 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& bo
   for (std::int64_t block = begin; block < end; ++block) {
     const T* w = weight + block * blocksize;
     std::uint8_t* out = packed + block * blocksize / 2;
-    absmax[block] = block_absmax(w, blocksize);
+    absmax[block] = largest_magnitude(w, blocksize);
     const __m512 inverse = _mm512_set1_ps(inverse_absmax(absmax[block]));
     for (std::int64_t i = 0; i < blocksize; i += 16) {
       const __m512i code = encode16(_mm512_mul_ps(load16(w + i), inverse));

@@ -1,5 +1,5 @@
-// The sums of linear_4bit's AVX512 kernels, fp32 and bf16: 16 lanes. A file of kernels includes this inside its target
-// region.
+// The sums of linear_4bit's AVX512 kernels, fp32 and bf16, and the absmax of their 16 lanes: those of the runs of 32
+// weights that Isa::run_of_lane names. A file of kernels includes this inside its target region.
 namespace qlora::cpu {
 namespace {
 
