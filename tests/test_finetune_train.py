@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pickle
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ from qlora_ext.finetune.train import Outcome, Schedule, newest_checkpoint, total
 TOKENIZER = tiny_tokenizer()
 STATE_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}
+
+
+@pytest.fixture(autouse=True)
+def python_handles_interrupts() -> Iterator[None]:
+    """As in a terminal; what a shell runs in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def example(index: int) -> Example:
