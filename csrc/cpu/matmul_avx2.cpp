@@ -85,8 +85,9 @@ struct Avx2 {
     }
   }
 
+  // Inlined into the loops over tiles, GCC 12 keeps half of the sums on the stack, at half the speed.
   template <int kRows>
-  static void multiply_tile(const float* x, const float* panel, std::int64_t steps, float* sums) {
+  [[gnu::noinline]] static void multiply_tile(const float* x, const float* panel, std::int64_t steps, float* sums) {
     __m256 sum[kRows][2];
     for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     for (std::int64_t step = 0; step < steps; ++step, panel += kColumns) {
