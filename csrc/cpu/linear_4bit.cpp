@@ -11,7 +11,7 @@ namespace qlora::cpu {
 namespace {
 
 struct Kernel {
-  Arrangement (*arrangement)();
+  const Arrangement& (*arrangement)();
   void (*multiply)(const FewRows&, std::int64_t, std::int64_t);
 };
 
@@ -49,7 +49,7 @@ void arrange_group(const From* x, std::int64_t rows, std::int64_t K, const Arran
       To chunk[kMostChunk] = {};
       for (std::int64_t i = 0; i < std::min(a.chunk, K - k); ++i) {
         if constexpr (std::is_same_v<From, To>) {
-          chunk[i] = x[k + i];
+          chunk[i] = x[k + i];  // nothing to round
         } else {
           chunk[i] = round_to<To>(to_float(x[k + i]));
         }
@@ -67,12 +67,12 @@ std::int64_t most_few_rows(DType dtype) {
 }
 
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t K) {
-  const Arrangement a = kernel_for(dtype).arrangement();
+  const Arrangement& a = kernel_for(dtype).arrangement();
   return M * padded(a, K) * itemsize(a.dtype);
 }
 
 void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t K, void* arranged) {
-  const Arrangement a = kernel_for(dtype).arrangement();
+  const Arrangement& a = kernel_for(dtype).arrangement();
   const std::int64_t group = group_size(M);
   with_type(dtype, [&](auto from_type) {
     with_type(a.dtype, [&](auto to_type) {

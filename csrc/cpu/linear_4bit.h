@@ -42,9 +42,9 @@ struct Arrangement {
   std::uint8_t order[kMostChunk];
 };
 
-Arrangement arrangement_avx2();
-Arrangement arrangement_avx512();
-Arrangement arrangement_avx512_bf16();
+const Arrangement& arrangement_avx2();
+const Arrangement& arrangement_avx512();
+const Arrangement& arrangement_avx512_bf16();
 void linear_4bit_avx2(const FewRows& product, std::int64_t begin, std::int64_t end);
 void linear_4bit_avx512(const FewRows& product, std::int64_t begin, std::int64_t end);
 void linear_4bit_avx512_bf16(const FewRows& product, std::int64_t begin, std::int64_t end);

@@ -62,15 +62,20 @@ struct Avx2 {
   }
 };
 
-}  // namespace
-
-Arrangement arrangement_avx2() {
+constexpr Arrangement make_arrangement() {
   Arrangement arrangement{Avx2::kChunk, DType::Float32, {}};
   for (int i = 0; i < Avx2::kChunk; ++i) {
     const int low = i / 32, q = i / 8 % 4, lane = i / 4 % 2, byte = 16 * lane + 4 * q + i % 4;
     arrangement.order[i] = static_cast<std::uint8_t>(2 * byte + low);
   }
   return arrangement;
+}
+
+}  // namespace
+
+const Arrangement& arrangement_avx2() {
+  static constexpr Arrangement kArrangement = make_arrangement();
+  return kArrangement;
 }
 
 void linear_4bit_avx2(const FewRows& product, std::int64_t begin, std::int64_t end) {

@@ -44,9 +44,7 @@ struct Avx512 : SumsAvx512 {
   }
 };
 
-}  // namespace
-
-Arrangement arrangement_avx512() {
+constexpr Arrangement make_arrangement() {
   Arrangement arrangement{Avx512::kChunk, DType::Float32, {}};
   for (int i = 0; i < Avx512::kChunk; ++i) {
     const int nibble = i / 16, dword = i % 16, byte = 4 * dword + nibble / 2;
@@ -54,6 +52,13 @@ Arrangement arrangement_avx512() {
         static_cast<std::uint8_t>(2 * byte + (nibble % 2 == 0));  // the low nibble is the odd element
   }
   return arrangement;
+}
+
+}  // namespace
+
+const Arrangement& arrangement_avx512() {
+  static constexpr Arrangement kArrangement = make_arrangement();
+  return kArrangement;
 }
 
 void linear_4bit_avx512(const FewRows& product, std::int64_t begin, std::int64_t end) {

@@ -57,9 +57,7 @@ struct Avx512Bf16 : SumsAvx512 {
   }
 };
 
-}  // namespace
-
-Arrangement arrangement_avx512_bf16() {
+constexpr Arrangement make_arrangement() {
   Arrangement arrangement{Avx512Bf16::kChunk, DType::BFloat16, {}};
   for (int i = 0; i < Avx512Bf16::kChunk; ++i) {
     const int half = i / 128, nibble = i / 32 % 4, word = i % 32;
@@ -68,6 +66,13 @@ Arrangement arrangement_avx512_bf16() {
     arrangement.order[i] = static_cast<std::uint8_t>(128 * vector + 2 * byte + (nibble % 2 == 0));
   }
   return arrangement;
+}
+
+}  // namespace
+
+const Arrangement& arrangement_avx512_bf16() {
+  static constexpr Arrangement kArrangement = make_arrangement();
+  return kArrangement;
 }
 
 void linear_4bit_avx512_bf16(const FewRows& product, std::int64_t begin, std::int64_t end) {

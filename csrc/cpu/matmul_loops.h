@@ -26,40 +26,39 @@ inline std::int64_t even_part(std::int64_t total, std::int64_t most) {
   return (total + parts - 1) / parts;
 }
 
+// `count` values of a matrix, `stride` apart from the first-th on, scaled, 0 where they are masked.
+template <typename T>
+void copy_values(const Matrix& m, std::int64_t first, std::int64_t stride, float scale, std::int64_t count, float* to) {
+  const T* from = static_cast<const T*>(m.values) + first;
+  if (m.mask == nullptr && stride == 1) {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]) * scale;
+    return;
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    const bool counts = m.mask == nullptr || m.mask[first + i * stride];
+    to[i] = counts ? to_float(from[i * stride]) * scale : 0.0f;
+  }
+}
+
 template <typename Isa>
 void copy_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_t r, std::int64_t depth, float* to) {
   with_type(x.dtype, [&](auto type) {
-    const auto* values = static_cast<const decltype(type)*>(x.values);
+    using T = decltype(type);
     for (std::int64_t i = 0; i < rows; ++i, to += kXStride) {
       const std::int64_t first = (row + i) * x.row_stride + r * x.column_stride;
       if (x.column_stride == 1 && x.mask == nullptr) {
         constexpr std::int64_t kRowsAhead = 4;  // rows are too short for the hardware to see a stream
-        const auto* ahead = values + first + kRowsAhead * x.row_stride;
-        for (std::int64_t j = 0; j < depth; j += 64 / sizeof(*ahead)) __builtin_prefetch(ahead + j);
-        Isa::copy_row(values + first, depth, to);
+        const T* from = static_cast<const T*>(x.values) + first;
+        const T* ahead = from + kRowsAhead * x.row_stride;
+        for (std::int64_t j = 0; j < depth; j += 64 / sizeof(T)) __builtin_prefetch(ahead + j);
+        Isa::copy_row(from, depth, to);
       } else {
-        float row_values[kDepth];
-        for (std::int64_t j = 0; j < depth; ++j) {
-          const std::int64_t at = first + j * x.column_stride;
-          row_values[j] = x.mask == nullptr || x.mask[at] ? to_float(values[at]) : 0.0f;
-        }
-        Isa::copy_row(row_values, depth, to);
+        float values[kDepth];
+        copy_values<T>(x, first, x.column_stride, 1.0f, depth, values);
+        Isa::copy_row(values, depth, to);
       }
     }
   });
-}
-
-// `count` values of a dense b, scaled, 0 where they are masked.
-template <typename T>
-void copy_dense_values(const T* from, const bool* mask, std::int64_t stride, float scale, std::int64_t count,
-                       float* to) {
-  if (mask != nullptr) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = mask[i * stride] ? to_float(from[i * stride]) * scale : 0.0f;
-  } else if (stride == 1) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]) * scale;
-  } else {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * stride]) * scale;
-  }
 }
 
 // The panel of a dense b, zeros beyond its width and, after the last of an odd number of rows, one of zeros. In the
@@ -70,17 +69,13 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
   const Matrix& b = term.dense;
   with_type(b.dtype, [&](auto type) {
     using T = decltype(type);
+    const std::int64_t first = r * b.row_stride + column * b.column_stride;
     if (b.column_stride == 1) {
       float even[Isa::kColumns] = {}, odd[Isa::kColumns] = {};
-      const auto copy_row = [&](std::int64_t i, float* to) {
-        const std::int64_t first = (r + i) * b.row_stride + column;
-        copy_dense_values(static_cast<const T*>(b.values) + first, b.mask == nullptr ? nullptr : b.mask + first, 1,
-                          term.scale, width, to);
-      };
       for (std::int64_t i = 0; i < depth; i += 2) {
-        copy_row(i, even);
+        copy_values<T>(b, first + i * b.row_stride, 1, term.scale, width, even);
         if (i + 1 < depth) {
-          copy_row(i + 1, odd);
+          copy_values<T>(b, first + (i + 1) * b.row_stride, 1, term.scale, width, odd);
         } else {
           for (float& value : odd) value = 0.0f;
         }
@@ -91,11 +86,7 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
     const std::int64_t steps = (depth + Isa::kPerStep - 1) / Isa::kPerStep;
     for (std::int64_t j = 0; j < Isa::kColumns; ++j) {
       float values[kDepth] = {}, places[kDepth];
-      if (j < width) {
-        const std::int64_t first = r * b.row_stride + (column + j) * b.column_stride;
-        copy_dense_values(static_cast<const T*>(b.values) + first, b.mask == nullptr ? nullptr : b.mask + first,
-                          b.row_stride, term.scale, depth, values);
-      }
+      if (j < width) copy_values<T>(b, first + j * b.column_stride, b.row_stride, term.scale, depth, values);
       Isa::copy_row(values, depth, places);
       for (std::int64_t step = 0; step < steps; ++step) panel[step * Isa::kColumns + j] = places[step];
     }
@@ -180,10 +171,9 @@ void multiply_part(const Matmul& product, const Rectangle& part, const MatmulScr
       at += rows * kSumStride;
     }
   };
+  const std::int64_t blocks = (part.column_end - part.column_begin + kMaxColumns - 1) / kMaxColumns;
   const auto clear = [&](float* sums) {
-    each_block([&](std::int64_t, std::int64_t, std::int64_t at) {
-      __builtin_memset(sums + at, 0, static_cast<std::size_t>(rows * kSumStride) * sizeof(float));
-    });
+    __builtin_memset(sums, 0, static_cast<std::size_t>(blocks * rows * kSumStride) * sizeof(float));
   };
   clear(s.sums);
   for (int t = 0; t < product.num_terms; ++t) {
