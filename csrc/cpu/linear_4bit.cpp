@@ -1,6 +1,8 @@
 // linear_4bit for few rows: the choice of its kernel, and x in that kernel's order.
 #include "linear_4bit.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <stdexcept>
 #include <type_traits>
@@ -61,9 +63,20 @@ void arrange_group(const From* x, std::int64_t rows, std::int64_t K, const Arran
 
 }  // namespace
 
+std::int64_t l1_bytes() {
+  static const std::int64_t bytes = [] {
+    std::int64_t l1 = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    return std::max<std::int64_t>(l1, 32 << 10);
+  }();
+  return bytes;
+}
+
 std::int64_t most_few_rows(DType dtype) {
   if (kernel_for(dtype).multiply == nullptr) return 0;
-  return dtype == DType::BFloat16 && multiplies_matrices() ? kMostAtOnce : 2 * kMostAtOnce;
+  return dtype == DType::BFloat16 && multiplies_matrices() ? 8 : 16;
 }
 
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t K) {

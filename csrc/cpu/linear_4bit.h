@@ -33,7 +33,9 @@ void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end);
 // --- the vector kernels -------------------------------------------------------------------------------------------
 
 constexpr std::int64_t kMostChunk = 256;
-constexpr int kMostAtOnce = 8;  // rows that a kernel multiplies
+constexpr int kMostAtOnce = 4;  // rows that a kernel multiplies
+
+std::int64_t l1_bytes();  // of this machine's cache
 
 // How a kernel wants x: chunk by chunk, of each all rows, element order[i] of a row's chunk at place i.
 struct Arrangement {

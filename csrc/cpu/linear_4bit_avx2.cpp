@@ -25,6 +25,7 @@ struct LanesAvx2 {
 
 struct Avx2 {
   static constexpr std::int64_t kChunk = 64;
+  static constexpr int kRowsOfW = 1;
   using Element = float;
   using Lanes = LanesAvx2;
   using Vector = __m256;
@@ -36,7 +37,7 @@ struct Avx2 {
   static Vector zero() { return _mm256_setzero_ps(); }
 
   template <int kRows>
-  void multiply(const std::uint8_t* packed, const float* x, Vector* products) const {
+  void multiply(const std::uint8_t* packed, std::int64_t, const float* x, Vector (&products)[kRowsOfW][kRows]) const {
     const __m256i nibble = _mm256_set1_epi8(0xf);
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
     __m256 high[4], low[4];  // of the bytes' high nibbles (even elements) and low ones, as `expand` orders them
@@ -49,16 +50,28 @@ struct Avx2 {
         even = _mm256_fmadd_ps(high[q], _mm256_load_ps(x + 8 * q), even);
         odd = _mm256_fmadd_ps(low[q], _mm256_load_ps(x + 32 + 8 * q), odd);
       }
-      products[m] = _mm256_add_ps(even, odd);
+      products[0][m] = _mm256_add_ps(even, odd);
     }
   }
 
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
-  static float add_lanes(Vector x) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  // The total of each of 8 vectors: pairs of vectors become one of twice as many, shorter sums, three times.
+  static Vector add_lanes(const Vector* x) {
+    Vector quarters[4], halves[2];
+    for (int i = 0; i < 4; ++i) quarters[i] = _mm256_hadd_ps(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) halves[i] = _mm256_hadd_ps(quarters[2 * i], quarters[2 * i + 1]);
+    return _mm256_add_ps(_mm256_permute2f128_ps(halves[0], halves[1], 0x20),
+                         _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
+  }
+
+  // Absmax of `count` blocks from `first` on as numbers, and zeros up to a multiple of 8.
+  static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
+    for (std::int64_t i = 0; i < count; i += 8) {
+      float decoded[8] = {};
+      for (std::int64_t j = 0; j < 8 && i + j < count; ++j) decoded[j] = block_absmax(w, first + i + j);
+      __builtin_memcpy(absmax + i, decoded, sizeof decoded);
+    }
   }
 };
 

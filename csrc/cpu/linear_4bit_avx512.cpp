@@ -7,6 +7,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
+#include "absmax_avx512.h"
 #include "linear_4bit_loops.h"
 #include "sums_avx512.h"
 
@@ -15,6 +16,8 @@ namespace {
 
 struct Avx512 : SumsAvx512 {
   static constexpr std::int64_t kChunk = 128;
+  static constexpr int kRowsOfW = 2;
+  static constexpr int kChains = 2;  // of dependent additions, to keep the units busy
   using Element = float;
   using Lanes = LanesAvx512<Avx512>;
 
@@ -25,22 +28,29 @@ struct Avx512 : SumsAvx512 {
   static int run_of_lane(int lane) { return lane / 4; }
 
   template <int kRows>
-  void multiply(const std::uint8_t* packed, const float* x, Vector* products) const {
-    constexpr int kChains = kRows <= 4 ? 2 : 1;  // of dependent additions, to keep the units busy
-    const __m512i dwords = _mm512_loadu_si512(packed);
-    Vector sums[kRows][kChains];
+  void multiply(const std::uint8_t* packed, std::int64_t stride, const float* x,
+                Vector (&products)[kRowsOfW][kRows]) const {
+    __m512i dwords[kRowsOfW];
+    for (int r = 0; r < kRowsOfW; ++r) dwords[r] = _mm512_loadu_si512(packed + r * stride);
+    Vector sums[kRowsOfW][kRows][kChains];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      const Vector weights = _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, 4 * i), table);
+      Vector weights[kRowsOfW];
+      for (int r = 0; r < kRowsOfW; ++r) {
+        weights[r] = _mm512_permutexvar_ps(_mm512_srli_epi32(dwords[r], 4 * i), table);
+      }
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         const Vector values = _mm512_load_ps(x + m * kChunk + 16 * i);
-        Vector& sum = sums[m][i % kChains];
-        sum = i < kChains ? _mm512_mul_ps(weights, values) : _mm512_fmadd_ps(weights, values, sum);
+        for (int r = 0; r < kRowsOfW; ++r) {
+          Vector& sum = sums[r][m][i % kChains];
+          sum = i < kChains ? _mm512_mul_ps(weights[r], values) : _mm512_fmadd_ps(weights[r], values, sum);
+        }
       }
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) products[m] = kChains == 1 ? sums[m][0] : sums[m][0] + sums[m][kChains - 1];
+    for (int r = 0; r < kRowsOfW; ++r) {
+      for (int m = 0; m < kRows; ++m) products[r][m] = sums[r][m][0] + sums[r][m][1];
+    }
   }
 };
 

@@ -8,6 +8,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 
+#include "absmax_avx512.h"
 #include "linear_4bit_loops.h"
 #include "sums_avx512.h"
 
@@ -16,6 +17,8 @@ namespace {
 
 struct Avx512Bf16 : SumsAvx512 {
   static constexpr std::int64_t kChunk = 256;
+  static constexpr int kRowsOfW = 2;
+  static constexpr int kChains = 2;  // of dependent additions, to keep the units busy
   using Element = BFloat16;
   using Lanes = LanesAvx512<Avx512Bf16>;
 
@@ -34,25 +37,35 @@ struct Avx512Bf16 : SumsAvx512 {
   static int run_of_lane(int lane) { return lane / 2 % 2 * 4 + lane / 4; }
 
   template <int kRows>
-  void multiply(const std::uint8_t* packed, const BFloat16* x, Vector* products) const {
-    constexpr int kChains = kRows <= 3 ? 2 : 1;  // of dependent additions, to keep the units busy
-    const __m512i first = _mm512_loadu_si512(packed), second = _mm512_loadu_si512(packed + 64);
-    const __m512i words[2] = {_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second)};
-    Vector sums[kRows][kChains];
+  void multiply(const std::uint8_t* packed, std::int64_t stride, const BFloat16* x,
+                Vector (&products)[kRowsOfW][kRows]) const {
+    __m512i words[kRowsOfW][2];
+    for (int r = 0; r < kRowsOfW; ++r) {
+      const __m512i first = _mm512_loadu_si512(packed + r * stride),
+                    second = _mm512_loadu_si512(packed + r * stride + 64);
+      words[r][0] = _mm512_unpacklo_epi64(first, second);
+      words[r][1] = _mm512_unpackhi_epi64(first, second);
+    }
+    Vector sums[kRowsOfW][kRows][kChains];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      const __m512i weights = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[i / 4], 4 * (i % 4)), table);
+      __m512i weights[kRowsOfW];
+      for (int r = 0; r < kRowsOfW; ++r) {
+        weights[r] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[r][i / 4], 4 * (i % 4)), table);
+      }
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         const auto values = (__m512bh)_mm512_load_si512(x + m * kChunk + 32 * i);
-        Vector& sum = sums[m][i % kChains];
-        sum = _mm512_dpbf16_ps(i < kChains ? zero() : sum, (__m512bh)weights, values);
+        for (int r = 0; r < kRowsOfW; ++r) {
+          Vector& sum = sums[r][m][i % kChains];
+          sum = _mm512_dpbf16_ps(i < kChains ? zero() : sum, (__m512bh)weights[r], values);
+        }
       }
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      products[m] = sums[m][0];
-      if constexpr (kChains == 2) products[m] = sums[m][0] + sums[m][1];
+    for (int r = 0; r < kRowsOfW; ++r) {
+      for (int m = 0; m < kRows; ++m) {
+        products[r][m] = sums[r][m][0] + sums[r][m][1];
+      }
     }
   }
 };
