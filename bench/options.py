@@ -17,7 +17,12 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 # torch's products are held to the instructions of the path that ours is held to.
 ONEDNN_ISA = {"portable": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
-HUGE_PAGES = "glibc.malloc.hugetlb="
+# In huge pages, and kept between calls: the kernel fills each page with zeros that malloc asks for anew.
+MALLOC = {
+    "glibc.malloc.hugetlb": "1",
+    "glibc.malloc.mmap_max": "0",
+    "glibc.malloc.trim_threshold": str(1 << 40),
+}
 SMOKE_SHAPE = "128x256"
 
 
@@ -47,7 +52,7 @@ def parse(description: str | None, *, by_rows: bool) -> Options:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"])
     parser.add_argument("--mode", nargs="+", choices=["hot", "cold"], default=["hot", "cold"])
     parser.add_argument("--cpu-path", choices=list(ONEDNN_ISA), help="that ours must take, and oneDNN's limit with it")
-    pages = "for malloc; both (the default): one process after the other, each without and with"
+    pages = "for malloc, which keeps them; both (the default): one process after the other, each without and with"
     parser.add_argument("--huge-pages", choices=["off", "on", "both"], default="both", help=pages)
     parser.add_argument("--seconds", type=float, default=0.3, help="of measuring for each provider of a case")
     parser.add_argument("--no-record", action="store_true", help="only print the rows")
@@ -75,8 +80,8 @@ def environment(options: Options, base: Mapping[str, str]) -> dict[str, str]:
     """What the libraries must find when they are loaded, or, malloc, before."""
     env = dict(base)
     tunables = [entry for entry in env.pop("GLIBC_TUNABLES", "").split(":") if entry]
-    tunables = [entry for entry in tunables if not entry.startswith(HUGE_PAGES)]
-    tunables += [f"{HUGE_PAGES}1"] if options.huge_pages == "on" else []
+    tunables = [entry for entry in tunables if entry.partition("=")[0] not in MALLOC]
+    tunables += [f"{name}={value}" for name, value in MALLOC.items() if options.huge_pages == "on"]
     if tunables:
         env["GLIBC_TUNABLES"] = ":".join(tunables)
     if options.cpu_path:

@@ -22,11 +22,13 @@ float absmax_offset(const float* absmax, std::int64_t n);
 void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int64_t begin, std::int64_t end,
                      std::uint8_t* codes, float* nested_absmax);
 
-// The vector twins: whole blocks [begin, end) only; the portable code does a last, shorter block and odd borders.
+// The vector twins: whole blocks [begin, end) only; the portable code does a last, shorter block and odd borders. Of
+// quantize_absmax, the codes of one group.
 void quantize_4bit_avx2(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
                         std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
 void quantize_4bit_avx512(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
                           std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
+void encode_absmax_avx512(const float* absmax, std::int64_t n, float offset, float inverse, std::uint8_t* codes);
 void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
 void dequantize_4bit_avx512(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
 

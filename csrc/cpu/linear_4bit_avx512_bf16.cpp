@@ -10,6 +10,7 @@
 
 #include "absmax_avx512.h"
 #include "linear_4bit_loops.h"
+#include "simd_avx512.h"
 #include "sums_avx512.h"
 
 namespace qlora::cpu {

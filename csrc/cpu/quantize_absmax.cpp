@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "path.h"
 
 namespace qlora::cpu {
 
@@ -24,12 +25,30 @@ void encode_some(const float* absmax, float offset, float inverse, std::uint8_t*
   for (std::int64_t i = 0; i < kAtOnce; ++i) codes[i] = static_cast<std::uint8_t>(code[i]);
 }
 
+void encode_absmax(const float* absmax, std::int64_t n, float offset, float inverse, std::uint8_t* codes) {
+#if defined(__x86_64__)
+  if (path() >= Path::Avx512) return encode_absmax_avx512(absmax, n, offset, inverse, codes);
+#endif
+  std::int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce) encode_some(absmax + i, offset, inverse, codes + i);
+  for (; i < n; ++i) codes[i] = encode_dynamic(kDynamicCodebook.bound, (absmax[i] - offset) * inverse);
+}
+
 }  // namespace
 
 float absmax_offset(const float* absmax, std::int64_t n) {
   if (n == 0) return 0.0f;
   double total = 0.0;
-  for (std::int64_t begin = 0; begin < n; begin += kNestedBlocksize) {
+  constexpr std::int64_t kGroups = 8;  // at once: an addition waits for the one before it in its group only
+  std::int64_t begin = 0;
+  for (; begin + kGroups * kNestedBlocksize <= n; begin += kGroups * kNestedBlocksize) {
+    double groups[kGroups] = {};
+    for (std::int64_t i = begin; i < begin + kNestedBlocksize; ++i) {
+      for (std::int64_t g = 0; g < kGroups; ++g) groups[g] += absmax[i + g * kNestedBlocksize];
+    }
+    for (const double group : groups) total += group;
+  }
+  for (; begin < n; begin += kNestedBlocksize) {
     double group = 0.0;
     for (std::int64_t i = begin; i < std::min<std::int64_t>(n, begin + kNestedBlocksize); ++i) group += absmax[i];
     total += group;
@@ -48,9 +67,7 @@ void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int
     }
     nested_absmax[group] = std::bit_cast<float>(largest);
     const float inverse = inverse_group_absmax(nested_absmax[group]);
-    std::int64_t i = first;
-    for (; i + kAtOnce <= last; i += kAtOnce) encode_some(absmax + i, offset, inverse, codes + i);
-    for (; i < last; ++i) codes[i] = encode_dynamic(kDynamicCodebook.bound, (absmax[i] - offset) * inverse);
+    encode_absmax(absmax + first, last - first, offset, inverse, codes + first);
   }
 }
 

@@ -1,5 +1,5 @@
-// What the AVX512 kernels share: loads and stores of 16 numbers of any dtype. A file of kernels includes this inside
-// its target region.
+// What the AVX512 kernels share: loads and stores of 16 numbers of any dtype, and sums or the like across lanes. A file
+// of kernels includes this inside its target region.
 namespace qlora::cpu {
 namespace {
 
@@ -31,6 +31,29 @@ inline void store16(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
 template <typename T>  // bf16 or fp16
 void store16(T* to, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round16(x, T{}));
+}
+
+struct Sum {
+  __m512 operator()(__m512 a, __m512 b) const { return a + b; }
+};
+
+// All lanes of each of 16 vectors combined, the i-th to lane i: pairs of vectors become one of half as many lanes each,
+// four times.
+template <typename Combine>
+__m512 across_lanes(const __m512* x, Combine combine) {
+  __m512 eight[8], four[4], two[2];
+  for (int i = 0; i < 8; ++i) {
+    eight[i] = combine(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(eight[2 * i]), b = _mm512_castps_pd(eight[2 * i + 1]);
+    four[i] = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto quarters = [&](__m512 a, __m512 b) {
+    return combine(_mm512_shuffle_f32x4(a, b, 0b10001000), _mm512_shuffle_f32x4(a, b, 0b11011101));
+  };
+  for (int i = 0; i < 2; ++i) two[i] = quarters(four[2 * i], four[2 * i + 1]);
+  return quarters(two[0], two[1]);
 }
 
 // sums + bias, rounded.

@@ -11,23 +11,7 @@ struct SumsAvx512 {
   static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
     decode_absmax_avx512(w, first, count, absmax);
   }
-  // The total of each of 16 vectors: pairs of vectors become one of twice as many, shorter sums, four times.
-  static Vector add_lanes(const Vector* x) {
-    Vector eight[8], four[4];
-    for (int i = 0; i < 8; ++i) {
-      eight[i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]) + _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i) {
-      const __m512d a = _mm512_castps_pd(eight[2 * i]), b = _mm512_castps_pd(eight[2 * i + 1]);
-      four[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
-    const Vector low = add_quarters(four[0], four[1]), high = add_quarters(four[2], four[3]);
-    return add_quarters(low, high);
-  }
-
-  static Vector add_quarters(Vector a, Vector b) {
-    return _mm512_shuffle_f32x4(a, b, 0b10001000) + _mm512_shuffle_f32x4(a, b, 0b11011101);
-  }
+  static Vector add_lanes(const Vector* x) { return across_lanes(x, Sum{}); }
 };
 
 template <typename Isa>
