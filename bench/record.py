@@ -89,10 +89,14 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def _cpu_model() -> str:
+    """The name, with family and model where the kernel tells them: clouds hide the generation of a CPU in the name."""
+    told = dict.fromkeys(("model name", "cpu family", "model"), "")
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if name in told and not told[name]:
+            told[name] = value
+    generation = f" (family {told['cpu family']}, model {told['model']})" if told["cpu family"] else ""
+    return (told["model name"] or "unknown") + generation
 
 
 def _huge_pages() -> str:
