@@ -1,4 +1,5 @@
-// The pybind11 module qlora_ext._C: importing it loads the ops; it shows the codebooks and the CPU path to Python.
+// The pybind11 module qlora_ext._C: importing it loads the ops; it shows the codebooks, the CPU path
+// and the paged optimizer's states to Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,10 @@
 
 #include "codebook.h"
 #include "cpu/path.h"
+
+namespace qlora {
+void bind_adamw(pybind11::module_& m);  // ops_adamw.cpp
+}
 
 namespace {
 
@@ -31,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_path", [] { return qlora::cpu::path_name(qlora::cpu::path()); }, "The CPU path in use.");
   m.def("cpu_paths", &qlora::cpu::path_names, "The CPU paths this machine can run, ascending.");
   m.def("set_cpu_path", &qlora::cpu::set_path, "Use this CPU path from now on; ValueError if it cannot run.");
+  qlora::bind_adamw(m);
 #ifdef QLORA_EXT_NVCC  // its version and architectures, from setup.py
   m.attr("compiler") = __VERSION__ ", " QLORA_EXT_NVCC;
 #else

@@ -1,0 +1,180 @@
+// The paged optimizer as Python sees it: _C.PagedStates.
+#include "ops_adamw.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/Device.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cerrno>
+#include <optional>
+#include <system_error>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "pager/adamw_states.h"
+#include "pager/backend_host.h"
+
+namespace py = pybind11;
+
+namespace qlora {
+namespace {
+
+using at::Tensor;
+
+constexpr const char* kOp = "PagedAdamW";
+constexpr int64_t kGrain = 32;  // blocks of 256 elements that a thread should have before another is worth waking
+
+MakeAdamwDevice& cuda_adamw() {
+  static MakeAdamwDevice make = nullptr;
+  return make;
+}
+
+AdamwDevice make_cpu(at::Device, const std::string& page_file) {
+  return {std::make_unique<pager::HostBackend>(page_file),
+          [](std::span<const AdamwSlice> slices, const AdamwOptions& options) {
+            const auto n = static_cast<int64_t>(slices.size());
+            at::parallel_for(0, adamw_blocks(slices.data(), n), kGrain,
+                             [&](int64_t begin, int64_t end) { cpu::adamw(slices.data(), n, options, begin, end); });
+          }};
+}
+
+// The tiers of a device, from the one that it computes in down. Budgets in bytes; null: no limit.
+std::vector<pager::TierRoom> make_tiers(const pager::Backend& backend, int64_t page_bytes,
+                                        std::optional<int64_t> device_budget, std::optional<int64_t> host_budget,
+                                        bool with_file) {
+  using pager::Tier;
+  const auto room = [&](Tier tier, std::optional<int64_t> budget, int64_t ring) {
+    return pager::TierRoom{tier, budget ? *budget / page_bytes : pager::kUnlimited, ring};
+  };
+  std::vector<pager::TierRoom> tiers;
+  const bool on_host = backend.compute_tier() == Tier::Host;
+  if (!on_host) tiers.push_back(room(Tier::Device, device_budget, backend.ring_pages()));
+  const int64_t ring = on_host ? backend.ring_pages() : with_file ? backend.staging_pages() : 0;
+  tiers.push_back(room(Tier::Host, host_budget, ring));
+  if (with_file) tiers.push_back(room(Tier::File, std::nullopt, 0));
+  return tiers;
+}
+
+// lr, beta1, beta2, eps, weight_decay, maximize.
+using Hyper = std::tuple<double, double, double, double, double, bool>;
+// A part of a parameter's state, in a tensor or at an offset of a file.
+using Place = std::tuple<int64_t, int, std::optional<Tensor>, int64_t>;
+
+// The states of the parameters on one device.
+class PagedStates {
+ public:
+  PagedStates(const std::string& device, int64_t page_bytes, std::optional<int64_t> device_budget,
+              std::optional<int64_t> host_budget, const std::string& page_file)
+      : device_(device), page_bytes_(page_bytes) {
+    QLORA_CHECK(device_.is_cpu() || (device_.is_cuda() && cuda_adamw() != nullptr), kOp, "params",
+                cuda_adamw() != nullptr ? "device cpu or cuda" : "device cpu (built without CUDA)", device);
+    AdamwDevice made = (device_.is_cpu() ? make_cpu : cuda_adamw())(device_, page_file);
+    compute_ = std::move(made.compute);
+    auto tiers = make_tiers(*made.backend, page_bytes, device_budget, host_budget, !page_file.empty());
+    states_.emplace(std::make_unique<pager::Pager>(std::move(made.backend), page_bytes, std::move(tiers)), page_bytes);
+  }
+
+  std::vector<int64_t> add(const std::vector<int64_t>& numels, const std::vector<int>& bits) {
+    return states_->add(numels, bits);
+  }
+
+  void remove(int64_t id) { states_->remove(id); }
+  int64_t steps(int64_t id) const { return states_->steps(id); }
+  void set_steps(int64_t id, int64_t steps) { states_->set_steps(id, steps); }
+
+  void step(const std::vector<int64_t>& ids, const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+            const std::vector<int64_t>& indices, const std::vector<Hyper>& hypers,
+            const std::optional<Tensor>& grad_scale, bool stochastic_rounding, uint64_t seed) {
+    std::vector<pager::Update> updates;
+    updates.reserve(ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) {
+      const auto& [lr, beta1, beta2, eps, weight_decay, maximize] = hypers.at(i);
+      updates.push_back({ids[i],
+                         params.at(i).data_ptr(),
+                         grads.at(i).const_data_ptr(),
+                         checked_dtype(kOp, "params", params[i].scalar_type()),
+                         checked_dtype(kOp, "gradients", grads[i].scalar_type()),
+                         static_cast<uint64_t>(indices.at(i)),
+                         {lr, beta1, beta2, eps, weight_decay, 0, maximize}});
+    }
+    const AdamwOptions options{.grad_scale = grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
+                               .stochastic_rounding = stochastic_rounding,
+                               .seed = seed};
+    const py::gil_scoped_release release;
+    states_->step(updates, [&](std::span<const AdamwSlice> slices) { compute_(slices, options); });
+  }
+
+  void save(const std::vector<Place>& places, int file) { transfer(places, file, false); }
+  void load(const std::vector<Place>& places, int file) { transfer(places, file, true); }
+
+  py::dict stats() const {
+    using pager::Tier;
+    const pager::Stats stats = states_->pager().stats();
+    const auto by_tier = [](const int64_t* values) {
+      py::dict named;
+      named["device"] = values[static_cast<int>(Tier::Device)];
+      named["host"] = values[static_cast<int>(Tier::Host)];
+      named["file"] = values[static_cast<int>(Tier::File)];
+      return named;
+    };
+    py::dict named;
+    named["pages"] = by_tier(stats.pages);
+    named["unwritten_pages"] = stats.pages[static_cast<int>(Tier::None)];
+    named["ring_pages"] = stats.ring_pages;
+    named["page_bytes"] = page_bytes_;
+    named["visits"] = stats.visits;
+    named["hits"] = stats.hits;
+    named["bytes_read"] = by_tier(stats.bytes_from);
+    named["bytes_written"] = by_tier(stats.bytes_to);
+    named["seconds_waited"] = stats.seconds_waited;
+    return named;
+  }
+
+ private:
+  void transfer(const std::vector<Place>& places, int file, bool load) {
+    std::vector<pager::PartPlace> parts;
+    for (const auto& [id, part, tensor, offset] : places) {
+      parts.push_back(
+          {id, static_cast<pager::Part>(part), tensor ? static_cast<std::byte*>(tensor->data_ptr()) : nullptr, offset});
+    }
+    const py::gil_scoped_release release;
+    load ? states_->load(parts, file) : states_->save(parts, file);
+  }
+
+  at::Device device_;
+  int64_t page_bytes_;
+  decltype(AdamwDevice::compute) compute_;
+  std::optional<pager::AdamwStates> states_;
+};
+
+}  // namespace
+
+void register_cuda_adamw(MakeAdamwDevice make) { cuda_adamw() = make; }
+
+void bind_adamw(py::module_& m) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const std::system_error& e) {
+      errno = e.code().value();
+      const std::string text = std::string(kOp) + ": " + e.what();
+      const py::tuple arguments = py::make_tuple(e.code().value(), text);
+      PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    }
+  });
+  py::class_<PagedStates>(m, "PagedStates", "AdamW's states for the parameters on one device, in pages.")
+      .def(py::init<const std::string&, int64_t, std::optional<int64_t>, std::optional<int64_t>, const std::string&>())
+      .def("add", &PagedStates::add, "Ids for new parameters, by numbers of elements and state widths (32 or 8).")
+      .def("remove", &PagedStates::remove)
+      .def("steps", &PagedStates::steps, "Steps that the parameter has taken.")
+      .def("set_steps", &PagedStates::set_steps)
+      .def("step", &PagedStates::step)
+      .def("save", &PagedStates::save, "Copies (id, part, CPU tensor or None, offset in the file) out of the pages.")
+      .def("load", &PagedStates::load, "Likewise into the pages.")
+      .def("stats", &PagedStates::stats);
+  m.attr("MIN_PAGE_BYTES") = pager::kMinPageBytes;
+}
+
+}  // namespace qlora
