@@ -11,7 +11,7 @@
 #include "cpu/path.h"
 
 namespace qlora {
-void bind_adamw(pybind11::module_& m);  // ops_adamw.cpp
+void bind_paged_adamw(pybind11::module_& m);  // ops_paged_adamw.cpp
 }
 
 namespace {
@@ -36,7 +36,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_path", [] { return qlora::cpu::path_name(qlora::cpu::path()); }, "The CPU path in use.");
   m.def("cpu_paths", &qlora::cpu::path_names, "The CPU paths this machine can run, ascending.");
   m.def("set_cpu_path", &qlora::cpu::set_path, "Use this CPU path from now on; ValueError if it cannot run.");
-  qlora::bind_adamw(m);
+  qlora::bind_paged_adamw(m);
 #ifdef QLORA_EXT_NVCC  // its version and architectures, from setup.py
   m.attr("compiler") = __VERSION__ ", " QLORA_EXT_NVCC;
 #else

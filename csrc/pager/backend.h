@@ -26,15 +26,15 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // The tier that pages are computed in, and how many of them it takes there to move one in, compute one and move one
-  // out at the same time.
+  // The tier that pages are computed in, and in how many of the `room` pages there others are moved in, computed and
+  // moved out at the same time.
   virtual Tier compute_tier() const = 0;
-  virtual int ring_pages() const = 0;
+  virtual std::int64_t ring_pages(std::int64_t room) const = 0;
 
   // How many pages of Host it takes to move pages between File and another compute tier.
   virtual int staging_pages() const { return 0; }
 
-  // Zeros in Device or Host. release: once all work with it is done.
+  // Memory in Device or Host; zeros if it is the compute tier. release: once all work with it is done.
   virtual std::byte* allocate(Tier tier, std::int64_t bytes) = 0;
   virtual void release(Tier tier, std::byte* memory, std::int64_t bytes) = 0;
 

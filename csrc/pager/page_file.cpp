@@ -17,6 +17,8 @@ namespace {
 constexpr std::string_view kMagic = "qlora_ext page file: scratch space of a running optimizer\n";
 constexpr std::int64_t kHeaderBytes = 4096;
 
+std::int64_t allocated(const struct stat& status) { return std::int64_t{status.st_blocks} * 512; }
+
 }  // namespace
 
 PageFile::PageFile(const std::string& path) : path_(path) {
@@ -56,9 +58,10 @@ void PageFile::abandon() {
 }
 
 void PageFile::reserve(std::int64_t bytes) {
+  const std::lock_guard lock(mutex_);
   const std::int64_t end = kHeaderBytes + bytes;
   if (end <= reserved_) return;
-  check_whole();
+  check_whole_locked();
   // Not what is there already: where the filesystem cannot reserve, the C library writes zeros instead.
   const std::int64_t begin = reserved_;
   if (const int error = ::posix_fallocate(file_, begin, end - begin); error != 0) {
@@ -67,14 +70,26 @@ void PageFile::reserve(std::int64_t bytes) {
     fail("reserve " + std::to_string(bytes) + " bytes", error);
   }
   reserved_ = end;
+  counts_blocks_ = allocated(status()) >= end;
+}
+
+struct stat PageFile::status() const {
+  struct stat status;
+  if (::fstat(file_, &status) != 0) fail("stat", errno);
+  return status;
 }
 
 void PageFile::check_whole() const {
-  struct stat status;
-  if (::fstat(file_, &status) != 0) fail("stat", errno);
-  if (status.st_size < reserved_) {
-    fail("expected " + std::to_string(reserved_) + " bytes, got " + std::to_string(status.st_size) +
-             " (truncated by someone else; the states in it are lost)",
+  const std::lock_guard lock(mutex_);
+  check_whole_locked();
+}
+
+void PageFile::check_whole_locked() const {
+  const struct stat status = this->status();
+  if (status.st_size < reserved_ || (counts_blocks_ && allocated(status) < reserved_)) lost_ = true;
+  if (lost_) {
+    fail("expected " + std::to_string(reserved_) + " bytes, got " + std::to_string(status.st_size) + " and " +
+             std::to_string(allocated(status)) + " on the disk (truncated by someone else; the states in it are lost)",
          EIO);
   }
 }

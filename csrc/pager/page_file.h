@@ -2,8 +2,11 @@
 // truncated or the disk is full, where pread and pwrite return an error.
 #pragma once
 
+#include <sys/stat.h>
+
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <string>
 
 namespace qlora::pager {
@@ -22,23 +25,28 @@ class PageFile {
   // Makes room on the disk for this many bytes of pages, if there is not.
   void reserve(std::int64_t bytes);
 
-  // At offset bytes of the pages. Both check that the file is whole: a write behind its end would make it long enough
-  // again, with zeros for what is lost.
+  // At offset bytes of the pages. Both check that the file is whole: a write behind its end would make it as long
+  // again.
   void read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const;
   void write(std::int64_t offset, const std::byte* memory, std::int64_t bytes) const;
 
-  // Throws if the file is shorter than what was reserved.
+  // Throws if the file is, or was at an earlier check, shorter than what was reserved, or has holes.
   void check_whole() const;
 
   // Closes without deleting: in a forked process.
   void abandon();
 
  private:
+  struct stat status() const;
+  void check_whole_locked() const;
   [[noreturn]] void fail(const std::string& what, int error) const;
 
   std::string path_;
   int file_ = -1;
-  std::int64_t reserved_ = 0;
+  std::int64_t reserved_ = 0;   // with the header
+  bool counts_blocks_ = false;  // whether what is reserved shows in the blocks of the file: not with compression
+  mutable bool lost_ = false;
+  mutable std::mutex mutex_;  // of these: a reserve may meet a move
 };
 
 }  // namespace qlora::pager

@@ -34,16 +34,11 @@ void Pager::finish(Token token) {
 
 std::vector<PageId> Pager::add(std::int64_t count) {
   if (!backend_->usable()) throw std::runtime_error("pager: its page file belongs to the process that was forked");
-  // What the tiers above the last cannot hold of all the pages.
+  // What the tiers above the file cannot hold of all the pages.
   std::int64_t left = count_ + count;
-  for (std::size_t level = 0; level < tiers_.size() && left > 0; ++level) {
-    const TierRoom& room = tiers_[level];
-    if (room.pages >= left) {
-      left = 0;
-    } else if (room.tier != Tier::File) {
-      left -= std::max<std::int64_t>(0, room.pages - room.ring);
-    }
+  for (const TierRoom& room : tiers_) {
     if (room.tier == Tier::File) break;
+    left = room.pages >= left ? 0 : left - std::max<std::int64_t>(0, room.pages - room.ring);
   }
   if (tiers_.back().tier == Tier::File) {
     if (left > file_pages_) {
@@ -171,13 +166,12 @@ void Pager::settle(std::span<const PageId> order) {
     const int level = at(ids[i]).level;
     if (level != chosen[i]) (level >= 0 && level < chosen[i] ? down : up).emplace_back(ids[i], chosen[i]);
   }
-  const auto moves = [&](const auto& change) { return at(change.first).level >= 0; };
-  if (std::ranges::any_of(down, moves) || std::ranges::any_of(up, moves)) set_ring(0);  // its room is needed now
-  // A tier never holds more than it has room for: where a page would have to wait for another to leave, that goes
-  // first.
+  if (!down.empty() || !up.empty()) set_ring(0);  // its room may be needed, and what is in it be of another home
+  // Where a page would have to wait for another to leave, that goes first. If two wait for each other, the lower tier
+  // holds one page too many for a moment.
   while (!down.empty() || !up.empty()) {
-    const bool first_down = !down.empty() && (up.empty() || has_room(down.back().second));
-    auto& changes = first_down ? down : up;
+    const bool wait = !down.empty() && !has_room(down.back().second) && !up.empty() && has_room(up.back().second);
+    auto& changes = down.empty() || wait ? up : down;
     rehome(at(changes.back().first), changes.back().second);
     changes.pop_back();
   }
@@ -208,7 +202,7 @@ void Pager::run(std::span<const PageId> order, bool writes, const Visit& visit) 
   for (const PageId id : order) {
     if (at(id).level > 0) streamed.push_back(id);
   }
-  if (!streamed.empty()) set_ring(static_cast<std::size_t>(backend_->ring_pages()));
+  if (!streamed.empty()) set_ring(static_cast<std::size_t>(tiers_[0].ring));
   const std::size_t ring = ring_.size();
   const auto slot_of = [&](std::size_t i) -> Slot& { return ring_[(turn_ + i) % ring]; };
   // The i-th page to stream from now on, if it is not in its slot already. The walk comes back to its pages: the first
@@ -216,7 +210,10 @@ void Pager::run(std::span<const PageId> order, bool writes, const Visit& visit) 
   const auto request = [&](std::size_t i) {
     const PageId id = streamed[i % streamed.size()];
     Slot& slot = slot_of(i);
-    if (slot.page == id) return;
+    if (slot.page == id) {
+      slot.ready = slot.idle;  // it may still be on its way out
+      return;
+    }
     Page& page = at(id);
     for (Slot& other : ring_) {
       if (other.page != id) continue;

@@ -1,5 +1,5 @@
 // The paged optimizer as Python sees it: _C.PagedStates.
-#include "ops_adamw.h"
+#include "ops_paged_adamw.h"
 
 #include <ATen/Parallel.h>
 #include <c10/core/Device.h>
@@ -26,12 +26,12 @@ using at::Tensor;
 constexpr const char* kOp = "PagedAdamW";
 constexpr int64_t kGrain = 32;  // blocks of 256 elements that a thread should have before another is worth waking
 
-MakeAdamwDevice& cuda_adamw() {
-  static MakeAdamwDevice make = nullptr;
+MakePagedAdamwDevice& cuda_adamw() {
+  static MakePagedAdamwDevice make = nullptr;
   return make;
 }
 
-AdamwDevice make_cpu(at::Device, const std::string& page_file) {
+PagedAdamwDevice make_cpu(at::Device, const std::string& page_file) {
   return {std::make_unique<pager::HostBackend>(page_file),
           [](std::span<const AdamwSlice> slices, const AdamwOptions& options) {
             const auto n = static_cast<int64_t>(slices.size());
@@ -45,15 +45,15 @@ std::vector<pager::TierRoom> make_tiers(const pager::Backend& backend, int64_t p
                                         std::optional<int64_t> device_budget, std::optional<int64_t> host_budget,
                                         bool with_file) {
   using pager::Tier;
-  const auto room = [&](Tier tier, std::optional<int64_t> budget, int64_t ring) {
-    return pager::TierRoom{tier, budget ? *budget / page_bytes : pager::kUnlimited, ring};
-  };
+  const auto pages = [&](std::optional<int64_t> budget) { return budget ? *budget / page_bytes : pager::kUnlimited; };
   std::vector<pager::TierRoom> tiers;
-  const bool on_host = backend.compute_tier() == Tier::Host;
-  if (!on_host) tiers.push_back(room(Tier::Device, device_budget, backend.ring_pages()));
-  const int64_t ring = on_host ? backend.ring_pages() : with_file ? backend.staging_pages() : 0;
-  tiers.push_back(room(Tier::Host, host_budget, ring));
-  if (with_file) tiers.push_back(room(Tier::File, std::nullopt, 0));
+  if (backend.compute_tier() == Tier::Host) {
+    tiers.push_back({Tier::Host, pages(host_budget), backend.ring_pages(pages(host_budget))});
+  } else {
+    tiers.push_back({Tier::Device, pages(device_budget), backend.ring_pages(pages(device_budget))});
+    tiers.push_back({Tier::Host, pages(host_budget), with_file ? backend.staging_pages() : 0});
+  }
+  if (with_file) tiers.push_back({Tier::File, pager::kUnlimited, 0});
   return tiers;
 }
 
@@ -70,7 +70,7 @@ class PagedStates {
       : device_(device), page_bytes_(page_bytes) {
     QLORA_CHECK(device_.is_cpu() || (device_.is_cuda() && cuda_adamw() != nullptr), kOp, "params",
                 cuda_adamw() != nullptr ? "device cpu or cuda" : "device cpu (built without CUDA)", device);
-    AdamwDevice made = (device_.is_cpu() ? make_cpu : cuda_adamw())(device_, page_file);
+    PagedAdamwDevice made = (device_.is_cpu() ? make_cpu : cuda_adamw())(device_, page_file);
     compute_ = std::move(made.compute);
     auto tiers = make_tiers(*made.backend, page_bytes, device_budget, host_budget, !page_file.empty());
     states_.emplace(std::make_unique<pager::Pager>(std::move(made.backend), page_bytes, std::move(tiers)), page_bytes);
@@ -145,15 +145,15 @@ class PagedStates {
 
   at::Device device_;
   int64_t page_bytes_;
-  decltype(AdamwDevice::compute) compute_;
+  decltype(PagedAdamwDevice::compute) compute_;
   std::optional<pager::AdamwStates> states_;
 };
 
 }  // namespace
 
-void register_cuda_adamw(MakeAdamwDevice make) { cuda_adamw() = make; }
+void register_cuda_paged_adamw(MakePagedAdamwDevice make) { cuda_adamw() = make; }
 
-void bind_adamw(py::module_& m) {
+void bind_paged_adamw(py::module_& m) {
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);

@@ -1,5 +1,5 @@
-// What the paged optimizer asks of a device, besides its backend for pages; one implementation each in ops_adamw.cpp
-// and ops_adamw_cuda.cpp.
+// What the paged optimizer asks of a device, besides its backend for pages; one implementation each in
+// ops_paged_adamw.cpp and ops_paged_adamw_cuda.cpp.
 #pragma once
 
 #include <ATen/Tensor.h>
@@ -14,16 +14,16 @@
 
 namespace qlora {
 
-struct AdamwDevice {
+struct PagedAdamwDevice {
   std::unique_ptr<pager::Backend> backend;
   // The update of these slices, after what the backend has been told to finish before.
   std::function<void(std::span<const AdamwSlice> slices, const AdamwOptions& options)> compute;
 };
 
 // For a device, and the path of a page file or nothing.
-using MakeAdamwDevice = AdamwDevice (*)(at::Device device, const std::string& page_file);
+using MakePagedAdamwDevice = PagedAdamwDevice (*)(at::Device device, const std::string& page_file);
 
-// Called once by ops_adamw_cuda.cpp, if the extension is built for CUDA.
-void register_cuda_adamw(MakeAdamwDevice make);
+// Called once by ops_paged_adamw_cuda.cpp, if the extension is built for CUDA.
+void register_cuda_paged_adamw(MakePagedAdamwDevice make);
 
 }  // namespace qlora
