@@ -4,11 +4,15 @@
 #include <ATen/Parallel.h>
 #include <c10/core/Device.h>
 #include <pybind11/stl.h>
+#include <sched.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <optional>
 #include <system_error>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -31,13 +35,35 @@ MakePagedAdamwDevice& cuda_adamw() {
   return make;
 }
 
+// Each thread takes the next blocks when it is done with its own.
+void compute_cpu(std::span<const AdamwSlice> slices, const AdamwOptions& options, int64_t threads) {
+  const auto n = static_cast<int64_t>(slices.size());
+  const int64_t blocks = adamw_blocks(slices.data(), n);
+  std::atomic<int64_t> next = 0;
+  at::parallel_for(0, std::min(threads, ceil_div(blocks, kGrain)), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      for (int64_t at; (at = next.fetch_add(kGrain)) < blocks;) {
+        cpu::adamw(slices.data(), n, options, at, std::min(at + kGrain, blocks));
+      }
+    }
+  });
+}
+
+// Cores that this process may use.
+int64_t cores() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : std::thread::hardware_concurrency();
+}
+
 PagedAdamwDevice make_cpu(at::Device, const std::string& page_file) {
-  return {std::make_unique<pager::HostBackend>(page_file),
-          [](std::span<const AdamwSlice> slices, const AdamwOptions& options) {
-            const auto n = static_cast<int64_t>(slices.size());
-            at::parallel_for(0, adamw_blocks(slices.data(), n), kGrain,
-                             [&](int64_t begin, int64_t end) { cpu::adamw(slices.data(), n, options, begin, end); });
-          }};
+  // The thread that moves pages needs a core of its own: on 2 cores, two threads that compute beside it take longer
+  // than one (2 MB pages, all in the file: 37 against 27 ms for 32 M parameters).
+  const auto compute = [most = std::max<int64_t>(1, cores() - 1)](std::span<const AdamwSlice> slices,
+                                                                  const AdamwOptions& options, bool streams) {
+    const int64_t threads = at::get_num_threads();
+    compute_cpu(slices, options, streams ? std::min(threads, most) : threads);
+  };
+  return {std::make_unique<pager::HostBackend>(page_file), compute};
 }
 
 // The tiers of a device, from the one that it computes in down. Budgets in bytes; null: no limit.
@@ -103,7 +129,8 @@ class PagedStates {
                                .stochastic_rounding = stochastic_rounding,
                                .seed = seed};
     const py::gil_scoped_release release;
-    states_->step(updates, [&](std::span<const AdamwSlice> slices) { compute_(slices, options); });
+    states_->step(updates,
+                  [&](std::span<const AdamwSlice> slices) { compute_(slices, options, states_->pager().streams()); });
   }
 
   void save(const std::vector<Place>& places, int file) { transfer(places, file, false); }

@@ -16,8 +16,9 @@ namespace qlora {
 
 struct PagedAdamwDevice {
   std::unique_ptr<pager::Backend> backend;
-  // The update of these slices, after what the backend has been told to finish before.
-  std::function<void(std::span<const AdamwSlice> slices, const AdamwOptions& options)> compute;
+  // The update of these slices, after what the backend has been told to finish before; `streams`: other pages move
+  // beside it.
+  std::function<void(std::span<const AdamwSlice> slices, const AdamwOptions& options, bool streams)> compute;
 };
 
 // For a device, and the path of a page file or nothing.

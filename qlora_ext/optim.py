@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,12 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora_ext import _C
+from qlora_ext.optim_files import find_states, save_states
 from qlora_ext.optim_state import Saved, checked_state, like_parameter, local_shard, state_forms
-from qlora_ext.paged_parameters import Hyper, PagedParameters, Update
-from qlora_ext.state_file import read_header, write_state_file
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_METADATA = "PagedAdamW"  # of the file of save_states
+from qlora_ext.optim_step import check, check_dtype, checked_gradient, checked_hyper
+from qlora_ext.paged_parameters import PagedParameters, Update
 
 
 class PagedAdamW(Optimizer):
@@ -77,7 +74,7 @@ class PagedAdamW(Optimizer):
         weight_decay: float = 1e-2,
         *,
         state_bits: int = 32,
-        page_bytes: int = 1 << 24,
+        page_bytes: int = 1 << 21,
         device_budget: int | None = None,
         host_budget: int | None = None,
         page_file: str | os.PathLike[str] | None = None,
@@ -85,13 +82,13 @@ class PagedAdamW(Optimizer):
         seed: int = 0,
         maximize: bool = False,
     ) -> None:
-        _check(state_bits in (8, 32), "state_bits", "8 or 32", state_bits)
+        check(state_bits in (8, 32), "state_bits", "8 or 32", state_bits)
         whole_pages = isinstance(page_bytes, int) and page_bytes > 0 and page_bytes % _C.MIN_PAGE_BYTES == 0
-        _check(whole_pages, "page_bytes", f"a positive multiple of {_C.MIN_PAGE_BYTES}", page_bytes)
+        check(whole_pages, "page_bytes", f"a positive multiple of {_C.MIN_PAGE_BYTES}", page_bytes)
         for name, budget in (("device_budget", device_budget), ("host_budget", host_budget)):
             valid = budget is None or (isinstance(budget, int) and budget >= 0)
-            _check(valid, name, "a number of bytes, 0 or more, or None", budget)
-        _check(isinstance(seed, int) and 0 <= seed < 1 << 64, "seed", "an integer from 0 to 2**64 - 1", seed)
+            check(valid, name, "a number of bytes, 0 or more, or None", budget)
+        check(isinstance(seed, int) and 0 <= seed < 1 << 64, "seed", "an integer from 0 to 2**64 - 1", seed)
         self._rounding = (stochastic_rounding, seed)
         file = None if page_file is None else os.fspath(page_file)
         self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
@@ -107,11 +104,10 @@ class PagedAdamW(Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            _hyper(self.param_groups[-1])
+            checked_hyper(self.param_groups[-1])
             new = self.param_groups[-1]["params"]
             for p in new:
-                if p.dtype not in _DTYPES:
-                    raise TypeError(_message("params", "dtype float32, float16 or bfloat16", p.dtype))
+                check_dtype("params", p.dtype)
             self._forget_removed()
             self._paged.reserve([p for p in new if p.requires_grad])
         except BaseException:
@@ -218,23 +214,8 @@ class PagedAdamW(Optimizer):
         Raises:
             OSError: it cannot be written, or the disk is full; a file that was there is as it was.
         """
-        forms, steps, parts = {}, {}, []
-        for index, p, taken in self._with_states():
-            steps[index] = taken
-            for part, form in state_forms(p, self._paged.state_bits).items():
-                forms[f"{index}.{part}"] = form
-                parts.append((p, part, f"{index}.{part}"))
-        described = {
-            "sizes": [len(group["params"]) for group in self.param_groups],
-            "groups": [{key: v for key, v in group.items() if key != "params"} for group in self.param_groups],
-            "steps": steps,
-        }
-        write_state_file(
-            Path(path),
-            forms,
-            {"format": "pt", _METADATA: json.dumps(described, default=float)},
-            lambda file, offsets: self._paged.save([(p, part, offsets[name]) for p, part, name in parts], file),
-        )
+        self._forget_removed()
+        save_states(Path(path), self.param_groups, self._paged)
 
     def load_states(self, path: str | os.PathLike[str]) -> None:
         """Read what `save_states` wrote, straight into pages; hyperparameters become those of the file, too.
@@ -244,27 +225,7 @@ class PagedAdamW(Optimizer):
             ValueError: it is not whole, or not for these parameters and this state_bits; the optimizer is then as it
                 was.
         """
-        at = f"PagedAdamW.load_states: {path}"
-        metadata, forms, offsets = read_header("PagedAdamW.load_states", Path(path))
-        try:
-            described = json.loads(metadata[_METADATA])
-            sizes, groups, steps = described["sizes"], described["groups"], described["steps"]
-        except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{at}: expected a file of save_states, got {error!r}") from error
-        expected = [len(group["params"]) for group in self.param_groups]
-        if sizes != expected:
-            raise ValueError(f"{at}: expected groups of {expected} parameters, got {sizes}")
-        saved = {}
-        for index, p in self._indexed():
-            if str(index) not in steps:
-                continue
-            names = {part: f"{index}.{part}" for part in state_forms(p, self._paged.state_bits)}
-            for part, form in state_forms(p, self._paged.state_bits).items():
-                if forms.get(names[part]) != form:
-                    raise ValueError(f"{at}: {names[part]}: expected {form}, got {forms.get(names[part])}")
-            saved[p] = Saved(int(steps[str(index)]), {part: offsets[name] for part, name in names.items()})
-        for group, own in zip(groups, self.param_groups, strict=True):
-            group |= {"params": own["params"], "betas": tuple(group["betas"])}
+        saved, groups = find_states(Path(path), self.param_groups, self._paged.state_bits)
         with open(path, "rb") as file:
             self._restore(saved, groups, file.fileno())
 
@@ -283,7 +244,7 @@ class PagedAdamW(Optimizer):
 
     def _restore(self, saved: dict[Tensor, Saved], groups: list[dict[str, Any]], file: int = -1) -> None:
         for group in groups:
-            _hyper(group)
+            checked_hyper(group)
         params = [p for group in groups for p in group["params"]]
         self._paged.restore(saved, [p for p in params if p.requires_grad], file)
         super().__setstate__({"param_groups": groups})
@@ -309,21 +270,13 @@ class PagedAdamW(Optimizer):
         """What a step updates, all of it checked."""
         index = -1
         for group in self.param_groups:
-            hyper = _hyper(group)
+            hyper = checked_hyper(group)
             for p in group["params"]:
                 index += 1
                 if p.grad is None:
                     continue
-                grad = p.grad
-                if grad.layout is not torch.strided:
-                    raise ValueError(_message(f"gradient of parameter {index}", "a dense tensor", grad.layout))
-                if grad.dtype not in _DTYPES:
-                    expected = "dtype float32, float16 or bfloat16"
-                    raise TypeError(_message(f"gradient of parameter {index}", expected, grad.dtype))
-                if hasattr(p, "placements") and grad.placements != p.placements:
-                    grad = grad.redistribute(placements=p.placements)
-                local, grad = local_shard(p.detach()).contiguous(), local_shard(grad).contiguous()
-                yield Update(p, local, grad, index, hyper)
+                grad = checked_gradient(index, p)
+                yield Update(p, local_shard(p.detach()).contiguous(), grad, index, hyper)
 
 
 class _Held:
@@ -331,24 +284,3 @@ class _Held:
 
     def __init__(self, entry: dict[str, Any]) -> None:
         self.entry = entry
-
-
-def _hyper(group: dict[str, Any]) -> Hyper:
-    """The hyperparameters of a group, checked."""
-    if group.get("amsgrad"):
-        raise ValueError(_message("amsgrad", "False", group["amsgrad"]))
-    lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
-    beta1, beta2 = map(float, group["betas"])
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        _check(value >= 0, name, "0 or more", value)
-    _check(0 <= beta1 < 1 and 0 <= beta2 < 1, "betas", "two numbers from 0 to below 1", group["betas"])
-    return lr, beta1, beta2, eps, weight_decay, bool(group.get("maximize"))
-
-
-def _message(what: str, expected: object, got: object) -> str:
-    return f"PagedAdamW: {what}: expected {expected}, got {got}"
-
-
-def _check(condition: bool, what: str, expected: object, got: object) -> None:
-    if not condition:
-        raise ValueError(_message(what, expected, repr(got)))

@@ -36,7 +36,7 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def like_parameter(p: Tensor, state: Tensor) -> Tensor:
+def like_parameter(p: Any, state: Tensor) -> Tensor:
     """The state of the local shard of p, as a DTensor if p is one."""
     if not hasattr(p, "to_local"):
         return state

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from qlora_ext import _C
 from qlora_ext.optim_state import PARTS, Saved, local_shard, state_forms, state_width
+from qlora_ext.optim_step import Hyper
 
 _CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
-
-Hyper = tuple[float, float, float, float, float, bool]  # lr, beta1, beta2, eps, weight_decay, maximize
 
 
 class Update(NamedTuple):
@@ -23,7 +22,7 @@ class Update(NamedTuple):
     parameter: Tensor
     local: Tensor
     grad: Tensor
-    index: int
+    number: int
     hyper: Hyper
 
 
@@ -87,7 +86,7 @@ class PagedParameters:
             scale = None if grad_scale is None else grad_scale.to(device, torch.float32)
             ids = [self._ids[u.parameter] for u in here]
             self._stores[device].step(
-                ids, [u.local for u in here], [u.grad for u in here], [u.index for u in here], [u.hyper for u in here],
+                ids, [u.local for u in here], [u.grad for u in here], [u.number for u in here], [u.hyper for u in here],
                 scale, stochastic_rounding, seed,
             )  # fmt: skip
 

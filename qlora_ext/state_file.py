@@ -45,7 +45,7 @@ def write_state_file(
         beside.unlink(missing_ok=True)
 
 
-def read_header(op: str, path: Path) -> tuple[dict[str, str], dict[str, Form], dict[str, int]]:
+def read_header(at: str, path: Path) -> tuple[dict[str, str], dict[str, Form], dict[str, int]]:
     """Of a safetensors file: its metadata, and of each tensor the form and the offset in the file.
 
     Raises:
@@ -55,22 +55,21 @@ def read_header(op: str, path: Path) -> tuple[dict[str, str], dict[str, Form], d
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError(f"{op}: {path}: expected a whole safetensors file, got {size} bytes")
+            raise ValueError(f"{at}: expected a whole safetensors file, got {size} bytes")
         text = file.read(length)
-    forms, offsets, end = {}, {}, 8 + length
+    forms, offsets, start = {}, {}, 8 + length
+    end = 0
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             forms[name] = Form(_DTYPES[tensor["dtype"]], tuple(map(int, tensor["shape"])))
-            begin, finish = tensor["data_offsets"]
-            if (begin, finish) != (end - 8 - length, end - 8 - length + forms[name].nbytes) or min(
-                forms[name].shape, default=0
-            ) < 0:
-                raise ValueError(f"tensor {name} at {begin} to {finish}")
-            offsets[name], end = end, end + forms[name].nbytes
+            offsets[name] = start + end
+            expected = [end, end := end + forms[name].nbytes]
+            if tensor["data_offsets"] != expected or min(forms[name].shape, default=0) < 0:
+                raise ValueError(f"{name} at {tensor['data_offsets']} instead of {expected}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{op}: {path}: expected a header of float32 and uint8 tensors, got {error!r}") from error
-    if end != size:
-        raise ValueError(f"{op}: {path}: expected {end} bytes, got {size}")
+        raise ValueError(f"{at}: expected a header of float32 and uint8 tensors, got {error!r}") from error
+    if start + end != size:
+        raise ValueError(f"{at}: expected {start + end} bytes, got {size}")
     return metadata, forms, offsets

@@ -202,7 +202,8 @@ void Pager::run(std::span<const PageId> order, bool writes, const Visit& visit) 
   for (const PageId id : order) {
     if (at(id).level > 0) streamed.push_back(id);
   }
-  if (!streamed.empty()) set_ring(static_cast<std::size_t>(tiers_[0].ring));
+  streams_ = !streamed.empty();
+  if (streams_) set_ring(static_cast<std::size_t>(tiers_[0].ring));
   const std::size_t ring = ring_.size();
   const auto slot_of = [&](std::size_t i) -> Slot& { return ring_[(turn_ + i) % ring]; };
   // The i-th page to stream from now on, if it is not in its slot already. The walk comes back to its pages: the first

@@ -55,6 +55,9 @@ class Pager {
   using Visit = std::function<void(std::size_t position, std::byte* memory)>;
   void walk(std::span<const PageId> order, bool writes, const Visit& visit);
 
+  // Whether pages move beside the compute of the walk under way, or of the last one.
+  bool streams() const { return streams_; }
+
   Stats stats() const;
   Backend& backend() { return *backend_; }
 
@@ -96,6 +99,7 @@ class Pager {
   std::vector<Slot> ring_;
   std::size_t turn_ = 0;  // the slot of the next page to stream
   std::uint64_t walks_ = 0;
+  bool streams_ = false;
   std::string failure_;
   Stats stats_;
 };
