@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cerrno>
 #include <optional>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <tuple>
@@ -103,7 +104,11 @@ class PagedStates {
   }
 
   std::vector<int64_t> add(const std::vector<int64_t>& numels, const std::vector<int>& bits) {
-    return states_->add(numels, bits);
+    try {
+      return states_->add(numels, bits);
+    } catch (const std::length_error& error) {
+      throw std::invalid_argument(std::string(kOp) + ": budgets without page_file: " + error.what());
+    }
   }
 
   void remove(int64_t id) { states_->remove(id); }
