@@ -28,13 +28,13 @@ void adamw_avx512(const AdamwTask& task, std::int64_t begin, std::int64_t end);
 // values, may decide; that is seen in its fraction, and then the codebook's own bound is asked.
 struct Lines {
   static constexpr int kCount = 8;
-  static constexpr int kFractionBits = 14;
-  static constexpr std::int32_t kUnsureMask = (1 << kFractionBits) - 16;  // 0: within 8 units of a whole number
+  static constexpr int kFractionBits = 16;
+  static constexpr std::int32_t kUnsureMask = (1 << kFractionBits) - 8;  // 0: within 4 units of a whole number
   // line = (the upper 16 bits of |x|, at least kLeast) * kDecade >> 16, modulo 8
   static constexpr std::int32_t kLeast = 13619, kDecade = 154;
 
   std::uint32_t end[kCount];  // unsigned: as bits of a float; signed: twice that, + 1 unless -end has the higher rank
-  float scale[kCount], offset[kCount];  // of the rank in units of 2^-14
+  float scale[kCount], offset[kCount];  // of the rank in units of 2^-16
   std::int32_t last[kCount];            // so that the last rank is certain
 };
 
@@ -76,5 +76,30 @@ constexpr Lines make_lines() {
 
 template <bool kSigned>
 inline constexpr Lines kLines = make_lines<kSigned>();
+
+// How a vector kernel computes the value of a code instead of looking it up: as csrc/codebook.h does. n is the rank,
+// for the unsigned codebook + 1: its exponent tells the decade, and its mantissa, in [1, 2), is 1 + k / cells. Here by
+// the exponent modulo 8, as it stands in the bits of a float.
+struct Decades {
+  static constexpr float kRange = 1.0f - 0.1f;
+  float width[8];  // of a cell, as a fraction of the decade
+  float half[8];   // of the decade's end, which multiplies the sum of a cell's edges
+};
+
+template <bool kSigned>
+constexpr Decades make_decades() {
+  Decades decades{};
+  constexpr float kEnds[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  for (int decade = 0; decade < 8; ++decade) {
+    const int exponent = decade + (kSigned ? 0 : 1), i = (127 + exponent) % 8;
+    // The last is 1 alone, the sum of edges 0.1 and 0.9.
+    decades.width[i] = decade == 7 ? 0.8f / Decades::kRange : 1.0f / static_cast<float>(1 << exponent);
+    decades.half[i] = decade == 7 ? 1.0f : kEnds[decade] / 2;
+  }
+  return decades;
+}
+
+template <bool kSigned>
+inline constexpr Decades kDecades = make_decades<kSigned>();
 
 }  // namespace qlora::cpu
