@@ -1,6 +1,8 @@
 // AdamW for a page: all its slices in one launch. What is computed, and in which roundings: csrc/adamw.h.
 //
 // A warp takes a block of 256 elements, which it finds in the table of slices; a lane has two groups of 4.
+#include <type_traits>
+
 #include "../adamw_update.h"
 #include "../launch.h"
 
@@ -97,8 +99,9 @@ template <typename T>
 __device__ void store(void* array, std::int64_t i, int count, bool in_groups, const Group<T>& group) {
   T* to = static_cast<T*>(array) + i;
   if (in_groups && count == kGroup) {
-    *reinterpret_cast<Group<T>*>(to) = group;
-    return;
+    // __stwb: nvcc makes the plain store into four.
+    using Word = std::conditional_t<sizeof(T) == 4, uint4, std::conditional_t<sizeof(T) == 2, uint2, unsigned>>;
+    return __stwb(reinterpret_cast<Word*>(to), std::bit_cast<Word>(group));
   }
 #pragma unroll
   for (int k = 0; k < kGroup; ++k) {
