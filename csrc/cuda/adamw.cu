@@ -51,9 +51,9 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kGroup = 4;
 constexpr int kGroups = static_cast<int>(kAdamwBlock) / (kWarp * kGroup);
-constexpr std::int64_t kMostCtas = 4096;  // more work is looped over: a CTA copies the codebooks once
 
-__constant__ DynamicCodebook device_unsigned_codebook = kUnsignedCodebook;
+// In global memory, whence a warp copies them in whole lines.
+__device__ const DynamicCodebook exp_avg_codebook = kDynamicCodebook, exp_avg_sq_codebook = kUnsignedCodebook;
 
 // nvcc would contract a product and a sum.
 struct Math {
@@ -65,7 +65,7 @@ struct Math {
   static __device__ float sqrt(float a) { return __fsqrt_rn(a); }
 };
 
-// The codebook of a state, in shared memory: constant memory would serve one address at a time.
+// The codebook of a state in shared memory.
 struct SharedCodebook {
   float value[kNumDynamicCodes], bound[kNumDynamicCodes];
 
@@ -223,40 +223,39 @@ __global__ void __launch_bounds__(kThreads)
   if (options.found_inf != nullptr && *options.found_inf != 0.0f) return;
   __shared__ SharedCodebook exp_avg_book, exp_avg_sq_book;
   const int thread = static_cast<int>(threadIdx.x);
-  exp_avg_book.copy(device_dynamic_codebook, thread);
-  exp_avg_sq_book.copy(device_unsigned_codebook, thread);
+  exp_avg_book.copy(exp_avg_codebook, thread);
+  exp_avg_sq_book.copy(exp_avg_sq_codebook, thread);
   __syncthreads();
-  const float inverse_scale = options.grad_scale == nullptr ? 1.0f : __fdiv_rn(1.0f, *options.grad_scale);
-
-  constexpr std::int64_t kWarps = kThreads / kWarp;
-  for (std::int64_t each = blockIdx.x * kWarps + thread / kWarp; each < blocks; each += gridDim.x * kWarps) {
-    const Entry& entry = find_entry(table, n, each);
-    const AdamwSlice& slice = entry.slice;
-    const std::int64_t block = each - entry.first_block;
-    AdamwFactors factors = entry.factors;
-    factors.gradient = __fmul_rn(factors.gradient, inverse_scale);
-    const State exp_avg(slice.exp_avg, slice.exp_avg_absmax, block);
-    const State exp_avg_sq(slice.exp_avg_sq, slice.exp_avg_sq_absmax, block);
-    std::int64_t i[kGroups];
-    int count[kGroups];  // may be 0
-    float m[kGroups][kGroup], v[kGroups][kGroup];
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      const int place = (j * kWarp + thread % kWarp) * kGroup;
-      i[j] = block * kAdamwBlock + place;
-      count[j] = static_cast<int>(max(min(slice.count - i[j], std::int64_t{kGroup}), std::int64_t{0}));
-      float p[kGroup], g[kGroup];
-      load_floats(slice.param_dtype, slice.param, i[j], count[j], entry.in_groups, p);
-      load_floats(slice.grad_dtype, slice.grad, i[j], count[j], entry.in_groups, g);
-      exp_avg.load(exp_avg_book, i[j], count[j], entry.in_groups, m[j]);
-      exp_avg_sq.load(exp_avg_sq_book, i[j], count[j], entry.in_groups, v[j]);
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) adamw_update<Math>(factors, g[k], p[k], m[j][k], v[j][k]);
-      store_param(entry, options, i[j], static_cast<std::uint32_t>(place), count[j], p);
-    }
-    exp_avg.store(exp_avg_book, i, count, entry.in_groups, m);
-    exp_avg_sq.store(exp_avg_sq_book, i, count, entry.in_groups, v);
+  const std::int64_t block_of_all = (std::int64_t{blockIdx.x} * kThreads + thread) / kWarp;
+  if (block_of_all >= blocks) return;
+  const Entry& entry = find_entry(table, n, block_of_all);
+  const AdamwSlice& slice = entry.slice;
+  const std::int64_t block = block_of_all - entry.first_block;
+  AdamwFactors factors = entry.factors;
+  if (options.grad_scale != nullptr) {
+    factors.gradient = __fmul_rn(factors.gradient, __fdiv_rn(1.0f, *options.grad_scale));
   }
+  const State exp_avg(slice.exp_avg, slice.exp_avg_absmax, block);
+  const State exp_avg_sq(slice.exp_avg_sq, slice.exp_avg_sq_absmax, block);
+  std::int64_t i[kGroups];
+  int count[kGroups];  // may be 0
+  float m[kGroups][kGroup], v[kGroups][kGroup];
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    const int place = (j * kWarp + thread % kWarp) * kGroup;
+    i[j] = block * kAdamwBlock + place;
+    count[j] = static_cast<int>(max(min(slice.count - i[j], std::int64_t{kGroup}), std::int64_t{0}));
+    float p[kGroup], g[kGroup];
+    load_floats(slice.param_dtype, slice.param, i[j], count[j], entry.in_groups, p);
+    load_floats(slice.grad_dtype, slice.grad, i[j], count[j], entry.in_groups, g);
+    exp_avg.load(exp_avg_book, i[j], count[j], entry.in_groups, m[j]);
+    exp_avg_sq.load(exp_avg_sq_book, i[j], count[j], entry.in_groups, v[j]);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) adamw_update<Math>(factors, g[k], p[k], m[j][k], v[j][k]);
+    store_param(entry, options, i[j], static_cast<std::uint32_t>(place), count[j], p);
+  }
+  exp_avg.store(exp_avg_book, i, count, entry.in_groups, m);
+  exp_avg_sq.store(exp_avg_sq_book, i, count, entry.in_groups, v);
 }
 
 }  // namespace
@@ -267,9 +266,8 @@ cudaError_t launch_adamw(const void* table, std::int64_t n, std::int64_t blocks,
                          cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   constexpr std::int64_t kPerCta = kThreads / kWarp;
-  const std::int64_t ctas = (blocks + kPerCta - 1) / kPerCta;
-  adamw_kernel<<<static_cast<unsigned>(ctas < kMostCtas ? ctas : kMostCtas), kThreads, 0, stream>>>(
-      static_cast<const Entry*>(table), n, blocks, options);
+  const auto ctas = static_cast<unsigned>((blocks + kPerCta - 1) / kPerCta);
+  adamw_kernel<<<ctas, kThreads, 0, stream>>>(static_cast<const Entry*>(table), n, blocks, options);
   return cudaGetLastError();
 }
 

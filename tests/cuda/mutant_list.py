@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant(ADAMW, SCALE, "inverse_group_absmax(__uint_as_float(largest))", "1.0f / __uint_as_float(largest)"),
     Mutant(ADAMW, SCALE, "__fdiv_rn(1.0f, *options.grad_scale)", "*options.grad_scale"),
     Mutant(ADAMW, BOUND, "thread < kNumDynamicCodes - 1)", "thread < kNumDynamicCodes - 2)"),
-    Mutant(ADAMW, BOUND, "exp_avg_sq_book.copy(device_unsigned_codebook", "exp_avg_sq_book.copy(device_dynamic_codebook"),
+    Mutant(ADAMW, BOUND, "sq_book.copy(exp_avg_sq_codebook", "sq_book.copy(exp_avg_codebook"),
     Mutant(ADAMW, BOUND, "first_block <= block", "first_block < block"),
     Mutant(ADAMW, BOUND, "end - begin > 1", "end - begin > 2"),
     Mutant(ADAMW, BOUND, "encode_dynamic(book.bound", "encode_dynamic(book.value"),
@@ -121,7 +121,7 @@ MUTANTS = [
     Mutant(ADAMW, TAIL, "if (k < count) group.x[k] = from[k]", "if (k + 1 < count) group.x[k] = from[k]"),
     Mutant(ADAMW, TAIL, "if (k < count) to[k]", "if (k <= count) to[k]"),
     Mutant(ADAMW, TAIL, "static_cast<std::uintptr_t>(4 * bytes) == 0", "static_cast<std::uintptr_t>(bytes) == 0"),
-    Mutant(ADAMW, TAIL, "each += gridDim.x * kWarps", "each += blocks"),
+    Mutant(ADAMW, TAIL, "if (block_of_all >= blocks) return;", ""),
 
     Mutant(PAIR_TABLE, NIBBLE, "byte & 0xf) << 16", "byte & 0xf)"),
     Mutant(PAIR_TABLE, NIBBLE, "quant_type, byte >> 4)", "quant_type, byte >> 3 & 0xf)"),
