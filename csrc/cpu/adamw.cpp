@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "adamw_loops.h"
+#include "dynamic_codes.h"
 #include "path.h"
 
 namespace qlora::cpu {
