@@ -83,7 +83,8 @@ inline constexpr float kDecadeEnds[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f
 inline constexpr float kDecadeRange = 1.0f - 0.1f;  // of a decade that ends at 1
 
 // Seven decades below 1, decade i (from the smallest) cut into 2^i equal cells whose centres are the values; and 0
-// and 1. Unsigned: into twice as many. The edges are those of torch.linspace(0.1, 1, cells + 1) on a CPU with FMA: fp32
+// and 1. Unsigned: into twice as many, and nothing but 0 has its code: a second moment that became 0 before the first
+// would leave an update divided by eps. The edges are those of torch.linspace(0.1, 1, cells + 1) on a CPU with FMA: fp32
 // steps from whichever end is nearer.
 constexpr DynamicCodebook make_dynamic_codebook(bool is_signed) {
   DynamicCodebook book{};
@@ -107,6 +108,7 @@ constexpr DynamicCodebook make_dynamic_codebook(bool is_signed) {
   for (int i = 0; i + 1 < kNumDynamicCodes; ++i) {
     book.bound[i] = round_down((static_cast<double>(book.value[i]) + static_cast<double>(book.value[i + 1])) / 2);
   }
+  if (!is_signed) book.bound[0] = 0.0f;
   return book;
 }
 

@@ -142,7 +142,6 @@ struct Avx2 {
     }
 
     [[gnu::always_inline]] __m256i find(__m256 x, __m256i& unsure) const {
-      if constexpr (!kSigned) x = _mm256_max_ps(x, _mm256_setzero_ps());
       const __m256i bits = _mm256_castps_si256(x);
       const __m256i sign = _mm256_srai_epi32(bits, 31);  // -1: negative
       const __m256i magnitude = kSigned ? _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)) : bits;
@@ -155,7 +154,7 @@ struct Avx2 {
       const __m256i sum = _mm256_min_epi32(_mm256_cvtps_epi32(on_line), _mm256_permutevar8x32_epi32(last, line));
       unsure = _mm256_cmpeq_epi32(_mm256_and_si256(sum, _mm256_set1_epi32(Lines::kSureMask)), _mm256_setzero_si256());
       const __m256i rank = _mm256_srli_epi32(sum, Lines::kFractionBits);
-      if constexpr (!kSigned) return rank;
+      if constexpr (!kSigned) return _mm256_and_si256(rank, _mm256_cmpgt_epi32(bits, _mm256_setzero_si256()));
       const __m256i signed_rank = _mm256_sub_epi32(_mm256_xor_si256(rank, sign), sign);
       return _mm256_add_epi32(_mm256_set1_epi32(127), signed_rank);
     }

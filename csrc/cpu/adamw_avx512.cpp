@@ -142,7 +142,6 @@ struct Avx512 {
     }
 
     [[gnu::always_inline]] __m512i find(__m512 x, __mmask16& sure) const {
-      if constexpr (!kSigned) x = _mm512_max_ps(x, _mm512_setzero_ps());
       const __m512i bits = _mm512_castps_si512(x);
       const __m512i magnitude = kSigned ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)) : bits;
       const __m512i upper = _mm512_max_epi32(_mm512_srli_epi32(magnitude, 16), _mm512_set1_epi32(Lines::kLeast));
@@ -155,7 +154,8 @@ struct Avx512 {
       const __m512i sum = _mm512_min_epi32(_mm512_cvtps_epi32(on_line), _mm512_permutexvar_epi32(line, last));
       sure = _mm512_test_epi32_mask(sum, _mm512_set1_epi32(Lines::kSureMask));
       const __m512i rank = _mm512_srli_epi32(sum, Lines::kFractionBits);
-      if constexpr (!kSigned) return rank;
+      if constexpr (!kSigned)
+        return _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), rank);
       const __m512i zero = _mm512_set1_epi32(127);
       return _mm512_mask_sub_epi32(_mm512_add_epi32(zero, rank), _mm512_movepi32_mask(bits), zero, rank);
     }

@@ -22,7 +22,7 @@ constexpr int kDecades = 7;
 
 // --- encoding -----------------------------------------------------------------------------------------------------
 
-// The magnitudes lie on 8 lines: 0 with the smallest decade, six more decades, and 1.
+// The magnitudes lie on 8 lines: the smallest decade, if signed with 0, six more decades, and 1.
 //   line: about the whole part of log10 |x|, namely (the upper 16 bits of |x|, at least kLeast) * kLog >> 16, modulo 8;
 //         or the next one, if |x| is beyond the end of that
 //   rank: the whole part of scale * |x| + offset, but not beyond the last of the line
@@ -49,10 +49,12 @@ constexpr Lines make_lines() {
   const DynamicCodebook& book = state_codebook<kSigned>();
   const float *value = book.value + kZero, *bound = book.bound + kZero;  // by rank
   Lines lines{};
-  for (int line = 0, first = 0; line < kDecades; ++line) {
+  for (int line = 0, first = kSigned ? 0 : 1; line < kDecades; ++line) {
     const int last = (kSigned ? 2 << line : 4 << line) - (kSigned ? 1 : 2);
-    const double scale = (last - first) * double{kUnit} / (double{value[last]} - double{value[first]});
     const int middle = (first + last) / 2;
+    // There is one bound on the first line, with 0 half a rank below it.
+    const double scale = line == 0 ? kUnit / (2 * double{bound[last - 1]})
+                                   : (last - first) * double{kUnit} / (double{value[last]} - double{value[first]});
     lines.scale[line] = static_cast<float>(scale);
     lines.offset[line] = static_cast<float>((middle + 1) * double{kUnit} - scale * bound[middle] + Lines::kUnsure);
     lines.last[line] = last * kUnit + kUnit / 2;

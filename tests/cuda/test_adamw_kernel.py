@@ -171,6 +171,14 @@ def test_unaligned(name: str, is_8bit: bool) -> None:
     assert_same(Device(offsets={name: offset}).adamw([one]), on_cpu([one]))
 
 
+def test_blocks_of_zeros_and_subnormals() -> None:
+    """The reciprocal of their absmax would be infinite and is cut to the largest float."""
+    one = slice_of(768, is_8bit=True)
+    one.grad[:256], one.grad[256:512] = 0, 1e-21
+    one.exp_avg[:], one.exp_avg_sq[:] = 127, 0
+    assert_same(Device().adamw([one]), on_cpu([one]))
+
+
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_bad_gradients_spoil_what_they_do_on_the_cpu(bad: float) -> None:
     """They are kept out by found_inf; without it a NaN has its place, and in 8 bits its block."""
