@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from on_device import on
 from reference import codebook
 from torch import Tensor
 
@@ -42,6 +43,12 @@ class Ours:
 
     def step(self, step: int, grads: list[Tensor], **options: Any) -> None:
         _C.adamw_step(self.params, grads, self.exp_avg, self.exp_avg_sq, *self.absmax, step=step, **HYPER | options)
+
+    def to(self, device: str) -> Ours:
+        """Itself, with everything on that device."""
+        for name in ("params", "exp_avg", "exp_avg_sq", "absmax"):
+            setattr(self, name, on(device, getattr(self, name)))
+        return self
 
     def tensors(self) -> list[Tensor]:
         return [*self.params, *self.exp_avg, *self.exp_avg_sq, *self.absmax[0], *self.absmax[1]]
