@@ -2,6 +2,8 @@
 // region.
 //
 // Math has V and its operations, each rounded to nearest on its own: splat, multiply, add, subtract, divide, sqrt.
+#include "adamw.h"  // before a target region
+
 namespace qlora {
 namespace {
 

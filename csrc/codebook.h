@@ -79,23 +79,26 @@ constexpr float round_down(double x) {
   return std::bit_cast<float>(nearest > 0 ? bits - 1 : bits + 1);
 }
 
+inline constexpr float kDecadeEnds[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+inline constexpr float kDecadeRange = 1.0f - 0.1f;  // of a decade that ends at 1
+
 // Seven decades below 1, decade i (from the smallest) cut into 2^i equal cells whose centres are the values; and 0
-// and 1. Unsigned: into twice as many. The edges are those of torch.linspace(0.1, 1, cells + 1) on a CPU with FMA: fp32
-// steps from whichever end is nearer.
+// and 1. Unsigned: into twice as many, and nothing but 0 has its code: a second moment that became 0 before the first
+// would leave an update divided by eps. The edges are those of torch.linspace(0.1, 1, cells + 1) on a CPU with FMA:
+// fp32 steps from whichever end is nearer.
 constexpr DynamicCodebook make_dynamic_codebook(bool is_signed) {
   DynamicCodebook book{};
   const int zero = is_signed ? 127 : 0;
-  constexpr float kDecade[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
   int index = 0;
   for (int i = 0; i < 7; ++i) {
     const int cells = is_signed ? 1 << i : 2 << i;
-    const float step = (1.0f - 0.1f) / static_cast<float>(cells);
+    const float step = kDecadeRange / static_cast<float>(cells);
     auto edge = [&](int k) {  // a fused multiply-add: the product of two floats is exact in double
       return k < (cells + 1) / 2 ? static_cast<float>(static_cast<double>(0.1f) + static_cast<double>(step) * k)
                                  : static_cast<float>(1.0 - static_cast<double>(step) * (cells - k));
     };
     for (int k = 0; k < cells; ++k, ++index) {
-      const float centre = (edge(k) + edge(k + 1)) / 2 * kDecade[i];
+      const float centre = (edge(k) + edge(k + 1)) / 2 * kDecadeEnds[i];
       book.value[zero + 1 + index] = centre;
       if (is_signed) book.value[zero - 1 - index] = -centre;
     }
@@ -105,6 +108,7 @@ constexpr DynamicCodebook make_dynamic_codebook(bool is_signed) {
   for (int i = 0; i + 1 < kNumDynamicCodes; ++i) {
     book.bound[i] = round_down((static_cast<double>(book.value[i]) + static_cast<double>(book.value[i + 1])) / 2);
   }
+  if (!is_signed) book.bound[0] = 0.0f;
   return book;
 }
 

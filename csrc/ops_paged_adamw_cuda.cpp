@@ -18,7 +18,7 @@ void compute(at::Device device, std::span<const AdamwSlice> slices, const AdamwO
   const auto n = static_cast<int64_t>(slices.size());
   const at::Tensor filled =
       at::empty({cuda::adamw_table_bytes(n)}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
-  cuda::fill_adamw_table(slices.data(), n, filled.data_ptr());
+  cuda::fill_adamw_table(slices.data(), n, options, filled.data_ptr());
   const at::Tensor table = filled.to(device, /*non_blocking=*/true);
   const cudaError_t error = cuda::launch_adamw(table.const_data_ptr(), n, adamw_blocks(slices.data(), n), options,
                                                c10::cuda::getCurrentCUDAStream(device.index()).stream());

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "adamw_loops.h"
+#include "dynamic_codes.h"
 #include "path.h"
 
 namespace qlora::cpu {
@@ -46,7 +47,7 @@ struct Portable {
 
   template <bool kSigned>
   struct Codes {
-    static constexpr std::int64_t kLanes = 1;
+    static constexpr std::int64_t kEncoded = 1;
     static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
     static V decode(const std::uint8_t* codes) { return book().value[*codes]; }
     static void encode(const float* values, float inverse, std::uint8_t* codes) {

@@ -1,5 +1,6 @@
 // AdamW for AVX512 (F, BW, DQ, VL): whole blocks, 16 elements at a time.
 #include "adamw.h"
+#include "dynamic_codes.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -72,9 +73,9 @@ struct Avx512 {
 
   template <bool kSigned>
   struct Codes {
-    static constexpr std::int64_t kLanes = 16;
+    static constexpr std::int64_t kEncoded = 64;
     __m512i end, last;
-    __m512 scale, offset;
+    __m512 scale, offset, width, half;
 
     static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
 
@@ -86,51 +87,77 @@ struct Avx512 {
         : end(twice(kLines<kSigned>.end)),
           last(twice(kLines<kSigned>.last)),
           scale(_mm512_castsi512_ps(twice(kLines<kSigned>.scale))),
-          offset(_mm512_castsi512_ps(twice(kLines<kSigned>.offset))) {}
+          offset(_mm512_castsi512_ps(twice(kLines<kSigned>.offset))),
+          width(_mm512_castsi512_ps(twice(kCells<kSigned>.width))),
+          half(_mm512_castsi512_ps(twice(kCells<kSigned>.half))) {}
 
-    // Eight lookups in 32 values each, of which three bits of the code choose.
-    static V decode(const std::uint8_t* codes) {
-      const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-      __m512 value[8];
-      for (int i = 0; i < 8; ++i) {
-        const float* const from = book().value + 32 * i;
-        value[i] = _mm512_permutex2var_ps(_mm512_loadu_ps(from), code, _mm512_loadu_ps(from + 16));
-      }
-      for (int count = 4, bit = 32; count > 0; count /= 2, bit *= 2) {
-        const __mmask16 upper = _mm512_test_epi32_mask(code, _mm512_set1_epi32(bit));
-        for (int i = 0; i < count; ++i) value[i] = _mm512_mask_mov_ps(value[2 * i], upper, value[2 * i + 1]);
-      }
-      return value[0];
+    // b, with those bits of a that the mask has.
+    static V merge(V a, V mask, V b) {
+      return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a), _mm512_castps_si512(mask),
+                                                           _mm512_castps_si512(b), 0xea));  // a & mask | b
     }
 
-    void encode(const float* values, float inverse, std::uint8_t* codes) const {
-      __m512 x = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(inverse));
-      if constexpr (!kSigned) x = _mm512_max_ps(x, _mm512_setzero_ps());
-      const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+    V decode(const std::uint8_t* codes) const {
+      const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+      const __m512i from_zero = kSigned ? _mm512_sub_epi32(code, _mm512_set1_epi32(127)) : code;
+      const __m512i n = kSigned ? _mm512_abs_epi32(from_zero) : _mm512_add_epi32(code, _mm512_set1_epi32(1));
+      const __m512i bits = _mm512_castps_si512(_mm512_cvtepi32_ps(n));
+      const __m512i decade = _mm512_srli_epi32(bits, 23);
+      const __m512 one = _mm512_set1_ps(1.0f), range = _mm512_set1_ps(kDecadeRange);
+      const __m512 mantissa = merge(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffff)), one);
+      const __mmask16 upper_half = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x400000));
+      const __m512 end = _mm512_mask_mov_ps(_mm512_set1_ps(0.1f), upper_half, one);  // that the edges are counted from
+      const __m512 place = _mm512_sub_ps(mantissa, _mm512_mask_mov_ps(one, upper_half, _mm512_set1_ps(2.0f)));
+      const __m512 next = _mm512_add_ps(place, _mm512_permutexvar_ps(decade, width));
+      const __m512 edges = _mm512_add_ps(_mm512_fmadd_ps(range, place, end), _mm512_fmadd_ps(range, next, end));
+      const __m512 value =
+          _mm512_maskz_mul_ps(_mm512_test_epi32_mask(from_zero, from_zero), edges, _mm512_permutexvar_ps(decade, half));
+      if constexpr (!kSigned) return value;
+      return merge(_mm512_castsi512_ps(from_zero), _mm512_set1_ps(-0.0f), value);
+    }
+
+    // 64 values.
+    [[gnu::always_inline]] void encode(const float* values, float inverse, std::uint8_t* codes) const {
+      __m512i code[4];
+      __mmask16 sure[4];
+      for (int i = 0; i < 4; ++i) {
+        code[i] = find(_mm512_mul_ps(_mm512_loadu_ps(values + 16 * i), _mm512_set1_ps(inverse)), sure[i]);
+      }
+      // The packs work inside 128-bit lanes, and saturate: there is no -1 among the signed codes.
+      const __m512i packed =
+          _mm512_packus_epi16(_mm512_packs_epi32(code[0], code[1]), _mm512_packs_epi32(code[2], code[3]));
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, packed));
+      if (__builtin_expect((sure[0] & sure[1] & sure[2] & sure[3]) != 0xffff, 0)) {
+        for (int i = 0; i < 64; i += 16) search(values + i, inverse, ~sure[i / 16] & 0xffffu, codes + i);
+      }
+    }
+
+    // Those whose bits are set, as the format says.
+    static void search(const float* values, float inverse, unsigned chosen, std::uint8_t* codes) {
+      for (; chosen != 0; chosen &= chosen - 1) {
+        const int i = __builtin_ctz(chosen);
+        codes[i] = encode_dynamic(book().bound, values[i] * inverse);
+      }
+    }
+
+    [[gnu::always_inline]] __m512i find(__m512 x, __mmask16& sure) const {
+      const __m512i bits = _mm512_castps_si512(x);
       const __m512i magnitude = kSigned ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)) : bits;
       const __m512i upper = _mm512_max_epi32(_mm512_srli_epi32(magnitude, 16), _mm512_set1_epi32(Lines::kLeast));
-      __m512i line = _mm512_mulhi_epu16(upper, _mm512_set1_epi32(Lines::kDecade));
+      __m512i line = _mm512_mulhi_epi16(upper, _mm512_set1_epi32(Lines::kLog));
       const __m512i compared = kSigned ? _mm512_rol_epi32(bits, 1) : bits;
-      const __mmask16 beyond = _mm512_cmpgt_epu32_mask(compared, _mm512_permutexvar_epi32(line, end));
-      line = _mm512_mask_add_epi32(line, beyond, line, one);
+      const __mmask16 beyond = _mm512_cmpgt_epi32_mask(compared, _mm512_permutexvar_epi32(line, end));
+      line = _mm512_mask_sub_epi32(line, beyond, line, _mm512_set1_epi32(-1));
       const __m512 on_line = _mm512_fmadd_ps(_mm512_castsi512_ps(magnitude), _mm512_permutexvar_ps(line, scale),
                                              _mm512_permutexvar_ps(line, offset));
       const __m512i sum = _mm512_min_epi32(_mm512_cvtps_epi32(on_line), _mm512_permutexvar_epi32(line, last));
-      const __mmask16 unsure = _mm512_testn_epi32_mask(sum, _mm512_set1_epi32(Lines::kUnsureMask));
-      __m512i code = _mm512_srli_epi32(sum, Lines::kFractionBits);
-      const __m512i sign = kSigned ? _mm512_srai_epi32(bits, 31) : _mm512_setzero_si512();  // -1: negative
-      if constexpr (kSigned) {                                                              // 127 + code or 127 - code
-        code = _mm512_add_epi32(_mm512_xor_si512(code, sign), _mm512_sub_epi32(_mm512_set1_epi32(127), sign));
-      }
-      if (__builtin_expect(unsure != 0, 0)) {
-        const __m512i lower = _mm512_sub_epi32(code, _mm512_add_epi32(sign, one));
-        const __m512 bound = _mm512_mask_i32gather_ps(x, unsure, lower, book().bound, 4);
-        const __mmask16 above = _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ);
-        const __m512i decided = _mm512_mask_add_epi32(lower, above, lower, one);
-        code = _mm512_mask_mov_epi32(code, unsure, decided);
-      }
-      if constexpr (kSigned) code = _mm512_max_epi32(code, _mm512_setzero_si512());  // there is no -1
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
+      sure = _mm512_test_epi32_mask(sum, _mm512_set1_epi32(Lines::kSureMask));
+      const __m512i rank = _mm512_srli_epi32(sum, Lines::kFractionBits);
+      if constexpr (!kSigned)
+        return _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), rank);
+      const __m512i zero = _mm512_set1_epi32(127);
+      return _mm512_mask_sub_epi32(_mm512_add_epi32(zero, rank), _mm512_movepi32_mask(bits), zero, rank);
     }
   };
 };

@@ -42,19 +42,24 @@ void update_32bit(const B& block, float* exp_avg, float* exp_avg_sq) {
   }
 }
 
-// Encodes values relative to the largest of their magnitudes, which it returns.
-template <typename Codes, typename Largest>
-float encode_block(const Codes& codes, const float* values, std::int64_t count, const Largest& magnitude,
-                   std::uint8_t* out) {
-  const std::uint32_t largest = magnitude.bits();
-  const auto absmax = __builtin_bit_cast(float, largest);
-  const float inverse = inverse_group_absmax(absmax);
-  if (largest >= 0x7f800000u) {  // Inf or NaN
-    for (std::int64_t i = 0; i < count; ++i) out[i] = encode_dynamic(Codes::book().bound, values[i] * inverse);
+// What the values of a block are encoded relative to: the largest of their magnitudes, by its bits.
+struct Scale {
+  std::uint32_t largest;
+  float absmax, inverse;
+
+  explicit Scale(std::uint32_t largest)
+      : largest(largest), absmax(__builtin_bit_cast(float, largest)), inverse(inverse_group_absmax(absmax)) {}
+  bool is_finite() const { return largest < 0x7f800000u; }
+};
+
+template <typename Codes>
+[[gnu::noinline]] void encode_block(const Codes& codes, const float* values, std::int64_t count, const Scale& scale,
+                                    std::uint8_t* out) {
+  if (scale.is_finite()) {
+    for (std::int64_t i = 0; i < count; i += Codes::kEncoded) codes.encode(values + i, scale.inverse, out + i);
   } else {
-    for (std::int64_t i = 0; i < count; i += Codes::kLanes) codes.encode(values + i, inverse, out + i);
+    for (std::int64_t i = 0; i < count; ++i) out[i] = encode_dynamic(Codes::book().bound, values[i] * scale.inverse);
   }
-  return absmax;
 }
 
 template <typename Isa, typename B>
@@ -63,18 +68,21 @@ void update_8bit(const B& block, const typename Isa::template Codes<true>& codes
                  float* exp_avg_absmax, float* exp_avg_sq_absmax) {
   alignas(64) float ms[kAdamwBlock], vs[kAdamwBlock];
   typename Isa::Largest largest_m, largest_v;
-  const auto scale_m = Isa::splat(*exp_avg_absmax), scale_v = Isa::splat(*exp_avg_sq_absmax);
+  const auto old_m = Isa::splat(*exp_avg_absmax), old_v = Isa::splat(*exp_avg_sq_absmax);
   for (std::int64_t i = 0; i < block.count; i += Isa::kLanes) {
-    auto m = Isa::multiply(codes_m.decode(exp_avg + i), scale_m);
-    auto v = Isa::multiply(codes_v.decode(exp_avg_sq + i), scale_v);
+    auto m = Isa::multiply(codes_m.decode(exp_avg + i), old_m);
+    auto v = Isa::multiply(codes_v.decode(exp_avg_sq + i), old_v);
     block.update(i, m, v);
     largest_m.add(m);
     largest_v.add(v);
     Isa::store(ms + i, m);
     Isa::store(vs + i, v);
   }
-  *exp_avg_absmax = encode_block(codes_m, ms, block.count, largest_m, exp_avg);
-  *exp_avg_sq_absmax = encode_block(codes_v, vs, block.count, largest_v, exp_avg_sq);
+  const Scale scale_m(largest_m.bits()), scale_v(largest_v.bits());
+  encode_block(codes_m, ms, block.count, scale_m, exp_avg);
+  encode_block(codes_v, vs, block.count, scale_v, exp_avg_sq);
+  *exp_avg_absmax = scale_m.absmax;
+  *exp_avg_sq_absmax = scale_v.absmax;
 }
 
 // Blocks [begin, end) of the slice.
