@@ -83,9 +83,9 @@ inline constexpr float kDecadeEnds[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f
 inline constexpr float kDecadeRange = 1.0f - 0.1f;  // of a decade that ends at 1
 
 // Seven decades below 1, decade i (from the smallest) cut into 2^i equal cells whose centres are the values; and 0
-// and 1. Unsigned: into twice as many, and nothing but 0 has its code: a second moment that became 0 before the first
-// would leave an update divided by eps. The edges are those of torch.linspace(0.1, 1, cells + 1) on a CPU with FMA:
-// fp32 steps from whichever end is nearer.
+// and 1. The edges are those of torch.linspace(0.1, 1, cells + 1) on a CPU with FMA: fp32 steps from whichever end is
+// nearer. Unsigned: into twice as many cells, and nothing but 0 has the code of 0, as a second moment that became 0
+// before the first would leave an update that is divided by eps alone.
 constexpr DynamicCodebook make_dynamic_codebook(bool is_signed) {
   DynamicCodebook book{};
   const int zero = is_signed ? 127 : 0;

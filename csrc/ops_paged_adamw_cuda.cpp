@@ -38,9 +38,10 @@ PagedAdamwDevice make(at::Device device, const std::string& page_file) {
       .compute_stream = stream,
       .warn = [](const std::string& text) { TORCH_WARN(text); },
   };
-  return {
-      std::make_unique<pager::CudaBackend>(device.index(), page_file, std::move(host)),
-      [device](std::span<const AdamwSlice> slices, const AdamwOptions& options) { compute(device, slices, options); }};
+  return {std::make_unique<pager::CudaBackend>(device.index(), page_file, std::move(host)),
+          [device](std::span<const AdamwSlice> slices, const AdamwOptions& options, bool) {
+            compute(device, slices, options);
+          }};
 }
 
 const bool registered = [] {

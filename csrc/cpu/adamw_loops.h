@@ -6,7 +6,7 @@
 //   load, store     of any dtype
 //   Random, round   the random bits of a block, and bf16 rounded by those of elements i ...
 //   Largest         the largest magnitude of what it is given, by its bits: integers order floats of one sign, NaN last
-//   Codes<book>     of a codebook of 8-bit states: decode, and encode finite values
+//   Codes<signed>   of the 8-bit states: decode kLanes codes, encode kEncoded finite values
 #include "../adamw_update.h"
 
 namespace qlora::cpu {
@@ -52,6 +52,7 @@ struct Scale {
   bool is_finite() const { return largest < 0x7f800000u; }
 };
 
+// Not inlined: one copy serves all dtypes of parameters and gradients, and keeps its constants in registers.
 template <typename Codes>
 [[gnu::noinline]] void encode_block(const Codes& codes, const float* values, std::int64_t count, const Scale& scale,
                                     std::uint8_t* out) {
