@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GOMP_SPINCOUNT := 10000
 # The nvcc among the development packages is there for the tests of the kernels: .venv gets CUDA by the machine's own.
 export QLORA_EXT_CUDA ?= $(if $(or $(CUDA_HOME),$(shell which nvcc 2> /dev/null)),,0)
-SOURCES := pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.h *.cpp cpu/*.h cpu/*.cpp cuda/*.cu cuda/*.cuh))
+SOURCES := pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.h *.cpp cpu/*.h cpu/*.cpp pager/*.h pager/*.cpp cuda/*.cu cuda/*.cuh))
 CUDA_VENV := .venv-cuda
 DEMO := build/demo
 DEMO_FLAGS ?= --steps 60

@@ -54,9 +54,10 @@ def choose_toolkit() -> Path | None:
 
 def extension(toolkit: Path | None) -> Extension:
     """The extension with its CUDA sources, or without."""
-    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]
+    sources = [path for folder in ("*", "cpu/*", "pager/*") for path in ROOT.glob(f"csrc/{folder}.cpp")]
+    sources += ROOT.glob("csrc/cuda/*.cu")
     if toolkit is None:
-        sources = [path for path in sources if path.suffix != ".cu" and path.name != "ops_cuda.cpp"]
+        sources = [path for path in sources if path.suffix != ".cu" and not path.stem.endswith("_cuda")]
     names = sorted(str(path.relative_to(ROOT)) for path in sources)
     options = {"extra_compile_args": {"cxx": LANGUAGE + HOST, "nvcc": LANGUAGE + NVCC}, "extra_link_args": ["-fopenmp"]}
     if toolkit is None:

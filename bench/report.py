@@ -27,6 +27,7 @@ RUNS = (
     ["bench/quantization_error.py"],
     ["bench/bench_train_step.py", "--model", "build/demo/model.gguf"],
     ["bench/bench_generate.py"],
+    ["bench/bench_optimizer.py"],
     ["bench/compare_methods.py"],
     ["bench/sass_report.py"],
 )

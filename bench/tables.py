@@ -167,6 +167,20 @@ def generate_table(rows: list[Row]) -> Table:
     return [["", "tokens/s", "qlora_ext is"], *lines]
 
 
+def optimizer_table(rows: list[Row]) -> Table:
+    """A line for each case and optimizer; where malloc had huge pages and not, the slower of the two."""
+    timed = [row for row in rows if "p50" in row]
+    keys = ("layout", "elements", "tensors", "dtype", "provider")
+    slowest = {tuple(row[key] for key in keys): row for row in sorted(timed, key=lambda row: float(row["p50"]))}
+    table = [["AdamW, one step", "ms", "GB/s", "of limit", "peer's time"]]
+    for layout, elements, tensors, dtype, provider in dict.fromkeys(tuple(row[key] for key in keys) for row in timed):
+        row = slowest[layout, elements, tensors, dtype, provider]
+        peers = ", ".join(f"{ratio:.2g}x {name}" for name, ratio in row.get("speedup_over", {}).items())
+        case = f"{provider}: {elements / 1e6:.0f} M {dtype}, {tensors} tensors"
+        table.append([case, milliseconds(row), f"{row['gb_per_s']:.0f}", f"{row['of_limit']:.0%}", peers])
+    return table
+
+
 def sass_table(rows: list[Row]) -> Table:
     """A line a kernel: the worst of its instantiations; for a fused one, the loop of those for the fewest rows."""
     machines = {row["arch"]: row["gpu_of_arch"] for row in rows}
@@ -199,5 +213,6 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "quantize_4bit": format_table,
     "dequantize_4bit": format_table,
     "quantization_error": error_table,
+    "optimizer": optimizer_table,
     "sass": sass_table,
 }

@@ -2,7 +2,8 @@
 //
 // NF4 is the 16 quantiles of N(0, 1) of the QLoRA paper (arXiv 2305.14314, appendix E), FP4 a sign, two exponent and
 // one mantissa bit in bitsandbytes' bit order, and the dynamic codebook the 256 signed values that double quantization
-// stores absmax in. Everything else here (bounds, order of the codes) is computed from the values at compile time.
+// stores absmax in, and the 8-bit optimizer its first moment; the second is in the unsigned one. Everything else here
+// (bounds, order of the codes) is computed from the values at compile time.
 #pragma once
 
 #include <bit>
@@ -64,7 +65,7 @@ inline constexpr Codebook kCodebooks[] = {make_codebook({QLORA_NF4_VALUES}), mak
 
 constexpr const Codebook& codebook(QuantType quant_type) { return kCodebooks[static_cast<int>(quant_type)]; }
 
-// The 8-bit codebook of absmax: value by code, ascending, and between neighbours their midpoint rounded DOWN to fp32,
+// An 8-bit codebook: value by code, ascending, and between neighbours their midpoint rounded DOWN to fp32,
 // so that for any fp32 x, `x > bound` decides exactly as the real midpoint does and a tie goes to the lower code.
 struct DynamicCodebook {
   float value[kNumDynamicCodes];
@@ -78,36 +79,41 @@ constexpr float round_down(double x) {
   return std::bit_cast<float>(nearest > 0 ? bits - 1 : bits + 1);
 }
 
+inline constexpr float kDecadeEnds[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+inline constexpr float kDecadeRange = 1.0f - 0.1f;  // of a decade that ends at 1
+
 // Seven decades below 1, decade i (from the smallest) cut into 2^i equal cells whose centres are the values; and 0
-// and 1. The edges are those of torch.linspace(0.1, 1, 2^i + 1) on a CPU with FMA: fp32 steps from whichever end is
-// nearer.
-constexpr DynamicCodebook make_dynamic_codebook() {
+// and 1. The edges are those of torch.linspace(0.1, 1, cells + 1) on a CPU with FMA: fp32 steps from whichever end is
+// nearer. Unsigned: into twice as many cells, and nothing but 0 has the code of 0, as a second moment that became 0
+// before the first would leave an update that is divided by eps alone.
+constexpr DynamicCodebook make_dynamic_codebook(bool is_signed) {
   DynamicCodebook book{};
-  constexpr int kZero = 127;
-  constexpr float kDecade[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  const int zero = is_signed ? 127 : 0;
   int index = 0;
   for (int i = 0; i < 7; ++i) {
-    const int cells = 1 << i;
-    const float step = (1.0f - 0.1f) / static_cast<float>(cells);
+    const int cells = is_signed ? 1 << i : 2 << i;
+    const float step = kDecadeRange / static_cast<float>(cells);
     auto edge = [&](int k) {  // a fused multiply-add: the product of two floats is exact in double
       return k < (cells + 1) / 2 ? static_cast<float>(static_cast<double>(0.1f) + static_cast<double>(step) * k)
                                  : static_cast<float>(1.0 - static_cast<double>(step) * (cells - k));
     };
     for (int k = 0; k < cells; ++k, ++index) {
-      const float centre = (edge(k) + edge(k + 1)) / 2 * kDecade[i];
-      book.value[kZero + 1 + index] = centre;
-      book.value[kZero - 1 - index] = -centre;
+      const float centre = (edge(k) + edge(k + 1)) / 2 * kDecadeEnds[i];
+      book.value[zero + 1 + index] = centre;
+      if (is_signed) book.value[zero - 1 - index] = -centre;
     }
   }
-  book.value[kZero] = 0.0f;
+  book.value[zero] = 0.0f;
   book.value[kNumDynamicCodes - 1] = 1.0f;
   for (int i = 0; i + 1 < kNumDynamicCodes; ++i) {
     book.bound[i] = round_down((static_cast<double>(book.value[i]) + static_cast<double>(book.value[i + 1])) / 2);
   }
+  if (!is_signed) book.bound[0] = 0.0f;
   return book;
 }
 
-inline constexpr DynamicCodebook kDynamicCodebook = make_dynamic_codebook();
+inline constexpr DynamicCodebook kDynamicCodebook = make_dynamic_codebook(true);
+inline constexpr DynamicCodebook kUnsignedCodebook = make_dynamic_codebook(false);
 
 #ifdef __CUDACC__
 // The same tables where a kernel can index them; each kernel file gets a copy (2.3 KB).
@@ -120,5 +126,6 @@ __constant__ DynamicCodebook device_dynamic_codebook = kDynamicCodebook;
 static_assert(codebook(QuantType::NF4).code_of_rank[7] == 7 && codebook(QuantType::NF4).value[7] == 0.0f);
 static_assert(codebook(QuantType::FP4).code_of_rank[7] == 0 && codebook(QuantType::FP4).bound[14] > 1.0f);
 static_assert(kDynamicCodebook.value[127] == 0.0f && kDynamicCodebook.value[255] == 1.0f);
+static_assert(kUnsignedCodebook.value[0] == 0.0f && kUnsignedCodebook.value[254] < 1.0f);
 
 }  // namespace qlora

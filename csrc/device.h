@@ -3,6 +3,7 @@
 
 #include <ATen/Tensor.h>
 
+#include "adamw.h"
 #include "codec.h"
 
 namespace qlora {
@@ -50,6 +51,10 @@ class Device {
                                  DType dtype, const at::Tensor& y) const = 0;
   virtual bool fused_linear_4bit_dgrad(const at::Tensor& grad, const Packed4bit& w, LowRankList added, DType dtype,
                                        const at::Tensor& grad_x) const = 0;
+
+  // The update of n slices that lie on the device of `like`.
+  virtual void adamw(const AdamwSlice* slices, int64_t n, const AdamwOptions& options,
+                     const at::Tensor& like) const = 0;
 
   // scale * a[M, R] @ b[R, J] as out[M, J], whose type may be another; `compute` is the type to multiply in, if the
   // device multiplies in no better one.

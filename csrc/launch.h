@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "adamw.h"
 #include "codec.h"
 
 namespace qlora::cuda {
@@ -57,5 +58,15 @@ cudaError_t launch_linear_4bit(const Product4bit& product, const DeviceLimits& l
 std::int64_t linear_4bit_dgrad_workspace_bytes(const Product4bit& product, const DeviceLimits& limits);
 cudaError_t launch_linear_4bit_dgrad(const Product4bit& product, const DeviceLimits& limits, void* workspace,
                                      cudaStream_t stream);
+
+// The table of n slices that the kernel reads: filled in host memory, on an 8-byte boundary, then copied to the device
+// by the caller, who knows which memory is pinned and when it may be written again. It holds all that the hypers say.
+std::int64_t adamw_table_bytes(std::int64_t n);
+void fill_adamw_table(const AdamwSlice* slices, std::int64_t n, const AdamwOptions& options, void* table);
+
+// The update of those n slices, `blocks` = adamw_blocks of them, in one launch. `table`: on the device, on an 8-byte
+// boundary.
+cudaError_t launch_adamw(const void* table, std::int64_t n, std::int64_t blocks, const AdamwOptions& options,
+                         cudaStream_t stream);
 
 }  // namespace qlora::cuda

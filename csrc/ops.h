@@ -3,6 +3,7 @@
 
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
 
 #include "check.h"
@@ -33,6 +34,12 @@ at::Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added);
 // x[..., n] as [M, n], and a matrix as the tensor whose leading dimensions are x's.
 at::Tensor as_rows(const at::Tensor& x);
 at::Tensor in_shape_of(const at::Tensor& rows, const at::Tensor& x);
+
+// AdamW for whole tensors, in place. The lists of absmax are empty: states are fp32; else they are uint8, in blocks of
+// 256. seed: of stochastic rounding; none: to nearest.
+void adamw_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avg, at::TensorList exp_avg_sq,
+                at::TensorList exp_avg_absmax, at::TensorList exp_avg_sq_absmax, const AdamwHyper& hyper,
+                const OptionalTensor& grad_scale, const OptionalTensor& found_inf, std::optional<uint64_t> seed);
 
 // The ops for a device's tensors, to be registered under its dispatch key.
 void register_ops(torch::Library& m);

@@ -72,6 +72,11 @@ class Cpu final : public Device {
     });
   }
 
+  void adamw(const AdamwSlice* slices, int64_t n, const AdamwOptions& options, const Tensor&) const override {
+    at::parallel_for(0, adamw_blocks(slices, n), kGrain / kAdamwBlock,
+                     [&](int64_t begin, int64_t end) { cpu::adamw(slices, n, options, begin, end); });
+  }
+
   int64_t workspace_bytes(const Tensor&) const override {
     static const int64_t bytes = [] {
       int64_t l2 = 0;

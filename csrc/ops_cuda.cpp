@@ -67,6 +67,15 @@ class Cuda final : public Device {
                           slice.column_end, " of ", K, ", ", describe(w), ", ", out.scalar_type()));
   }
 
+  void adamw(const AdamwSlice* slices, int64_t n, const AdamwOptions& options, const Tensor& like) const override {
+    const c10::cuda::CUDAGuard guard(like.device());
+    const Tensor filled = at::empty({cuda::adamw_table_bytes(n)}, like.options().dtype(at::kByte).device(at::kCPU));
+    cuda::fill_adamw_table(slices, n, options, filled.data_ptr());
+    const Tensor table = filled.to(like.device());
+    check_launch(cuda::launch_adamw(table.const_data_ptr(), n, adamw_blocks(slices, n), options, stream()), "adamw",
+                 c10::str(n, " slices, ", adamw_blocks(slices, n), " blocks of ", kAdamwBlock));
+  }
+
   int64_t workspace_bytes(const Tensor& like) const override {
     constexpr int64_t kMost = 32 << 20;
     const int64_t l2 = attribute(cudaDevAttrL2CacheSize, like.get_device());

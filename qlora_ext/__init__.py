@@ -1,4 +1,4 @@
-"""QLoRA for PyTorch: exact NF4 weights, double quantization, LoRA adapters. See README.md."""
+"""QLoRA for PyTorch: exact NF4 weights, double quantization, LoRA adapters, a paged optimizer. See README.md."""
 
 from qlora_ext._ops import codebook
 from qlora_ext.adapter_files import load_adapter, save_adapter
@@ -13,12 +13,14 @@ from qlora_ext.adapters import (
 from qlora_ext.functional import dequantize_4bit, linear_4bit, quantize_4bit
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraConfig, LoraLinear
+from qlora_ext.optim import PagedAdamW
 from qlora_ext.quant_state import QuantState
 
 __all__ = [
     "Linear4bit",
     "LoraConfig",
     "LoraLinear",
+    "PagedAdamW",
     "QuantState",
     "add_adapter",
     "codebook",

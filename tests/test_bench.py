@@ -34,6 +34,13 @@ PEERS = {
     "bench_quantize_4bit.py": {"bitsandbytes", "torchao NF4"},
     "bench_dequantize_4bit.py": {"bitsandbytes", "torchao NF4"},
 }
+OPTIMIZERS = {
+    "qlora_ext AdamW, 32-bit",
+    "qlora_ext AdamW, 8-bit",
+    "torch AdamW, fused",
+    "bitsandbytes AdamW",
+    "bitsandbytes AdamW8bit",
+}
 
 
 def rows_of(*command: str) -> list[dict[str, Any]]:
@@ -56,6 +63,8 @@ def test_smoke(script: str) -> None:
         check_every_cuda_bench(rows)
     elif script == "bench_train_step.py":
         check_train_step(rows)
+    elif script == "bench_optimizer.py":
+        check_optimizer(rows)
     elif script in PEERS:
         check_cpu_bench(rows, PEERS[script])
 
@@ -117,6 +126,18 @@ def test_wrong_result_fails_and_missing_peer_is_named() -> None:
     skipped = {row["provider"]: row["skipped"] for row in rows if "skipped" in row}
     assert skipped["bitsandbytes eval"] == skipped["bitsandbytes training"] == "bitsandbytes is not installed"
     assert skipped["torchao NF4"].startswith("torchao's NF4 cannot be imported")
+
+
+def check_optimizer(rows: list[dict[str, Any]]) -> None:
+    """Everyone runs in both dtypes, none far from fp64; ours are compared with the peers that keep as many bits."""
+    assert {(row["provider"], row["dtype"]) for row in rows} == set(product(OPTIMIZERS, ("float32", "bfloat16")))
+    assert all(row["error"] < 0.2 and row["of_limit"] > 0 for row in rows)
+    ours = {(row["bits"], row["dtype"]): row for row in rows if row["provider"].startswith("qlora_ext")}
+    for (bits, _), row in ours.items():
+        assert set(row["speedup_over"]) == {name for name in OPTIMIZERS if ("8" in name) == (bits == 8)} - {
+            row["provider"]
+        }
+        assert row["over_32_bit"] > 0
 
 
 def check_train_step(rows: list[dict[str, Any]]) -> None:

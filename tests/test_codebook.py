@@ -30,15 +30,16 @@ def test_fp4_is_twelfths() -> None:
     assert_same(codebook("fp4"), torch.tensor(derived, dtype=torch.float32))
 
 
-def test_dynamic_is_bitsandbytes_map() -> None:
-    assert_same(codebook("dynamic"), bitsandbytes.functional.create_dynamic_map())
+@pytest.mark.parametrize(("name", "signed"), [("dynamic", True), ("dynamic_unsigned", False)])
+def test_dynamic_is_bitsandbytes_map(name: str, signed: bool) -> None:
+    assert_same(codebook(name), bitsandbytes.functional.create_dynamic_map(signed=signed))
 
 
-@pytest.mark.parametrize("name", ["nf4", "dynamic"])
+@pytest.mark.parametrize("name", ["nf4", "dynamic", "dynamic_unsigned"])
 def test_sorted_codebooks_rise_strictly_and_hold_zero(name: str) -> None:
     values = codebook(name)
     assert (values.diff() > 0).all()
-    assert values[{"nf4": 7, "dynamic": 127}[name]] == 0.0
+    assert values[{"nf4": 7, "dynamic": 127, "dynamic_unsigned": 0}[name]] == 0.0
 
 
 def test_unknown_codebook_is_an_error() -> None:

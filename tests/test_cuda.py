@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from adamw import Ours, gradients, parameters
 from cases import DTYPES, LINEAR_CASES, WEIGHT_CASES, LinearCase, WeightCase, normal, quantized_normal
 from layers import make_linear, make_lora, randomize_adapters, state_bytes, with_gradients
 from on_device import cpu, on
@@ -54,6 +55,20 @@ def test_dequantize_4bit_gives_the_values_of_the_cpu(case: WeightCase) -> None:
     q = quantize(torch.randn(case.shape), case.quant_type, case.blocksize, case.double_quant)
     expected = ops.dequantize_4bit(*q, case.shape, case.dtype)
     assert_same(cpu(ops.dequantize_4bit(*on(DEVICE, q), case.shape, case.dtype)), expected)
+
+
+@pytest.mark.parametrize("is_8bit", [False, True], ids=["32bit", "8bit"])
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_adamw_step_gives_the_bytes_of_the_cpu(dtype: torch.dtype, is_8bit: bool) -> None:
+    params = parameters(dtype)
+    here, there = Ours(params, is_8bit=is_8bit), Ours(params, is_8bit=is_8bit).to(DEVICE)
+    for step in range(1, 4):
+        grads = gradients(step, params)
+        scale, found_inf = torch.tensor(3.0), torch.tensor(float(step == 2))
+        here.step(step, grads, grad_scale=scale, found_inf=found_inf, seed=1)
+        there.step(step, on(DEVICE, grads), grad_scale=on(DEVICE, scale), found_inf=on(DEVICE, found_inf), seed=1)
+    for got, expected in zip(there.tensors(), here.tensors(), strict=True):
+        assert torch.equal(cpu(got), expected)
 
 
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)

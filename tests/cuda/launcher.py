@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -43,6 +43,22 @@ class Limits(NamedTuple):
 
     num_sms: int = 4
     shared_bytes_per_sm: int = 164 * 1024
+
+
+class AdamwSlice(NamedTuple):
+    """struct AdamwSlice. numbers: lr, beta1, beta2, eps, weight_decay."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    exp_avg_absmax: Tensor | None
+    exp_avg_sq_absmax: Tensor | None
+    numbers: tuple[float, float, float, float, float]
+    step: int
+    maximize: bool = False
+    first: int = 0
+    index: int = 0
 
 
 class LaunchError(Exception):
@@ -145,6 +161,38 @@ class Device:
         (m, n), k = grad.shape, in_features
         return self._product("linear_4bit_dgrad", grad, q, None, (m, k), (m, n, k))
 
+    def adamw(
+        self,
+        slices: Sequence[AdamwSlice],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: int | None = None,
+    ) -> list[tuple[Tensor | None, ...]]:
+        """Of each slice what it became: param, exp_avg, exp_avg_sq, their absmax. Arrays are named with its place."""
+        outputs, rows = [], []
+        for i, one in enumerate(slices):
+            written = [one.param, *one[2:6]]
+            names = [f"{name}{i}" for name in ("param", "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")]
+            arrays = [None if t is None else self._filled(name, t) for name, t in zip(names, written, strict=True)]
+            param, *states = (0 if array is None else array.address for array in arrays)
+            kinds = DTYPES[one.param.dtype], DTYPES[one.grad.dtype], one.param.numel(), one.first, one.index
+            rows += [param, self._put(f"grad{i}", one.grad), *kinds, *states, one.step, one.maximize]
+            outputs.append(arrays)
+        scalars = self._put("grad_scale", grad_scale), self._put("found_inf", found_inf)
+        options = _integers(*scalars, seed is not None, seed or 0)
+        numbers = [number for one in slices for number in one.numbers]
+        table = torch.zeros(self.library.functions.adamw_table_bytes(len(slices)), dtype=torch.uint8)
+        count = ctypes.c_int64(len(slices))
+        blocks = self.library.functions.fill_adamw_table(
+            _integers(*rows),
+            (ctypes.c_double * len(numbers))(*numbers),
+            count,
+            options,
+            ctypes.c_int64(table.data_ptr()),
+        )
+        self._call("adamw", self._put("table", table), len(slices), blocks, options)
+        return [tuple(None if array is None else array.tensor() for array in arrays) for arrays in outputs]
+
     def takes_fused(self, x: Tensor, q: Quantized, mnk: tuple[int, int, int]) -> bool:
         return bool(self.library.functions.takes_fused(self._operands(x, q, None, 0, mnk)))
 
@@ -196,6 +244,12 @@ class Device:
         size = math.prod(shape) * dtype.itemsize
         array = self.gpu.empty(size, "u1", name, self.offsets.get(name, 0))
         return _Output(array, array.address - self._missing.get(name, 0), shape, dtype)
+
+    def _filled(self, name: str, tensor: Tensor) -> _Output:
+        """An array that is read and written."""
+        output = self._empty(name, tuple(tensor.shape), tensor.dtype)
+        self.gpu.write(output.address, _bytes(tensor).numpy().tobytes())
+        return output
 
     def _workspace(self, size: int) -> int:
         array = self.gpu.empty(size, "u1", "workspace", self.offsets.get("workspace", 0))

@@ -57,6 +57,7 @@ class Library:
         self.functions.takes_fused.restype = ctypes.c_bool
         for op in ("linear_4bit", "linear_4bit_dgrad"):
             getattr(self.functions, f"{op}_workspace_bytes").restype = ctypes.c_int64
+        self.functions.adamw_table_bytes.restype = self.functions.fill_adamw_table.restype = ctypes.c_int64
         self._ptx = [path.with_suffix(".ptx").read_text() for path in objects if path.with_suffix(".ptx").exists()]
 
     @functools.cached_property

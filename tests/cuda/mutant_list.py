@@ -15,6 +15,8 @@ NIBBLE, FRAGMENT, SCALE, BOUND, TAIL = KINDS = (
     "grid or tail",
 )
 NOT_APPLICABLE = {
+    ("adamw", NIBBLE): "its codes have 8 bits",
+    ("adamw", FRAGMENT): "no mma",
     ("quantize_4bit", FRAGMENT): "no mma",
     ("quantize_absmax", NIBBLE): "its codes have 8 bits",
     ("quantize_absmax", FRAGMENT): "no mma",
@@ -36,6 +38,7 @@ class Mutant(NamedTuple):
     place: int | None = None
 
 
+ADAMW = "adamw.cu"
 QUANTIZE_4BIT = "quantize_4bit.cu"
 QUANTIZE_ABSMAX = "quantize_absmax.cu"
 DEQUANTIZE_4BIT = "dequantize_4bit.cu"
@@ -101,6 +104,24 @@ MUTANTS = [
     Mutant(DEQUANTIZE_4BIT, TAIL, "region.width >= kGroup && multiple(region.first)", "region.width >= kGroup"),
     Mutant(DEQUANTIZE_4BIT, TAIL, "(out) % 16 == 0", "(out) % 4 == 0"),
     Mutant(DEQUANTIZE_4BIT, TAIL, "multiple(region.row_stride) && multiple(region.width)", "true"),
+
+    Mutant(ADAMW, SCALE, "absmax + block)", "absmax)"),
+    Mutant(ADAMW, SCALE, "lanes < kWarp;", "lanes < kWarp / 2;"),
+    Mutant(ADAMW, SCALE, "inverse_group_absmax(__uint_as_float(largest))", "1.0f / __uint_as_float(largest)"),
+    Mutant(ADAMW, SCALE, "__fdiv_rn(1.0f, *options.grad_scale)", "*options.grad_scale"),
+    Mutant(ADAMW, BOUND, "thread < kNumDynamicCodes - 1)", "thread < kNumDynamicCodes - 2)"),
+    Mutant(ADAMW, BOUND, "sq_book.copy(exp_avg_sq_codebook", "sq_book.copy(exp_avg_codebook"),
+    Mutant(ADAMW, BOUND, "first_block <= block", "first_block < block"),
+    Mutant(ADAMW, BOUND, "end - begin > 1", "end - begin > 2"),
+    Mutant(ADAMW, BOUND, "encode_dynamic(book.bound", "encode_dynamic(book.value"),
+    Mutant(ADAMW, BOUND, "(entry.slice.first + i) / kAdamwBlock", "i / kAdamwBlock"),
+    Mutant(ADAMW, TAIL, "(blocks + kPerCta - 1) / kPerCta", "blocks / kPerCta"),
+    Mutant(ADAMW, TAIL, "if (blocks == 0)", "if (n == 0)"),
+    Mutant(ADAMW, TAIL, "min(slice.count - i[j], std::int64_t{kGroup})", "std::int64_t{kGroup}"),
+    Mutant(ADAMW, TAIL, "if (k < count) group.x[k] = from[k]", "if (k + 1 < count) group.x[k] = from[k]"),
+    Mutant(ADAMW, TAIL, "if (k < count) to[k]", "if (k <= count) to[k]"),
+    Mutant(ADAMW, TAIL, "static_cast<std::uintptr_t>(4 * bytes) == 0", "static_cast<std::uintptr_t>(bytes) == 0"),
+    Mutant(ADAMW, TAIL, "if (block_of_all >= blocks) return;", ""),
 
     Mutant(PAIR_TABLE, NIBBLE, "byte & 0xf) << 16", "byte & 0xf)"),
     Mutant(PAIR_TABLE, NIBBLE, "quant_type, byte >> 4)", "quant_type, byte >> 3 & 0xf)"),

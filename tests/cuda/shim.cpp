@@ -1,4 +1,6 @@
 // The launchers as C functions for ctypes. Every argument is an int64_t, pointers too, or an array of them.
+#include <vector>
+
 #include "launch.h"
 
 using Integer = std::int64_t;
@@ -37,6 +39,22 @@ struct Product {
             .N = N,
             .K = K,
             .dtype = static_cast<qlora::DType>(dtype)};
+  }
+};
+
+struct Slice {
+  Integer param, grad, param_dtype, grad_dtype, count, first, index;
+  Integer exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, step, maximize;
+};
+
+struct Options {
+  Integer grad_scale, found_inf, stochastic_rounding, seed;
+
+  operator qlora::AdamwOptions() const {
+    return {.grad_scale = at<const float>(grad_scale),
+            .found_inf = at<const float>(found_inf),
+            .stochastic_rounding = stochastic_rounding != 0,
+            .seed = static_cast<std::uint64_t>(seed)};
   }
 };
 
@@ -88,6 +106,39 @@ Integer linear_4bit_dgrad_workspace_bytes(const Product* product, const Limits* 
 
 int linear_4bit_dgrad(const Product* product, const Limits* limits, Integer workspace, Integer stream) {
   return qlora::cuda::launch_linear_4bit_dgrad(*product, *limits, at(workspace), at<CUstream_st>(stream));
+}
+
+Integer adamw_table_bytes(Integer n) { return qlora::cuda::adamw_table_bytes(n); }
+
+// numbers: of each slice lr, beta1, beta2, eps, weight_decay. Returns adamw_blocks.
+Integer fill_adamw_table(const Slice* from, const double (*numbers)[5], Integer n, const Options* options,
+                         Integer table) {
+  std::vector<qlora::AdamwHyper> hypers;
+  std::vector<qlora::AdamwSlice> slices;
+  hypers.reserve(static_cast<std::size_t>(n));
+  for (Integer i = 0; i < n; ++i) {
+    const Slice& one = from[i];
+    const double (&number)[5] = numbers[i];
+    hypers.push_back({number[0], number[1], number[2], number[3], number[4], one.step, one.maximize != 0});
+    slices.push_back({.param = at(one.param),
+                      .grad = at<const void>(one.grad),
+                      .param_dtype = static_cast<qlora::DType>(one.param_dtype),
+                      .grad_dtype = static_cast<qlora::DType>(one.grad_dtype),
+                      .count = one.count,
+                      .first = one.first,
+                      .index = static_cast<std::uint64_t>(one.index),
+                      .exp_avg = at(one.exp_avg),
+                      .exp_avg_sq = at(one.exp_avg_sq),
+                      .exp_avg_absmax = at<float>(one.exp_avg_absmax),
+                      .exp_avg_sq_absmax = at<float>(one.exp_avg_sq_absmax),
+                      .hyper = &hypers.back()});
+  }
+  qlora::cuda::fill_adamw_table(slices.data(), n, *options, at(table));
+  return qlora::adamw_blocks(slices.data(), n);
+}
+
+int adamw(Integer table, Integer n, Integer blocks, const Options* options, Integer stream) {
+  return qlora::cuda::launch_adamw(at<const void>(table), n, blocks, *options, at<CUstream_st>(stream));
 }
 
 }  // extern "C"

@@ -1,0 +1,212 @@
+// The paged optimizer as Python sees it: _C.PagedStates.
+#include "ops_paged_adamw.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/Device.h>
+#include <pybind11/stl.h>
+#include <sched.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <optional>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "pager/adamw_states.h"
+#include "pager/backend_host.h"
+
+namespace py = pybind11;
+
+namespace qlora {
+namespace {
+
+using at::Tensor;
+
+constexpr const char* kOp = "PagedAdamW";
+constexpr int64_t kGrain = 32;  // blocks of 256 elements that a thread should have before another is worth waking
+
+MakePagedAdamwDevice& cuda_adamw() {
+  static MakePagedAdamwDevice make = nullptr;
+  return make;
+}
+
+// Each thread takes the next blocks when it is done with its own.
+void compute_cpu(std::span<const AdamwSlice> slices, const AdamwOptions& options, int64_t threads) {
+  const auto n = static_cast<int64_t>(slices.size());
+  const int64_t blocks = adamw_blocks(slices.data(), n);
+  std::atomic<int64_t> next = 0;
+  at::parallel_for(0, std::min(threads, ceil_div(blocks, kGrain)), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      for (int64_t at; (at = next.fetch_add(kGrain)) < blocks;) {
+        cpu::adamw(slices.data(), n, options, at, std::min(at + kGrain, blocks));
+      }
+    }
+  });
+}
+
+// Cores that this process may use.
+int64_t cores() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : std::thread::hardware_concurrency();
+}
+
+PagedAdamwDevice make_cpu(at::Device, const std::string& page_file) {
+  // The thread that moves pages needs a core of its own: on 2 cores, two threads that compute beside it take longer
+  // than one (2 MB pages, all in the file: 37 against 27 ms for 32 M parameters).
+  const auto compute = [most = std::max<int64_t>(1, cores() - 1)](std::span<const AdamwSlice> slices,
+                                                                  const AdamwOptions& options, bool streams) {
+    const int64_t threads = at::get_num_threads();
+    compute_cpu(slices, options, streams ? std::min(threads, most) : threads);
+  };
+  return {std::make_unique<pager::HostBackend>(page_file), compute};
+}
+
+// The tiers of a device, from the one that it computes in down. Budgets in bytes; null: no limit.
+std::vector<pager::TierRoom> make_tiers(const pager::Backend& backend, int64_t page_bytes,
+                                        std::optional<int64_t> device_budget, std::optional<int64_t> host_budget,
+                                        bool with_file) {
+  using pager::Tier;
+  const auto pages = [&](std::optional<int64_t> budget) { return budget ? *budget / page_bytes : pager::kUnlimited; };
+  std::vector<pager::TierRoom> tiers;
+  if (backend.compute_tier() == Tier::Host) {
+    tiers.push_back({Tier::Host, pages(host_budget), backend.ring_pages(pages(host_budget))});
+  } else {
+    tiers.push_back({Tier::Device, pages(device_budget), backend.ring_pages(pages(device_budget))});
+    tiers.push_back({Tier::Host, pages(host_budget), with_file ? backend.staging_pages() : 0});
+  }
+  if (with_file) tiers.push_back({Tier::File, pager::kUnlimited, 0});
+  return tiers;
+}
+
+// lr, beta1, beta2, eps, weight_decay, maximize.
+using Hyper = std::tuple<double, double, double, double, double, bool>;
+// A part of a parameter's state, in a tensor or at an offset of a file.
+using Place = std::tuple<int64_t, int, std::optional<Tensor>, int64_t>;
+
+// The states of the parameters on one device.
+class PagedStates {
+ public:
+  PagedStates(const std::string& device, int64_t page_bytes, std::optional<int64_t> device_budget,
+              std::optional<int64_t> host_budget, const std::string& page_file)
+      : device_(device), page_bytes_(page_bytes) {
+    QLORA_CHECK(device_.is_cpu() || (device_.is_cuda() && cuda_adamw() != nullptr), kOp, "params",
+                cuda_adamw() != nullptr ? "device cpu or cuda" : "device cpu (built without CUDA)", device);
+    PagedAdamwDevice made = (device_.is_cpu() ? make_cpu : cuda_adamw())(device_, page_file);
+    compute_ = std::move(made.compute);
+    auto tiers = make_tiers(*made.backend, page_bytes, device_budget, host_budget, !page_file.empty());
+    states_.emplace(std::make_unique<pager::Pager>(std::move(made.backend), page_bytes, std::move(tiers)), page_bytes);
+  }
+
+  std::vector<int64_t> add(const std::vector<int64_t>& numels, const std::vector<int>& bits) {
+    try {
+      return states_->add(numels, bits);
+    } catch (const std::length_error& error) {
+      throw std::invalid_argument(std::string(kOp) + ": budgets without page_file: " + error.what());
+    }
+  }
+
+  void remove(int64_t id) { states_->remove(id); }
+  int64_t steps(int64_t id) const { return states_->steps(id); }
+  void set_steps(int64_t id, int64_t steps) { states_->set_steps(id, steps); }
+
+  void step(const std::vector<int64_t>& ids, const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+            const std::vector<int64_t>& indices, const std::vector<Hyper>& hypers,
+            const std::optional<Tensor>& grad_scale, bool stochastic_rounding, uint64_t seed) {
+    std::vector<pager::Update> updates;
+    updates.reserve(ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) {
+      const auto& [lr, beta1, beta2, eps, weight_decay, maximize] = hypers.at(i);
+      updates.push_back({ids[i],
+                         params.at(i).data_ptr(),
+                         grads.at(i).const_data_ptr(),
+                         checked_dtype(kOp, "params", params[i].scalar_type()),
+                         checked_dtype(kOp, "gradients", grads[i].scalar_type()),
+                         static_cast<uint64_t>(indices.at(i)),
+                         {lr, beta1, beta2, eps, weight_decay, 0, maximize}});
+    }
+    const AdamwOptions options{.grad_scale = grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
+                               .stochastic_rounding = stochastic_rounding,
+                               .seed = seed};
+    const py::gil_scoped_release release;
+    states_->step(updates,
+                  [&](std::span<const AdamwSlice> slices) { compute_(slices, options, states_->pager().streams()); });
+  }
+
+  void save(const std::vector<Place>& places, int file) { transfer(places, file, false); }
+  void load(const std::vector<Place>& places, int file) { transfer(places, file, true); }
+
+  py::dict stats() const {
+    using pager::Tier;
+    const pager::Stats stats = states_->pager().stats();
+    const auto by_tier = [](const int64_t* values) {
+      py::dict named;
+      named["device"] = values[static_cast<int>(Tier::Device)];
+      named["host"] = values[static_cast<int>(Tier::Host)];
+      named["file"] = values[static_cast<int>(Tier::File)];
+      return named;
+    };
+    py::dict named;
+    named["pages"] = by_tier(stats.pages);
+    named["unwritten_pages"] = stats.pages[static_cast<int>(Tier::None)];
+    named["ring_pages"] = stats.ring_pages;
+    named["page_bytes"] = page_bytes_;
+    named["visits"] = stats.visits;
+    named["hits"] = stats.hits;
+    named["bytes_read"] = by_tier(stats.bytes_from);
+    named["bytes_written"] = by_tier(stats.bytes_to);
+    named["seconds_waited"] = stats.seconds_waited;
+    return named;
+  }
+
+ private:
+  void transfer(const std::vector<Place>& places, int file, bool load) {
+    std::vector<pager::PartPlace> parts;
+    for (const auto& [id, part, tensor, offset] : places) {
+      parts.push_back(
+          {id, static_cast<pager::Part>(part), tensor ? static_cast<std::byte*>(tensor->data_ptr()) : nullptr, offset});
+    }
+    const py::gil_scoped_release release;
+    load ? states_->load(parts, file) : states_->save(parts, file);
+  }
+
+  at::Device device_;
+  int64_t page_bytes_;
+  decltype(PagedAdamwDevice::compute) compute_;
+  std::optional<pager::AdamwStates> states_;
+};
+
+}  // namespace
+
+void register_cuda_paged_adamw(MakePagedAdamwDevice make) { cuda_adamw() = make; }
+
+void bind_paged_adamw(py::module_& m) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const std::system_error& e) {
+      errno = e.code().value();
+      const std::string text = std::string(kOp) + ": " + e.what();
+      const py::tuple arguments = py::make_tuple(e.code().value(), text);
+      PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    }
+  });
+  py::class_<PagedStates>(m, "PagedStates", "AdamW's states for the parameters on one device, in pages.")
+      .def(py::init<const std::string&, int64_t, std::optional<int64_t>, std::optional<int64_t>, const std::string&>())
+      .def("add", &PagedStates::add, "Ids for new parameters, by numbers of elements and state widths (32 or 8).")
+      .def("remove", &PagedStates::remove)
+      .def("steps", &PagedStates::steps, "Steps that the parameter has taken.")
+      .def("set_steps", &PagedStates::set_steps)
+      .def("step", &PagedStates::step)
+      .def("save", &PagedStates::save, "Copies (id, part, CPU tensor or None, offset in the file) out of the pages.")
+      .def("load", &PagedStates::load, "Likewise into the pages.")
+      .def("stats", &PagedStates::stats);
+  m.attr("MIN_PAGE_BYTES") = pager::kMinPageBytes;
+}
+
+}  // namespace qlora

@@ -1,0 +1,86 @@
+// The states of AdamW for a set of parameters, in pages: what is between a pager and the kernels.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "../adamw.h"
+#include "pager.h"
+#include "state_layout.h"
+
+namespace qlora::pager {
+
+using ParameterId = std::int64_t;
+
+// One parameter of a step. Its states are those of `id`.
+struct Update {
+  ParameterId id;
+  void* param;       // [numel], contiguous
+  const void* grad;  // likewise
+  DType param_dtype, grad_dtype;
+  std::uint64_t index;  // of the parameter in its optimizer
+  AdamwHyper hyper;     // whose step is set here
+};
+
+// A Part of a parameter's state, flat, in memory or, if that is null, at an offset of a file.
+struct PartPlace {
+  ParameterId id;
+  Part part;
+  std::byte* memory;
+  std::int64_t offset;
+};
+
+class AdamwStates {
+ public:
+  AdamwStates(std::unique_ptr<Pager> pager, std::int64_t page_bytes);
+
+  // Parameters of these numbers of elements, with states of zeros of these widths (32 or 8). All or, if it throws
+  // (see Pager::add), none.
+  std::vector<ParameterId> add(std::span<const std::int64_t> numels, std::span<const int> bits);
+  void remove(ParameterId id);
+
+  std::int64_t steps(ParameterId id) const { return parameters_[static_cast<std::size_t>(id)].steps; }
+  void set_steps(ParameterId id, std::int64_t steps) { parameters_[static_cast<std::size_t>(id)].steps = steps; }
+
+  // One step of each, page by page: compute(slices) is called once for each page, and each step is then counted. A
+  // slice's hyper is that of its update. See Pager::walk for what throws when.
+  using Compute = std::function<void(std::span<const AdamwSlice> slices)>;
+  void step(std::span<Update> updates, const Compute& compute);
+
+  // Copies the parts out of the pages or into them. `file` is a descriptor that offsets refer to.
+  void save(std::span<const PartPlace> places, int file);
+  void load(std::span<const PartPlace> places, int file);
+
+  const Pager& pager() const { return *pager_; }
+
+ private:
+  struct Parameter {
+    int bits = 0;
+    std::int64_t steps = 0;
+    std::vector<Segment> segments;
+  };
+
+  // What a walk does: for each page, in the order of `pages`, the segments of it and what each belongs to.
+  struct Plan {
+    struct Item {
+      const Segment* segment;
+      std::size_t index;
+    };
+    std::vector<PageId> pages;
+    std::vector<std::vector<Item>> items;
+  };
+  template <typename T>
+  Plan plan(std::span<const T> what) const;
+  void transfer(std::span<const PartPlace> places, int file, bool load);
+
+  std::unique_ptr<Pager> pager_;
+  std::int64_t page_bytes_;
+  std::vector<Parameter> parameters_;
+  std::vector<ParameterId> unused_;       // numbers of removed parameters
+  std::vector<std::int64_t> page_users_;  // segments in each page, by PageId
+  Tail tail_;
+};
+
+}  // namespace qlora::pager

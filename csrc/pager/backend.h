@@ -1,0 +1,69 @@
+// What the pager asks of a machine: memory of its tiers, and moves of pages between them that run beside the compute.
+//
+// All work is asynchronous and ordered by tokens alone. Two machines exist: backend_host.h and backend_cuda.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qlora::pager {
+
+// From the fastest to the largest. None: a page of zeros that has never been written and takes no memory.
+enum class Tier : int { None, Device, Host, File };
+
+constexpr int kNumTiers = 4;
+
+struct Place {
+  Tier tier = Tier::None;
+  std::byte* memory = nullptr;  // of Device and Host
+  std::int64_t offset = 0;      // of File, in bytes
+};
+
+// Stands for work given to a backend; 0 for work that is done.
+using Token = std::uint64_t;
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // The tier that pages are computed in, and in how many of the `room` pages there others are moved in, computed and
+  // moved out at the same time.
+  virtual Tier compute_tier() const = 0;
+  virtual std::int64_t ring_pages(std::int64_t room) const = 0;
+
+  // How many pages of Host it takes to move pages between File and another compute tier.
+  virtual int staging_pages() const { return 0; }
+
+  // Memory in Device or Host; zeros if it is the compute tier. release: once all work with it is done.
+  virtual std::byte* allocate(Tier tier, std::int64_t bytes) = 0;
+  virtual void release(Tier tier, std::byte* memory, std::int64_t bytes) = 0;
+
+  // Copies a page from one tier to another, or zeros if from is None, when both tokens' work is done.
+  virtual Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source,
+                     Token after_target) = 0;
+
+  // What is computed after this call finds that work done; the token of all that has been computed so far.
+  virtual void before_compute(Token token) = 0;
+  virtual Token after_compute() = 0;
+
+  // The caller waits. Throws what the work threw.
+  virtual void wait(Token token) = 0;
+
+  // Throws if a move has failed, or what was moved to File cannot all be there any more.
+  virtual void check() const = 0;
+
+  // Reserves room in File for pages up to this offset; throws if there is none.
+  virtual void reserve_file(std::int64_t bytes) = 0;
+
+  // Whether this process is the one that may call all of the above: not a fork of it, where the file and the I/O thread
+  // are the parent's.
+  virtual bool usable() const = 0;
+
+  // Between memory of the compute tier and ordinary memory, in the order of the compute; the caller may wait for it.
+  virtual void read(const std::byte* page, std::byte* memory, std::int64_t bytes) = 0;
+  virtual void write(const std::byte* memory, std::byte* page, std::int64_t bytes) = 0;
+
+  virtual double seconds_waited() const = 0;
+};
+
+}  // namespace qlora::pager

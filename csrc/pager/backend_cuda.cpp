@@ -1,0 +1,222 @@
+#include "backend_cuda.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "host_memory.h"
+
+namespace qlora::pager {
+namespace {
+
+void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that no one raises it once more
+  throw std::runtime_error(std::string("pager: ") + what + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = before_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+void copy(void* to, const void* from, std::int64_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  check_cuda(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), kind, stream), "cudaMemcpyAsync");
+}
+
+cudaEvent_t new_event() {
+  cudaEvent_t event;
+  check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+  return event;
+}
+
+}  // namespace
+
+CudaBackend::CudaBackend(int device, const std::string& page_file, CudaHost host)
+    : device_(device), host_(std::move(host)), recent_(kRecent) {
+  const DeviceGuard guard(device_);
+  if (!page_file.empty()) file_.emplace(page_file);
+  for (cudaStream_t* stream : {&in_, &out_}) {
+    check_cuda(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  }
+  for (Work& work : recent_) work.event = new_event();
+  for (Staging& staging : staging_) staging.copied = new_event();
+}
+
+// The pager has waited for all that was moved.
+CudaBackend::~CudaBackend() {
+  if (!usable()) {
+    if (file_) file_->abandon();
+    return;
+  }
+  for (Staging& staging : staging_) {
+    cudaEventSynchronize(staging.copied);
+    if (staging.memory != nullptr) release_pinned(staging.memory, staging_bytes_);
+    cudaEventDestroy(staging.copied);
+  }
+  for (const Work& work : recent_) cudaEventDestroy(work.event);
+  for (cudaStream_t stream : {in_, out_}) cudaStreamDestroy(stream);
+}
+
+std::byte* CudaBackend::allocate_pinned(std::int64_t bytes) {
+  void* memory = nullptr;
+  const cudaError_t error = cudaHostAlloc(&memory, static_cast<std::size_t>(bytes), cudaHostAllocPortable);
+  if (error == cudaSuccess) return static_cast<std::byte*>(memory);
+  cudaGetLastError();
+  if (!std::exchange(warned_, true)) {
+    host_.warn("PagedAdamW: expected " + std::to_string(bytes) + " bytes of pinned host memory, got " +
+               cudaGetErrorName(error) + ". Using pageable memory, which moves more slowly");
+  }
+  std::byte* ordinary = allocate_host(bytes);
+  pageable_.insert(ordinary);
+  return ordinary;
+}
+
+void CudaBackend::release_pinned(std::byte* memory, std::int64_t bytes) {
+  if (pageable_.erase(memory) > 0) {
+    release_host(memory, bytes);
+  } else {
+    cudaFreeHost(memory);
+  }
+}
+
+std::byte* CudaBackend::allocate(Tier tier, std::int64_t bytes) {
+  const DeviceGuard guard(device_);
+  if (tier == Tier::Host) return allocate_pinned(bytes);
+  std::byte* memory = host_.allocate(bytes);
+  // The memory may still be in use by what this stream does; once it is zeros, any stream may have it.
+  const cudaStream_t stream = host_.compute_stream();
+  check_cuda(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes), stream), "cudaMemsetAsync");
+  check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  return memory;
+}
+
+void CudaBackend::release(Tier tier, std::byte* memory, std::int64_t bytes) {
+  if (!usable()) return;
+  const DeviceGuard guard(device_);
+  tier == Tier::Host ? release_pinned(memory, bytes) : host_.release(memory);
+}
+
+Token CudaBackend::new_token() {
+  Work& oldest = recent_[static_cast<std::size_t>(++last_ % kRecent)];
+  io_.wait(oldest.job);
+  check_cuda(cudaEventSynchronize(oldest.event), "cudaEventSynchronize");
+  oldest.job = 0;
+  return last_;
+}
+
+const CudaBackend::Work* CudaBackend::work(Token token) const {
+  return token == 0 || token + kRecent <= last_ ? nullptr : &recent_[static_cast<std::size_t>(token % kRecent)];
+}
+
+void CudaBackend::stream_waits(cudaStream_t stream, Token token) {
+  const Work* before = work(token);
+  if (before == nullptr) return;
+  io_.wait(before->job);  // which records the event
+  check_cuda(cudaStreamWaitEvent(stream, before->event, 0), "cudaStreamWaitEvent");
+}
+
+Token CudaBackend::move(const Place& from, const Place& to, std::int64_t bytes, Token after_source,
+                        Token after_target) {
+  const DeviceGuard guard(device_);
+  const Token token = new_token();
+  Work& done = recent_[static_cast<std::size_t>(token % kRecent)];
+  if (from.tier == Tier::File || to.tier == Tier::File) {
+    if (from.tier != Tier::Host && to.tier != Tier::Host && staging_bytes_ == 0) {
+      for (Staging& staging : staging_) staging.memory = allocate_pinned(bytes);
+      staging_bytes_ = bytes;
+    }
+    // The jobs before this one are done when it begins: only events are left to wait for.
+    done.job = io_.submit([this, from, to, bytes, source = work(after_source), target = work(after_target),
+                           event = done.event] { move_with_file(from, to, bytes, source, target, event); });
+    return token;
+  }
+  const cudaStream_t stream = to.tier == Tier::Device ? in_ : out_;
+  stream_waits(stream, after_source);
+  stream_waits(stream, after_target);
+  if (from.tier == Tier::None) {
+    check_cuda(cudaMemsetAsync(to.memory, 0, static_cast<std::size_t>(bytes), stream), "cudaMemsetAsync");
+  } else {
+    copy(to.memory, from.memory, bytes, to.tier == Tier::Device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost,
+         stream);
+  }
+  check_cuda(cudaEventRecord(done.event, stream), "cudaEventRecord");
+  return token;
+}
+
+// On the I/O thread.
+void CudaBackend::move_with_file(const Place& from, const Place& to, std::int64_t bytes, const Work* after_source,
+                                 const Work* after_target, cudaEvent_t done) {
+  const DeviceGuard guard(device_);
+  const cudaStream_t stream = to.tier == Tier::Device ? in_ : out_;
+  std::byte* memory = from.tier == Tier::Host ? from.memory : to.memory;
+  Staging* staging = nullptr;
+  if (from.tier == Tier::Device || to.tier == Tier::Device) {
+    staging = &staging_[turn_++ % kStaging];
+    check_cuda(cudaEventSynchronize(staging->copied), "cudaEventSynchronize");
+    memory = staging->memory;
+  }
+  for (const Work* before : {after_source, after_target}) {
+    if (before != nullptr) check_cuda(cudaStreamWaitEvent(stream, before->event, 0), "cudaStreamWaitEvent");
+  }
+  if (from.tier == Tier::Device) copy(memory, from.memory, bytes, cudaMemcpyDeviceToHost, stream);
+  if (to.tier != Tier::Device) check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  from.tier == Tier::File ? file_->read(from.offset, memory, bytes) : file_->write(to.offset, memory, bytes);
+  if (to.tier == Tier::Device) {
+    copy(to.memory, memory, bytes, cudaMemcpyHostToDevice, stream);
+    check_cuda(cudaEventRecord(staging->copied, stream), "cudaEventRecord");
+  }
+  check_cuda(cudaEventRecord(done, stream), "cudaEventRecord");
+}
+
+void CudaBackend::before_compute(Token token) {
+  const DeviceGuard guard(device_);
+  stream_waits(host_.compute_stream(), token);
+}
+
+Token CudaBackend::after_compute() {
+  const DeviceGuard guard(device_);
+  const Token token = new_token();
+  check_cuda(cudaEventRecord(recent_[static_cast<std::size_t>(token % kRecent)].event, host_.compute_stream()),
+             "cudaEventRecord");
+  return token;
+}
+
+void CudaBackend::wait(Token token) {
+  const Work* before = work(token);
+  if (before == nullptr) return;
+  io_.wait(before->job);
+  check_cuda(cudaEventSynchronize(before->event), "cudaEventSynchronize");
+}
+
+void CudaBackend::check() const {
+  io_.check();
+  if (file_) file_->check_whole();
+}
+
+void CudaBackend::read(const std::byte* page, std::byte* memory, std::int64_t bytes) {
+  const DeviceGuard guard(device_);
+  copy(memory, page, bytes, cudaMemcpyDeviceToHost, host_.compute_stream());
+  check_cuda(cudaStreamSynchronize(host_.compute_stream()), "cudaStreamSynchronize");
+}
+
+void CudaBackend::write(const std::byte* memory, std::byte* page, std::int64_t bytes) {
+  const DeviceGuard guard(device_);
+  copy(page, memory, bytes, cudaMemcpyHostToDevice, host_.compute_stream());
+  check_cuda(cudaStreamSynchronize(host_.compute_stream()), "cudaStreamSynchronize");
+}
+
+}  // namespace qlora::pager

@@ -1,0 +1,36 @@
+#include "host_memory.h"
+
+#include <sys/mman.h>
+
+#include <new>
+
+namespace qlora::pager {
+namespace {
+
+// Where pages are multiples of them, they are of huge pages: a walk over memory in 4 KiB pages waits for their
+// addresses.
+constexpr std::int64_t kHuge = 2 << 20;
+
+}  // namespace
+
+std::byte* allocate_host(std::int64_t bytes) {
+  const std::int64_t extra = bytes % kHuge == 0 ? kHuge : 0;
+  void* mapped = ::mmap(nullptr, static_cast<std::size_t>(bytes + extra), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  auto* memory = static_cast<std::byte*>(mapped);
+  if (extra != 0) {
+    const auto before = -reinterpret_cast<std::intptr_t>(memory) & (kHuge - 1);
+    if (before != 0) ::munmap(memory, static_cast<std::size_t>(before));
+    if (before != extra) ::munmap(memory + before + bytes, static_cast<std::size_t>(extra - before));
+    memory += before;
+#ifdef MADV_HUGEPAGE
+    ::madvise(memory, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);  // a wish: no error if it is not granted
+#endif
+  }
+  return memory;
+}
+
+void release_host(std::byte* memory, std::int64_t bytes) { ::munmap(memory, static_cast<std::size_t>(bytes)); }
+
+}  // namespace qlora::pager

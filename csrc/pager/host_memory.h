@@ -1,0 +1,12 @@
+// Memory for a page, in zeros that take no memory until they are touched; given back to the system when freed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qlora::pager {
+
+std::byte* allocate_host(std::int64_t bytes);  // std::bad_alloc
+void release_host(std::byte* memory, std::int64_t bytes);
+
+}  // namespace qlora::pager

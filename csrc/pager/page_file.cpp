@@ -1,0 +1,128 @@
+#include "page_file.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+#include <string_view>
+#include <system_error>
+
+namespace qlora::pager {
+namespace {
+
+constexpr std::string_view kMagic = "qlora_ext page file: scratch space of a running optimizer\n";
+constexpr std::int64_t kHeaderBytes = 4096;
+
+std::int64_t allocated(const struct stat& status) { return std::int64_t{status.st_blocks} * 512; }
+
+}  // namespace
+
+PageFile::PageFile(const std::string& path) : path_(path) {
+  file_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  if (file_ < 0) fail("open", errno);
+  try {
+    char start[kMagic.size()];
+    const ssize_t length = ::pread(file_, start, sizeof start, 0);
+    if (length < 0) fail("read", errno);
+    if (length > 0 && std::string_view(start, static_cast<std::size_t>(length)) != kMagic) {
+      throw std::invalid_argument("page_file: expected a new file or one that an optimizer left behind, got '" + path +
+                                  "' with other content");
+    }
+    if (::flock(file_, LOCK_EX | LOCK_NB) != 0) fail("lock (another optimizer pages to it)", errno);
+    if (::ftruncate(file_, 0) != 0) fail("truncate", errno);
+    const ssize_t written = ::pwrite(file_, kMagic.data(), kMagic.size(), 0);
+    if (written != static_cast<ssize_t>(kMagic.size())) fail("write", written < 0 ? errno : ENOSPC);
+  } catch (...) {
+    ::close(file_);
+    throw;
+  }
+}
+
+PageFile::~PageFile() {
+  if (file_ < 0) return;
+  struct stat mine, there;
+  if (::fstat(file_, &mine) == 0 && ::stat(path_.c_str(), &there) == 0 && mine.st_ino == there.st_ino &&
+      mine.st_dev == there.st_dev) {
+    ::unlink(path_.c_str());
+  }
+  ::close(file_);
+}
+
+void PageFile::abandon() {
+  ::close(file_);
+  file_ = -1;
+}
+
+void PageFile::reserve(std::int64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  const std::int64_t end = kHeaderBytes + bytes;
+  if (end <= reserved_) return;
+  check_whole_locked();
+  // Not what is there already: where the filesystem cannot reserve, the C library writes zeros instead.
+  const std::int64_t begin = reserved_;
+  if (const int error = ::posix_fallocate(file_, begin, end - begin); error != 0) {
+    // What was reserved before a full disk said no.
+    if (::ftruncate(file_, begin) != 0) fail("truncate", errno);
+    fail("reserve " + std::to_string(bytes) + " bytes", error);
+  }
+  reserved_ = end;
+  counts_blocks_ = allocated(status()) >= end;
+}
+
+struct stat PageFile::status() const {
+  struct stat status;
+  if (::fstat(file_, &status) != 0) fail("stat", errno);
+  return status;
+}
+
+void PageFile::check_whole() const {
+  const std::lock_guard lock(mutex_);
+  check_whole_locked();
+}
+
+void PageFile::check_whole_locked() const {
+  const struct stat status = this->status();
+  if (status.st_size < reserved_ || (counts_blocks_ && allocated(status) < reserved_)) lost_ = true;
+  if (lost_) {
+    fail("expected " + std::to_string(reserved_) + " bytes, got " + std::to_string(status.st_size) + " and " +
+             std::to_string(allocated(status)) + " on the disk (truncated by someone else; the states in it are lost)",
+         EIO);
+  }
+}
+
+void PageFile::read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const {
+  check_whole();
+  for (std::int64_t done = 0; done < bytes;) {
+    const ssize_t length =
+        ::pread(file_, memory + done, static_cast<std::size_t>(bytes - done), kHeaderBytes + offset + done);
+    if (length < 0 && errno == EINTR) continue;
+    if (length < 0) fail("read", errno);
+    if (length == 0) {
+      fail("read at " + std::to_string(kHeaderBytes + offset) + ": expected " + std::to_string(bytes) + " bytes, got " +
+               std::to_string(done),
+           EIO);
+    }
+    done += length;
+  }
+}
+
+void PageFile::write(std::int64_t offset, const std::byte* memory, std::int64_t bytes) const {
+  check_whole();
+  for (std::int64_t done = 0; done < bytes;) {
+    const ssize_t length =
+        ::pwrite(file_, memory + done, static_cast<std::size_t>(bytes - done), kHeaderBytes + offset + done);
+    if (length < 0 && errno == EINTR) continue;
+    if (length <= 0) fail("write", length < 0 ? errno : ENOSPC);
+    done += length;
+  }
+}
+
+void PageFile::fail(const std::string& what, int error) const {
+  throw std::system_error(error, std::generic_category(), "page_file '" + path_ + "': " + what);
+}
+
+}  // namespace qlora::pager

@@ -1,0 +1,52 @@
+// The file tier: room for pages in a file, by pread and pwrite. Never mapped: a mapping dies of SIGBUS when the file is
+// truncated or the disk is full, where pread and pwrite return an error.
+#pragma once
+
+#include <sys/stat.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <string>
+
+namespace qlora::pager {
+
+// Errors are std::system_error with the path, what was expected and what was got. The file is deleted at the end if it
+// is still the one that was opened; if it is deleted before, its space lives on until then.
+class PageFile {
+ public:
+  // Makes the file, or takes over one that an earlier run left behind. std::invalid_argument if the file is not such a
+  // one: what is in it is overwritten.
+  explicit PageFile(const std::string& path);
+  ~PageFile();
+  PageFile(const PageFile&) = delete;
+  PageFile& operator=(const PageFile&) = delete;
+
+  // Makes room on the disk for this many bytes of pages, if there is not.
+  void reserve(std::int64_t bytes);
+
+  // At offset bytes of the pages. Both check that the file is whole: a write behind its end would make it as long
+  // again.
+  void read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const;
+  void write(std::int64_t offset, const std::byte* memory, std::int64_t bytes) const;
+
+  // Throws if the file is, or was at an earlier check, shorter than what was reserved, or has holes.
+  void check_whole() const;
+
+  // Closes without deleting: in a forked process.
+  void abandon();
+
+ private:
+  struct stat status() const;
+  void check_whole_locked() const;
+  [[noreturn]] void fail(const std::string& what, int error) const;
+
+  std::string path_;
+  int file_ = -1;
+  std::int64_t reserved_ = 0;   // with the header
+  bool counts_blocks_ = false;  // whether what is reserved shows in the blocks of the file: not with compression
+  mutable bool lost_ = false;
+  mutable std::mutex mutex_;  // of these: a reserve may meet a move
+};
+
+}  // namespace qlora::pager

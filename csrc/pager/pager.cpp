@@ -1,0 +1,267 @@
+#include "pager.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "residency.h"
+
+namespace qlora::pager {
+
+Pager::Pager(std::unique_ptr<Backend> backend, std::int64_t page_bytes, std::vector<TierRoom> tiers)
+    : backend_(std::move(backend)), page_bytes_(page_bytes), tiers_(std::move(tiers)), used_(tiers_.size()) {}
+
+Pager::~Pager() {
+  for (Slot& slot : ring_) {
+    finish(slot.ready);
+    finish(slot.idle);
+    backend_->release(tiers_[0].tier, slot.memory, page_bytes_);
+  }
+  for (Page& page : pages_) {
+    finish(page.stored);
+    if (page.home.memory != nullptr) backend_->release(page.home.tier, page.home.memory, page_bytes_);
+  }
+}
+
+// Until this work is over, be it done or failed: the next walk reports that. In a fork of the process, nothing moves.
+void Pager::finish(Token token) {
+  if (!backend_->usable()) return;
+  try {
+    backend_->wait(token);
+  } catch (const std::exception&) {
+  }
+}
+
+std::vector<PageId> Pager::add(std::int64_t count) {
+  if (!backend_->usable()) throw std::runtime_error("pager: its page file belongs to the process that was forked");
+  // What the tiers above the file cannot hold of all the pages.
+  std::int64_t left = count_ + count;
+  for (const TierRoom& room : tiers_) {
+    if (room.tier == Tier::File) break;
+    left = room.pages >= left ? 0 : left - std::max<std::int64_t>(0, room.pages - room.ring);
+  }
+  if (tiers_.back().tier == Tier::File) {
+    if (left > file_pages_) {
+      backend_->reserve_file(left * page_bytes_);
+      for (std::int64_t page = left; page-- > file_pages_;) free_offsets_.push_back(page * page_bytes_);
+      file_pages_ = left;
+    }
+  } else if (left > 0) {
+    throw std::length_error("expected room for " + std::to_string(count_ + count) + " pages of " +
+                            std::to_string(page_bytes_) + " bytes, got room for " +
+                            std::to_string(count_ + count - left));
+  }
+  std::vector<PageId> added;
+  for (; count > 0; --count, ++count_) {
+    if (unused_.empty()) {
+      unused_.push_back(std::ssize(pages_));
+      pages_.emplace_back();
+    }
+    added.push_back(unused_.back());
+    unused_.pop_back();
+    at(added.back()) = Page{};
+  }
+  return added;
+}
+
+void Pager::remove(PageId id) {
+  Page& page = at(id);
+  finish(page.stored);
+  for (Slot& slot : ring_) {
+    if (slot.page != id) continue;
+    finish(slot.ready);
+    slot.page = -1;
+  }
+  if (page.level >= 0) free(page.level, page.home);
+  page = Page();
+  page.exists = false;
+  unused_.push_back(id);
+  --count_;
+}
+
+bool Pager::has_room(int level) const {
+  const auto index = static_cast<std::size_t>(level);
+  return tiers_[index].tier == Tier::File || used_[index] < tiers_[index].pages;
+}
+
+Place Pager::allocate(int level) {
+  const Tier tier = tiers_[static_cast<std::size_t>(level)].tier;
+  Place place{.tier = tier};
+  if (tier != Tier::File) {
+    place.memory = backend_->allocate(tier, page_bytes_);
+  } else {
+    if (free_offsets_.empty()) {
+      backend_->reserve_file((file_pages_ + 1) * page_bytes_);
+      free_offsets_.push_back(file_pages_++ * page_bytes_);
+    }
+    place.offset = free_offsets_.back();
+    free_offsets_.pop_back();
+  }
+  ++used_[static_cast<std::size_t>(level)];
+  return place;
+}
+
+void Pager::free(int level, const Place& place) {
+  if (place.tier == Tier::File) {
+    free_offsets_.push_back(place.offset);
+  } else {
+    backend_->release(place.tier, place.memory, page_bytes_);
+  }
+  --used_[static_cast<std::size_t>(level)];
+}
+
+Token Pager::move(const Place& from, const Place& to, Token after_source, Token after_target) {
+  if (from.tier != Tier::None) {
+    stats_.bytes_from[static_cast<int>(from.tier)] += page_bytes_;
+    stats_.bytes_to[static_cast<int>(to.tier)] += page_bytes_;
+  }
+  return backend_->move(from, to, page_bytes_, after_source, after_target);
+}
+
+void Pager::set_ring(std::size_t size) {
+  while (ring_.size() > size) {
+    backend_->wait(ring_.back().ready);
+    backend_->wait(ring_.back().idle);
+    backend_->release(tiers_[0].tier, ring_.back().memory, page_bytes_);
+    ring_.pop_back();
+    turn_ = 0;
+  }
+  while (ring_.size() < size) ring_.push_back({.memory = backend_->allocate(tiers_[0].tier, page_bytes_)});
+}
+
+void Pager::rehome(Page& page, int level) {
+  const Place home = allocate(level);
+  try {
+    if (page.written) page.stored = move(page.home, home, page.stored, 0);
+    backend_->wait(page.stored);
+  } catch (...) {
+    free(level, home);
+    throw;
+  }
+  if (page.level >= 0) free(page.level, page.home);
+  page.home = home;
+  page.level = level;
+}
+
+// Gives each page of the walk its home. Where every page has one, and the walk is as before, nothing is done.
+void Pager::settle(std::span<const PageId> order) {
+  ++walks_;
+  std::vector<Candidate> candidates;
+  std::vector<PageId> ids(order.begin(), order.end());
+  for (const PageId id : order) {
+    candidates.push_back({at(id).level, std::ssize(candidates), at(id).last_need});
+    at(id).last_need = walks_;
+  }
+  for (PageId id = 0; id < std::ssize(pages_); ++id) {
+    if (at(id).level < 0 || at(id).last_need == walks_) continue;
+    candidates.push_back({at(id).level, -1, at(id).last_need});
+    ids.push_back(id);
+  }
+  std::vector<Level> levels;
+  for (const TierRoom& room : tiers_) levels.push_back({room.pages, room.ring});
+  const std::vector<int> chosen = choose_levels(candidates, levels);
+
+  std::vector<std::pair<PageId, int>> down, up;  // last first
+  for (std::size_t i = ids.size(); i-- > 0;) {
+    const int level = at(ids[i]).level;
+    if (level != chosen[i]) (level >= 0 && level < chosen[i] ? down : up).emplace_back(ids[i], chosen[i]);
+  }
+  if (!down.empty() || !up.empty()) set_ring(0);  // its room may be needed, and what is in it be of another home
+  // Where a page would have to wait for another to leave, that goes first. If two wait for each other, the lower tier
+  // holds one page too many for a moment.
+  while (!down.empty() || !up.empty()) {
+    const bool wait = !down.empty() && !has_room(down.back().second) && !up.empty() && has_room(up.back().second);
+    auto& changes = down.empty() || wait ? up : down;
+    rehome(at(changes.back().first), changes.back().second);
+    changes.pop_back();
+  }
+}
+
+void Pager::walk(std::span<const PageId> order, bool writes, const Visit& visit) {
+  if (!backend_->usable()) throw std::runtime_error("pager: its page file belongs to the process that was forked");
+  if (!failure_.empty()) throw std::runtime_error("pager: not usable since an error: " + failure_);
+  backend_->check();
+  std::size_t visited = 0;
+  const auto counted = [&](std::size_t position, std::byte* memory) {
+    ++visited;
+    visit(position, memory);
+  };
+  try {
+    settle(order);
+    run(order, writes, counted);
+  } catch (const std::exception& error) {
+    if (!writes || visited == 0) throw;
+    failure_ = std::string(error.what()) + " (after " + std::to_string(visited) + " of " +
+               std::to_string(order.size()) + " pages of a walk)";
+    throw;
+  }
+}
+
+void Pager::run(std::span<const PageId> order, bool writes, const Visit& visit) {
+  std::vector<PageId> streamed;
+  for (const PageId id : order) {
+    if (at(id).level > 0) streamed.push_back(id);
+  }
+  streams_ = !streamed.empty();
+  if (streams_) set_ring(static_cast<std::size_t>(tiers_[0].ring));
+  const std::size_t ring = ring_.size();
+  const auto slot_of = [&](std::size_t i) -> Slot& { return ring_[(turn_ + i) % ring]; };
+  // The i-th page to stream from now on, if it is not in its slot already. The walk comes back to its pages: the first
+  // of the next walk are requested at the end of this one.
+  const auto request = [&](std::size_t i) {
+    const PageId id = streamed[i % streamed.size()];
+    Slot& slot = slot_of(i);
+    if (slot.page == id) {
+      slot.ready = slot.idle;  // it may still be on its way out
+      return;
+    }
+    Page& page = at(id);
+    for (Slot& other : ring_) {
+      if (other.page != id) continue;
+      page.stored = other.idle;  // after all that was done with it there
+      other.page = -1;
+    }
+    slot.page = id;
+    slot.ready = slot.idle =
+        move(page.written ? page.home : Place{}, {tiers_[0].tier, slot.memory}, page.stored, slot.idle);
+  };
+  for (std::size_t i = 0; i < std::min(ring, streamed.size()); ++i) request(i);
+
+  std::size_t next = 0;
+  for (std::size_t position = 0; position < order.size(); ++position) {
+    Page& page = at(order[position]);
+    ++stats_.visits;
+    if (page.level == 0) {
+      ++stats_.hits;
+      backend_->before_compute(page.stored);
+      visit(position, page.home.memory);
+      page.stored = backend_->after_compute();
+      page.written |= writes;
+      continue;
+    }
+    Slot& slot = slot_of(next);
+    backend_->before_compute(slot.ready);
+    visit(position, slot.memory);
+    slot.idle = backend_->after_compute();
+    if (writes) {
+      slot.idle = page.stored = move({tiers_[0].tier, slot.memory}, page.home, slot.idle, 0);
+      page.written = true;
+    }
+    ++next;
+    // The slot is the one for the page a ring further.
+    if (const std::size_t i = next - 1 + ring; i < streamed.size() || (writes && streamed.size() > ring)) request(i);
+  }
+  if (streamed.size() > ring) turn_ = (turn_ + next) % ring;  // else each page keeps its slot
+}
+
+Stats Pager::stats() const {
+  Stats stats = stats_;
+  for (const Page& page : pages_) {
+    if (page.exists) ++stats.pages[static_cast<int>(page.home.tier)];
+  }
+  stats.ring_pages = std::ssize(ring_);
+  stats.seconds_waited = backend_->seconds_waited();
+  return stats;
+}
+
+}  // namespace qlora::pager

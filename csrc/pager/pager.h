@@ -1,0 +1,107 @@
+// Pages of one size over the tiers of a machine, and the walk that computes on them one after another.
+//
+// Each page has its home in one tier. Those at home in the compute tier are computed where they are and never move. The
+// others stream through a ring of pages there: while one is computed, the next is moved in and the last moved out.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+
+namespace qlora::pager {
+
+constexpr std::int64_t kUnlimited = std::numeric_limits<std::int64_t>::max();
+
+using PageId = std::int64_t;
+
+struct TierRoom {
+  Tier tier;
+  std::int64_t pages;  // kUnlimited: all
+  std::int64_t ring;   // of these, what pages of lower tiers pass through
+};
+
+struct Stats {
+  std::int64_t pages[kNumTiers] = {};                                 // at home in each Tier
+  std::int64_t ring_pages = 0;                                        // that exist now
+  std::int64_t visits = 0, hits = 0;                                  // pages computed; those that were there already
+  std::int64_t bytes_from[kNumTiers] = {}, bytes_to[kNumTiers] = {};  // moved, by Tier
+  double seconds_waited = 0;                                          // by the calling thread, for moves
+};
+
+class Pager {
+ public:
+  // Tiers from the compute tier down.
+  Pager(std::unique_ptr<Backend> backend, std::int64_t page_bytes, std::vector<TierRoom> tiers);
+  ~Pager();
+  Pager(const Pager&) = delete;
+  Pager& operator=(const Pager&) = delete;
+
+  // Pages of zeros, which take no memory before a walk writes them. Throws if the tiers have no room for them all, or
+  // the disk none for what falls to the file; then there are no more pages than before.
+  std::vector<PageId> add(std::int64_t count);
+  void remove(PageId page);
+  std::int64_t count() const { return count_; }
+
+  // Calls visit(position, memory) for each page of `order`, none of which stands there twice. What it computes on the
+  // page is kept if `writes`. Throws before the first visit if it can be known that not all pages can be had. If a
+  // page fails later, the rest is not visited, and this and every later walk throws.
+  using Visit = std::function<void(std::size_t position, std::byte* memory)>;
+  void walk(std::span<const PageId> order, bool writes, const Visit& visit);
+
+  // Whether pages move beside the compute of the walk under way, or of the last one.
+  bool streams() const { return streams_; }
+
+  Stats stats() const;
+  Backend& backend() { return *backend_; }
+
+ private:
+  struct Page {
+    bool exists = true;
+    int level = -1;  // of its home among the tiers; -1: it has none yet
+    Place home;
+    bool written = false;  // else it is zeros, and its home has anything
+    Token stored = 0;      // after which the home has its content
+    std::uint64_t last_need = 0;
+  };
+  struct Slot {
+    std::byte* memory = nullptr;
+    PageId page = -1;  // whose content it has, or will have when it is ready
+    Token ready = 0, idle = 0;
+  };
+
+  Page& at(PageId page) { return pages_[static_cast<std::size_t>(page)]; }
+  void finish(Token token);
+  void settle(std::span<const PageId> order);
+  void rehome(Page& page, int level);
+  Place allocate(int level);
+  void free(int level, const Place& place);
+  bool has_room(int level) const;
+  void set_ring(std::size_t size);
+  void run(std::span<const PageId> order, bool writes, const Visit& visit);
+  Token move(const Place& from, const Place& to, Token after_source, Token after_target);
+
+  std::unique_ptr<Backend> backend_;
+  std::int64_t page_bytes_;
+  std::vector<TierRoom> tiers_;
+  std::vector<std::int64_t> used_;  // homes in each level
+  std::vector<Page> pages_;
+  std::vector<PageId> unused_;  // numbers of removed pages
+  std::int64_t count_ = 0;
+  std::vector<std::int64_t> free_offsets_;  // in the file
+  std::int64_t file_pages_ = 0;             // reserved there
+  std::vector<Slot> ring_;
+  std::size_t turn_ = 0;  // the slot of the next page to stream
+  std::uint64_t walks_ = 0;
+  bool streams_ = false;
+  std::string failure_;
+  Stats stats_;
+};
+
+}  // namespace qlora::pager

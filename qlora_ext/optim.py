@@ -1,0 +1,286 @@
+"""PagedAdamW: AdamW whose states live in pages that move between device memory, host memory and a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from qlora_ext import _C
+from qlora_ext.optim_files import find_states, save_states
+from qlora_ext.optim_state import Saved, checked_state, like_parameter, local_shard, state_forms
+from qlora_ext.optim_step import check, check_dtype, checked_gradient, checked_hyper
+from qlora_ext.paged_parameters import PagedParameters, Update
+
+
+class PagedAdamW(Optimizer):
+    """torch.optim.AdamW with its states in pages, so that they need not fit into the memory of the device.
+
+    For each parameter p with gradient g, in fp32 and at step t:
+    `p *= 1 - lr * weight_decay; m = lerp(m, g, 1 - beta1); v = beta2 * v + (1 - beta2) * g * g;`
+    `p -= lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)`.
+    Pages that the budget of the computing device holds stay there and never move; the others stream through it while
+    their neighbours are computed. Parameters come out bit for bit the same however the states are paged.
+
+    Args:
+        params: parameters, named parameters or groups, as for every torch optimizer: float32, float16 or bfloat16, on
+            the CPU or CUDA devices, with gradients of any of these dtypes. Of a DTensor, the local shard is updated.
+        lr, betas, eps, weight_decay: as for torch.optim.AdamW; also per group, like `maximize`.
+        state_bits: 32; or 8: blocks of 256 elements with one fp32 absmax each, in the nearest codes of the dynamic
+            codebooks. Parameters under 4096 elements have 32-bit states.
+        page_bytes: size of a page, a multiple of 4096.
+        device_budget: bytes of memory of each CUDA device for states; None: no limit. If it does not hold all, the
+            others stream through three pages of it (or three pages, if it is less).
+        host_budget: bytes of host memory for states, of each device (of a CUDA device, pinned: for what its own memory
+            does not hold); None: no limit. If it does not hold all, the others stream through two pages of it (or two
+            pages, if it is less).
+        page_file: path of a file for what the budgets do not hold, on a disk of this machine. Its space is reserved
+            when parameters are added. It is deleted at the end: it is scratch space, not a checkpoint.
+        stochastic_rounding: round bfloat16 parameters up or down by chance, so that updates smaller than half their
+            last bit count on average. Chance depends on (seed, step, parameter, element) alone.
+        seed: of that chance.
+        maximize: go up the gradient.
+
+    States exist from the first gradient on. They are in no tensors: `optimizer.state` is empty, `state_dict()` makes
+    tensors of them, `save_states()` writes them without. A NaN or Inf in a gradient makes NaN of its element as in
+    torch, in 8-bit states of its block of 256; under torch.amp.GradScaler such a step is left out whole. What raises
+    before a step begins has changed nothing. A step that loses its page file half-way raises, and so does every later
+    one: some parameters are then a step ahead of others, and a checkpoint has to be loaded.
+
+    Raises:
+        TypeError: a parameter, gradient or option of the wrong kind.
+        ValueError: an option out of range, a sparse gradient, budgets that do not hold the states without page_file, a
+            page_file that is something else's file.
+        OSError: page_file cannot be made, or its disk is full.
+
+    Source: decoupled weight decay, arXiv 1711.05101; paged optimizers, QLoRA, arXiv 2305.14314, section 3; 8-bit
+    states, arXiv 2110.02861.
+    """
+
+    # GradScaler leaves unscaling to step(), for which it sets grad_scale and found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int = 32,
+        page_bytes: int = 1 << 21,
+        device_budget: int | None = None,
+        host_budget: int | None = None,
+        page_file: str | os.PathLike[str] | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        maximize: bool = False,
+    ) -> None:
+        check(state_bits in (8, 32), "state_bits", "8 or 32", state_bits)
+        whole_pages = isinstance(page_bytes, int) and page_bytes > 0 and page_bytes % _C.MIN_PAGE_BYTES == 0
+        check(whole_pages, "page_bytes", f"a positive multiple of {_C.MIN_PAGE_BYTES}", page_bytes)
+        for name, budget in (("device_budget", device_budget), ("host_budget", host_budget)):
+            valid = budget is None or (isinstance(budget, int) and budget >= 0)
+            check(valid, name, "a number of bytes, 0 or more, or None", budget)
+        check(isinstance(seed, int) and 0 <= seed < 1 << 64, "seed", "an integer from 0 to 2**64 - 1", seed)
+        self._rounding = (stochastic_rounding, seed)
+        file = None if page_file is None else os.fspath(page_file)
+        self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
+        self._count = 0  # of parameters in the groups that _paged was last told to keep
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, at any time, as to every torch optimizer; room for its states is reserved at once.
+
+        Raises:
+            TypeError, ValueError, OSError: see the class; the optimizer is then as it was.
+        """
+        super().add_param_group(param_group)
+        try:
+            checked_hyper(self.param_groups[-1])
+            new = self.param_groups[-1]["params"]
+            for p in new:
+                check_dtype("params", p.dtype)
+            self._forget_removed()
+            self._paged.reserve([p for p in new if p.requires_grad])
+        except BaseException:
+            self.param_groups.pop()
+            self._forget_removed()
+            raise
+
+    def remove_param_group(self, index: int) -> None:
+        """Remove the group at this index of `param_groups`, and free the states of its parameters.
+
+        What is taken out of `param_groups` in another way is freed at the next step.
+        """
+        del self.param_groups[index]
+        self._forget_removed()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: computes the loss anew, with gradients; it is called first.
+
+        Returns:
+            What closure returned, or None.
+
+        Raises:
+            TypeError, ValueError: a gradient of the wrong kind; nothing has been updated.
+            OSError, RuntimeError: the page file does not give back what was written to it; see the class.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return loss
+        self._forget_removed()
+        updates = list(self._updates())
+        self._paged.reserve([u.parameter for u in updates if u.parameter not in self._paged])
+        self._paged.step(updates, getattr(self, "grad_scale", None), *self._rounding)
+        for update in updates:
+            local = local_shard(update.parameter)
+            if update.local.data_ptr() != local.data_ptr():  # it was not contiguous
+                local.copy_(update.local)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hyperparameters and states, as tensors in host memory: of 32-bit states, what torch.optim.AdamW loads.
+
+        8-bit states are uint8 codes `exp_avg` and `exp_avg_sq` in the parameter's shape, with float32 `exp_avg_absmax`
+        and `exp_avg_sq_absmax` [ceil(numel / 256)]. To save without room for all of them in memory: `save_states`.
+        """
+        parts = []
+        for _, p, steps in self._with_states():
+            self.state[p] = {"step": torch.tensor(float(steps))}
+            for part, form in state_forms(p, self._paged.state_bits).items():
+                tensor = torch.empty(form.shape, dtype=form.dtype)
+                parts.append((p, part, tensor))
+                self.state[p][part] = like_parameter(p, tensor) if part in ("exp_avg", "exp_avg_sq") else tensor
+        try:
+            self._paged.save(parts)
+            return super().state_dict()
+        finally:
+            self.state.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` of this class or of torch.optim.AdamW gave, straight into pages.
+
+        Raises:
+            ValueError: groups or states that are not for these parameters and this state_bits; the optimizer is then
+                as it was.
+        """
+
+        def hold(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            return given | {"state": {key: _Held(entry) for key, entry in given["state"].items()}}
+
+        last = self.register_load_state_dict_pre_hook(hold)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what Optimizer.load_state_dict has matched to the parameters."""
+        saved = {}
+        for index, p in enumerate(p for group in state["param_groups"] for p in group["params"]):
+            if p in state["state"]:
+                entry = state["state"][p].entry
+                saved[p] = checked_state("PagedAdamW.load_state_dict", index, p, self._paged.state_bits, entry)
+        self._restore(saved, state["param_groups"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "PagedAdamW: expected state_dict() or save_states(), got a call to pickle or copy it: pages cannot be"
+        )
+
+    def save_states(self, path: str | os.PathLike[str]) -> None:
+        """Write hyperparameters and states to a safetensors file, page by page.
+
+        Args:
+            path: of the file. It is written beside, as <path>.tmp, and renamed when it is whole. Each process of a
+                sharded model writes its own shards: to a path of its own.
+
+        Raises:
+            OSError: it cannot be written, or the disk is full; a file that was there is as it was.
+        """
+        self._forget_removed()
+        save_states(Path(path), self.param_groups, self._paged)
+
+    def load_states(self, path: str | os.PathLike[str]) -> None:
+        """Read what `save_states` wrote, straight into pages; hyperparameters become those of the file, too.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not whole, or not for these parameters and this state_bits; the optimizer is then as it
+                was.
+        """
+        saved, groups = find_states(Path(path), self.param_groups, self._paged.state_bits)
+        with open(path, "rb") as file:
+            self._restore(saved, groups, file.fileno())
+
+    def stats(self) -> dict[str, Any]:
+        """Where the states are and what has moved, over all devices.
+
+        Returns:
+            pages: how many have their home in "device", "host" and "file"; unwritten_pages: how many have none yet;
+            ring_pages: of the computing devices, that others stream through; page_bytes;
+            bytes_read, bytes_written: moved from and to each of these since the start;
+            visits, hits, hit_rate: pages computed, those at home in the computing device's memory, their quotient;
+            seconds_waited: by the calling thread for moves.
+        """
+        stats = self._paged.stats()
+        return stats | {"hit_rate": stats["hits"] / stats["visits"] if stats.get("visits") else 1.0}
+
+    def _restore(self, saved: dict[Tensor, Saved], groups: list[dict[str, Any]], file: int = -1) -> None:
+        for group in groups:
+            checked_hyper(group)
+        params = [p for group in groups for p in group["params"]]
+        self._paged.restore(saved, [p for p in params if p.requires_grad], file)
+        super().__setstate__({"param_groups": groups})
+
+    def _indexed(self) -> Iterator[tuple[int, Tensor]]:
+        """The parameters with their numbers, which are those of a state_dict."""
+        return enumerate(p for group in self.param_groups for p in group["params"])
+
+    def _with_states(self) -> Iterator[tuple[int, Tensor, int]]:
+        """The parameters that have taken steps, and how many."""
+        self._forget_removed()
+        for index, p in self._indexed():
+            if steps := self._paged.steps(p):
+                yield index, p, steps
+
+    def _forget_removed(self) -> None:
+        count = sum(len(group["params"]) for group in self.param_groups)
+        if count != self._count:
+            self._count = count
+            self._paged.keep({p for _, p in self._indexed()})
+
+    def _updates(self) -> Iterator[Update]:
+        """What a step updates, all of it checked."""
+        index = -1
+        for group in self.param_groups:
+            hyper = checked_hyper(group)
+            for p in group["params"]:
+                index += 1
+                if p.grad is None:
+                    continue
+                grad = checked_gradient(index, p)
+                yield Update(p, local_shard(p.detach()).contiguous(), grad, index, hyper)
+
+
+class _Held:
+    """Carries a state through Optimizer.load_state_dict, which casts tensors to their parameter's dtype and device."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry

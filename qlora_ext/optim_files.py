@@ -1,0 +1,74 @@
+"""The states of PagedAdamW on disk: one safetensors file, with the hyperparameters in its metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qlora_ext.optim_state import Saved, state_forms
+from qlora_ext.paged_parameters import PagedParameters
+from qlora_ext.state_file import read_header, write_state_file
+
+_METADATA = "PagedAdamW"
+
+
+def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters) -> None:
+    """Write the states of the parameters of these groups, page by page. A tensor's name is its parameter's number and
+    its part: "3.exp_avg"."""
+    forms, steps, parts = {}, {}, []
+    for index, p in enumerate(p for group in groups for p in group["params"]):
+        if taken := paged.steps(p):
+            steps[index] = taken
+            for part, form in state_forms(p, paged.state_bits).items():
+                forms[f"{index}.{part}"] = form
+                parts.append((p, part, f"{index}.{part}"))
+    described = {
+        "sizes": [len(group["params"]) for group in groups],
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
+        "steps": steps,
+    }
+    write_state_file(
+        path,
+        forms,
+        {"format": "pt", _METADATA: json.dumps(described, default=float)},
+        lambda file, offsets: paged.save([(p, part, offsets[name]) for p, part, name in parts], file),
+    )
+
+
+def find_states(
+    path: Path, groups: list[dict[str, Any]], state_bits: int
+) -> tuple[dict[Tensor, Saved], list[dict[str, Any]]]:
+    """Where in the file the states of the parameters of these groups are, and the groups with its hyperparameters.
+
+    Raises:
+        ValueError: the file is not whole, or not for these groups and this state_bits.
+    """
+    at = f"PagedAdamW.load_states: {path}"
+    metadata, forms, offsets = read_header(at, path)
+    try:
+        described = json.loads(metadata[_METADATA])
+        sizes, loaded, steps = described["sizes"], described["groups"], described["steps"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{at}: expected a file of save_states, got {error!r}") from error
+    expected = [len(group["params"]) for group in groups]
+    if sizes != expected:
+        raise ValueError(f"{at}: expected groups of {expected} parameters, got {sizes}")
+    saved = {}
+    for index, p in enumerate(p for group in groups for p in group["params"]):
+        if str(index) not in steps:
+            continue
+        parts: dict[str, Tensor | int] = {}
+        for part, form in state_forms(p, state_bits).items():
+            name = f"{index}.{part}"
+            if forms.get(name) != form:
+                raise ValueError(f"{at}: {name}: expected {form}, got {forms.get(name)}")
+            parts[part] = offsets[name]
+        saved[p] = Saved(int(steps[str(index)]), parts)
+    restored = [
+        group | {"params": own["params"], "betas": tuple(group["betas"])}
+        for group, own in zip(loaded, groups, strict=True)
+    ]
+    return saved, restored

@@ -1,0 +1,88 @@
+"""The state of one parameter of PagedAdamW: which parts it has, what it looks like in a state_dict, and its checks."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PARTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")  # in the order of the C++ enum Part
+BLOCKSIZE = 256  # elements that share an absmax of 8-bit states
+_MIN_8BIT_SIZE = 4096  # elements; smaller parameters have 32-bit states
+
+
+class Form(NamedTuple):
+    """What one part of a parameter's state is as a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Saved(NamedTuple):
+    """A parameter's state outside of the pages: each part as a tensor, or as an offset into a file."""
+
+    steps: int
+    parts: dict[str, Tensor | int]
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """What this process has of a DTensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def like_parameter(p: Any, state: Tensor) -> Tensor:
+    """The state of the local shard of p, as a DTensor if p is one."""
+    if not hasattr(p, "to_local"):
+        return state
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(state, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
+
+def state_width(p: Tensor, state_bits: int) -> int:
+    """How many bits p's states have."""
+    return state_bits if local_shard(p).numel() >= _MIN_8BIT_SIZE else 32
+
+
+def state_forms(p: Tensor, state_bits: int) -> dict[str, Form]:
+    """The parts of p's state, of its local shard."""
+    local = local_shard(p)
+    if state_width(p, state_bits) == 32:
+        return dict.fromkeys(PARTS[:2], Form(torch.float32, tuple(local.shape)))
+    absmax = Form(torch.float32, (-(-local.numel() // BLOCKSIZE),))
+    return dict.fromkeys(PARTS[:2], Form(torch.uint8, tuple(local.shape))) | dict.fromkeys(PARTS[2:], absmax)
+
+
+def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[str, Any]) -> Saved:
+    """An entry of a state_dict, if it is one for p with states of this width.
+
+    Raises:
+        ValueError: a part is missing or has another shape, or its dtype is not the width's.
+    """
+    if entry.get("max_exp_avg_sq") is not None:
+        raise ValueError(f"{op}: state of parameter {index}: expected no max_exp_avg_sq, got that of amsgrad=True")
+    steps = float(entry["step"]) if "step" in entry else -1.0
+    if not steps.is_integer() or steps < 0:
+        raise ValueError(f"{op}: step of parameter {index}: expected a whole number, got {entry.get('step')}")
+    parts: dict[str, Tensor | int] = {}
+    for part, (dtype, shape) in state_forms(p, state_bits).items():
+        value = entry.get(part)
+        got = "nothing" if value is None else type(value).__name__
+        if isinstance(value, Tensor):
+            value = local_shard(value)
+            # torch.optim.AdamW's states have the dtype of their parameter.
+            kind = "floats" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+            expected_kind = "floats" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+            if tuple(value.shape) == shape and kind == expected_kind:
+                parts[part] = value
+                continue
+            got = f"{kind} {list(value.shape)}"
+        expected = f"{'floats' if dtype.is_floating_point else 'uint8'} {list(shape)}"
+        raise ValueError(f"{op}: {part} of parameter {index}: expected {expected}, got {got}")
+    return Saved(int(steps), parts)

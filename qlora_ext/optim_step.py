@@ -1,0 +1,48 @@
+"""What a step of PagedAdamW takes from its groups and parameters, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_ext.optim_state import local_shard
+
+Hyper = tuple[float, float, float, float, float, bool]  # lr, beta1, beta2, eps, weight_decay, maximize
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(condition: bool, what: str, expected: object, got: object) -> None:
+    """Raises ValueError if the condition does not hold."""
+    if not condition:
+        raise ValueError(f"PagedAdamW: {what}: expected {expected}, got {got!r}")
+
+
+def check_dtype(what: str, dtype: torch.dtype) -> None:
+    """Raises TypeError if it is no dtype of parameters and gradients."""
+    if dtype not in _DTYPES:
+        raise TypeError(f"PagedAdamW: {what}: expected dtype float32, float16 or bfloat16, got {dtype}")
+
+
+def checked_hyper(group: dict[str, Any]) -> Hyper:
+    """The hyperparameters of a group."""
+    check(not group.get("amsgrad"), "amsgrad", "False", group.get("amsgrad"))
+    lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+    beta1, beta2 = map(float, group["betas"])
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        check(value >= 0, name, "0 or more", value)
+    check(0 <= beta1 < 1 and 0 <= beta2 < 1, "betas", "two numbers from 0 to below 1", group["betas"])
+    return lr, beta1, beta2, eps, weight_decay, bool(group.get("maximize"))
+
+
+def checked_gradient(index: int, p: Any) -> Tensor:
+    """The gradient of p, which is parameter number `index`: of its local shard, contiguous."""
+    grad = p.grad
+    what = f"gradient of parameter {index}"
+    check(grad.layout is torch.strided, what, "a dense tensor", grad.layout)
+    check_dtype(what, grad.dtype)
+    if hasattr(p, "placements") and grad.placements != p.placements:
+        grad = grad.redistribute(placements=p.placements)
+    return local_shard(grad).contiguous()

@@ -1,0 +1,142 @@
+"""The states of parameters on any devices, in pages: one store a device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_ext import _C
+from qlora_ext.optim_state import PARTS, Saved, local_shard, state_forms, state_width
+from qlora_ext.optim_step import Hyper
+
+_CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
+
+
+class Update(NamedTuple):
+    """One parameter of a step: its local shard, contiguous like its gradient, and its number in the optimizer."""
+
+    parameter: Tensor
+    local: Tensor
+    grad: Tensor
+    number: int
+    hyper: Hyper
+
+
+class PagedParameters:
+    """Pages for the states of parameters. Its options are those of PagedAdamW."""
+
+    def __init__(
+        self,
+        state_bits: int,
+        page_bytes: int,
+        device_budget: int | None,
+        host_budget: int | None,
+        page_file: str | None,
+    ) -> None:
+        self.state_bits = state_bits
+        self._paging = (page_bytes, device_budget, host_budget, page_file or "")
+        self._stores: dict[torch.device, _C.PagedStates] = {}
+        self._ids: dict[Tensor, int] = {}  # in the store of the parameter's device
+
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def reserve(self, params: Iterable[Tensor]) -> None:
+        """Room for the states of these parameters, which have none yet; all or, if it raises, none on that device."""
+        by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for p in params:
+            by_device[local_shard(p).device].append(p)
+        devices = {*self._stores, *by_device}
+        _, device_budget, _, page_file = self._paging
+        if page_file and len(devices) > 1:
+            raise ValueError(
+                f"PagedAdamW: page_file: expected parameters on one device, got {sorted(map(str, devices))}"
+            )
+        if device_budget is not None and torch.device("cpu") in devices:
+            raise ValueError("PagedAdamW: device_budget: expected None for states on the CPU, which host_budget is for")
+        for device, new in by_device.items():
+            if device not in self._stores:
+                self._stores[device] = _C.PagedStates(str(device), *self._paging)
+            numels = [local_shard(p).numel() for p in new]
+            bits = [state_width(p, self.state_bits) for p in new]
+            self._ids |= zip(new, self._stores[device].add(numels, bits), strict=True)
+
+    def keep(self, params: Collection[Tensor]) -> None:
+        """Free the states of all others."""
+        for p in self._ids.keys() - set(params):
+            self._store(p).remove(self._ids.pop(p))
+
+    def steps(self, p: Tensor) -> int:
+        """How many steps the parameter has taken; without any it has no state."""
+        return self._store(p).steps(self._ids[p]) if p in self._ids else 0
+
+    def step(self, updates: Iterable[Update], grad_scale: Tensor | None, stochastic_rounding: bool, seed: int) -> None:
+        """Update the parameters, page by page; on each device all of them or none, unless pages are lost."""
+        by_device: dict[torch.device, list[Update]] = defaultdict(list)
+        for update in updates:
+            by_device[update.local.device].append(update)
+        for device, here in by_device.items():
+            scale = None if grad_scale is None else grad_scale.to(device, torch.float32)
+            ids = [self._ids[u.parameter] for u in here]
+            self._stores[device].step(
+                ids, [u.local for u in here], [u.grad for u in here], [u.number for u in here], [u.hyper for u in here],
+                scale, stochastic_rounding, seed,
+            )  # fmt: skip
+
+    def save(self, parts: Iterable[tuple[Tensor, str, Tensor | int]], file: int = -1) -> None:
+        """Copy parts of parameters' states into CPU tensors, or to offsets of a file."""
+        for device, places in self._places(parts).items():
+            self._stores[device].save(places, file)
+
+    def restore(self, saved: Mapping[Tensor, Saved], reserved: Iterable[Tensor], file: int = -1) -> None:
+        """Replace all states by these, and reserve room for those of further parameters."""
+        self._ids.clear()
+        self._stores.clear()  # which frees all pages: there is never a second copy of the states
+        self.reserve(dict.fromkeys([*saved, *reserved]))
+        held: list[tuple[Tensor, str, Tensor | int]] = []
+        converted = 0
+        for p, (steps, parts) in saved.items():
+            self._store(p).set_steps(self._ids[p], steps)
+            for part, form in state_forms(p, self.state_bits).items():
+                value = parts[part]
+                if isinstance(value, Tensor):
+                    given, value = value, value.detach().to("cpu", form.dtype).contiguous()
+                    converted += value.nbytes if value.data_ptr() != given.data_ptr() else 0
+                held.append((p, part, value))
+            if converted > _CHUNK:
+                self._load(held, file)
+                held, converted = [], 0
+        self._load(held, file)
+
+    def stats(self) -> dict[str, Any]:
+        """The sums of the stores' own."""
+        total: dict[str, Any] = {}
+        for store in self._stores.values():
+            for name, value in store.stats().items():
+                if isinstance(value, dict):
+                    before = total.get(name, {})
+                    total[name] = {tier: n + before.get(tier, 0) for tier, n in value.items()}
+                else:
+                    total[name] = value + total.get(name, 0)
+        return total | {"page_bytes": self._paging[0]}
+
+    def _store(self, p: Tensor) -> _C.PagedStates:
+        return self._stores[local_shard(p).device]
+
+    def _places(self, parts: Iterable[tuple[Tensor, str, Tensor | int]]) -> dict[torch.device, list[Any]]:
+        places: dict[torch.device, list[Any]] = defaultdict(list)
+        for p, part, place in parts:
+            where = (place, 0) if isinstance(place, Tensor) else (None, place)
+            places[local_shard(p).device].append((self._ids[p], PARTS.index(part), *where))
+        return places
+
+    def _load(self, parts: Iterable[tuple[Tensor, str, Tensor | int]], file: int) -> None:
+        for device, places in self._places(parts).items():
+            self._stores[device].load(places, file)

@@ -1,0 +1,75 @@
+"""A safetensors file written and read piece by piece, so that its tensors need never be in memory at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_ext.optim_state import Form
+
+_NAMES = {torch.float32: "F32", torch.uint8: "U8"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def write_state_file(
+    path: Path, forms: Mapping[str, Form], metadata: Mapping[str, str], fill: Callable[[int, dict[str, int]], None]
+) -> None:
+    """Write a safetensors file: `fill(descriptor, offsets)` writes each tensor at its offset.
+
+    The file is written beside as <name>.tmp, in space that is reserved first, and renamed when it is whole and on the
+    disk: whatever happens before leaves the old file as it was.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, form in forms.items():
+        offsets = [end, end := end + form.nbytes]
+        header[name] = {"dtype": _NAMES[form.dtype], "shape": list(form.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(beside, "wb", buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, start + end)
+            file.write(len(text).to_bytes(8, "little") + text)
+            fill(file.fileno(), {name: start + header[name]["data_offsets"][0] for name in forms})
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_header(at: str, path: Path) -> tuple[dict[str, str], dict[str, Form], dict[str, int]]:
+    """Of a safetensors file: its metadata, and of each tensor the form and the offset in the file.
+
+    Raises:
+        ValueError: it is no safetensors file, is not whole, or holds other dtypes than float32 and uint8.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"{at}: expected a whole safetensors file, got {size} bytes")
+        text = file.read(length)
+    forms, offsets, start = {}, {}, 8 + length
+    end = 0
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            forms[name] = Form(_DTYPES[tensor["dtype"]], tuple(map(int, tensor["shape"])))
+            offsets[name] = start + end
+            expected = [end, end := end + forms[name].nbytes]
+            if tensor["data_offsets"] != expected or min(forms[name].shape, default=0) < 0:
+                raise ValueError(f"{name} at {tensor['data_offsets']} instead of {expected}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{at}: expected a header of float32 and uint8 tensors, got {error!r}") from error
+    if start + end != size:
+        raise ValueError(f"{at}: expected {start + end} bytes, got {size}")
+    return metadata, forms, offsets

@@ -1,0 +1,20 @@
+// As much of the CUDA runtime as the pager calls, on the CPU: a stream is a thread that does what it is given in order,
+// after a while. Device memory is ordinary memory, so that ThreadSanitizer and AddressSanitizer see each access.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+
+namespace fake_cuda {
+
+// A kernel.
+void launch(cudaStream_t stream, std::function<void()> kernel);
+
+// Makes the next allocations of pinned memory fail.
+void fail_pinned(int count);
+
+// Pinned allocations, events and streams that have not been given back.
+int alive();
+
+}  // namespace fake_cuda

@@ -1,0 +1,214 @@
+// The host backend on real files: random lives, faults of the file, forks.
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+#include <system_error>
+#include <thread>
+
+#include "pager/backend_host.h"
+#include "states_test.h"
+
+using namespace qlora;
+using namespace qlora::pager;
+
+namespace {
+
+constexpr std::int64_t kPageBytes = 4096;
+
+std::string file_name(const std::string& name) {
+  return (std::filesystem::temp_directory_path() / ("qlora_test_host_backend_" + name + std::to_string(getpid())))
+      .string();
+}
+
+std::unique_ptr<Pager> make_pager(const std::string& path, std::int64_t room) {
+  auto backend = std::make_unique<HostBackend>(path);
+  std::vector<TierRoom> tiers = {{Tier::Host, room, backend->ring_pages(room)}};
+  if (!path.empty()) tiers.push_back({Tier::File, kUnlimited, 0});
+  return std::make_unique<Pager>(std::move(backend), kPageBytes, tiers);
+}
+
+void increment(Pager& pager, const std::vector<PageId>& pages) {
+  pager.walk(pages, true, [](std::size_t, std::byte* memory) { ++*reinterpret_cast<std::int64_t*>(memory); });
+}
+
+// The count of each page; -1 if it cannot be had.
+std::vector<std::int64_t> counts(Pager& pager, const std::vector<PageId>& pages) {
+  std::vector<std::int64_t> counted(pages.size(), -1);
+  pager.walk(pages, false,
+             [&](std::size_t i, std::byte* memory) { counted[i] = *reinterpret_cast<std::int64_t*>(memory); });
+  return counted;
+}
+
+// What it throws, or nothing.
+std::string error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+void lives(unsigned seed, std::int64_t room, const std::string& name) {
+  const std::string path = room == kUnlimited ? "" : file_name(name);
+  {
+    AdamwStates states(make_pager(path, room), kPageBytes);
+    live(seed, states, update, [] {});
+  }
+  CHECK(path.empty() || !std::filesystem::exists(path));
+}
+
+void deleted_file_goes_on() {
+  const std::string path = file_name("deleted");
+  auto pager = make_pager(path, 0);
+  const auto pages = pager->add(10);
+  increment(*pager, pages);
+  std::filesystem::remove(path);
+  std::ofstream(path) << "someone else's";
+  increment(*pager, pages);
+  CHECK(counts(*pager, pages) == std::vector<std::int64_t>(10, 2));
+  pager.reset();
+  CHECK(std::filesystem::exists(path));
+  std::filesystem::remove(path);
+}
+
+void truncated_file_is_an_error() {
+  const std::string path = file_name("truncated");
+  auto pager = make_pager(path, 4);
+  const auto pages = pager->add(10);
+  increment(*pager, pages);
+  increment(*pager, pages);
+  std::filesystem::resize_file(path, 5000);
+  int visited = 0;
+  const auto walk = [&] { pager->walk(pages, true, [&](std::size_t, std::byte*) { ++visited; }); };
+  CHECK(contains(error_of(walk), "truncated"));
+  CHECK_EQ(visited, 0);
+  // Nor does a longer file make it good again.
+  std::filesystem::resize_file(path, 1 << 20);
+  CHECK(contains(error_of(walk), "page_file"));
+  CHECK_EQ(visited, 0);
+}
+
+// Truncated while a walk is under way: the rest is not visited, and no later walk goes on with half a step.
+void truncated_under_the_walk() {
+  const std::string path = file_name("under");
+  auto pager = make_pager(path, 0);
+  const auto pages = pager->add(20);
+  increment(*pager, pages);
+  int visited = 0;
+  const auto walk = [&] {
+    pager->walk(pages, true, [&](std::size_t, std::byte*) {
+      if (++visited == 5) std::filesystem::resize_file(path, 4096);
+    });
+  };
+  CHECK(contains(error_of(walk), "truncated"));
+  CHECK(visited >= 5 && visited < 10);
+  const int before = visited;
+  CHECK(!error_of(walk).empty());
+  std::filesystem::resize_file(path, 1 << 20);
+  const std::string error = error_of(walk);
+  CHECK(contains(error, "not usable since an error") && contains(error, "of 20 pages"));
+  CHECK_EQ(visited, before);
+}
+
+// A file that may not grow stands for a disk that is full.
+void full_disk_is_an_error_before() {
+  const std::string path = file_name("full");
+  auto pager = make_pager(path, 2);
+  const auto pages = pager->add(6);
+  const auto size = std::filesystem::file_size(path);
+  CHECK(size >= 6 * kPageBytes);  // reserved before any of it is needed
+  increment(*pager, pages);
+  CHECK_EQ(std::filesystem::file_size(path), size);
+  std::signal(SIGXFSZ, SIG_IGN);
+  rlimit limit{};
+  getrlimit(RLIMIT_FSIZE, &limit);
+  const rlimit small{64 * 1024, limit.rlim_max};
+  setrlimit(RLIMIT_FSIZE, &small);
+  CHECK(contains(error_of([&] { pager->add(1000); }), "reserve"));
+  setrlimit(RLIMIT_FSIZE, &limit);
+  CHECK_EQ(pager->count(), 6);
+  CHECK_EQ(std::filesystem::file_size(path), size);
+  increment(*pager, pages);  // those before are as they were
+  CHECK(counts(*pager, pages) == std::vector<std::int64_t>(6, 2));
+}
+
+void foreign_file_is_left_alone() {
+  const std::string path = file_name("foreign");
+  std::ofstream(path) << "precious";
+  CHECK(contains(error_of([&] { HostBackend backend(path); }), "other content"));
+  std::string content;
+  std::ifstream(path) >> content;
+  CHECK_EQ(content, "precious");
+  std::filesystem::remove(path);
+  CHECK(contains(error_of([&] { HostBackend backend("/nonexistent/pages"); }), "open"));
+  const HostBackend first(path);
+  CHECK(contains(error_of([&] { HostBackend backend(path); }), "another optimizer"));
+}
+
+// A fork may throw its copy of the pager away, and may not use it; the parent goes on.
+void fork_is_inert() {
+  const std::string path = file_name("fork");
+  auto paged = make_pager(path, 0), in_memory = make_pager("", kUnlimited);
+  const auto pages = paged->add(10), others = in_memory->add(3);
+  increment(*paged, pages);
+  increment(*in_memory, others);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    const bool refused = contains(error_of([&] { increment(*paged, pages); }), "forked");
+    increment(*in_memory, others);  // is memory alone
+    paged.reset();
+    in_memory.reset();
+    _exit(refused && std::filesystem::exists(path) ? 0 : 1);
+  }
+  for (int i = 0; i < 5; ++i) increment(*paged, pages);
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK_EQ(status, 0);
+  CHECK(counts(*paged, pages) == std::vector<std::int64_t>(10, 6));
+}
+
+// The thread starts with the first page that moves.
+void threads_start_late() {
+  const auto threads = [] {
+    return std::distance(std::filesystem::directory_iterator("/proc/self/task"), std::filesystem::directory_iterator());
+  };
+  std::thread([] {}).join();  // a sanitizer may start its own with the first
+  const auto before = threads();
+  auto in_memory = make_pager("", kUnlimited);
+  auto paged = make_pager(file_name("late"), 2);
+  const auto pages = paged->add(3), others = in_memory->add(3);
+  increment(*in_memory, others);
+  CHECK_EQ(threads(), before);
+  increment(*paged, pages);
+  CHECK_EQ(threads(), before + 1);
+}
+
+}  // namespace
+
+int main() {
+  threads_start_late();
+  for (unsigned seed = 0; seed < 12; ++seed) {
+    for (const std::int64_t room : {std::int64_t{0}, std::int64_t{2}, std::int64_t{5}, std::int64_t{20}, kUnlimited}) {
+      lives(seed, room, "lives");
+    }
+  }
+  std::thread other([] { lives(100, 2, "one"); });  // two, each with its own thread
+  lives(101, 3, "two");
+  other.join();
+  deleted_file_goes_on();
+  truncated_file_is_an_error();
+  truncated_under_the_walk();
+  full_disk_is_an_error_before();
+  foreign_file_is_left_alone();
+  fork_is_inert();
+  return failures();
+}

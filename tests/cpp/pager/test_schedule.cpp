@@ -1,0 +1,158 @@
+// The schedule, in virtual time: what moves, when it is asked for, what is overlapped, and that nothing clashes.
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <random>
+
+#include "simulated_backend.h"
+
+using namespace qlora::pager;
+
+namespace {
+
+constexpr std::int64_t kBytes = 4096;
+
+// A pager over simulated tiers, whose pages count their own updates.
+class Run {
+ public:
+  Run(Costs costs, std::vector<TierRoom> tiers) {
+    auto made = std::make_unique<SimulatedBackend>(costs, trace);
+    backend_ = made.get();
+    pager = std::make_unique<Pager>(std::move(made), kBytes, std::move(tiers));
+  }
+
+  void add(std::int64_t count) {
+    for (const PageId page : pager->add(count)) {
+      pages.push_back(page);
+      updates_[page] = 0;
+    }
+  }
+
+  void remove(std::size_t index) {
+    pager->remove(pages[index]);
+    pages.erase(pages.begin() + static_cast<std::ptrdiff_t>(index));
+  }
+
+  void walk(const std::vector<PageId>& order, bool writes = true) {
+    pager->walk(order, writes, [&](std::size_t position, std::byte* memory) {
+      auto& count = *reinterpret_cast<std::int64_t*>(memory);
+      CHECK_EQ(count, updates_[order[position]]);
+      backend_->compute(memory);
+      if (writes) count = ++updates_[order[position]];
+    });
+  }
+
+  void clear() {
+    trace.moves.clear();
+    trace.late = trace.waited = trace.computed = 0;
+  }
+
+  SimulatedBackend::Trace trace;
+  std::unique_ptr<Pager> pager;
+  std::vector<PageId> pages;
+
+ private:
+  SimulatedBackend* backend_;
+  std::map<PageId, std::int64_t> updates_;
+};
+
+std::vector<TierRoom> host_tiers(std::int64_t pages) {
+  return {{Tier::Host, pages, pages < 3 ? 2 : 3}, {Tier::File, kUnlimited, 0}};
+}
+std::vector<TierRoom> device_tiers(std::int64_t device, std::int64_t host) {
+  return {{Tier::Device, device, 3}, {Tier::Host, host, 0}, {Tier::File, kUnlimited, 0}};
+}
+
+void nothing_moves_when_all_fits() {
+  for (const bool host : {true, false}) {
+    Run run({1, 5, 5, host}, host ? host_tiers(8) : device_tiers(8, 100));
+    run.add(8);
+    for (int step = 0; step < 3; ++step) run.walk(run.pages);
+    CHECK(run.trace.moves.empty());
+    CHECK_EQ(run.trace.waited, 0);
+    CHECK_EQ(run.trace.end(), 3 * 8);
+    CHECK_EQ(run.trace.most[host ? Tier::Host : Tier::Device], 8);
+    CHECK_EQ(run.pager->stats().hits, 24);
+  }
+}
+
+// A step takes as long as the busiest engine, besides a page at each end, for any part of the pages that fits.
+void engines_overlap(Costs costs, std::int64_t budget, std::int64_t count) {
+  const auto tiers = costs.one_engine ? host_tiers(budget) : device_tiers(budget, 1000);
+  const std::int64_t ring = tiers[0].ring;
+  Run run(costs, tiers);
+  run.add(count);
+  for (int step = 0; step < 2; ++step) run.walk(run.pages);
+  run.clear();
+  const double begin = run.trace.end();
+  constexpr int kSteps = 4;
+  for (int step = 0; step < kSteps; ++step) run.walk(run.pages);
+  const auto streamed = static_cast<double>(count - std::max<std::int64_t>(0, budget - ring));
+  const double copying =
+      costs.one_engine ? streamed * (costs.in + costs.out) : streamed * std::max(costs.in, costs.out);
+  const double busiest = std::max(static_cast<double>(count) * costs.compute, copying);
+  const double taken = run.trace.end() - begin;
+  CHECK(taken >= kSteps * busiest - 1e-6);
+  CHECK(taken <= kSteps * (busiest + costs.compute + costs.in + costs.out));
+  // Each move was asked for as soon as its memory was free, and what the compute waited for is the engines' own time.
+  CHECK_EQ(run.trace.late, 0);
+  // Each page that streams comes and goes once a step.
+  CHECK_EQ(std::ssize(run.trace.moves), static_cast<std::int64_t>(2 * kSteps * streamed));
+  CHECK(run.trace.most[costs.one_engine ? Tier::Host : Tier::Device] <= std::max(budget, ring));
+}
+
+// The other walks that a pager lives through: its pages come and go, walks are over parts, in other orders, read only.
+void random_walks(unsigned seed, const std::vector<TierRoom>& tiers, Costs costs) {
+  std::mt19937 random(seed);
+  Run run(costs, tiers);
+  run.add(1 + random() % 20);
+  for (int i = 0; i < 60; ++i) {
+    if (random() % 5 == 0) run.add(random() % 5);
+    if (random() % 5 == 0 && !run.pages.empty()) run.remove(random() % run.pages.size());
+    std::vector<PageId> order = run.pages;
+    if (random() % 3 == 0) std::shuffle(order.begin(), order.end(), random);
+    if (random() % 3 == 0) order.resize(order.size() - random() % (order.size() + 1));
+    run.walk(order, random() % 4 != 0);
+    CHECK(run.trace.most[tiers[0].tier] <= std::max(tiers[0].pages, tiers[0].ring));
+  }
+  while (!run.pages.empty()) run.remove(run.pages.size() - 1);
+  CHECK_EQ(run.pager->count(), 0);
+  std::int64_t at_home = 0;
+  for (const std::int64_t pages : run.pager->stats().pages) at_home += pages;
+  CHECK_EQ(at_home, 0);
+  run.pager.reset();
+  for (const auto& [tier, pages] : run.trace.allocated) CHECK_EQ(pages, 0);
+}
+
+void no_room_is_an_error() {
+  Run run({1, 1, 1, true}, {{Tier::Host, 4, 2}});
+  run.add(4);
+  try {
+    run.pager->add(1);
+    CHECK(false);
+  } catch (const std::length_error& error) {
+    CHECK(std::string(error.what()).find("expected room for 5 pages of 4096 bytes, got room for") != std::string::npos);
+  }
+  CHECK_EQ(run.pager->count(), 4);
+  run.walk(run.pages);
+}
+
+}  // namespace
+
+int main() {
+  nothing_moves_when_all_fits();
+  for (const bool host : {true, false}) {
+    for (const double in : {0.3, 1.0, 4.0}) {
+      for (const double out : {0.3, 1.0, 4.0}) {
+        for (const std::int64_t budget : {0, 3, 10, 20, 30, 39}) engines_overlap({1.0, in, out, host}, budget, 40);
+      }
+    }
+  }
+  for (unsigned seed = 0; seed < 50; ++seed) {
+    const auto room = static_cast<std::int64_t>(seed % 11);
+    random_walks(seed, host_tiers(room), {1, 0.7, 0.9, true});
+    random_walks(seed, device_tiers(room, static_cast<std::int64_t>(seed % 4)), {1, 0.7, 2, false});
+  }
+  no_room_is_an_error();
+  return failures();
+}
