@@ -33,16 +33,22 @@ inline __m512i look_up_words(const std::uint16_t* table, __m512i codes) {
 inline void decode_absmax_avx512(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
   static constexpr DynamicHalves kHalves = halve_dynamic_codebook();
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undone by unpacking
+  if (w.nested_absmax == nullptr) {
+    __builtin_memset(absmax, 0, static_cast<std::size_t>((count + 31) / 32 * 32) * sizeof(float));
+    __builtin_memcpy(absmax, static_cast<const float*>(w.absmax) + first,
+                     static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
   for (std::int64_t i = 0; i < count; i += 32) {
     const std::uint32_t present = count - i < 32 ? (1u << (count - i)) - 1 : ~0u;
     const auto low = static_cast<__mmask16>(present), high = static_cast<__mmask16>(present >> 16);
-    if (w.nested_absmax == nullptr) {
-      const float* from = static_cast<const float*>(w.absmax) + first + i;
-      _mm512_storeu_ps(absmax + i, _mm512_maskz_loadu_ps(low, from));
-      _mm512_storeu_ps(absmax + i + 16, _mm512_maskz_loadu_ps(high, from + 16));
-      continue;
+    std::uint8_t some[32] = {};
+    const std::uint8_t* from = static_cast<const std::uint8_t*>(w.absmax) + first + i;
+    if (count - i < 32) {
+      __builtin_memcpy(some, from, static_cast<std::size_t>(count - i));
+      from = some;
     }
-    const __m256i bytes = _mm256_maskz_loadu_epi8(present, static_cast<const std::uint8_t*>(w.absmax) + first + i);
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     const __m512i codes = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, order));
     const __m512i lows = look_up_words(kHalves.low, codes), highs = look_up_words(kHalves.high, codes);
     const __m512 values[2] = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(lows, highs)),

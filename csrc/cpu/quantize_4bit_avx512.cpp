@@ -41,7 +41,7 @@ struct Encoder {
     for (float& each : bounds) each = 2.0f;
     for (const float each : book.bound) {
       if (each > 1.0f) continue;  // none
-      bounds[_mm512_cvtsi512_si32(bin_of(_mm512_set1_ps(each)))] = each;
+      bounds[_mm_cvtsi128_si32(_mm512_castsi512_si128(bin_of(_mm512_set1_ps(each))))] = each;
     }
     int rank = 0;
     for (int bin = 0; bin < 32; ++bin) {
@@ -130,8 +130,9 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& bo
     }
     const __m512 found = across_lanes(largest, LargerBits{});
     const __m512 each = to_floats(_mm512_castps_si512(found), T{});
-    _mm512_mask_storeu_ps(absmax + first, static_cast<__mmask16>((1u << blocks) - 1), each);
-    float inverse[kTogether];
+    float values[kTogether], inverse[kTogether];
+    _mm512_storeu_ps(values, each);
+    __builtin_memcpy(absmax + first, values, static_cast<std::size_t>(blocks) * sizeof(float));
     // inverse_absmax of each: a maximum with NaN is its second operand.
     _mm512_storeu_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(1e-38f), each)));
     for (std::int64_t block = 0; block < blocks; ++block) {
