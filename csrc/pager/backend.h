@@ -1,6 +1,7 @@
 // What the pager asks of a machine: memory of its tiers, and moves of pages between them that run beside the compute.
 //
-// All work is asynchronous and ordered by tokens alone. Two machines exist: backend_host.h and backend_cuda.h.
+// All work is asynchronous and ordered by tokens; moves of one page into the compute tier are done in order besides.
+// Two machines exist: backend_host.h and backend_cuda.h.
 #pragma once
 
 #include <cstddef>

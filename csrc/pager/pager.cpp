@@ -217,9 +217,7 @@ void Pager::run(std::span<const PageId> order, bool writes, const Visit& visit) 
     }
     Page& page = at(id);
     for (Slot& other : ring_) {
-      if (other.page != id) continue;
-      page.stored = other.idle;  // after all that was done with it there
-      other.page = -1;
+      if (other.page == id) other.page = -1;  // this one's will be the newer content
     }
     slot.page = id;
     slot.ready = slot.idle =

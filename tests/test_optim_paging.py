@@ -1,0 +1,117 @@
+"""Where the states of PagedAdamW are and what moves, on the CPU and on a GPU; DTensor parameters."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from optim_cases import KIB, bits, paging, parameters, set_gradients, state_bits, take_steps, train
+from torch.nn import Parameter
+
+from qlora_ext import PagedAdamW
+
+LR = 1e-2
+
+
+def test_nothing_moves_while_everything_fits(tmp_path: Path) -> None:
+    options = {"page_bytes": 8 * KIB, "host_budget": 512 * KIB, "page_file": tmp_path / "pages"}
+    _, optimizer = train(partial(PagedAdamW, lr=LR, **options), 3)
+    stats = optimizer.stats()
+    assert stats["pages"]["host"] > 40
+    assert (stats["pages"]["file"], stats["ring_pages"], stats["hit_rate"]) == (0, 0, 1.0)
+    assert sum(stats["bytes_read"].values()) == sum(stats["bytes_written"].values()) == 0
+    assert stats["visits"] == 3 * stats["pages"]["host"]
+
+
+def test_stats_count_what_streams(tmp_path: Path) -> None:
+    params = parameters()
+    options = {"page_bytes": 8 * KIB, "host_budget": 200 * KIB, "page_file": tmp_path / "pages"}
+    optimizer = PagedAdamW(params, lr=LR, **options)
+    assert optimizer.stats()["unwritten_pages"] > 40
+    take_steps(params, optimizer, range(2))
+    before = optimizer.stats()
+    take_steps(params, optimizer, range(2, 5))
+    after = optimizer.stats()
+    at_home, in_file = after["pages"]["host"], after["pages"]["file"]
+    assert (at_home, after["ring_pages"], after["unwritten_pages"]) == (200 // 8 - 3, 3, 0)
+    moved = 3 * in_file * 8 * KIB
+    assert after["bytes_written"]["file"] - before["bytes_written"]["file"] == moved
+    assert after["bytes_read"]["file"] - before["bytes_read"]["file"] == moved
+    assert after["hits"] - before["hits"] == 3 * at_home
+    assert after["hit_rate"] == pytest.approx(at_home / (at_home + in_file))
+
+
+def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        plain = parameters()[:3]
+        sharded = [Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
+        optimizers = [PagedAdamW(params, lr=LR) for params in (plain, sharded)]
+        theirs = torch.optim.AdamW(sharded, lr=LR)
+        for step in range(3):
+            set_gradients(plain, step)
+            for p, q in zip(sharded, plain, strict=True):
+                p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+            for optimizer in optimizers:
+                optimizer.step()
+        assert bits([p.to_local() for p in sharded]) == bits(plain)
+        state = optimizers[1].state_dict()
+        assert isinstance(state["state"][0]["exp_avg"], DTensor)
+        assert state["state"][0]["exp_avg"].placements == (Shard(0),)
+        theirs.load_state_dict(state)
+        optimizers[1].load_state_dict(theirs.state_dict())
+        optimizers[1].save_states(tmp_path / "states")
+        optimizers[1].load_states(tmp_path / "states")
+        expected = optimizers[0].state_dict()["state"]
+        for i, entry in optimizers[1].state_dict()["state"].items():
+            assert torch.equal(entry["exp_avg"].to_local(), expected[i]["exp_avg"])
+            assert entry["step"] == 3
+    finally:
+        dist.destroy_process_group()
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+CUDA_PAGINGS: dict[str, dict[str, Any]] = {
+    "resident": {},
+    "half": {"page_bytes": 16 * KIB, "device_budget": 200 * KIB},
+    "all-on-host": {"page_bytes": 8 * KIB, "device_budget": 0},
+    "host-and-file": {"page_bytes": 8 * KIB, "device_budget": 64 * KIB, "host_budget": 128 * KIB, "page_file": None},
+    "all-in-file": {"page_bytes": 8 * KIB, "device_budget": 0, "host_budget": 0, "page_file": None},
+}
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("options", [{}, {"state_bits": 8}], ids=str)
+@pytest.mark.parametrize("name", CUDA_PAGINGS)
+def test_cuda_gives_the_bytes_of_the_cpu(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    expected, on_cpu = train(partial(PagedAdamW, lr=LR, **options), 12)
+    params = [Parameter(p.detach().cuda()) for p in parameters()]
+    paged = options | CUDA_PAGINGS[name]
+    if "page_file" in paged:
+        paged["page_file"] = tmp_path / "pages"
+    optimizer = PagedAdamW(params, lr=LR, **paged)
+    stream = torch.cuda.Stream()
+    for step in range(12):
+        set_gradients(cpu := parameters(), step)
+        with torch.cuda.stream(stream if step % 2 else torch.cuda.default_stream()):  # it follows the current stream
+            for p, q in zip(params, cpu, strict=True):
+                p.grad = q.grad.cuda()
+            optimizer.step()
+        torch.cuda.synchronize()
+    assert bits([p.cpu() for p in params]) == bits(expected)
+    assert state_bits(optimizer) == state_bits(on_cpu)
+    stats = optimizer.stats()
+    assert (stats["pages"]["device"] > 0) == ("all" not in name)
+    assert (stats["pages"]["file"] > 0) == ("file" in name)
+    again = PagedAdamW(params, lr=LR, **paging("resident", tmp_path), **options)
+    again.load_state_dict(optimizer.state_dict())
+    assert state_bits(again) == state_bits(on_cpu)
