@@ -94,6 +94,11 @@ cudaError_t launch_linear_4bit(const Product4bit&, const DeviceLimits&, void*, c
 cudaError_t launch_linear_4bit_dgrad(const Product4bit&, const DeviceLimits&, void*, cudaStream_t) {
   return cudaErrorNotSupported;
 }
+std::int64_t adamw_table_bytes(std::int64_t) { return 0; }
+void fill_adamw_table(const AdamwSlice*, std::int64_t, const AdamwOptions&, void*) {}
+cudaError_t launch_adamw(const void*, std::int64_t, std::int64_t, const AdamwOptions&, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
 
 }  // namespace qlora::cuda
 """
