@@ -23,7 +23,7 @@ void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int
                      std::uint8_t* codes, float* nested_absmax);
 
 // The vector twins: whole blocks [begin, end) only; the portable code does a last, shorter block and odd borders. Of
-// quantize_absmax, the codes of one group.
+// quantize_absmax, the codes of n, a multiple of 16, in one group.
 void quantize_4bit_avx2(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
                         std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
 void quantize_4bit_avx512(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,

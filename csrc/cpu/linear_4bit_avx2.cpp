@@ -56,6 +56,11 @@ struct Avx2 {
 
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
+  static void copy_bytes(const std::uint8_t* from, std::int64_t, std::uint8_t (&chunk)[kChunk / 2]) {  // a run of 32
+    const __m128i run = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(chunk), _mm256_zextsi128_si256(run));
+  }
+
   // The total of each of 8 vectors: pairs of vectors become one of twice as many, shorter sums, three times.
   static Vector add_lanes(const Vector* x) {
     Vector quarters[4], halves[2];

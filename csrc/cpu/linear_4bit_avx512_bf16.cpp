@@ -8,10 +8,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 
-#include "absmax_avx512.h"
-#include "linear_4bit_loops.h"
-#include "simd_avx512.h"
-#include "sums_avx512.h"
+#include "linear_4bit_avx512.h"
 
 namespace qlora::cpu {
 namespace {

@@ -8,6 +8,7 @@
 //   Vector         fp32 sums; a lane's weights of a chunk are of one run of 32, so that they share an absmax
 //   decode_absmax  absmax of blocks as numbers, and zeros where a chunk goes on beyond the last
 //   multiply       a chunk of W times the chunk of each row of x, each lane its own sum, not yet scaled
+//   copy_bytes     to a chunk, with zeros behind them
 //   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out
 //   add_lanes      the totals of as many sums as a Vector has lanes
 namespace qlora::cpu {
@@ -62,9 +63,9 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, c
     multiply_chunk(packed + at / 2, stride, at);
   }
   if (at < count) {  // the end of a row
-    std::uint8_t padded[kRowsOfW][Isa::kChunk / 2] = {};
+    std::uint8_t padded[kRowsOfW][Isa::kChunk / 2];
     for (int r = 0; r < kRowsOfW; ++r) {
-      __builtin_memcpy(padded[r], packed + r * stride + at / 2, static_cast<std::size_t>((count - at) / 2));
+      Isa::copy_bytes(packed + r * stride + at / 2, (count - at) / 2, padded[r]);
     }
     multiply_chunk(padded[0], sizeof padded[0], at);
   }

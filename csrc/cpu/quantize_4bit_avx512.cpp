@@ -130,9 +130,9 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& bo
     }
     const __m512 found = across_lanes(largest, LargerBits{});
     const __m512 each = to_floats(_mm512_castps_si512(found), T{});
-    float values[kTogether], inverse[kTogether];
-    _mm512_storeu_ps(values, each);
-    __builtin_memcpy(absmax + first, values, static_cast<std::size_t>(blocks) * sizeof(float));
+    float found_absmax[kTogether], inverse[kTogether];
+    _mm512_storeu_ps(found_absmax, each);
+    for (std::int64_t i = 0; i < blocks; ++i) absmax[first + i] = found_absmax[i];
     // inverse_absmax of each: a maximum with NaN is its second operand.
     _mm512_storeu_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(1e-38f), each)));
     for (std::int64_t block = 0; block < blocks; ++block) {

@@ -11,26 +11,29 @@ namespace qlora::cpu {
 
 namespace {
 
-// encode_dynamic for several values, step by step: a search waits for each of its comparisons, others go on meanwhile.
+// encode_dynamic for a multiple of 16 values, step by step: a search waits for each of its comparisons, others go on
+// meanwhile.
 constexpr std::int64_t kAtOnce = 16;
 
-void encode_some(const float* absmax, float offset, float inverse, std::uint8_t* codes) {
-  float x[kAtOnce];
-  unsigned code[kAtOnce] = {};
-  for (std::int64_t i = 0; i < kAtOnce; ++i) x[i] = (absmax[i] - offset) * inverse;
-  for (int bit = 7; bit >= 0; --bit) {
-    const float* bound = kDynamicCodebook.bound + (1 << bit) - 1;
-    for (std::int64_t i = 0; i < kAtOnce; ++i) code[i] |= static_cast<unsigned>(x[i] > bound[code[i]]) << bit;
-  }
-  for (std::int64_t i = 0; i < kAtOnce; ++i) codes[i] = static_cast<std::uint8_t>(code[i]);
-}
-
-void encode_absmax(const float* absmax, std::int64_t n, float offset, float inverse, std::uint8_t* codes) {
+void encode_some(const float* absmax, std::int64_t n, float offset, float inverse, std::uint8_t* codes) {
 #if defined(__x86_64__)
   if (path() >= Path::Avx512) return encode_absmax_avx512(absmax, n, offset, inverse, codes);
 #endif
-  std::int64_t i = 0;
-  for (; i + kAtOnce <= n; i += kAtOnce) encode_some(absmax + i, offset, inverse, codes + i);
+  for (; n > 0; n -= kAtOnce, absmax += kAtOnce, codes += kAtOnce) {
+    float x[kAtOnce];
+    unsigned code[kAtOnce] = {};
+    for (std::int64_t i = 0; i < kAtOnce; ++i) x[i] = (absmax[i] - offset) * inverse;
+    for (int bit = 7; bit >= 0; --bit) {
+      const float* bound = kDynamicCodebook.bound + (1 << bit) - 1;
+      for (std::int64_t i = 0; i < kAtOnce; ++i) code[i] |= static_cast<unsigned>(x[i] > bound[code[i]]) << bit;
+    }
+    for (std::int64_t i = 0; i < kAtOnce; ++i) codes[i] = static_cast<std::uint8_t>(code[i]);
+  }
+}
+
+void encode_absmax(const float* absmax, std::int64_t n, float offset, float inverse, std::uint8_t* codes) {
+  std::int64_t i = n / kAtOnce * kAtOnce;
+  encode_some(absmax, i, offset, inverse, codes);
   for (; i < n; ++i) codes[i] = encode_dynamic(kDynamicCodebook.bound, (absmax[i] - offset) * inverse);
 }
 

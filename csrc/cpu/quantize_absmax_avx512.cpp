@@ -52,14 +52,9 @@ __m512i search(const float* bound, __m512 x, __m512i found) {
 void encode_absmax_avx512(const float* absmax, std::int64_t n, float offset, float inverse, std::uint8_t* codes) {
   static constexpr Levels kLevels = levels();
   for (std::int64_t i = 0; i < n; i += 16) {
-    const auto count = static_cast<std::size_t>(n - i < 16 ? n - i : 16);
-    float values[16] = {};
-    std::uint8_t found[16];
-    __builtin_memcpy(values, absmax + i, count * sizeof(float));
-    const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(values), _mm512_set1_ps(offset));
-    const __m512i places = search<0>(kLevels.bound, _mm512_mul_ps(difference, _mm512_set1_ps(inverse)), __m512i{});
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(found), _mm512_cvtepi32_epi8(places));
-    __builtin_memcpy(codes + i, found, count);
+    const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(absmax + i), _mm512_set1_ps(offset));
+    const __m512i found = search<0>(kLevels.bound, _mm512_mul_ps(difference, _mm512_set1_ps(inverse)), __m512i{});
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(found));
   }
 }
 

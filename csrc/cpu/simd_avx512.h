@@ -33,6 +33,11 @@ void store16(T* to, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round16(x, T{}));
 }
 
+// `count` bytes, of which 64 count, and zeros behind them.
+inline __m512i load_bytes(const void* from, std::int64_t count) {
+  return _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1, from);
+}
+
 struct Sum {
   __m512 operator()(__m512 a, __m512 b) const { return a + b; }
 };

@@ -98,6 +98,7 @@ inline Register narrow_all(Register result, Source low, High... high) {
 #undef _mm512_cvtne2ps_pbh
 #undef _mm512_cvtps_ph
 #undef _mm512_cvtss_f32
+#undef _mm512_maskz_loadu_epi8
 #undef _mm512_reduce_add_ps
 
 inline __m128i _mm512_cvtepi32_epi8(__m512i a) { return emulated::convert<std::uint32_t, std::uint8_t>(a, __m128i{}); }
@@ -110,6 +111,11 @@ inline __m512i _mm512_cvtepu8_epi32(__m128i a) { return emulated::convert<std::u
 inline __m512i _mm512_cvtepu8_epi64(__m128i a) { return emulated::convert<std::uint8_t, std::uint64_t>(a, __m512i{}); }
 inline __m256bh _mm512_cvtneps_pbh(__m512 a) { return emulated::narrow_all(__m256bh{}, a); }
 inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) { return emulated::narrow_all(__m512bh{}, low, high); }
+inline __m512i _mm512_maskz_loadu_epi8(std::uint64_t k, const void* from) {  // reads what it keeps, no more
+  std::array<std::uint8_t, 64> bytes{};
+  for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = k >> i & 1 ? static_cast<const std::uint8_t*>(from)[i] : 0;
+  return std::bit_cast<__m512i>(bytes);
+}
 inline float _mm512_cvtss_f32(__m512 a) { return emulated::lanes<float>(a)[0]; }
 inline float _mm512_reduce_add_ps(__m512 a) { return emulated::reduce_add<float>(a); }
 
