@@ -36,35 +36,45 @@ MakePagedAdamwDevice& cuda_adamw() {
   return make;
 }
 
-// Each thread takes the next blocks when it is done with its own.
-void compute_cpu(std::span<const AdamwSlice> slices, const AdamwOptions& options, int64_t threads) {
-  const auto n = static_cast<int64_t>(slices.size());
-  const int64_t blocks = adamw_blocks(slices.data(), n);
-  std::atomic<int64_t> next = 0;
-  at::parallel_for(0, std::min(threads, ceil_div(blocks, kGrain)), 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) {
-      for (int64_t at; (at = next.fetch_add(kGrain)) < blocks;) {
-        cpu::adamw(slices.data(), n, options, at, std::min(at + kGrain, blocks));
-      }
-    }
-  });
-}
-
 // Cores that this process may use.
 int64_t cores() {
   cpu_set_t set;
   return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : std::thread::hardware_concurrency();
 }
 
-PagedAdamwDevice make_cpu(at::Device, const std::string& page_file) {
-  // The thread that moves pages needs a core of its own: on 2 cores, two threads that compute beside it take longer
-  // than one (2 MB pages, all in the file: 37 against 27 ms for 32 M parameters).
-  const auto compute = [most = std::max<int64_t>(1, cores() - 1)](std::span<const AdamwSlice> slices,
-                                                                  const AdamwOptions& options, bool streams) {
-    const int64_t threads = at::get_num_threads();
-    compute_cpu(slices, options, streams ? std::min(threads, most) : threads);
+// Each thread takes the next blocks when it is done with its own. While pages move, the thread that moves them has a
+// core: on 2 cores, two threads that compute beside it take longer than one. It computes when there is nothing to move.
+void compute_cpu(pager::HostBackend& backend, std::span<const AdamwSlice> slices, const AdamwOptions& options,
+                 bool streams) {
+  const auto n = static_cast<int64_t>(slices.size());
+  const int64_t blocks = adamw_blocks(slices.data(), n);
+  std::atomic<int64_t> next = 0;
+  const auto compute_part = [&] {
+    const int64_t at = next.fetch_add(kGrain);
+    if (at >= blocks) return false;
+    cpu::adamw(slices.data(), n, options, at, std::min(at + kGrain, blocks));
+    return true;
   };
-  return {std::make_unique<pager::HostBackend>(page_file), compute};
+  const auto compute = [&](int64_t threads) {
+    at::parallel_for(0, std::min(threads, ceil_div(blocks, kGrain)), 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) {
+        while (compute_part()) continue;
+      }
+    });
+  };
+  const int64_t threads = at::get_num_threads(), others = std::max<int64_t>(1, cores() - 1);
+  if (streams && threads > others) {
+    backend.help(compute_part, [&] { compute(others); });
+  } else {
+    compute(threads);
+  }
+}
+
+PagedAdamwDevice make_cpu(at::Device, const std::string& page_file) {
+  auto backend = std::make_unique<pager::HostBackend>(page_file);
+  const auto compute = [&backend = *backend](std::span<const AdamwSlice> slices, const AdamwOptions& options,
+                                             bool streams) { compute_cpu(backend, slices, options, streams); };
+  return {std::move(backend), compute};
 }
 
 // The tiers of a device, from the one that it computes in down. Budgets in bytes; null: no limit.

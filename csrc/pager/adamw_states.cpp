@@ -98,9 +98,10 @@ void AdamwStates::step(std::span<Update> updates, const Compute& compute) {
   for (Update& update : updates) update.hyper.step = steps(update.id) + 1;
   const Plan plan = this->plan(std::span<const Update>(updates));
   std::vector<AdamwSlice> slices;
-  pager_->walk(plan.pages, true, [&](std::size_t position, std::byte* page) {
+  pager_->walk(plan.pages, true, [&](std::size_t position, std::span<std::byte* const> pages) {
     slices.clear();
-    for (const auto& [segment, index] : plan.items[position]) {
+    const auto add = [&](std::byte* page, const Plan::Item& item) {
+      const auto& [segment, index] = item;
       const Update& update = updates[index];
       const auto part = [&](Part which) -> std::byte* {
         const std::int64_t at = segment->at[static_cast<int>(which)];
@@ -120,6 +121,9 @@ void AdamwStates::step(std::span<Update> updates, const Compute& compute) {
           .exp_avg_sq_absmax = reinterpret_cast<float*>(part(Part::ExpAvgSqAbsmax)),
           .hyper = &update.hyper,
       });
+    };
+    for (std::byte* const page : pages) {
+      for (const Plan::Item& item : plan.items[position++]) add(page, item);
     }
     compute(slices);
   });
@@ -134,8 +138,8 @@ void AdamwStates::transfer(std::span<const PartPlace> places, int file, bool loa
   const Plan plan = this->plan(places);
   Backend& backend = pager_->backend();
   std::vector<std::byte> buffer;
-  pager_->walk(plan.pages, load, [&](std::size_t position, std::byte* page) {
-    for (const auto& [segment, index] : plan.items[position]) {
+  const auto transfer_page = [&](std::byte* page, const std::vector<Plan::Item>& items) {
+    for (const auto& [segment, index] : items) {
       const PartPlace& place = places[index];
       const std::int64_t at = segment->at[static_cast<int>(place.part)];
       const std::int64_t item = part_itemsize(place.part, parameters_[static_cast<std::size_t>(place.id)].bits);
@@ -152,6 +156,9 @@ void AdamwStates::transfer(std::span<const PartPlace> places, int file, bool loa
         if (place.memory == nullptr) transfer_file(file, memory, bytes, place.offset + offset, false);
       }
     }
+  };
+  pager_->walk(plan.pages, load, [&](std::size_t position, std::span<std::byte* const> pages) {
+    for (std::byte* const page : pages) transfer_page(page, plan.items[position++]);
   });
 }
 

@@ -44,7 +44,7 @@ class AdamwStates {
   std::int64_t steps(ParameterId id) const { return parameters_[static_cast<std::size_t>(id)].steps; }
   void set_steps(ParameterId id, std::int64_t steps) { parameters_[static_cast<std::size_t>(id)].steps = steps; }
 
-  // One step of each, page by page: compute(slices) is called once for each page, and each step is then counted. A
+  // One step of each, page by page: compute(slices) is called for one page or several, and each step is then counted. A
   // slice's hyper is that of its update. See Pager::walk for what throws when.
   using Compute = std::function<void(std::span<const AdamwSlice> slices)>;
   void step(std::span<Update> updates, const Compute& compute);

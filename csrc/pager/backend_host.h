@@ -1,6 +1,7 @@
 // Pages in the memory of the host, and a file for those that it does not hold: what the CPU computes on.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -31,6 +32,8 @@ class HostBackend final : public Backend {
   bool usable() const override { return !file_ || io_.in_own_process(); }
   void read(const std::byte* page, std::byte* memory, std::int64_t bytes) override;
   void write(const std::byte* memory, std::byte* page, std::int64_t bytes) override;
+  // The thread that moves pages helps with work of the caller while it has nothing to move: see IoThread.
+  void help(const std::function<bool()>& part, const std::function<void()>& work) { io_.help(part, work); }
   double seconds_waited() const override { return io_.seconds_waited(); }
 
  private:

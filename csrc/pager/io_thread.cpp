@@ -17,6 +17,8 @@ struct IoThread::Shared {
   std::condition_variable given, finished;
   std::deque<std::function<void()>> jobs;
   std::uint64_t submitted = 0, done = 0;
+  const std::function<bool()>* part = nullptr;  // of work to help with
+  bool helping = false;                         // the thread is in *part
   bool ending = false;
   std::exception_ptr error;
   std::thread thread;
@@ -60,6 +62,24 @@ void IoThread::wait(std::uint64_t number) {
   if (shared_->error) std::rethrow_exception(shared_->error);
 }
 
+void IoThread::help(const std::function<bool()>& part, const std::function<void()>& work) {
+  struct Help {
+    Shared& shared;
+    ~Help() {
+      std::unique_lock lock(shared.mutex);
+      shared.part = nullptr;
+      shared.finished.wait(lock, [&] { return !shared.helping; });
+    }
+  };
+  {
+    const std::lock_guard lock(shared_->mutex);
+    shared_->part = &part;
+  }
+  const Help help{*shared_};
+  shared_->given.notify_one();
+  work();
+}
+
 void IoThread::check() const {
   if (!in_own_process()) return;
   const std::lock_guard lock(shared_->mutex);
@@ -69,7 +89,18 @@ void IoThread::check() const {
 void IoThread::run(Shared& shared) {
   std::unique_lock lock(shared.mutex);
   while (true) {
-    shared.given.wait(lock, [&] { return shared.ending || !shared.jobs.empty(); });
+    shared.given.wait(lock, [&] { return shared.ending || !shared.jobs.empty() || shared.part != nullptr; });
+    if (shared.jobs.empty() && shared.part != nullptr) {
+      const std::function<bool()>& part = *shared.part;
+      shared.helping = true;
+      lock.unlock();
+      const bool more = part();
+      lock.lock();
+      shared.helping = false;
+      if (!more) shared.part = nullptr;
+      shared.finished.notify_all();
+      continue;
+    }
     if (shared.jobs.empty()) return;
     const std::function<void()> job = std::move(shared.jobs.front());
     shared.jobs.pop_front();

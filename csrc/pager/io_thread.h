@@ -23,6 +23,10 @@ class IoThread {
   // the jobs after it are not done.
   void wait(std::uint64_t number);
 
+  // Runs `work` in the caller's thread, while this one helps: whenever it has no job, it calls `part`, until that
+  // returns false. Both are over when this returns.
+  void help(const std::function<bool()>& part, const std::function<void()>& work);
+
   // Throws what a job has thrown, if one has.
   void check() const;
 

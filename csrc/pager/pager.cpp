@@ -182,9 +182,9 @@ void Pager::walk(std::span<const PageId> order, bool writes, const Visit& visit)
   if (!failure_.empty()) throw std::runtime_error("pager: not usable since an error: " + failure_);
   backend_->check();
   std::size_t visited = 0;
-  const auto counted = [&](std::size_t position, std::byte* memory) {
-    ++visited;
-    visit(position, memory);
+  const auto counted = [&](std::size_t position, std::span<std::byte* const> pages) {
+    visited += pages.size();
+    visit(position, pages);
   };
   try {
     settle(order);
@@ -226,20 +226,31 @@ void Pager::run(std::span<const PageId> order, bool writes, const Visit& visit) 
   for (std::size_t i = 0; i < std::min(ring, streamed.size()); ++i) request(i);
 
   std::size_t next = 0;
-  for (std::size_t position = 0; position < order.size(); ++position) {
-    Page& page = at(order[position]);
-    ++stats_.visits;
-    if (page.level == 0) {
-      ++stats_.hits;
-      backend_->before_compute(page.stored);
-      visit(position, page.home.memory);
-      page.stored = backend_->after_compute();
-      page.written |= writes;
+  std::vector<std::byte*> pages;
+  for (std::size_t position = 0; position < order.size(); position += pages.size()) {
+    pages.clear();
+    const auto home = order.subspan(position, std::min(kMostAtOnce, order.size() - position));
+    for (const PageId id : home) {
+      if (at(id).level > 0) break;
+      backend_->before_compute(at(id).stored);
+      pages.push_back(at(id).home.memory);
+    }
+    stats_.visits += std::max<std::int64_t>(1, std::ssize(pages));
+    if (!pages.empty()) {
+      stats_.hits += std::ssize(pages);
+      visit(position, pages);
+      const Token computed = backend_->after_compute();
+      for (const PageId id : home.first(pages.size())) {
+        at(id).stored = computed;
+        at(id).written |= writes;
+      }
       continue;
     }
+    Page& page = at(order[position]);
     Slot& slot = slot_of(next);
+    pages.push_back(slot.memory);
     backend_->before_compute(slot.ready);
-    visit(position, slot.memory);
+    visit(position, pages);
     slot.idle = backend_->after_compute();
     if (writes) {
       slot.idle = page.stored = move({tiers_[0].tier, slot.memory}, page.home, slot.idle, 0);

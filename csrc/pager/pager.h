@@ -49,10 +49,12 @@ class Pager {
   void remove(PageId page);
   std::int64_t count() const { return count_; }
 
-  // Calls visit(position, memory) for each page of `order`, none of which stands there twice. What it computes on the
-  // page is kept if `writes`. Throws before the first visit if it can be known that not all pages can be had. If a
-  // page fails later, the rest is not visited, and this and every later walk throws.
-  using Visit = std::function<void(std::size_t position, std::byte* memory)>;
+  // Calls visit(position, pages) for all pages of `order`, none of which stands there twice, run by run: those from
+  // `position` on, one that streams or up to kMostAtOnce that are at home. What it computes on them is kept if
+  // `writes`. Throws before the first visit if it can be known that not all pages can be had. If a page fails later,
+  // the rest is not visited, and this and every later walk throws.
+  using Visit = std::function<void(std::size_t position, std::span<std::byte* const> pages)>;
+  static constexpr std::size_t kMostAtOnce = 16;
   void walk(std::span<const PageId> order, bool writes, const Visit& visit);
 
   // Whether pages move beside the compute of the walk under way, or of the last one.

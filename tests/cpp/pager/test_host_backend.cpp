@@ -33,14 +33,17 @@ std::unique_ptr<Pager> make_pager(const std::string& path, std::int64_t room) {
 }
 
 void increment(Pager& pager, const std::vector<PageId>& pages) {
-  pager.walk(pages, true, [](std::size_t, std::byte* memory) { ++*reinterpret_cast<std::int64_t*>(memory); });
+  pager.walk(pages, true, [](std::size_t, std::span<std::byte* const> run) {
+    for (std::byte* const memory : run) ++*reinterpret_cast<std::int64_t*>(memory);
+  });
 }
 
 // The count of each page; -1 if it cannot be had.
 std::vector<std::int64_t> counts(Pager& pager, const std::vector<PageId>& pages) {
   std::vector<std::int64_t> counted(pages.size(), -1);
-  pager.walk(pages, false,
-             [&](std::size_t i, std::byte* memory) { counted[i] = *reinterpret_cast<std::int64_t*>(memory); });
+  pager.walk(pages, false, [&](std::size_t i, std::span<std::byte* const> run) {
+    for (std::byte* const memory : run) counted[i++] = *reinterpret_cast<std::int64_t*>(memory);
+  });
   return counted;
 }
 
@@ -87,7 +90,10 @@ void truncated_file_is_an_error() {
   increment(*pager, pages);
   std::filesystem::resize_file(path, 5000);
   int visited = 0;
-  const auto walk = [&] { pager->walk(pages, true, [&](std::size_t, std::byte*) { ++visited; }); };
+  const auto walk = [&] {
+    pager->walk(pages, true,
+                [&](std::size_t, std::span<std::byte* const> run) { visited += static_cast<int>(run.size()); });
+  };
   CHECK(contains(error_of(walk), "truncated"));
   CHECK_EQ(visited, 0);
   // Nor does a longer file make it good again.
@@ -104,7 +110,7 @@ void truncated_under_the_walk() {
   increment(*pager, pages);
   int visited = 0;
   const auto walk = [&] {
-    pager->walk(pages, true, [&](std::size_t, std::byte*) {
+    pager->walk(pages, true, [&](std::size_t, std::span<std::byte* const>) {
       if (++visited == 5) std::filesystem::resize_file(path, 4096);
     });
   };

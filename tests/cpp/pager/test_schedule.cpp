@@ -34,11 +34,14 @@ class Run {
   }
 
   void walk(const std::vector<PageId>& order, bool writes = true) {
-    pager->walk(order, writes, [&](std::size_t position, std::byte* memory) {
-      auto& count = *reinterpret_cast<std::int64_t*>(memory);
-      CHECK_EQ(count, updates_[order[position]]);
-      backend_->compute(memory);
-      if (writes) count = ++updates_[order[position]];
+    pager->walk(order, writes, [&](std::size_t position, std::span<std::byte* const> memories) {
+      for (std::byte* const memory : memories) {
+        const PageId page = order[position++];
+        auto& count = *reinterpret_cast<std::int64_t*>(memory);
+        CHECK_EQ(count, updates_[page]);
+        backend_->compute(memory);
+        if (writes) count = ++updates_[page];
+      }
     });
   }
 
