@@ -12,3 +12,8 @@ Table = list[list[str]]
 def milliseconds(row: Row) -> str:
     """The median, to three digits."""
     return f"{row['p50'] * 1e3:.3g}" if row["p50"] < 1 else f"{row['p50'] * 1e3:.0f}"
+
+
+def ratio(value: float) -> str:
+    """To two decimals, where these say something."""
+    return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"

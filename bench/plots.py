@@ -123,11 +123,14 @@ def _draw_slowdown(rows: list[Row], path: Path) -> None:
         least = [max(row["raw_s"], row["compute_s"]) / row["compute_s"] for row in same]
         style: dict[str, Any] = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 4}
         panel.plot(shares, [row["over_resident"] for row in same], label=f"{bits}-bit, others in {tier}", **style)
-        panel.plot(shares, least, label="moves or compute alone", color=COLORS[i], linestyle="--", linewidth=1)
+        panel.plot(
+            shares, least, label=f"{bits}-bit, moves or compute alone", color=COLORS[i], linestyle="--", linewidth=1
+        )
     panel.set_xlabel("% of the states that fit the budget")
-    panel.set_ylabel("time of a step, of that with all resident")
+    panel.set_ylabel("time of a step: 1 is all resident")
     panel.set_title(f"PagedAdamW, {rows[0]['elements'] / 1e6:.0f} M parameters", fontsize=10)
-    panel.set_xlim(102, -2)
+    panel.set_xticks(shares)
+    panel.invert_xaxis()
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)

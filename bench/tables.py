@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from cells import MIB, Row, Table, milliseconds
+from cells import MIB, Row, Table, milliseconds, ratio
 from optimizer_tables import curve_table, optimizer_table
 
 
@@ -62,8 +62,7 @@ def compared_cells(comparison: Comparison | None) -> list[str]:
     of_limit = f"{ours['of_limit']:.0%}" if "of_limit" in ours else ""
     if peer is None:
         return [milliseconds(ours), "none ran", "", of_limit]
-    ratio = f"{comparison.ratio:.2f}x" if comparison.ratio < 10 else f"{comparison.ratio:.0f}x"
-    return [milliseconds(ours), f"{milliseconds(peer)} {peer['provider']}", ratio, of_limit]
+    return [milliseconds(ours), f"{milliseconds(peer)} {peer['provider']}", ratio(comparison.ratio), of_limit]
 
 
 def product_table(rows: list[Row]) -> Table:
