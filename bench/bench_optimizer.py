@@ -28,14 +28,15 @@ PARTS = ("resident", "paging")
 def parse() -> argparse.Namespace:
     parser = options.parser(__doc__, dtype=["fp32", "bf16"], seconds=2)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
+    device = "auto (the default): a GPU if there is one, but for --smoke"
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device)
     parser.add_argument("--elements", type=int, default=2**25, help="of the flat layout (default: 2^25)")
     parser.add_argument("--layout", nargs="+", choices=["flat", "lora"], default=["flat", "lora"])
     parser.add_argument("--page-bytes", type=int, help="of the curve (default: PagedAdamW's)")
     folder = "where to make the folder of page files: on a disk, not in memory (default: /var/tmp)"
     parser.add_argument("--page-file", type=Path, metavar="FOLDER", default=Path("/var/tmp"), help=folder)
     args = options.parsed(parser, burst=0.2)
-    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available() and not args.smoke)
     args.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     if on_gpu and args.huge_pages == "both":
         args.huge_pages = "off"
