@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from qlora_ext import _C
+from qlora_ext import PagedAdamW
 
 OURS = "qlora_ext"
-LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
-SAME: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-BLOCK = 256
+SAME: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+
+
+class Optimizer(Protocol):
+    """What is used of one: the step that its users call, and where its states are."""
+
+    state: Any
+
+    def step(self) -> Any: ...
+
+
+Make = Callable[[list[Parameter]], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -23,65 +33,81 @@ class Provider:
 
     Args:
         name: as recorded; those of this library begin with its name.
-        bits: of each of the two states of an element.
-        make: (parameters, their gradients) -> a function that makes one step of them, in place; raises if it cannot.
+        bits: of each of the two states of an element; torch has as many as the parameter has, if those are fewer.
+        make: of parameters; raises if it cannot.
+        cuda_only: there is nothing to measure on the CPU.
+        offloaded: the states are in host memory while the parameters are on the GPU.
     """
 
     name: str
     bits: int
-    make: Callable[[list[Tensor], list[Tensor]], Callable[[], object]]
+    make: Make
+    cuda_only: bool = False
+    offloaded: bool = False
 
-    def moved_bytes(self, params: list[Tensor]) -> int:
-        """That a step cannot but move: parameters and states both ways, gradients one way."""
-        return sum(p.numel() * (3 * p.element_size() + 4 * self.bits // 8) for p in params)
-
-
-def ours(bits: int) -> Callable[[list[Tensor], list[Tensor]], Callable[[], object]]:
-    """AdamW of this library with all states in memory."""
-
-    def make(params: list[Tensor], grads: list[Tensor]) -> Callable[[], object]:
-        dtype = torch.uint8 if bits == 8 else torch.float32
-        exp_avg = [torch.full((p.numel(),), 127 if bits == 8 else 0, dtype=dtype) for p in params]
-        exp_avg_sq = [torch.zeros(p.numel(), dtype=dtype) for p in params]
-        absmax = [[torch.zeros(-(-p.numel() // BLOCK)) for p in params] if bits == 8 else [] for _ in range(2)]
-        numbers = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "weight_decay": WEIGHT_DECAY}
-        steps = 0
-
-        def step() -> None:
-            nonlocal steps
-            steps += 1
-            _C.adamw_step(params, grads, exp_avg, exp_avg_sq, *absmax, step=steps, **numbers)
-
-        return step
-
-    return make
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith(OURS)
 
 
-def of_class(optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., Callable[[], object]]:
-    """Any torch.optim.Optimizer."""
-
-    def make(params: list[Tensor], grads: list[Tensor]) -> Callable[[], object]:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        step: Callable[[], object] = optimizer(params, **SAME, **options).step
-        return step
-
-    return make
+def state_bytes(optimizer: Optimizer) -> int:
+    """Of the states, once there are some: of ours whole pages, wherever they are."""
+    if isinstance(optimizer, PagedAdamW):
+        stats = optimizer.stats()
+        return int((sum(stats["pages"].values()) + stats["ring_pages"]) * stats["page_bytes"])
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    # bitsandbytes' parameters share their codebooks.
+    return sum({value.data_ptr(): value.nbytes for value in values if isinstance(value, Tensor)}.values())
 
 
-def bitsandbytes(name: str) -> Callable[..., Callable[[], object]]:
-    def make(params: list[Tensor], grads: list[Tensor]) -> Callable[[], object]:
+def ours(bits: int, **paging: Any) -> Make:
+    return lambda params: PagedAdamW(params, state_bits=bits, **SAME, **paging)
+
+
+def in_torch(**options: Any) -> Make:
+    return lambda params: torch.optim.AdamW(params, **SAME, **options)
+
+
+def in_bitsandbytes(name: str) -> Make:
+    def make(params: list[Parameter]) -> Optimizer:
         import bitsandbytes.optim
 
-        return of_class(getattr(bitsandbytes.optim, name))(params, grads)
+        optimizer: Optimizer = getattr(bitsandbytes.optim, name)(params, **SAME)
+        return optimizer
 
     return make
+
+
+class Offloaded:
+    """torchao's CPUOffloadOptimizer. A backward pass hands it the gradients, so each step begins with one."""
+
+    def __init__(self, params: list[Parameter]) -> None:
+        from torchao.optim import CPUOffloadOptimizer
+
+        self._params = params
+        self._optimizer = CPUOffloadOptimizer(params, torch.optim.AdamW, fused=True, **SAME)
+
+    def step(self) -> None:
+        for p in self._params:
+            grad, p.grad = p.grad, None
+            p.backward(grad)
+        self._optimizer.step()
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return {p: state for one in self._optimizer.optim_dict.values() for p, state in one.state.items()}
 
 
 PROVIDERS = [
-    Provider(f"{OURS} AdamW, 32-bit", 32, ours(32)),
-    Provider(f"{OURS} AdamW, 8-bit", 8, ours(8)),
-    Provider("torch AdamW, fused", 32, of_class(torch.optim.AdamW, fused=True)),
-    Provider("bitsandbytes AdamW", 32, bitsandbytes("AdamW")),
-    Provider("bitsandbytes AdamW8bit", 8, bitsandbytes("AdamW8bit")),
+    Provider(f"{OURS} PagedAdamW, 32-bit", 32, ours(32)),
+    Provider(f"{OURS} PagedAdamW, 8-bit", 8, ours(8)),
+    Provider("torch AdamW, fused", 32, in_torch(fused=True)),
+    Provider("torch AdamW, foreach", 32, in_torch(foreach=True)),
+    Provider("bitsandbytes AdamW", 32, in_bitsandbytes("AdamW")),
+    Provider("bitsandbytes AdamW8bit", 8, in_bitsandbytes("AdamW8bit")),
+    # On the CPU, bitsandbytes warns and does not page.
+    Provider("bitsandbytes PagedAdamW", 32, in_bitsandbytes("PagedAdamW"), cuda_only=True),
+    Provider("bitsandbytes PagedAdamW8bit", 8, in_bitsandbytes("PagedAdamW8bit"), cuda_only=True),
+    Provider(f"{OURS} PagedAdamW, 32-bit, offloaded", 32, ours(32, device_budget=0), cuda_only=True, offloaded=True),
+    Provider("torchao CPUOffloadOptimizer", 32, Offloaded, cuda_only=True, offloaded=True),
 ]

@@ -42,41 +42,57 @@ class Options:
     record: bool
 
 
-def parse(description: str | None, *, by_rows: bool) -> Options:
-    """The options of this process's command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = f"NxK (out x in), or all layers of one of: {', '.join(shapes.MODELS)}"
-    parser.add_argument("--shapes", nargs="+", default=list(shapes.DEFAULT), metavar="SHAPE", help=names)
-    if by_rows:
-        parser.add_argument("--rows", nargs="+", type=int, default=list(shapes.ROWS), metavar="M", help="of the input")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"])
-    parser.add_argument("--mode", nargs="+", choices=["hot", "cold"], default=["hot", "cold"])
-    parser.add_argument("--cpu-path", choices=list(ONEDNN_ISA), help="that ours must take, and oneDNN's limit with it")
+def parser(description: str | None, *, dtype: list[str], seconds: float) -> argparse.ArgumentParser:
+    """One with the options that all of these benches have, with these defaults."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=dtype)
+    made.add_argument("--cpu-path", choices=list(ONEDNN_ISA), help="that ours must take, and oneDNN's limit with it")
     pages = "for malloc, which keeps them; both (the default): one process after the other, each without and with"
-    parser.add_argument("--huge-pages", choices=["off", "on", "both"], default="both", help=pages)
-    parser.add_argument("--seconds", type=float, default=0.3, help="of measuring for each provider of a case")
-    parser.add_argument("--no-record", action="store_true", help="only print the rows")
-    parser.add_argument("--smoke", action="store_true", help="a small shape, no record: to see that it runs")
+    made.add_argument("--huge-pages", choices=["off", "on", "both"], default="both", help=pages)
+    made.add_argument("--seconds", type=float, default=seconds, help="of measuring for each provider of a case")
+    made.add_argument("--no-record", action="store_true", help="only print the rows")
+    made.add_argument("--smoke", action="store_true", help="a small case, no record: to see that it runs")
+    return made
+
+
+def parsed(parser: argparse.ArgumentParser, *, burst: float) -> argparse.Namespace:
+    """The options of this process's command line, with `burst` seconds and whether to `record`."""
     args = parser.parse_args()
+    args.burst, args.record = burst, not (args.no_record or args.smoke)
+    if args.smoke:
+        args.seconds, args.burst = 0.002, 0.001
+        args.huge_pages = "off" if args.huge_pages == "both" else args.huge_pages
+    return args
+
+
+def parse(description: str | None, *, by_rows: bool) -> Options:
+    """Those of a bench of an op on weights."""
+    ops = parser(description, dtype=["bf16"], seconds=0.3)
+    names = f"NxK (out x in), or all layers of one of: {', '.join(shapes.MODELS)}"
+    ops.add_argument("--shapes", nargs="+", default=list(shapes.DEFAULT), metavar="SHAPE", help=names)
+    if by_rows:
+        ops.add_argument("--rows", nargs="+", type=int, default=list(shapes.ROWS), metavar="M", help="of the input")
+    ops.add_argument("--mode", nargs="+", choices=["hot", "cold"], default=["hot", "cold"])
+    args = parsed(ops, burst=0.05)
     try:
         selected = shapes.select([SMOKE_SHAPE] if args.smoke else args.shapes)
     except ValueError as error:
-        parser.error(str(error))
+        ops.error(str(error))
     return Options(
         shapes=selected,
         rows=([1, 4] if args.smoke else args.rows) if by_rows else [],
         dtypes=[DTYPES[name] for name in args.dtype],
         modes=args.mode,
         cpu_path=args.cpu_path,
-        huge_pages="off" if args.smoke and args.huge_pages == "both" else args.huge_pages,
-        seconds=0.002 if args.smoke else args.seconds,
-        burst=0.001 if args.smoke else 0.05,
+        huge_pages=args.huge_pages,
+        seconds=args.seconds,
+        burst=args.burst,
         smoke=args.smoke,
-        record=not (args.no_record or args.smoke),
+        record=args.record,
     )
 
 
-def environment(options: Options, base: Mapping[str, str]) -> dict[str, str]:
+def environment(options: Options | argparse.Namespace, base: Mapping[str, str]) -> dict[str, str]:
     """What the libraries must find when they are loaded, or, malloc, before."""
     env = dict(base)
     tunables = [entry for entry in env.pop("GLIBC_TUNABLES", "").split(":") if entry]
@@ -90,7 +106,7 @@ def environment(options: Options, base: Mapping[str, str]) -> dict[str, str]:
     return env
 
 
-def enter_environment(options: Options) -> None:
+def enter_environment(options: Options | argparse.Namespace) -> None:
     """Start this process anew, unless its environment is right already."""
     if (env := environment(options, os.environ)) != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)

@@ -1,4 +1,4 @@
-"""Plots of the results, as PNG beside them: time against rows with the machine's limit, and error against bits."""
+"""Plots of the results, as PNG beside them: times against rows or memory, with the limit, and error against bits."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ def draw(name: str, rows: list[Row]) -> None:
 def _pages(name: str, rows: list[Row]) -> Pages:
     if name == "quantization_error" and rows:
         return {record.RESULTS / f"{name}.png": partial(_draw_errors, rows)}
+    if name == "optimizer_paging" and any("p50" in row for row in rows):
+        path = record.RESULTS / f"{name}-{rows[0]['cpu_path']}.png"
+        return {path: partial(_draw_slowdown, [row for row in rows if "p50" in row])}
     pages: Pages = {}
     if name in PRODUCTS:
         for bench, dtype in dict.fromkeys((row["bench"], row["dtype"]) for row in rows if "p50" in row):
@@ -105,6 +108,30 @@ def _draw_errors(rows: list[Row], path: Path) -> None:
     panel.set_xlabel("bits a weight (numbers: blocksize)")
     panel.set_ylabel("RMS error, % of the weights' RMS")
     panel.set_title("Normal weights in 4 bits", fontsize=10)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _draw_slowdown(rows: list[Row], path: Path) -> None:
+    """A line for each width of states, and dashed what the moves and the compute, each by itself, leave."""
+    figure, panel = pyplot.subplots(figsize=(6.4, 4.4))
+    for i, (bits, tier) in enumerate(dict.fromkeys((row["bits"], row["tier"]) for row in rows)):
+        same = [row for row in rows if (row["bits"], row["tier"]) == (bits, tier)]
+        shares = [100 * row["share"] for row in same]
+        least = [max(row["raw_s"], row["compute_s"]) / row["compute_s"] for row in same]
+        style: dict[str, Any] = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 4}
+        panel.plot(shares, [row["over_resident"] for row in same], label=f"{bits}-bit, others in {tier}", **style)
+        panel.plot(
+            shares, least, label=f"{bits}-bit, moves or compute alone", color=COLORS[i], linestyle="--", linewidth=1
+        )
+    panel.set_xlabel("% of the states that fit the budget")
+    panel.set_ylabel("time of a step: 1 is all resident")
+    panel.set_title(f"PagedAdamW, {rows[0]['elements'] / 1e6:.0f} M parameters", fontsize=10)
+    panel.set_xticks(shares)
+    panel.invert_xaxis()
+    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     figure.tight_layout()

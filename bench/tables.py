@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-MIB = 2**20
-Row = dict[str, Any]
-Table = list[list[str]]
+from cells import MIB, Row, Table, milliseconds, ratio
+from optimizer_tables import curve_table, optimizer_table
 
 
 class Comparison(NamedTuple):
@@ -55,11 +54,6 @@ def _comparison(same: list[Row]) -> Comparison:
     return Comparison(next(filter(is_the_op, same)), min(peers, key=lambda row: row["p50"], default=None))
 
 
-def milliseconds(row: Row) -> str:
-    """The median, to three digits."""
-    return f"{row['p50'] * 1e3:.3g}" if row["p50"] < 1 else f"{row['p50'] * 1e3:.0f}"
-
-
 def compared_cells(comparison: Comparison | None) -> list[str]:
     """Our time, the best peer's and its name, the ratio of the two, our share of the limit."""
     if comparison is None:
@@ -68,8 +62,7 @@ def compared_cells(comparison: Comparison | None) -> list[str]:
     of_limit = f"{ours['of_limit']:.0%}" if "of_limit" in ours else ""
     if peer is None:
         return [milliseconds(ours), "none ran", "", of_limit]
-    ratio = f"{comparison.ratio:.2f}x" if comparison.ratio < 10 else f"{comparison.ratio:.0f}x"
-    return [milliseconds(ours), f"{milliseconds(peer)} {peer['provider']}", ratio, of_limit]
+    return [milliseconds(ours), f"{milliseconds(peer)} {peer['provider']}", ratio(comparison.ratio), of_limit]
 
 
 def product_table(rows: list[Row]) -> Table:
@@ -167,20 +160,6 @@ def generate_table(rows: list[Row]) -> Table:
     return [["", "tokens/s", "qlora_ext is"], *lines]
 
 
-def optimizer_table(rows: list[Row]) -> Table:
-    """A line for each case and optimizer; where malloc had huge pages and not, the slower of the two."""
-    timed = [row for row in rows if "p50" in row]
-    keys = ("layout", "elements", "tensors", "dtype", "provider")
-    slowest = {tuple(row[key] for key in keys): row for row in sorted(timed, key=lambda row: float(row["p50"]))}
-    table = [["AdamW, one step", "ms", "GB/s", "of limit", "peer's time"]]
-    for layout, elements, tensors, dtype, provider in dict.fromkeys(tuple(row[key] for key in keys) for row in timed):
-        row = slowest[layout, elements, tensors, dtype, provider]
-        peers = ", ".join(f"{ratio:.2g}x {name}" for name, ratio in row.get("speedup_over", {}).items())
-        case = f"{provider}: {elements / 1e6:.0f} M {dtype}, {tensors} tensors"
-        table.append([case, milliseconds(row), f"{row['gb_per_s']:.0f}", f"{row['of_limit']:.0%}", peers])
-    return table
-
-
 def sass_table(rows: list[Row]) -> Table:
     """A line a kernel: the worst of its instantiations; for a fused one, the loop of those for the fewest rows."""
     machines = {row["arch"]: row["gpu_of_arch"] for row in rows}
@@ -214,5 +193,6 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "dequantize_4bit": format_table,
     "quantization_error": error_table,
     "optimizer": optimizer_table,
+    "optimizer_paging": curve_table,
     "sass": sass_table,
 }

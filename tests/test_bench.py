@@ -35,11 +35,18 @@ PEERS = {
     "bench_dequantize_4bit.py": {"bitsandbytes", "torchao NF4"},
 }
 OPTIMIZERS = {
-    "qlora_ext AdamW, 32-bit",
-    "qlora_ext AdamW, 8-bit",
+    "qlora_ext PagedAdamW, 32-bit",
+    "qlora_ext PagedAdamW, 8-bit",
     "torch AdamW, fused",
+    "torch AdamW, foreach",
     "bitsandbytes AdamW",
     "bitsandbytes AdamW8bit",
+}
+CUDA_OPTIMIZERS = {
+    "qlora_ext PagedAdamW, 32-bit, offloaded",
+    "bitsandbytes PagedAdamW",
+    "bitsandbytes PagedAdamW8bit",
+    "torchao CPUOffloadOptimizer",
 }
 
 
@@ -130,14 +137,35 @@ def test_wrong_result_fails_and_missing_peer_is_named() -> None:
 
 def check_optimizer(rows: list[dict[str, Any]]) -> None:
     """Everyone runs in both dtypes, none far from fp64; ours are compared with the peers that keep as many bits."""
-    assert {(row["provider"], row["dtype"]) for row in rows} == set(product(OPTIMIZERS, ("float32", "bfloat16")))
-    assert all(row["error"] < 0.2 and row["of_limit"] > 0 for row in rows)
-    ours = {(row["bits"], row["dtype"]): row for row in rows if row["provider"].startswith("qlora_ext")}
-    for (bits, _), row in ours.items():
-        assert set(row["speedup_over"]) == {name for name in OPTIMIZERS if ("8" in name) == (bits == 8)} - {
-            row["provider"]
-        }
+    resident = [row for row in rows if row["bench"] == "optimizer"]
+    timed = [row for row in resident if "skipped" not in row]
+    assert {(row["provider"], row["dtype"]) for row in timed} == set(product(OPTIMIZERS, ("float32", "bfloat16")))
+    assert all(row["error"] < 0.2 and row["of_limit"] > 0 for row in timed)
+    for row in timed:
+        bits = 16 if "torch" in row["provider"] and row["dtype"] == "bfloat16" else row["bits"]
+        states = row["elements"] * bits // 4
+        assert states <= row["state_bytes"] <= 1.1 * states + 2**21  # absmax, codebooks, the rest of a page
+    skipped = {row["provider"]: row["skipped"] for row in resident if "skipped" in row}
+    assert skipped == dict.fromkeys(CUDA_OPTIMIZERS, "it needs a CUDA device")
+    for row in (row for row in timed if row["provider"].startswith("qlora_ext")):
+        peers = {name for name in OPTIMIZERS if ("8" in name) == (row["bits"] == 8)} - {row["provider"]}
+        assert set(row["speedup_over"]) == peers
         assert row["over_32_bit"] > 0
+    check_slowdown([row for row in rows if row["bench"] == "optimizer_paging"])
+
+
+def check_slowdown(rows: list[dict[str, Any]]) -> None:
+    """Each point moves what does not fit, and is compared with the same moves and the compute by themselves."""
+    assert [(row["bits"], row["share"]) for row in rows] == list(product((32, 8), (1, 0.75, 0.5, 0.25, 0)))
+    for row in rows:
+        in_file = row["pages"]["file"] * row["page_bytes"]
+        assert row["pages"]["host"] * row["page_bytes"] + in_file == row["state_bytes"]
+        assert row["budget_bytes"] == pytest.approx(row["share"] * row["state_bytes"], abs=row["page_bytes"] / 2)
+        assert (row["read_bytes"], row["written_bytes"]) == (in_file, in_file)
+        assert (in_file > 0) == (row["raw_s"] > 0) == (row["share"] < 1)
+        assert row["filesystem"] not in ("unknown", "tmpfs")
+        assert row["rss_anon_growth_bytes"] <= row["rss_anon_bound_bytes"] + 2**16
+        assert row["over_larger"] == pytest.approx(row["p50"] / max(row["raw_s"], row["compute_s"]))
 
 
 def check_train_step(rows: list[dict[str, Any]]) -> None:

@@ -185,6 +185,53 @@ def test_lora_table() -> None:
     assert line[6:9] == ["1", "2 PEFT", "2.00x"]
 
 
+def point(share: float, p50: float, raw_s: float) -> dict[str, Any]:
+    """A point of a slowdown curve whose compute takes 10 ms."""
+    return {
+        "bits": 32,
+        "tier": "file",
+        "share": share,
+        "elements": 2**25,
+        "state_bytes": 2**28,
+        "budget_bytes": int(share * 2**28),
+        "rss_anon_growth_bytes": 2**20,
+        "p50": p50,
+        "raw_s": raw_s,
+        "compute_s": 0.01,
+        "waited_s": 0.001,
+        "over_resident": p50 / 0.01,
+        "over_larger": p50 / max(raw_s, 0.01),
+        "over_sum": p50 / (raw_s + 0.01),
+        "cpu_path": "avx2",
+    }
+
+
+CURVE = [point(1, 0.01, 0), point(0.5, 0.02, 0.018), {"bits": 8, "skipped": "it failed", "cpu_path": "avx2"}]
+
+
+def test_curve_table() -> None:
+    head, *lines = tables.curve_table(CURVE)
+    resident, half = (dict(zip(head, line, strict=True)) for line in lines)
+    assert resident["states that fit"] == "32-bit, 100% of 256 MiB"
+    assert (resident["of all resident"], resident["of the larger"]) == ("1.00x", "")
+    shown = ["ms", "raw I/O, ms", "of the larger", "of the sum", "waited, ms"]
+    assert [half[name] for name in shown] == ["20", "18", "1.11x", "0.71x", "1"]
+    assert half["memory grew by, MiB (budget)"] == "1.0 (128)"
+
+
+def test_optimizer_table_shows_the_run_in_which_we_stand_worse() -> None:
+    case = {"layout": "flat", "elements": 2**25, "tensors": 1, "dtype": "float32"}
+    case |= {"gb_per_s": 50.0, "of_limit": 0.9, "state_bytes": 2**28}
+    rows: list[dict[str, Any]] = [{"skipped": "no GPU"}]
+    for pages, theirs in (("off", 0.03), ("on", 0.015)):
+        rows.append(case | {"huge_pages": pages, "provider": "qlora_ext PagedAdamW", "p50": 0.01})
+        rows[-1]["speedup_over"] = {"peer": theirs / 0.01}
+        rows.append(case | {"huge_pages": pages, "provider": "peer", "p50": theirs})
+    _, ours, peer = tables.optimizer_table(rows)
+    assert ours == ["qlora_ext PagedAdamW: 34 M float32, 1 tensors", "10", "50", "90%", "256", "1.50x peer"]
+    assert peer[:2] == ["peer: 34 M float32, 1 tensors", "15"]
+
+
 def test_rows_are_compared_with_peers_and_limits() -> None:
     same = [row("qlora_ext", 0.001), row("qlora_ext linear_4bit alone", 0.0008), row("peer", 0.004)]
     suite._compare_with_peers(same)
@@ -202,11 +249,12 @@ def test_plots_are_drawn_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for size in (64, 256)
     ]
     of_path = [row | {"cpu_path": "avx2"} for row in ROWS]
-    for name, rows in (("linear_4bit", of_path), ("quantization_error", errors), ("train_step", of_path)):
+    results = {"linear_4bit": of_path, "quantization_error": errors, "train_step": of_path, "optimizer_paging": CURVE}
+    for name, rows in results.items():
         plots.draw(name, rows)
         assert plots.paths(name, []) == []
     drawn = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert set(drawn) == {"linear_4bit-bfloat16-avx2.png", "quantization_error.png"}
+    assert set(drawn) == {"linear_4bit-bfloat16-avx2.png", "quantization_error.png", "optimizer_paging-avx2.png"}
     assert all(size < 100_000 for size in drawn.values())
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in 8 minutes: build, tests, compute-sanitizer and benches, into bench/results/cuda.jsonl.
+# All that needs a GPU, in 9 minutes: build, tests, compute-sanitizer and benches, into bench/results/*cuda.jsonl.
 #
 #   tools/gpu_suite.sh [PYTHON]    a Python with a CUDA torch; qlora_ext is installed into its environment
 #
@@ -84,5 +84,6 @@ else
   echo "note    no compute-sanitizer here"
 fi
 part benches 140 "$python" bench/bench_cuda.py --budget 110
+part optimizer 80 "$python" bench/bench_optimizer.py --device cuda --seconds 0.3
 echo "$failed parts failed, in $SECONDS s"
 exit $failed
