@@ -110,6 +110,11 @@ def test_foreign_page_file_stays(tmp_path: Path) -> None:
     assert (tmp_path / "pages").read_text() == "somebody's"
 
 
+def test_device_budget_reaches_the_optimizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device_budget: expected None for states on the CPU"):
+        run(tmp_path, optimizer=OptimizerChoice("paged_adamw32", device_budget=0))
+
+
 def test_save_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
