@@ -29,6 +29,7 @@ RUNS = (
     ["bench/bench_generate.py"],
     ["bench/bench_optimizer.py"],
     ["bench/compare_methods.py"],
+    ["bench/compare_optimizers.py"],
     ["bench/sass_report.py"],
 )
 

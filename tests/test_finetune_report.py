@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_model import tiny_config
 from transformers import LlamaForCausalLM
 
 import qlora_ext
+from qlora_ext.finetune.optimizer import StatesReport
 from qlora_ext.finetune.report import composition, table, write
 
 LINEARS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
@@ -58,6 +60,9 @@ def a_report(**changes: Any) -> dict[str, Any]:
     sample = {"prompt": "hi?", "reference": "yes ✓", "before": "no", "after": "yes"}
     counts = {"trainable_parameters": 1234, "trainable_percent": 1.5, "base_bits": 4.126}
     sizes = {"base_bytes": 3 * 2**20, "adapter_bytes": 2**19, "gradient_bytes": 2**19, "optimizer_bytes": 2**20}
+    states = StatesReport(
+        host_bytes=2**18, file_bytes=3 * 2**18, ring_bytes=2**16, moved_bytes=5 * 2**20, hit_rate=0.25
+    )
     losses = {
         "held_out_loss_before": 3.0,
         "held_out_loss_after": 2.0,
@@ -66,6 +71,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
     }
     return {
         **{"method": "qlora", "step": 2, "tokens_per_second": 321.4, "peak_rss_bytes": 7 * 2**20, "samples": [sample]},
+        **{"optimizer": {"kind": "paged_adamw32", **asdict(states)}},
         **{**counts, **sizes, **losses, **changes},
     }
 
@@ -76,6 +82,10 @@ def test_table_shows_every_figure() -> None:
         assert figure in text
     header, row = text.splitlines()[:2]
     assert header.index("held-out loss") == row.index("3.000 -> 2.000")
+    assert "optimizer: paged_adamw32, states: 0.2 MiB in host memory, 0.8 MiB in the page file; 5 MiB moved" in text
+    nothing_moves = {"kind": "adamw", **asdict(StatesReport(device_bytes=2**20))}
+    lines = table(a_report(optimizer=nothing_moves)).splitlines()
+    assert "optimizer: adamw, states: 1.0 MiB on the device" in lines
     assert "none held out" in table(a_report(held_out_loss_before=None, held_out_loss_after=None))
 
 

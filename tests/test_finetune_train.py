@@ -2,87 +2,24 @@ from __future__ import annotations
 
 import pickle
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_model import one_thread as one_thread
-from tiny_model import tiny_config, tiny_tokenizer
+from tiny_training import DATA, TOKENIZER, assert_same_tensors, build, interrupt_at, run, trained
+from tiny_training import python_handles_interrupts as python_handles_interrupts
 from torch import Tensor
-from transformers import LlamaForCausalLM, set_seed
 
-import qlora_ext
-from qlora_ext.finetune.data import IGNORE, Dataset, Example, PadToLongest
+from qlora_ext.finetune.data import IGNORE, PadToLongest
 from qlora_ext.finetune.evaluate import held_out_loss, sample_answers
 from qlora_ext.finetune.load import load_model, open_checkpoint
-from qlora_ext.finetune.train import Outcome, Schedule, newest_checkpoint, total_steps, train
+from qlora_ext.finetune.train import newest_checkpoint, total_steps
 
-TOKENIZER = tiny_tokenizer()
 STATE_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}
-
-
-@pytest.fixture(autouse=True)
-def python_handles_interrupts() -> Iterator[None]:
-    """As in a terminal; what a shell runs in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def example(index: int) -> Example:
-    prompt = [(7 * index + 3 * position) % 250 for position in range(3)]
-    answer = list(range(40, 43 + index % 5))
-    return Example(prompt + answer, [IGNORE] * 3 + answer, 3, "")
-
-
-DATA = Dataset([example(i) for i in range(21)], [example(i) for i in range(30, 35)], 0, 0, 0)
-SCHEDULE = Schedule(steps=8, batch_size=2, accumulate=2, lr=1e-2, save_steps=100)  # an epoch is 6 steps, the last short
-
-
-def build(method: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(tiny_config())
-    if method == "full":
-        return model
-    if method == "qlora":
-        qlora_ext.quantize_model(model)
-    qlora_ext.add_adapter(model, qlora_ext.LoraConfig(r=4, lora_dropout=0.2))
-    return model
-
-
-def run(output: Path, method: str = "lora", resume: bool = False, **changes: Any) -> tuple[LlamaForCausalLM, Outcome]:
-    model = build(method)
-    set_seed(123)  # a run must not depend on what happened before it
-    schedule = replace(SCHEDULE, **changes)
-    return model, train(model, TOKENIZER, DATA, schedule, output, adapter=method != "full", resume=resume)
-
-
-def trained(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Raise SIGINT while the `call`-th batch is being made, as Ctrl-C in the middle of a step would."""
-    collate, calls = PadToLongest.__call__, [0]
-
-    def counting(self: PadToLongest, examples: Sequence[Example]) -> dict[str, Tensor]:
-        calls[0] += 1
-        if calls[0] == call:
-            signal.raise_signal(signal.SIGINT)
-        return collate(self, examples)
-
-    monkeypatch.setattr(PadToLongest, "__call__", counting)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -172,7 +109,7 @@ def test_training_learns_and_measures(tmp_path: Path) -> None:
     bytes_trained = sum(p.nbytes for p in trained(model).values())
     assert outcome.gradient_bytes == bytes_trained
     moments = 2 * bytes_trained
-    assert moments <= outcome.optimizer_bytes <= moments + 4 * len(trained(model))  # a step count for each
+    assert moments <= outcome.optimizer.state_bytes <= moments + 4 * len(trained(model))  # a step count for each
     assert outcome.seconds > 0
 
 

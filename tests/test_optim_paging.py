@@ -45,6 +45,19 @@ def test_stats_count_what_streams(tmp_path: Path) -> None:
     assert after["hit_rate"] == pytest.approx(at_home / (at_home + in_file))
 
 
+def test_release_frees_all_and_a_step_after_it_begins_anew(tmp_path: Path) -> None:
+    options = {"page_bytes": 8 * KIB, "host_budget": 64 * KIB, "page_file": tmp_path / "pages"}
+    params, optimizer = train(partial(PagedAdamW, lr=LR, **options), 2)
+    assert (tmp_path / "pages").exists()
+    optimizer.release()
+    assert not (tmp_path / "pages").exists()
+    assert optimizer.state_dict()["state"] == {}
+    again = [Parameter(p.detach().clone()) for p in params]
+    take_steps(params, optimizer, range(2, 4))
+    take_steps(again, PagedAdamW(again, lr=LR), range(2, 4))
+    assert bits(params) == bits(again)
+
+
 def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor

@@ -2,10 +2,13 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .optimizer import KINDS
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -62,6 +65,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0, help="of the split, the adapter, the order and the dropout")
     run.add_argument("--save-steps", type=_positive, default=100, help="steps between checkpoints; the last 2 are kept")
 
+    optimizer = top.add_argument_group("optimizer")
+    optimizer.add_argument("--optimizer", choices=KINDS, default="adamw", help=_OPTIMIZER_HELP)
+    optimizer.add_argument("--device-budget", type=_size, metavar="BYTES", help=_DEVICE_BUDGET_HELP)
+    optimizer.add_argument("--host-budget", type=_size, metavar="BYTES", help=_HOST_BUDGET_HELP)
+    optimizer.add_argument("--page-file", type=Path, metavar="PATH", help=_PAGE_FILE_HELP)
+
     text = top.add_argument_group("data")
     text.add_argument("--max-length", type=_positive, default=512, help="tokens; longer examples lose their right end")
     text.add_argument("--chat", choices=("auto", "plain"), default="auto", help=_CHAT_HELP)
@@ -92,6 +101,13 @@ _CHUNK_HELP = (
 _COMPILE_HELP = (
     "torch.compile of the layers: fewer passes over memory, after a minute in the first step; needs g++ on CPU"
 )
+_OPTIMIZER_HELP = (
+    "adamw: torch's; paged_adamw32: the same with its states in pages, which need not fit into memory; paged_adamw8: "
+    "with states of 8 bits, a quarter of the memory"
+)
+_DEVICE_BUDGET_HELP = "of GPU memory for states (512M, 2G); the others are in host memory (default: no limit)"
+_HOST_BUDGET_HELP = "of host memory for states; the others are in the page file (default: no limit)"
+_PAGE_FILE_HELP = "scratch file for the states that the budgets do not hold; deleted at the end"
 _CHAT_HELP = 'auto: the tokenizer\'s chat template if it has one; plain: lines of "role: content"'
 
 
@@ -110,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--resume: no checkpoint in {options.output}")
     if earlier and not (options.resume or options.overwrite):
         command.error(f"--output {options.output} holds an earlier run: add --resume or --overwrite")
+    _check_paging(command, options)
 
     from .run import run  # here, because transformers takes seconds and --help should not
 
@@ -121,6 +138,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; --resume goes on from the last checkpoint in {options.output}, if any", file=sys.stderr)
         return 130
+
+
+def _check_paging(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for name in ("device_budget", "host_budget", "page_file"):
+        if options.optimizer == "adamw" and getattr(options, name) is not None:
+            command.error(f"--{name.replace('_', '-')}: expected a paged --optimizer with it, got adamw")
+    if options.host_budget is not None and options.page_file is None:
+        command.error("--host-budget: expected --page-file with it, for the states that it does not hold")
+    if options.page_file is not None:
+        folder = options.page_file.parent
+        if not folder.is_dir() and folder != options.output:  # which will be made
+            command.error(f"--page-file {options.page_file}: no such folder")
 
 
 def _number(kind: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -136,6 +165,14 @@ def _number(kind: Callable[[str], Any], accept: Callable[[Any], bool], wanted: s
     return convert
 
 
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text)
+    if match is None:
+        raise ValueError
+    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
+
+
+_size = _number(_bytes, lambda value: value < 1 << 63, "bytes, as 512M, 2G or 536870912")
 _positive = _number(int, lambda value: value > 0, "a whole number above 0")
 _count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
 _positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")

@@ -80,6 +80,7 @@ def table(report: dict[str, Any]) -> str:
         "  ".join(text.ljust(width) for text, width in zip(part, widths, strict=True)) for part in (row, row.values())
     ]
     lines += [
+        _states_line(report["optimizer"]),
         "base bits: stored bits a weight of the linear layers, scales included",
         "tokens/s: input tokens without padding, over the time in training steps (forward, backward, optimizer)",
         "held-out loss: mean over answer tokens, in nats",
@@ -113,7 +114,8 @@ def write(report: dict[str, Any], folder: Path) -> None:
         "base": report["base_bytes"],
         "adapter": report["adapter_bytes"],
         "gradients": report["gradient_bytes"],
-        "optimizer": report["optimizer_bytes"],
+        "optimizer": report["optimizer_bytes"] - report["optimizer"]["file_bytes"] + report["optimizer"]["ring_bytes"],
+        "optimizer, in a file": report["optimizer"]["file_bytes"],
         "peak RSS": report["peak_rss_bytes"],
     }
     bars = memory.barh(list(parts), [size / MIB for size in parts.values()])
@@ -125,6 +127,17 @@ def write(report: dict[str, Any], folder: Path) -> None:
     partial = folder / ".report.png"
     figure.savefig(partial, dpi=120, format="png")
     os.replace(partial, folder / "report.png")
+
+
+def _states_line(optimizer: dict[str, Any]) -> str:
+    """Where the states of the optimizer were, and what moved."""
+    places = {"on the device": "device_bytes", "in host memory": "host_bytes", "in the page file": "file_bytes"}
+    held = [f"{optimizer[key] / MIB:.1f} MiB {place}" for place, key in places.items() if optimizer[key]]
+    line = f"optimizer: {optimizer['kind']}, states: {', '.join(held) or 'none'}"
+    if optimizer["moved_bytes"]:
+        line += f"; {optimizer['moved_bytes'] / MIB:.0f} MiB moved through {optimizer['ring_bytes'] / MIB:.1f} MiB, "
+        line += f"{optimizer['hit_rate']:.0%} of pages not moved, {optimizer['seconds_waited']:.1f} s waited"
+    return line
 
 
 def _replace(path: Path, content: bytes) -> None:

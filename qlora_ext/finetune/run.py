@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from .data import IGNORE, PadToLongest, load_data
 from .evaluate import held_out_loss, sample_answers
 from .load import compute_dtype, load_model, open_checkpoint
 from .loss import check_head
+from .optimizer import OptimizerChoice
 from .report import composition, peak_rss, table, write
 from .train import Schedule, total_steps, train
 
-# What --resume must not change: the base, the examples and their split, and the adapter.
+# What --resume must not change: the base, the examples and their split, the adapter, and the optimizer.
 SAME_RUN = (
-    *("model", "data", "method", "seed", "eval_fraction", "max_length", "chat"),
+    *("model", "data", "method", "seed", "eval_fraction", "max_length", "chat", "optimizer"),
     *("quant_type", "blocksize", "no_double_quant", "r", "lora_alpha", "target_modules", "use_rslora"),
 )
 
@@ -33,8 +35,12 @@ def run(options: argparse.Namespace) -> int:
     """Load, train, evaluate before and after, save and report; return 0, or 130 when Ctrl-C ended the training."""
     adapter = options.method != "full"
     device = _device(options.method)
+    if options.device_budget is not None and device.type == "cpu":
+        raise ValueError("--device-budget: expected training on a GPU, got the CPU: --host-budget is for its states")
     dtype = compute_dtype(options.dtype, device)
     autocast = not adapter and dtype == torch.bfloat16  # full fine-tuning keeps fp32 weights and computes in bf16
+    if options.page_file is not None and options.host_budget is None:
+        _say("--page-file: stays empty, as host memory holds all states: --host-budget limits it")
 
     checkpoint = open_checkpoint(options.model)
     tokenizer = checkpoint.tokenizer()
@@ -105,7 +111,8 @@ def run(options: argparse.Namespace) -> int:
         **figures,
         "dtype": str(dtype).removeprefix("torch."),
         "gradient_bytes": outcome.gradient_bytes,
-        "optimizer_bytes": outcome.optimizer_bytes,
+        "optimizer_bytes": outcome.optimizer.state_bytes,
+        "optimizer": {"kind": options.optimizer, **dataclasses.asdict(outcome.optimizer)},
         "peak_rss_bytes": peak_rss(),
         # Of the steps of this process: with --resume, of those after it.
         "tokens_per_second": outcome.tokens / outcome.seconds if outcome.seconds else None,
@@ -135,9 +142,7 @@ def run(options: argparse.Namespace) -> int:
             "truncated": data.truncated,
             "dropped": data.dropped,
         },
-        "arguments": {
-            name: str(value) if name in ("data", "output") else value for name, value in vars(options).items()
-        },
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "environment": {**describe(), "transformers": transformers.__version__},
     }
     write(report, options.output)
@@ -166,7 +171,7 @@ def _check_same_run(options: argparse.Namespace) -> None:
         beside.write_text(json.dumps(same, indent=2) + "\n")
         os.replace(beside, file)
         return
-    before = json.loads(file.read_text()) if file.exists() else same
+    before = {"optimizer": "adamw", **json.loads(file.read_text())} if file.exists() else same  # once the only one
     for name, value in same.items():
         if before.get(name) != value:
             raise ValueError(
@@ -216,6 +221,7 @@ def _schedule(options: argparse.Namespace, examples: int) -> Schedule:
         seed=options.seed,
         gradient_checkpointing=options.gradient_checkpointing,
         loss_chunk=options.loss_chunk,
+        optimizer=OptimizerChoice(options.optimizer, options.device_budget, options.host_budget, options.page_file),
     )
 
 

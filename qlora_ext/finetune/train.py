@@ -8,27 +8,28 @@ import math
 import os
 import shutil
 import signal
-import sys
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 import qlora_ext
 
+from .callbacks import Interrupt, Watch
 from .data import Dataset, PadToLongest
 from .evaluate import held_out_loss
 from .loss import answer_loss
+from .optimizer import OptimizerChoice, StatesReport, for_trainer, paged, where_states_are
 
 STAGING = ".incomplete"
+PAGED_STATES = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Schedule:
     seed: int = 0
     gradient_checkpointing: bool = False
     loss_chunk: int | None = None  # tokens whose logits exist together; None: all
+    optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Outcome:
     tokens: int  # input tokens without padding
     seconds: float  # inside steps: forward, backward and optimizer, without evaluation and saving
     gradient_bytes: int
-    optimizer_bytes: int
+    optimizer: StatesReport
 
 
 def total_steps(examples: int, epochs: float, batch_size: int, accumulate: int) -> int:
@@ -101,12 +103,13 @@ def train(
             shutil.rmtree(stale)
 
     arguments = _arguments(schedule, output, model.device, autocast)
-    trainer = _Trainer(model, tokenizer, data, arguments, schedule.loss_chunk, adapter=adapter, autocast=autocast)
+    trainer = _Trainer(model, tokenizer, data, arguments, schedule, adapter=adapter, autocast=autocast)
     trainer.remove_callback(PrinterCallback)
-    watch, interrupt = _Watch(), _Interrupt()
+    watch, interrupt = Watch(), Interrupt()
     trainer.add_callback(watch)
     trainer.add_callback(interrupt)
 
+    states = StatesReport()
     done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if resume and checkpoint else None
     if done is not None and done.global_step >= schedule.steps:
         trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step too many
@@ -115,15 +118,17 @@ def train(
         previous = signal.signal(signal.SIGINT, interrupt.ask)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+            states = where_states_are(trainer.optimizer)
         except UnpicklingError as error:
             expected = "training state of plain values and tensors"
             raise ValueError(f"{checkpoint}: expected {expected}, got something else, not loaded") from error
         finally:
             signal.signal(signal.SIGINT, previous)
+            if optimizer := paged(trainer.optimizer):
+                optimizer.release()  # now, not with the last reference: the page file must not outlive the run
     trainer.save_model()
 
     history = trainer.state.log_history
-    optimizer_state = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
     return Outcome(
         step=trainer.state.global_step,
         interrupted=interrupt.asked,
@@ -132,9 +137,7 @@ def train(
         tokens=watch.tokens,
         seconds=watch.seconds,
         gradient_bytes=watch.gradient_bytes,
-        optimizer_bytes=sum(
-            value.nbytes for state in optimizer_state for value in state.values() if isinstance(value, Tensor)
-        ),
+        optimizer=states,
     )
 
 
@@ -162,7 +165,7 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
-        disable_tqdm=True,  # _Watch has the bar, with the loss in it
+        disable_tqdm=True,  # Watch has the bar, with the loss in it
         report_to="none",
     )
     if arguments.n_gpu > 1:
@@ -177,13 +180,13 @@ class _Trainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         data: Dataset,
         args: TrainingArguments,
-        loss_chunk: int | None,
+        schedule: Schedule,
         *,
         adapter: bool,
         autocast: bool,
     ) -> None:
         self.tuned, self.tokenizer, self.held_out = model, tokenizer, data.held_out
-        self.loss_chunk, self.adapter, self.autocast = loss_chunk, adapter, autocast
+        self.loss_chunk, self.adapter, self.autocast = schedule.loss_chunk, adapter, autocast
         self.collate = PadToLongest(tokenizer.pad_token_id or 0)
         self.folder = Path(str(args.output_dir))
         super().__init__(
@@ -192,6 +195,7 @@ class _Trainer(Trainer):
             data_collator=self.collate,
             train_dataset=data.train,
             eval_dataset=data.held_out,
+            optimizer_cls_and_kwargs=for_trainer(schedule.optimizer, args),
         )
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -227,6 +231,24 @@ class _Trainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = paged(self.optimizer)
+        if optimizer is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer.save_states(Path(output_dir) / PAGED_STATES)  # state_dict() would hold all states in memory again
+        scheduler: Any = self.lr_scheduler
+        torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = paged(self.optimizer)
+        if optimizer is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer.load_states(Path(checkpoint) / PAGED_STATES)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         staging = self.folder / STAGING
         self.args.output_dir = str(staging)
@@ -238,58 +260,3 @@ class _Trainer(Trainer):
         os.replace(staging / name, self.folder / name)
         staging.rmdir()
         rotate_checkpoints(str(self.folder), self.args.save_total_limit)
-
-
-class _Watch(TrainerCallback):
-    """The progress bar, the clock, and the check that the loss is a number."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.seconds = 0.0
-        self.gradient_bytes = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tokens_before = state.num_input_tokens_seen
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", mininterval=0.5)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.gradient_bytes == 0:
-            self.gradient_bytes = sum(p.grad.nbytes for p in kwargs["model"].parameters() if p.grad is not None)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs: dict[str, float] = kwargs["logs"]
-        if "eval_loss" in logs:
-            self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", file=sys.stderr)
-        if "loss" not in logs:
-            return
-        # The loss was just read from the device, so the step has ended there too.
-        self.seconds += time.perf_counter() - self.started
-        self.tokens = state.num_input_tokens_seen - self.tokens_before
-        self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-        self.bar.update()
-        if not math.isfinite(logs["loss"]):
-            self.bar.close()
-            raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}: try a lower learning rate")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-class _Interrupt(TrainerCallback):
-    """On the first SIGINT, end after the running step, with a checkpoint; on the second, at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def ask(self, *_: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\ninterrupted: this step ends, then all is saved; Ctrl-C again stops at once\n")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True

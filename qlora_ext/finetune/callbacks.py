@@ -1,0 +1,66 @@
+"""What happens beside the steps of training: the progress bar and the clock, and Ctrl-C."""
+
+import math
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+class Watch(TrainerCallback):
+    """The progress bar, the clock, and the check that the loss is a number."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self.gradient_bytes = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.tokens_before = state.num_input_tokens_seen
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", mininterval=0.5)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.gradient_bytes == 0:
+            self.gradient_bytes = sum(p.grad.nbytes for p in kwargs["model"].parameters() if p.grad is not None)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        if "eval_loss" in logs:
+            self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", file=sys.stderr)
+        if "loss" not in logs:
+            return
+        # The loss was just read from the device, so the step has ended there too.
+        self.seconds += time.perf_counter() - self.started
+        self.tokens = state.num_input_tokens_seen - self.tokens_before
+        self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        self.bar.update()
+        if not math.isfinite(logs["loss"]):
+            self.bar.close()
+            raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}: try a lower learning rate")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+class Interrupt(TrainerCallback):
+    """On the first SIGINT, end after the running step, with a checkpoint; on the second, at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def ask(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\ninterrupted: this step ends, then all is saved; Ctrl-C again stops at once\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
