@@ -19,7 +19,10 @@ import qlora_ext._C as _C
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
 # What changes the speed of a process from outside: recorded where it is set.
-SETTINGS = ("GLIBC_TUNABLES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+SETTINGS = (
+    *("GLIBC_TUNABLES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS"),
+    *("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"),
+)
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 

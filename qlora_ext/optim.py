@@ -74,7 +74,7 @@ class PagedAdamW(Optimizer):
         weight_decay: float = 1e-2,
         *,
         state_bits: int = 32,
-        page_bytes: int = 1 << 21,
+        page_bytes: int = 1 << 20,
         device_budget: int | None = None,
         host_budget: int | None = None,
         page_file: str | os.PathLike[str] | None = None,

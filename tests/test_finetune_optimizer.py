@@ -16,7 +16,7 @@ from qlora_ext.finetune.data import PadToLongest
 from qlora_ext.finetune.optimizer import STATE_BITS, OptimizerChoice
 from qlora_ext.finetune.train import PAGED_STATES, newest_checkpoint
 
-PAGE = 2**21  # the default
+PAGE = 2**20  # the default
 
 
 def in_file(kind: str, folder: Path) -> OptimizerChoice:
