@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from qlora_ext import _C
 from qlora_ext.optim_files import find_states, save_states
-from qlora_ext.optim_state import Saved, checked_state, like_parameter, local_shard, state_forms
+from qlora_ext.optim_state import Held, Saved, checked_state, like_parameter, local_shard, state_forms
 from qlora_ext.optim_step import check, check_dtype, checked_gradient, checked_hyper
 from qlora_ext.paged_parameters import PagedParameters, Update
 
@@ -46,11 +47,12 @@ class PagedAdamW(Optimizer):
         seed: of that chance.
         maximize: go up the gradient.
 
-    States exist from the first gradient on. They are in no tensors: `optimizer.state` is empty, `state_dict()` makes
-    tensors of them, `save_states()` writes them without. A NaN or Inf in a gradient makes NaN of its element as in
-    torch, in 8-bit states of its block of 256; under torch.amp.GradScaler such a step is left out whole. What raises
-    before a step begins has changed nothing. A step that loses its page file half-way raises, and so does every later
-    one: some parameters are then a step ahead of others, and a checkpoint has to be loaded.
+    States exist from the first gradient on. They are in no tensors: `optimizer.state` has an empty dict for each
+    parameter with states, `state_dict()` makes tensors of them, `save_states()` writes them without. A NaN or Inf in a
+    gradient makes NaN of its element as in torch, in 8-bit states of its block of 256; under torch.amp.GradScaler such
+    a step is left out whole. What raises before a step begins has changed nothing. A step that loses its page file
+    half-way raises, and so does every later one: some parameters are then a step ahead of others, and a checkpoint has
+    to be loaded.
 
     Raises:
         TypeError: a parameter, gradient or option of the wrong kind.
@@ -86,13 +88,13 @@ class PagedAdamW(Optimizer):
         whole_pages = isinstance(page_bytes, int) and page_bytes > 0 and page_bytes % _C.MIN_PAGE_BYTES == 0
         check(whole_pages, "page_bytes", f"a positive multiple of {_C.MIN_PAGE_BYTES}", page_bytes)
         for name, budget in (("device_budget", device_budget), ("host_budget", host_budget)):
-            valid = budget is None or (isinstance(budget, int) and budget >= 0)
+            valid = budget is None or (isinstance(budget, int) and 0 <= budget < 1 << 63)
             check(valid, name, "a number of bytes, 0 or more, or None", budget)
         check(isinstance(seed, int) and 0 <= seed < 1 << 64, "seed", "an integer from 0 to 2**64 - 1", seed)
         self._rounding = (stochastic_rounding, seed)
-        file = None if page_file is None else os.fspath(page_file)
+        file = None if page_file is None else os.path.realpath(page_file)
         self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
-        self._count = 0  # of parameters in the groups that _paged was last told to keep
+        self._kept: list[int] = []  # the parameters in the groups that _paged was last told to keep, by identity
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
 
@@ -106,10 +108,11 @@ class PagedAdamW(Optimizer):
         try:
             checked_hyper(self.param_groups[-1])
             new = self.param_groups[-1]["params"]
-            for p in new:
+            check(len(set(new)) == len(new), "params", "each parameter once", "one of them twice")
+            for p in (trained := [p for p in new if p.requires_grad]):
                 check_dtype("params", p.dtype)
             self._forget_removed()
-            self._paged.reserve([p for p in new if p.requires_grad])
+            self._paged.reserve(trained)
         except BaseException:
             self.param_groups.pop()
             self._forget_removed()
@@ -147,11 +150,13 @@ class PagedAdamW(Optimizer):
         self._forget_removed()
         updates = list(self._updates())
         self._paged.reserve([u.parameter for u in updates if u.parameter not in self._paged])
-        self._paged.step(updates, getattr(self, "grad_scale", None), *self._rounding)
-        for update in updates:
-            local = local_shard(update.parameter)
-            if update.local.data_ptr() != local.data_ptr():  # it was not contiguous
-                local.copy_(update.local)
+        try:
+            self._paged.step(updates, getattr(self, "grad_scale", None), *self._rounding)
+        finally:  # after Ctrl-C during the step, too
+            for update in updates:
+                self.state[update.parameter] = {}  # none: torch.distributed.checkpoint would make a step of its own
+                if update.local.data_ptr() != (local := local_shard(update.parameter)).data_ptr():  # not contiguous
+                    local.copy_(update.local)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,17 +166,18 @@ class PagedAdamW(Optimizer):
         and `exp_avg_sq_absmax` [ceil(numel / 256)]. To save without room for all of them in memory: `save_states`.
         """
         parts = []
-        for _, p, steps in self._with_states():
-            self.state[p] = {"step": torch.tensor(float(steps))}
-            for part, form in state_forms(p, self._paged.state_bits).items():
-                tensor = torch.empty(form.shape, dtype=form.dtype)
-                parts.append((p, part, tensor))
-                self.state[p][part] = like_parameter(p, tensor) if part in ("exp_avg", "exp_avg_sq") else tensor
         try:
+            self.state.clear()
+            for _, p, steps in self._with_states():
+                self.state[p] = {"step": torch.tensor(float(steps))}
+                for part, form in state_forms(p, self._paged.state_bits).items():
+                    tensor = torch.empty(form.shape, dtype=form.dtype)
+                    parts.append((p, part, tensor))
+                    self.state[p][part] = like_parameter(p, tensor) if part in ("exp_avg", "exp_avg_sq") else tensor
             self._paged.save(parts)
             return super().state_dict()
         finally:
-            self.state.clear()
+            self.state = defaultdict(dict, {p: {} for _, p, _ in self._with_states()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` of this class or of torch.optim.AdamW gave, straight into pages.
@@ -182,7 +188,7 @@ class PagedAdamW(Optimizer):
         """
 
         def hold(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            return given | {"state": {key: _Held(entry) for key, entry in given["state"].items()}}
+            return given | {"state": {key: Held(entry) for key, entry in given["state"].items()}}
 
         last = self.register_load_state_dict_pre_hook(hold)
         try:
@@ -235,6 +241,7 @@ class PagedAdamW(Optimizer):
         A step after it begins anew, from states of zeros.
         """
         self._paged.restore({}, ())
+        self.state.clear()
 
     def stats(self) -> dict[str, Any]:
         """Where the states are and what has moved, over all devices.
@@ -242,7 +249,7 @@ class PagedAdamW(Optimizer):
         Returns:
             pages: how many have their home in "device", "host" and "file"; unwritten_pages: how many have none yet;
             ring_pages: of the computing devices, that others stream through; page_bytes;
-            bytes_read, bytes_written: moved from and to each of these since the start;
+            bytes_read, bytes_written: moved from and to each of these since the start or the last loading;
             visits, hits, hit_rate: pages computed, those at home in the computing device's memory, their quotient;
             seconds_waited: by the calling thread for moves.
         """
@@ -254,6 +261,7 @@ class PagedAdamW(Optimizer):
             checked_hyper(group)
         params = [p for group in groups for p in group["params"]]
         self._paged.restore(saved, [p for p in params if p.requires_grad], file)
+        self.state = defaultdict(dict, {p: {} for p in saved})
         super().__setstate__({"param_groups": groups})
 
     def _indexed(self) -> Iterator[tuple[int, Tensor]]:
@@ -268,10 +276,11 @@ class PagedAdamW(Optimizer):
                 yield index, p, steps
 
     def _forget_removed(self) -> None:
-        count = sum(len(group["params"]) for group in self.param_groups)
-        if count != self._count:
-            self._count = count
-            self._paged.keep({p for _, p in self._indexed()})
+        params = [p for _, p in self._indexed()]
+        if (now := [id(p) for p in params]) != self._kept:
+            self._kept = now
+            self._paged.keep(params)
+            self.state = defaultdict(dict, {p: {} for p in params if p in self.state})
 
     def _updates(self) -> Iterator[Update]:
         """What a step updates, all of it checked."""
@@ -284,10 +293,3 @@ class PagedAdamW(Optimizer):
                     continue
                 grad = checked_gradient(index, p)
                 yield Update(p, local_shard(p.detach()).contiguous(), grad, index, hyper)
-
-
-class _Held:
-    """Carries a state through Optimizer.load_state_dict, which casts tensors to their parameter's dtype and device."""
-
-    def __init__(self, entry: dict[str, Any]) -> None:
-        self.entry = entry

@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from qlora_ext.optim_state import Saved, state_forms
+from qlora_ext.optim_step import checked_hyper
 from qlora_ext.paged_parameters import PagedParameters
 from qlora_ext.state_file import read_header, write_state_file
 
 _METADATA = "PagedAdamW"
+_MOST_STEPS = 1 << 53
 
 
 def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters) -> None:
@@ -50,15 +52,22 @@ def find_states(
     metadata, forms, offsets = read_header(at, path)
     try:
         described = json.loads(metadata[_METADATA])
-        sizes, loaded, steps = described["sizes"], described["groups"], described["steps"]
-    except (KeyError, ValueError, TypeError) as error:
+        sizes, steps = described["sizes"], {int(index): int(taken) for index, taken in described["steps"].items()}
+        loaded = [group | {"betas": tuple(group["betas"])} for group in described["groups"]]
+        for group in loaded:
+            checked_hyper(group)
+        if len(loaded) != len(sizes) or not all(0 < taken < _MOST_STEPS for taken in steps.values()):
+            raise ValueError(f"{len(loaded)} groups for {sizes} parameters, steps {steps}")
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{at}: expected a file of save_states, got {error!r}") from error
     expected = [len(group["params"]) for group in groups]
     if sizes != expected:
         raise ValueError(f"{at}: expected groups of {expected} parameters, got {sizes}")
+    for group, own in zip(loaded, groups, strict=True):
+        group["params"] = own["params"]
     saved = {}
     for index, p in enumerate(p for group in groups for p in group["params"]):
-        if str(index) not in steps:
+        if index not in steps:
             continue
         parts: dict[str, Tensor | int] = {}
         for part, form in state_forms(p, state_bits).items():
@@ -66,9 +75,5 @@ def find_states(
             if forms.get(name) != form:
                 raise ValueError(f"{at}: {name}: expected {form}, got {forms.get(name)}")
             parts[part] = offsets[name]
-        saved[p] = Saved(int(steps[str(index)]), parts)
-    restored = [
-        group | {"params": own["params"], "betas": tuple(group["betas"])}
-        for group, own in zip(loaded, groups, strict=True)
-    ]
-    return saved, restored
+        saved[p] = Saved(steps[index], parts)
+    return saved, loaded

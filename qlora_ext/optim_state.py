@@ -31,6 +31,13 @@ class Saved(NamedTuple):
     parts: dict[str, Tensor | int]
 
 
+class Held:
+    """Carries a state through Optimizer.load_state_dict, which casts tensors to their parameter's dtype and device."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry
+
+
 def local_shard(tensor: Tensor) -> Tensor:
     """What this process has of a DTensor; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -68,7 +75,7 @@ def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[s
     if entry.get("max_exp_avg_sq") is not None:
         raise ValueError(f"{op}: state of parameter {index}: expected no max_exp_avg_sq, got that of amsgrad=True")
     steps = float(entry["step"]) if "step" in entry else -1.0
-    if not steps.is_integer() or steps < 0:
+    if not steps.is_integer() or not 0 <= steps < 1 << 53:
         raise ValueError(f"{op}: step of parameter {index}: expected a whole number, got {entry.get('step')}")
     parts: dict[str, Tensor | int] = {}
     for part, (dtype, shape) in state_forms(p, state_bits).items():

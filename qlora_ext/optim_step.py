@@ -28,6 +28,8 @@ def check_dtype(what: str, dtype: torch.dtype) -> None:
 
 def checked_hyper(group: dict[str, Any]) -> Hyper:
     """The hyperparameters of a group."""
+    missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
+    check(not missing, "param_groups", "groups of AdamW", f"one without {', '.join(missing)}")
     check(not group.get("amsgrad"), "amsgrad", "False", group.get("amsgrad"))
     lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
     beta1, beta2 = map(float, group["betas"])
@@ -43,6 +45,9 @@ def checked_gradient(index: int, p: Any) -> Tensor:
     what = f"gradient of parameter {index}"
     check(grad.layout is torch.strided, what, "a dense tensor", grad.layout)
     check_dtype(what, grad.dtype)
+    check(grad.shape == p.shape, what, f"shape {list(p.shape)}", list(grad.shape))
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True))
+    check(not expanded, f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
     if hasattr(p, "placements") and grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
     return local_shard(grad).contiguous()

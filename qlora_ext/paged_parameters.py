@@ -26,6 +26,14 @@ class Update(NamedTuple):
     hyper: Hyper
 
 
+class _States(NamedTuple):
+    """Those of one parameter: the store that they are in and their id there, and for how many elements they are."""
+
+    device: torch.device
+    id: int
+    numel: int
+
+
 class PagedParameters:
     """Pages for the states of parameters. Its options are those of PagedAdamW."""
 
@@ -40,13 +48,14 @@ class PagedParameters:
         self.state_bits = state_bits
         self._paging = (page_bytes, device_budget, host_budget, page_file or "")
         self._stores: dict[torch.device, _C.PagedStates] = {}
-        self._ids: dict[Tensor, int] = {}  # in the store of the parameter's device
+        self._states: dict[Tensor, _States] = {}
+        self._half_restored = False
 
     def __contains__(self, p: Tensor) -> bool:
-        return p in self._ids
+        return p in self._states
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._states)
 
     def reserve(self, params: Iterable[Tensor]) -> None:
         """Room for the states of these parameters, which have none yet; all or, if it raises, none on that device."""
@@ -66,25 +75,30 @@ class PagedParameters:
                 self._stores[device] = _C.PagedStates(str(device), *self._paging)
             numels = [local_shard(p).numel() for p in new]
             bits = [state_width(p, self.state_bits) for p in new]
-            self._ids |= zip(new, self._stores[device].add(numels, bits), strict=True)
+            ids = self._stores[device].add(numels, bits)
+            self._states |= {p: _States(device, *states) for p, *states in zip(new, ids, numels, strict=True)}
 
     def keep(self, params: Collection[Tensor]) -> None:
         """Free the states of all others."""
-        for p in self._ids.keys() - set(params):
-            self._store(p).remove(self._ids.pop(p))
+        for p in self._states.keys() - set(params):
+            states = self._states.pop(p)
+            self._stores[states.device].remove(states.id)
 
     def steps(self, p: Tensor) -> int:
         """How many steps the parameter has taken; without any it has no state."""
-        return self._store(p).steps(self._ids[p]) if p in self._ids else 0
+        if p not in self._states:
+            return 0
+        return self._stores[self._states[p].device].steps(self._states[p].id)
 
     def step(self, updates: Iterable[Update], grad_scale: Tensor | None, stochastic_rounding: bool, seed: int) -> None:
         """Update the parameters, page by page; on each device all of them or none, unless pages are lost."""
-        by_device: dict[torch.device, list[Update]] = defaultdict(list)
+        self._check_restored()
+        by_device: dict[torch.device, list[tuple[int, Update]]] = defaultdict(list)
         for update in updates:
-            by_device[update.local.device].append(update)
-        for device, here in by_device.items():
+            by_device[update.local.device].append((self._id(update.parameter), update))
+        for device, with_ids in by_device.items():
             scale = None if grad_scale is None else grad_scale.to(device, torch.float32)
-            ids = [self._ids[u.parameter] for u in here]
+            ids, here = [i for i, _ in with_ids], [u for _, u in with_ids]
             self._stores[device].step(
                 ids, [u.local for u in here], [u.grad for u in here], [u.number for u in here], [u.hyper for u in here],
                 scale, stochastic_rounding, seed,
@@ -92,18 +106,23 @@ class PagedParameters:
 
     def save(self, parts: Iterable[tuple[Tensor, str, Tensor | int]], file: int = -1) -> None:
         """Copy parts of parameters' states into CPU tensors, or to offsets of a file."""
+        self._check_restored()
         for device, places in self._places(parts).items():
             self._stores[device].save(places, file)
 
     def restore(self, saved: Mapping[Tensor, Saved], reserved: Iterable[Tensor], file: int = -1) -> None:
-        """Replace all states by these, and reserve room for those of further parameters."""
-        self._ids.clear()
+        """Replace all states by these, and reserve room for those of further parameters.
+
+        If it raises, states are lost: nothing can be done with them until this has succeeded.
+        """
+        self._half_restored = True
+        self._states.clear()
         self._stores.clear()  # which frees all pages: there is never a second copy of the states
         self.reserve(dict.fromkeys([*saved, *reserved]))
         held: list[tuple[Tensor, str, Tensor | int]] = []
         converted = 0
         for p, (steps, parts) in saved.items():
-            self._store(p).set_steps(self._ids[p], steps)
+            self._stores[self._states[p].device].set_steps(self._id(p), steps)
             for part, form in state_forms(p, self.state_bits).items():
                 value = parts[part]
                 if isinstance(value, Tensor):
@@ -114,27 +133,40 @@ class PagedParameters:
                 self._load(held, file)
                 held, converted = [], 0
         self._load(held, file)
+        self._half_restored = False
 
     def stats(self) -> dict[str, Any]:
-        """The sums of the stores' own."""
-        total: dict[str, Any] = {}
+        """The sums of the stores' own, since the states were last restored."""
+        tiers = dict.fromkeys(("device", "host", "file"), 0)
+        total: dict[str, Any] = dict.fromkeys(("pages", "bytes_read", "bytes_written"), tiers)
+        total |= dict.fromkeys(("unwritten_pages", "ring_pages", "visits", "hits"), 0) | {"seconds_waited": 0.0}
         for store in self._stores.values():
             for name, value in store.stats().items():
                 if isinstance(value, dict):
-                    before = total.get(name, {})
-                    total[name] = {tier: n + before.get(tier, 0) for tier, n in value.items()}
-                else:
-                    total[name] = value + total.get(name, 0)
+                    total[name] = {tier: n + total[name][tier] for tier, n in value.items()}
+                elif name != "page_bytes":
+                    total[name] += value
         return total | {"page_bytes": self._paging[0]}
 
-    def _store(self, p: Tensor) -> _C.PagedStates:
-        return self._stores[local_shard(p).device]
+    def _id(self, p: Tensor) -> int:
+        states, local = self._states[p], local_shard(p)
+        expected, got = (states.numel, states.device), (local.numel(), local.device)
+        if got != expected:
+            raise ValueError(
+                f"PagedAdamW: params: expected {expected[0]} elements on {expected[1]}, as when added, "
+                f"got {got[0]} on {got[1]}"
+            )
+        return states.id
+
+    def _check_restored(self) -> None:
+        if self._half_restored:
+            raise RuntimeError("PagedAdamW: not usable since states could not be loaded: expected them loaded anew")
 
     def _places(self, parts: Iterable[tuple[Tensor, str, Tensor | int]]) -> dict[torch.device, list[Any]]:
         places: dict[torch.device, list[Any]] = defaultdict(list)
         for p, part, place in parts:
             where = (place, 0) if isinstance(place, Tensor) else (None, place)
-            places[local_shard(p).device].append((self._ids[p], PARTS.index(part), *where))
+            places[local_shard(p).device].append((self._id(p), PARTS.index(part), *where))
         return places
 
     def _load(self, parts: Iterable[tuple[Tensor, str, Tensor | int]], file: int) -> None:

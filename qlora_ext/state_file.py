@@ -35,7 +35,8 @@ def write_state_file(
     start = 8 + len(text)
     beside = path.with_name(f"{path.name}.tmp")
     try:
-        with open(beside, "wb", buffering=0) as file:
+        beside.unlink(missing_ok=True)  # of a process that was killed; where it is a link, not what that leads to
+        with open(beside, "xb", buffering=0) as file:
             os.posix_fallocate(file.fileno(), 0, start + end)
             file.write(len(text).to_bytes(8, "little") + text)
             fill(file.fileno(), {name: start + header[name]["data_offsets"][0] for name in forms})
@@ -68,7 +69,7 @@ def read_header(at: str, path: Path) -> tuple[dict[str, str], dict[str, Form], d
             expected = [end, end := end + forms[name].nbytes]
             if tensor["data_offsets"] != expected or min(forms[name].shape, default=0) < 0:
                 raise ValueError(f"{name} at {tensor['data_offsets']} instead of {expected}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{at}: expected a header of float32 and uint8 tensors, got {error!r}") from error
     if start + end != size:
         raise ValueError(f"{at}: expected {start + end} bytes, got {size}")

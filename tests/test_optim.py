@@ -232,7 +232,7 @@ def test_nan_stays_in_its_element_or_block(options: dict[str, Any]) -> None:
         ({"host_budget": -1}, "host_budget: expected a number of bytes"),
         ({"device_budget": 1 << 20}, "device_budget: expected None for states on the CPU"),
         ({"seed": -1}, "seed: expected an integer"),
-        ({"host_budget": 0}, "expected room for .* pages of 2097152 bytes, got room for 0"),
+        ({"host_budget": 0}, "expected room for .* pages of 1048576 bytes, got room for 0"),
     ],
     ids=str,
 )
@@ -252,7 +252,43 @@ def test_bad_parameters_and_gradients_change_nothing() -> None:
         optimizer.step()
     with pytest.raises(TypeError, match=r"params: expected dtype float32, float16 or bfloat16, got torch.float64"):
         optimizer.add_param_group({"params": [Parameter(torch.ones(3, dtype=torch.float64))]})
+    with pytest.raises(ValueError, match="params: expected each parameter once"):
+        optimizer.add_param_group({"params": [twice := Parameter(torch.ones(3)), twice]})
     assert len(optimizer.param_groups) == 1
+    expanded = Parameter(torch.ones(1).expand(5))
+    expanded.grad, params[3].grad = torch.ones(5), torch.ones(4096)
+    optimizer.add_param_group({"params": [expanded, Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)]})
+    with pytest.raises(ValueError, match="parameter 7: expected elements of their own, got"):
+        optimizer.step()
+    optimizer.remove_param_group(1)
     assert (bits(params), state_bits(optimizer)) == (before, states)
     with pytest.raises(TypeError, match="cannot be"):
         optimizer.__getstate__()
+
+
+@pytest.mark.parametrize("size", [100, 200_000])
+def test_a_parameter_that_has_changed_its_size_is_refused(size: int, tmp_path: Path) -> None:
+    other, p = Parameter(torch.ones(10)), Parameter(torch.ones(100_000))
+    optimizer = PagedAdamW([other, p], lr=LR, page_bytes=4096)
+    other.grad, p.grad = torch.ones(10), torch.ones(100_000)
+    optimizer.step()
+    before = bits([other])
+    p.grad = None
+    p.data = torch.ones(size)
+    p.grad = torch.ones(size)
+    for act in (optimizer.step, optimizer.state_dict, lambda: optimizer.save_states(tmp_path / "states")):
+        with pytest.raises(ValueError, match=f"expected 100000 elements on cpu, as when added, got {size}"):
+            act()
+    assert bits([other]) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_replaces_in_param_groups_is_freed() -> None:
+    optimizer = PagedAdamW([Parameter(torch.ones(10))], page_bytes=4096)
+    for _ in range(20):
+        optimizer.add_param_group({"params": [p := Parameter(torch.ones(1000))]})
+        p.grad = torch.ones(1000)
+        optimizer.step()
+        optimizer.param_groups.pop()
+    assert sum(optimizer.stats()["pages"].values()) <= 4
+    assert len(optimizer.state) <= 1

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,27 @@ def test_a_kill_at_any_point_of_save_states_leaves_a_whole_file(tmp_path: Path) 
         assert entry["exp_avg"].eq(value).all()
         assert entry["exp_avg_sq"].eq(value).all()
         optimizer.save_states(path)  # what the kill left beside is no obstacle
+
+
+@pytest.mark.parametrize("options", [{}, {"page_file": None, "host_budget": 0, "page_bytes": 4096}], ids=str)
+def test_ctrl_c_in_a_step_leaves_no_parameter_behind(options: dict[str, Any], tmp_path: Path) -> None:
+    if "page_file" in options:
+        options = options | {"page_file": tmp_path / "pages"}
+    plain, transposed = Parameter(torch.ones(64, 64)), Parameter(torch.ones(64, 64).T[:, ::2])
+    optimizer = PagedAdamW([plain, transposed], lr=LR, **options)
+    for p in (plain, transposed):
+        p.grad = torch.ones_like(p)
+    step = optimizer._paged.step
+
+    def interrupted(*arguments: Any) -> None:
+        step(*arguments)
+        raise KeyboardInterrupt
+
+    optimizer._paged.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert torch.equal(transposed, plain[:, ::2])
+    assert (transposed < 1).all()
 
 
 def test_two_optimizers_and_workers_that_fork(tmp_path: Path) -> None:

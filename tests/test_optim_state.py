@@ -79,7 +79,7 @@ def test_hooks_see_tensors() -> None:
     optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(type(state["state"][0]["exp_avg"])))
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen == [torch.Tensor, torch.Tensor]
-    assert not optimizer.state
+    assert not any(optimizer.state.values())
 
 
 def bad_state(change: Any) -> dict[str, Any]:
@@ -99,6 +99,8 @@ def bad_state(change: Any) -> dict[str, Any]:
         (lambda s: s["state"][1].update(exp_avg=torch.ones(7, dtype=torch.uint8)), r"floats \[7\], got uint8 \[7\]"),
         (lambda s: s["state"][2].update(max_exp_avg_sq=torch.ones(1)), "no max_exp_avg_sq"),
         (lambda s: s["state"][2].update(step=torch.tensor(1.5)), "step of parameter 2: expected a whole number"),
+        (lambda s: s["state"][2].update(step=torch.tensor(2.0**60)), "step of parameter 2: expected a whole number"),
+        (lambda s: s["param_groups"][0].pop("betas"), "groups of AdamW, got 'one without betas'"),
         (lambda s: s["param_groups"][0].update(amsgrad=True), "amsgrad: expected False"),
         (lambda s: s["param_groups"][0].update(lr=-1.0), "lr: expected 0 or more"),
         (lambda s: s["param_groups"].append(s["param_groups"][0]), "different number of parameter groups"),
@@ -149,6 +151,10 @@ def damage(path: Path, change: str) -> None:
     else:
         if change == "no metadata":
             del header["__metadata__"]["PagedAdamW"]
+        elif change.startswith("metadata"):
+            described = json.loads(header["__metadata__"]["PagedAdamW"])
+            described |= json.loads(change.removeprefix("metadata"))
+            header["__metadata__"]["PagedAdamW"] = json.dumps(described)
         elif change == "overlap":
             header["0.exp_avg"]["data_offsets"] = header["0.exp_avg_sq"]["data_offsets"]
         elif change == "foreign dtype":
@@ -162,7 +168,11 @@ def damage(path: Path, change: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["short", "long", "huge header", "empty", "no metadata", "overlap", "foreign dtype", "other shape"],
+    [
+        *("short", "long", "huge header", "empty", "no metadata", "overlap", "foreign dtype", "other shape"),
+        *('metadata{"steps": {"0": -1}}', 'metadata{"steps": {"0": 1e30}}', 'metadata{"steps": null}'),
+        *('metadata{"groups": []}', 'metadata{"groups": [3]}', 'metadata{"groups": [{"betas": [1, 2, 3]}]}'),
+    ],
 )
 def test_a_damaged_file_changes_nothing(change: str, tmp_path: Path) -> None:
     _, optimizer = train(partial(PagedAdamW, lr=LR), 3)
@@ -175,6 +185,50 @@ def test_a_damaged_file_changes_nothing(change: str, tmp_path: Path) -> None:
     assert state_bits(later) == states
     set_gradients(other, 1)
     later.step()
+
+
+def test_what_fails_to_load_cannot_be_used_until_it_is_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    params, optimizer = train(partial(PagedAdamW, lr=LR, page_bytes=4096, host_budget=0, page_file=folder / "pages"), 2)
+    optimizer.save_states(tmp_path / "states")
+    before, states = bits(params), state_bits(optimizer)
+    (folder / "pages").unlink()
+    folder.rmdir()
+    with pytest.raises(OSError, match="open"):
+        optimizer.load_states(tmp_path / "states")
+    folder.mkdir()
+    set_gradients(params, 2)
+    for act in (optimizer.step, optimizer.state_dict, lambda: optimizer.save_states(tmp_path / "states")):
+        with pytest.raises(RuntimeError, match="could not be loaded"):
+            act()
+    assert bits(params) == before
+    optimizer.load_states(tmp_path / "states")
+    assert state_bits(optimizer) == states
+
+
+def test_saving_follows_no_link_that_someone_has_laid(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "states.tmp").symlink_to(tmp_path / "precious")
+    _, optimizer = train(partial(PagedAdamW, lr=LR), 1)
+    optimizer.save_states(tmp_path / "states")
+    assert (tmp_path / "precious").read_text() == "precious"
+    optimizer.load_states(tmp_path / "states")
+
+
+def test_a_distributed_checkpoint_finds_the_states_as_they_are() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = torch.nn.Linear(8, 8)
+    optimizer = PagedAdamW(model.parameters(), lr=LR)
+    for _ in range(3):
+        model(torch.ones(8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    states, values = state_bits(optimizer), bits(list(model.parameters()))
+    got = get_optimizer_state_dict(model, optimizer)
+    assert (state_bits(optimizer), bits(list(model.parameters()))) == (states, values)
+    assert torch.equal(got["state"]["weight"]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
 
 def test_a_file_for_other_parameters(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ PageFile::PageFile(const std::string& path) : path_(path) {
 
 PageFile::~PageFile() {
   if (file_ < 0) return;
+  // A forked process may still have it open, which keeps the space of what is in it.
+  [[maybe_unused]] const int truncated = ::ftruncate(file_, 0);
   struct stat mine, there;
   if (::fstat(file_, &mine) == 0 && ::stat(path_.c_str(), &there) == 0 && mine.st_ino == there.st_ino &&
       mine.st_dev == there.st_dev) {
