@@ -68,6 +68,12 @@ def test_codebook_values_stand_in_one_place() -> None:
         assert holders in ([], ["codebook.h"]), f"{literal} stands in {holders}"
 
 
+def test_nothing_waits_for_a_whole_device_or_takes_managed_memory() -> None:
+    for path in sources("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "csrc/**/*.cuh"):
+        calls = re.findall(r"cudaDeviceSynchronize|cu(?:da)?Ctx\w*Synchronize|Managed\(", path.read_text())
+        assert not calls, f"{path.relative_to(ROOT)} calls {calls}"
+
+
 def test_files_are_small_rooms() -> None:
     for path in sources("csrc/**/*.[hc]*", "qlora_ext/**/*.py", "tests/**/*.py", "bench/*.py"):
         limit = 400 if path.parent.name in ("cpu", "cuda") else 300
