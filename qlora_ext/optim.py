@@ -92,7 +92,7 @@ class PagedAdamW(Optimizer):
             check(valid, name, "a number of bytes, 0 or more, or None", budget)
         check(isinstance(seed, int) and 0 <= seed < 1 << 64, "seed", "an integer from 0 to 2**64 - 1", seed)
         self._rounding = (stochastic_rounding, seed)
-        file = None if page_file is None else os.path.realpath(page_file)
+        file = os.path.realpath(page_file) if page_file else None
         self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
         self._kept: list[int] = []  # the parameters in the groups that _paged was last told to keep, by identity
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -154,7 +154,8 @@ class PagedAdamW(Optimizer):
             self._paged.step(updates, getattr(self, "grad_scale", None), *self._rounding)
         finally:  # after Ctrl-C during the step, too
             for update in updates:
-                self.state[update.parameter] = {}  # none: torch.distributed.checkpoint would make a step of its own
+                if self._paged.steps(update.parameter):
+                    self.state[update.parameter] = {}  # none: torch.distributed.checkpoint would make a step of its own
                 if update.local.data_ptr() != (local := local_shard(update.parameter)).data_ptr():  # not contiguous
                     local.copy_(update.local)
         return loss
@@ -165,16 +166,16 @@ class PagedAdamW(Optimizer):
         8-bit states are uint8 codes `exp_avg` and `exp_avg_sq` in the parameter's shape, with float32 `exp_avg_absmax`
         and `exp_avg_sq_absmax` [ceil(numel / 256)]. To save without room for all of them in memory: `save_states`.
         """
-        parts = []
+        entries: dict[Tensor, dict[str, Tensor]] = {}
+        for _, p, steps in self._with_states():
+            forms = state_forms(p, self._paged.state_bits)
+            entries[p] = {part: torch.empty(form.shape, dtype=form.dtype) for part, form in forms.items()}
+            entries[p]["step"] = torch.tensor(float(steps))
+        self._paged.save((p, part, entry[part]) for p, entry in entries.items() for part in entry if part != "step")
         try:
-            self.state.clear()
-            for _, p, steps in self._with_states():
-                self.state[p] = {"step": torch.tensor(float(steps))}
-                for part, form in state_forms(p, self._paged.state_bits).items():
-                    tensor = torch.empty(form.shape, dtype=form.dtype)
-                    parts.append((p, part, tensor))
-                    self.state[p][part] = like_parameter(p, tensor) if part in ("exp_avg", "exp_avg_sq") else tensor
-            self._paged.save(parts)
+            shaped = ("exp_avg", "exp_avg_sq")  # like the parameter
+            for p, entry in entries.items():  # which are filled: a DTensor may copy them to another device
+                self.state[p] = entry | {part: like_parameter(p, entry[part]) for part in shaped}
             return super().state_dict()
         finally:
             self.state = defaultdict(dict, {p: {} for _, p, _ in self._with_states()})
@@ -261,7 +262,8 @@ class PagedAdamW(Optimizer):
             checked_hyper(group)
         params = [p for group in groups for p in group["params"]]
         self._paged.restore(saved, [p for p in params if p.requires_grad], file)
-        self.state = defaultdict(dict, {p: {} for p in saved})
+        self._kept = []
+        self.state = defaultdict(dict, {p: {} for p, of_p in saved.items() if of_p.steps})
         super().__setstate__({"param_groups": groups})
 
     def _indexed(self) -> Iterator[tuple[int, Tensor]]:

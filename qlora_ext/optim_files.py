@@ -52,13 +52,15 @@ def find_states(
     metadata, forms, offsets = read_header(at, path)
     try:
         described = json.loads(metadata[_METADATA])
-        sizes, steps = described["sizes"], {int(index): int(taken) for index, taken in described["steps"].items()}
+        sizes, steps = described["sizes"], {int(index): taken for index, taken in described["steps"].items()}
         loaded = [group | {"betas": tuple(group["betas"])} for group in described["groups"]]
         for group in loaded:
             checked_hyper(group)
-        if len(loaded) != len(sizes) or not all(0 < taken < _MOST_STEPS for taken in steps.values()):
+        if len(loaded) != len(sizes) or not all(
+            isinstance(taken, int) and 0 < taken < _MOST_STEPS for taken in steps.values()
+        ):
             raise ValueError(f"{len(loaded)} groups for {sizes} parameters, steps {steps}")
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{at}: expected a file of save_states, got {error!r}") from error
     expected = [len(group["params"]) for group in groups]
     if sizes != expected:

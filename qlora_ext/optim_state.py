@@ -49,7 +49,8 @@ def like_parameter(p: Any, state: Tensor) -> Tensor:
         return state
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(state, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+    stride = torch.empty(p.shape, device="meta").stride()
+    return DTensor.from_local(state, p.device_mesh, p.placements, shape=p.shape, stride=stride)
 
 
 def state_width(p: Tensor, state_bits: int) -> int:
@@ -72,9 +73,14 @@ def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[s
     Raises:
         ValueError: a part is missing or has another shape, or its dtype is not the width's.
     """
+    if not isinstance(entry, dict):
+        raise ValueError(f"{op}: state of parameter {index}: expected a dict, got {type(entry).__name__}")
     if entry.get("max_exp_avg_sq") is not None:
         raise ValueError(f"{op}: state of parameter {index}: expected no max_exp_avg_sq, got that of amsgrad=True")
-    steps = float(entry["step"]) if "step" in entry else -1.0
+    try:
+        steps = float(entry["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        steps = -1.0
     if not steps.is_integer() or not 0 <= steps < 1 << 53:
         raise ValueError(f"{op}: step of parameter {index}: expected a whole number, got {entry.get('step')}")
     parts: dict[str, Tensor | int] = {}
@@ -86,10 +92,11 @@ def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[s
             # torch.optim.AdamW's states have the dtype of their parameter.
             kind = "floats" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
             expected_kind = "floats" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
-            if tuple(value.shape) == shape and kind == expected_kind:
+            has_values = value.layout is torch.strided and not value.is_meta
+            if tuple(value.shape) == shape and kind == expected_kind and has_values:
                 parts[part] = value
                 continue
-            got = f"{kind} {list(value.shape)}"
+            got = f"{kind} {list(value.shape)}" + ("" if has_values else f" ({value.layout} on {value.device})")
         expected = f"{'floats' if dtype.is_floating_point else 'uint8'} {list(shape)}"
         raise ValueError(f"{op}: {part} of parameter {index}: expected {expected}, got {got}")
     return Saved(int(steps), parts)

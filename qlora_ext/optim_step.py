@@ -46,8 +46,12 @@ def checked_gradient(index: int, p: Any) -> Tensor:
     check(grad.layout is torch.strided, what, "a dense tensor", grad.layout)
     check_dtype(what, grad.dtype)
     check(grad.shape == p.shape, what, f"shape {list(p.shape)}", list(grad.shape))
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True))
+    expanded = p.numel() > 0 and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True))
     check(not expanded, f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
+    if hasattr(p, "placements") != hasattr(grad, "placements"):
+        raise TypeError(f"PagedAdamW: {what}: expected {type(p.data).__name__}, got {type(grad).__name__}")
     if hasattr(p, "placements") and grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
-    return local_shard(grad).contiguous()
+    local, expected_shape = local_shard(grad), list(local_shard(p).shape)
+    check(list(local.shape) == expected_shape, what, f"a local shard of shape {expected_shape}", list(local.shape))
+    return local.contiguous()

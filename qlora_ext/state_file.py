@@ -69,7 +69,7 @@ def read_header(at: str, path: Path) -> tuple[dict[str, str], dict[str, Form], d
             expected = [end, end := end + forms[name].nbytes]
             if tensor["data_offsets"] != expected or min(forms[name].shape, default=0) < 0:
                 raise ValueError(f"{name} at {tensor['data_offsets']} instead of {expected}")
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{at}: expected a header of float32 and uint8 tensors, got {error!r}") from error
     if start + end != size:
         raise ValueError(f"{at}: expected {start + end} bytes, got {size}")

@@ -75,6 +75,11 @@ def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
                 p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
             for optimizer in optimizers:
                 optimizer.step()
+        with_other = PagedAdamW([other := Parameter(torch.ones(300, 41)), sharded[2]], lr=LR)
+        other.grad, sharded[2].grad = sharded[0].grad, None
+        with pytest.raises(TypeError, match="gradient of parameter 0: expected Tensor, got DTensor"):
+            with_other.step()
+        assert not with_other.state
         assert bits([p.to_local() for p in sharded]) == bits(plain)
         state = optimizers[1].state_dict()
         assert isinstance(state["state"][0]["exp_avg"], DTensor)

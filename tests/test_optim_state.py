@@ -100,6 +100,12 @@ def bad_state(change: Any) -> dict[str, Any]:
         (lambda s: s["state"][2].update(max_exp_avg_sq=torch.ones(1)), "no max_exp_avg_sq"),
         (lambda s: s["state"][2].update(step=torch.tensor(1.5)), "step of parameter 2: expected a whole number"),
         (lambda s: s["state"][2].update(step=torch.tensor(2.0**60)), "step of parameter 2: expected a whole number"),
+        (lambda s: s["state"].update({2: None}), "state of parameter 2: expected a dict, got NoneType"),
+        (lambda s: s["state"][2].update(step=None), "step of parameter 2: expected a whole number, got None"),
+        (
+            lambda s: s["state"][2].update(exp_avg=torch.ones(1000, 30, device="meta")),
+            r"got floats \[1000, 30\] .*meta",
+        ),
         (lambda s: s["param_groups"][0].pop("betas"), "groups of AdamW, got 'one without betas'"),
         (lambda s: s["param_groups"][0].update(amsgrad=True), "amsgrad: expected False"),
         (lambda s: s["param_groups"][0].update(lr=-1.0), "lr: expected 0 or more"),
@@ -171,6 +177,7 @@ def damage(path: Path, change: str) -> None:
     [
         *("short", "long", "huge header", "empty", "no metadata", "overlap", "foreign dtype", "other shape"),
         *('metadata{"steps": {"0": -1}}', 'metadata{"steps": {"0": 1e30}}', 'metadata{"steps": null}'),
+        *('metadata{"steps": {"0": 2.5}}', 'metadata{"steps": {"0": Infinity}}'),
         *('metadata{"groups": []}', 'metadata{"groups": [3]}', 'metadata{"groups": [{"betas": [1, 2, 3]}]}'),
     ],
 )
