@@ -149,7 +149,6 @@ class PagedAdamW(Optimizer):
             return loss
         self._forget_removed()
         updates = list(self._updates())
-        self._paged.reserve([u.parameter for u in updates if u.parameter not in self._paged])
         try:
             self._paged.step(updates, getattr(self, "grad_scale", None), *self._rounding)
         finally:  # after Ctrl-C during the step, too
@@ -167,18 +166,17 @@ class PagedAdamW(Optimizer):
         and `exp_avg_sq_absmax` [ceil(numel / 256)]. To save without room for all of them in memory: `save_states`.
         """
         entries: dict[Tensor, dict[str, Tensor]] = {}
-        for _, p, steps in self._with_states():
+        for p, steps in self._with_states():
             forms = state_forms(p, self._paged.state_bits)
             entries[p] = {part: torch.empty(form.shape, dtype=form.dtype) for part, form in forms.items()}
             entries[p]["step"] = torch.tensor(float(steps))
         self._paged.save((p, part, entry[part]) for p, entry in entries.items() for part in entry if part != "step")
         try:
-            shaped = ("exp_avg", "exp_avg_sq")  # like the parameter
-            for p, entry in entries.items():  # which are filled: a DTensor may copy them to another device
-                self.state[p] = entry | {part: like_parameter(p, entry[part]) for part in shaped}
+            for p, entry in entries.items():  # which are filled by now: a DTensor may copy them to another device
+                self.state[p] = entry | {part: like_parameter(p, entry[part]) for part in ("exp_avg", "exp_avg_sq")}
             return super().state_dict()
         finally:
-            self.state = defaultdict(dict, {p: {} for _, p, _ in self._with_states()})
+            self.state = defaultdict(dict, {p: {} for p, _ in self._with_states()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` of this class or of torch.optim.AdamW gave, straight into pages.
@@ -186,6 +184,8 @@ class PagedAdamW(Optimizer):
         Raises:
             ValueError: groups or states that are not for these parameters and this state_bits; the optimizer is then
                 as it was.
+            OSError, or ValueError for the budgets: there is no room for the states. The old ones are gone by then, and
+                nothing but to load again, or `release()`, is possible.
         """
 
         def hold(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -230,10 +230,10 @@ class PagedAdamW(Optimizer):
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is not whole, or not for these parameters and this state_bits; the optimizer is then as it
-                was.
+                was. Else, and for OSError: see `load_state_dict`.
         """
-        saved, groups = find_states(Path(path), self.param_groups, self._paged.state_bits)
         with open(path, "rb") as file:
+            saved, groups = find_states(file, self.param_groups, self._paged.state_bits)
             self._restore(saved, groups, file.fileno())
 
     def release(self) -> None:
@@ -255,7 +255,7 @@ class PagedAdamW(Optimizer):
             seconds_waited: by the calling thread for moves.
         """
         stats = self._paged.stats()
-        return stats | {"hit_rate": stats["hits"] / stats["visits"] if stats.get("visits") else 1.0}
+        return stats | {"hit_rate": stats["hits"] / stats["visits"] if stats["visits"] else 1.0}
 
     def _restore(self, saved: dict[Tensor, Saved], groups: list[dict[str, Any]], file: int = -1) -> None:
         for group in groups:
@@ -266,19 +266,18 @@ class PagedAdamW(Optimizer):
         self.state = defaultdict(dict, {p: {} for p, of_p in saved.items() if of_p.steps})
         super().__setstate__({"param_groups": groups})
 
-    def _indexed(self) -> Iterator[tuple[int, Tensor]]:
-        """The parameters with their numbers, which are those of a state_dict."""
-        return enumerate(p for group in self.param_groups for p in group["params"])
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
-    def _with_states(self) -> Iterator[tuple[int, Tensor, int]]:
+    def _with_states(self) -> Iterator[tuple[Tensor, int]]:
         """The parameters that have taken steps, and how many."""
         self._forget_removed()
-        for index, p in self._indexed():
+        for p in self._parameters():
             if steps := self._paged.steps(p):
-                yield index, p, steps
+                yield p, steps
 
     def _forget_removed(self) -> None:
-        params = [p for _, p in self._indexed()]
+        params = self._parameters()
         if (now := [id(p) for p in params]) != self._kept:
             self._kept = now
             self._paged.keep(params)

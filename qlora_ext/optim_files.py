@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -41,15 +41,15 @@ def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters
 
 
 def find_states(
-    path: Path, groups: list[dict[str, Any]], state_bits: int
+    file: BinaryIO, groups: list[dict[str, Any]], state_bits: int
 ) -> tuple[dict[Tensor, Saved], list[dict[str, Any]]]:
     """Where in the file the states of the parameters of these groups are, and the groups with its hyperparameters.
 
     Raises:
         ValueError: the file is not whole, or not for these groups and this state_bits.
     """
-    at = f"PagedAdamW.load_states: {path}"
-    metadata, forms, offsets = read_header(at, path)
+    at = f"PagedAdamW.load_states: {file.name}"
+    metadata, forms, offsets = read_header(at, file)
     try:
         described = json.loads(metadata[_METADATA])
         sizes, steps = described["sizes"], {int(index): taken for index, taken in described["steps"].items()}

@@ -88,6 +88,12 @@ def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[s
         value = entry.get(part)
         got = "nothing" if value is None else type(value).__name__
         if isinstance(value, Tensor):
+            placements = getattr(value, "placements", None)
+            if placements is not None and placements != getattr(p, "placements", None):
+                raise ValueError(
+                    f"{op}: {part} of parameter {index}: expected placements {getattr(p, 'placements', None)}, "
+                    f"got {placements}"
+                )
             value = local_shard(value)
             # torch.optim.AdamW's states have the dtype of their parameter.
             kind = "floats" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")

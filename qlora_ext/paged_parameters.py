@@ -51,9 +51,6 @@ class PagedParameters:
         self._states: dict[Tensor, _States] = {}
         self._half_restored = False
 
-    def __contains__(self, p: Tensor) -> bool:
-        return p in self._states
-
     def __len__(self) -> int:
         return len(self._states)
 
@@ -90,9 +87,12 @@ class PagedParameters:
             return 0
         return self._stores[self._states[p].device].steps(self._states[p].id)
 
-    def step(self, updates: Iterable[Update], grad_scale: Tensor | None, stochastic_rounding: bool, seed: int) -> None:
+    def step(
+        self, updates: Collection[Update], grad_scale: Tensor | None, stochastic_rounding: bool, seed: int
+    ) -> None:
         """Update the parameters, page by page; on each device all of them or none, unless pages are lost."""
         self._check_restored()
+        self.reserve([u.parameter for u in updates if u.parameter not in self._states])
         by_device: dict[torch.device, list[tuple[int, Update]]] = defaultdict(list)
         for update in updates:
             by_device[update.local.device].append((self._id(update.parameter), update))
@@ -160,7 +160,9 @@ class PagedParameters:
 
     def _check_restored(self) -> None:
         if self._half_restored:
-            raise RuntimeError("PagedAdamW: not usable since states could not be loaded: expected them loaded anew")
+            raise RuntimeError(
+                "PagedAdamW: not usable since states could not be loaded: expected them loaded anew or a release()"
+            )
 
     def _places(self, parts: Iterable[tuple[Tensor, str, Tensor | int]]) -> dict[torch.device, list[Any]]:
         places: dict[torch.device, list[Any]] = defaultdict(list)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -46,18 +46,17 @@ def write_state_file(
         beside.unlink(missing_ok=True)
 
 
-def read_header(at: str, path: Path) -> tuple[dict[str, str], dict[str, Form], dict[str, int]]:
+def read_header(at: str, file: BinaryIO) -> tuple[dict[str, str], dict[str, Form], dict[str, int]]:
     """Of a safetensors file: its metadata, and of each tensor the form and the offset in the file.
 
     Raises:
         ValueError: it is no safetensors file, is not whole, or holds other dtypes than float32 and uint8.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError(f"{at}: expected a whole safetensors file, got {size} bytes")
-        text = file.read(length)
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise ValueError(f"{at}: expected a whole safetensors file, got {size} bytes")
+    text = file.read(length)
     forms, offsets, start = {}, {}, 8 + length
     end = 0
     try:

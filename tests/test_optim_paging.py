@@ -60,7 +60,7 @@ def test_release_frees_all_and_a_step_after_it_begins_anew(tmp_path: Path) -> No
 
 def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
@@ -85,6 +85,9 @@ def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
         assert isinstance(state["state"][0]["exp_avg"], DTensor)
         assert state["state"][0]["exp_avg"].placements == (Shard(0),)
         theirs.load_state_dict(state)
+        state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"].redistribute(placements=[Replicate()])
+        with pytest.raises(ValueError, match=r"exp_avg of parameter 0: expected placements .*Shard.*, got .*Replicate"):
+            optimizers[1].load_state_dict(state)
         optimizers[1].load_state_dict(theirs.state_dict())
         optimizers[1].save_states(tmp_path / "states")
         optimizers[1].load_states(tmp_path / "states")
