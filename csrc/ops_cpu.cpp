@@ -96,7 +96,7 @@ class Cpu final : public Device {
 
   bool fused_linear_4bit(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added, DType dtype,
                          const Tensor& y) const override {
-    const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
+    const int64_t M = x.size(0), K = x.size(1);
     if (K % w.blocksize != 0) return false;
     if (M <= cpu::most_few_rows(dtype)) {
       multiply_few_rows(x.contiguous(), w, bias, added, dtype, y);
@@ -194,8 +194,8 @@ class Cpu final : public Device {
   static void multiply_few_rows(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added,
                                 DType dtype, const Tensor& y) {
     const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
-    const Tensor arranged = at::empty({cpu::arranged_bytes(dtype, M, K)}, x.options().dtype(at::kByte));
-    cpu::arrange_x(x.const_data_ptr(), dtype, M, K, arranged.data_ptr());
+    const Tensor arranged = at::empty({cpu::arranged_bytes(dtype, M, N, K)}, x.options().dtype(at::kByte));
+    cpu::arrange_x(x.const_data_ptr(), dtype, M, N, K, arranged.data_ptr());
     Tensor addend = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
     if (!added.empty()) {
       const Tensor sums = at::empty({M, N}, x.options().dtype(at::kFloat));
@@ -211,8 +211,10 @@ class Cpu final : public Device {
                                N,
                                K,
                                dtype};
-    at::parallel_for(0, N, ceil_div(kGrain, std::max<int64_t>(K, 1)),
-                     [&](int64_t begin, int64_t end) { cpu::linear_4bit(product, begin, end); });
+    constexpr int64_t kTile = 16;  // rows of W that the kernels work on at a time
+    at::parallel_for(
+        0, ceil_div(N, kTile), ceil_div(kGrain, kTile * std::max<int64_t>(K, 1)),
+        [&](int64_t begin, int64_t end) { cpu::linear_4bit(product, begin * kTile, std::min(end * kTile, N)); });
   }
 };
 

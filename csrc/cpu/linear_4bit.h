@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../codec.h"
 
@@ -24,31 +25,28 @@ std::int64_t most_few_rows(DType dtype);
 
 // x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on
 // a 64-byte border.
-std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t K);
-void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t K, void* arranged);
+std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K);
+void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t N, std::int64_t K, void* arranged);
 
 // Rows [begin, end) of W.
 void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end);
 
 // --- the vector kernels -------------------------------------------------------------------------------------------
 
-constexpr std::int64_t kMostChunk = 256;
-constexpr int kMostAtOnce = 4;  // rows that a kernel multiplies
-
 std::int64_t l1_bytes();  // of this machine's cache
 
-// How a kernel wants x: chunk by chunk, of each all rows, element order[i] of a row's chunk at place i.
-struct Arrangement {
-  std::int64_t chunk;  // elements; x is padded with zeros to whole chunks
-  DType dtype;
-  std::uint8_t order[kMostChunk];
+// x comes to a kernel in groups of rows, each padded with zeros to whole chunks and in the order that it wants.
+struct FewRowsKernel {
+  std::int64_t chunk;  // elements of a row
+  DType dtype;         // of x as it is multiplied
+  std::int64_t most_at_once;
+  void (*arrange)(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged);
+  void (*multiply)(const FewRows& product, std::int64_t begin, std::int64_t end);
 };
 
-const Arrangement& arrangement_avx2();
-const Arrangement& arrangement_avx512();
-const Arrangement& arrangement_avx512_bf16();
-void linear_4bit_avx2(const FewRows& product, std::int64_t begin, std::int64_t end);
-void linear_4bit_avx512(const FewRows& product, std::int64_t begin, std::int64_t end);
-void linear_4bit_avx512_bf16(const FewRows& product, std::int64_t begin, std::int64_t end);
+// For M rows of x in all, and N of W.
+const FewRowsKernel& few_rows_avx2(std::int64_t M, std::int64_t N);
+const FewRowsKernel& few_rows_avx512(std::int64_t M, std::int64_t N);
+const FewRowsKernel& few_rows_avx512_bf16(std::int64_t M, std::int64_t N);
 
 }  // namespace qlora::cpu

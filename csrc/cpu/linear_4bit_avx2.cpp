@@ -21,11 +21,16 @@ struct LanesAvx2 {
   __m256 scales(const float* absmax) const {
     return _mm256_set_m128(_mm_set1_ps(absmax[second]), _mm_set1_ps(absmax[0]));
   }
+
+  __m256 scales(const float* absmax, std::int64_t) const {  // of the one run that can be left
+    return _mm256_set_m128(_mm_setzero_ps(), _mm_set1_ps(absmax[0]));
+  }
 };
 
 struct Avx2 {
   static constexpr std::int64_t kChunk = 64;
   static constexpr int kRowsOfW = 1;
+  static constexpr DType kDType = DType::Float32;
   using Element = float;
   using Lanes = LanesAvx2;
   using Vector = __m256;
@@ -33,6 +38,11 @@ struct Avx2 {
   Planes planes;
 
   explicit Avx2(QuantType quant_type) : planes(codebook(quant_type).value) {}
+
+  static constexpr int element(int i) {
+    const int low = i / 32, q = i / 8 % 4, lane = i / 4 % 2, byte = 16 * lane + 4 * q + i % 4;
+    return 2 * byte + low;
+  }
 
   static Vector zero() { return _mm256_setzero_ps(); }
 
@@ -80,25 +90,9 @@ struct Avx2 {
   }
 };
 
-constexpr Arrangement make_arrangement() {
-  Arrangement arrangement{Avx2::kChunk, DType::Float32, {}};
-  for (int i = 0; i < Avx2::kChunk; ++i) {
-    const int low = i / 32, q = i / 8 % 4, lane = i / 4 % 2, byte = 16 * lane + 4 * q + i % 4;
-    arrangement.order[i] = static_cast<std::uint8_t>(2 * byte + low);
-  }
-  return arrangement;
-}
-
 }  // namespace
 
-const Arrangement& arrangement_avx2() {
-  static constexpr Arrangement kArrangement = make_arrangement();
-  return kArrangement;
-}
-
-void linear_4bit_avx2(const FewRows& product, std::int64_t begin, std::int64_t end) {
-  multiply_few_rows<Avx2>(product, begin, end);
-}
+const FewRowsKernel& few_rows_avx2(std::int64_t, std::int64_t) { return kAlongRows<Avx2>; }
 
 }  // namespace qlora::cpu
 

@@ -7,7 +7,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
-#include "linear_4bit_avx512.h"
+#include "linear_4bit_tiles_avx512.h"
 
 namespace qlora::cpu {
 namespace {
@@ -16,6 +16,7 @@ struct Avx512 : SumsAvx512 {
   static constexpr std::int64_t kChunk = 128;
   static constexpr int kRowsOfW = 2;
   static constexpr int kChains = 2;  // of dependent additions, to keep the units busy
+  static constexpr DType kDType = DType::Float32;
   using Element = float;
   using Lanes = LanesAvx512<Avx512>;
 
@@ -24,6 +25,11 @@ struct Avx512 : SumsAvx512 {
   explicit Avx512(QuantType quant_type) : table(_mm512_loadu_ps(codebook(quant_type).value)) {}
 
   static int run_of_lane(int lane) { return lane / 4; }
+
+  static constexpr int element(int i) {
+    const int nibble = i / 16, dword = i % 16, byte = 4 * dword + nibble / 2;
+    return 2 * byte + (nibble % 2 == 0);  // the low nibble is the odd element
+  }
 
   template <int kRows>
   void multiply(const std::uint8_t* packed, std::int64_t stride, const float* x,
@@ -52,25 +58,32 @@ struct Avx512 : SumsAvx512 {
   }
 };
 
-constexpr Arrangement make_arrangement() {
-  Arrangement arrangement{Avx512::kChunk, DType::Float32, {}};
-  for (int i = 0; i < Avx512::kChunk; ++i) {
-    const int nibble = i / 16, dword = i % 16, byte = 4 * dword + nibble / 2;
-    arrangement.order[i] =
-        static_cast<std::uint8_t>(2 * byte + (nibble % 2 == 0));  // the low nibble is the odd element
+struct TileAvx512 {
+  static constexpr int kFactors = 1;  // of a lane, in one step
+  static constexpr int kShifts = 8;   // of a dword, each of which brings a code to every lane
+  static constexpr DType kDType = DType::Float32;
+  using Element = float;
+
+  __m512 table;
+
+  explicit TileAvx512(QuantType quant_type) : table(_mm512_loadu_ps(codebook(quant_type).value)) {}
+
+  __m512 decode(__m512i dwords, int i) const {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, static_cast<unsigned>(4 * i)), table);
   }
-  return arrangement;
-}
+
+  // Of 4 of x: what the shifts bring, in their order.
+  static __m128i in_order(__m128i x) { return _mm_shuffle_epi32(x, 0b10110001); }
+
+  static __m512 multiply_add(__m512 weights, const float* x, __m512 sum) {
+    return _mm512_fmadd_ps(weights, _mm512_set1_ps(*x), sum);
+  }
+};
 
 }  // namespace
 
-const Arrangement& arrangement_avx512() {
-  static constexpr Arrangement kArrangement = make_arrangement();
-  return kArrangement;
-}
-
-void linear_4bit_avx512(const FewRows& product, std::int64_t begin, std::int64_t end) {
-  multiply_few_rows<Avx512>(product, begin, end);
+const FewRowsKernel& few_rows_avx512(std::int64_t M, std::int64_t N) {
+  return pays_in_tiles(M, N) ? kInTiles<TileAvx512> : kAlongRows<Avx512>;
 }
 
 }  // namespace qlora::cpu

@@ -84,17 +84,25 @@ struct SumsAvx512 {
 
 template <typename Isa>
 struct LanesAvx512 {
-  __m512i block;
+  __m512i run, block;
 
   explicit LanesAvx512(std::int64_t blocksize) {
-    std::int32_t blocks[16];
-    for (int lane = 0; lane < 16; ++lane)
-      blocks[lane] = static_cast<std::int32_t>(Isa::run_of_lane(lane) * kRun / blocksize);
+    std::int32_t runs[16], blocks[16];
+    for (int lane = 0; lane < 16; ++lane) {
+      runs[lane] = Isa::run_of_lane(lane);
+      blocks[lane] = static_cast<std::int32_t>(runs[lane] * kRun / blocksize);
+    }
+    run = _mm512_loadu_si512(runs);
     block = _mm512_loadu_si512(blocks);
   }
 
   __m512 scales(const float* absmax) const {
     return _mm512_permutexvar_ps(block, _mm512_castps256_ps512(_mm256_loadu_ps(absmax)));
+  }
+
+  __m512 scales(const float* absmax, std::int64_t runs) const {
+    return _mm512_maskz_mov_ps(_mm512_cmplt_epi32_mask(run, _mm512_set1_epi32(static_cast<std::int32_t>(runs))),
+                               scales(absmax));
   }
 };
 

@@ -4,12 +4,14 @@
 // Isa has
 //   kRowsOfW       rows of W that are multiplied by x as it is loaded once
 //   kChunk         weights of each that are decoded at a time
-//   Element        of x as arrange_x leaves it
+//   kDType         of x as it is multiplied; Element is the type
+//   element        of a chunk of x that lies at place i
 //   Vector         fp32 sums; a lane's weights of a chunk are of one run of 32, so that they share an absmax
-//   decode_absmax  absmax of blocks as numbers, and zeros where a chunk goes on beyond the last
+//   decode_absmax  absmax of blocks as numbers; writes up to a multiple of 32
 //   multiply       a chunk of W times the chunk of each row of x, each lane its own sum, not yet scaled
 //   copy_bytes     to a chunk, with zeros behind them
-//   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out
+//   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out; with zeros for lanes
+//                  whose runs are not among the first so many
 //   add_lanes      the totals of as many sums as a Vector has lanes
 namespace qlora::cpu {
 namespace {
@@ -20,6 +22,7 @@ constexpr std::int64_t kRowsToL1 = 2;       // ahead, that are fetched
 constexpr std::int64_t kRowsToL2 = 4;       // likewise; straight to the L1 memory is read more slowly
 constexpr std::int64_t kMaxSegment = 4096;  // weights
 constexpr std::int64_t kMostScales = 8;     // that `scales` may read: a chunk of 256 weights in blocks of 32
+constexpr int kMostRows = 4;                // of x that are multiplied at once
 
 // Weights of a row that are multiplied at a time: their part of x, so many bytes a weight, stays in the L1, and a third
 // of that is left for W.
@@ -29,46 +32,64 @@ inline std::int64_t segment(std::int64_t bytes) {
   return weights;
 }
 
-// `count` weights of Isa::kRowsOfW rows of W, from the k-th of row n on, times the same part of x, onto the sums. The
-// rows are so many bytes apart; those ahead are fetched meanwhile.
-template <typename Isa, int kRows, std::int64_t kAbsmax>
-inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, const FewRows& p, std::int64_t n,
-                             std::int64_t k, std::int64_t count, std::int64_t stride, const float (*absmax)[kAbsmax],
+// One or more rows of W, and of absmax as decoded, each so far from the next.
+struct RowsOfW {
+  const std::uint8_t* packed;
+  std::int64_t stride;
+  const float* absmax;
+  std::int64_t absmax_stride;
+};
+
+// A chunk of Isa::kRowsOfW rows of W times the same part of x, onto the sums; `scales` hands out the absmax.
+template <typename Isa, int kRows, typename Scales>
+[[gnu::always_inline]] inline void multiply_chunk(const Isa& isa, const RowsOfW& w, const typename Isa::Element* x,
+                                                  const Scales& scales,
+                                                  typename Isa::Vector (&sum)[Isa::kRowsOfW][kRows]) {
+  typename Isa::Vector products[Isa::kRowsOfW][kRows];
+  isa.multiply(w.packed, w.stride, x, products);
+  for (int r = 0; r < Isa::kRowsOfW; ++r) {
+    const typename Isa::Vector scale = scales(w.absmax + r * w.absmax_stride);
+    for (int m = 0; m < kRows; ++m) sum[r][m] = Isa::multiply_add(scale, products[r][m], sum[r][m]);
+  }
+}
+
+// The end of the rows, of less than a chunk.
+template <typename Isa, int kRows>
+[[gnu::noinline]] void multiply_end(const Isa& isa, const typename Isa::Lanes& lanes, const RowsOfW& w,
+                                    const typename Isa::Element* x, std::int64_t count,
+                                    typename Isa::Vector (&sum)[Isa::kRowsOfW][kRows]) {
+  std::uint8_t padded[Isa::kRowsOfW][Isa::kChunk / 2];
+  for (int r = 0; r < Isa::kRowsOfW; ++r) Isa::copy_bytes(w.packed + r * w.stride, count / 2, padded[r]);
+  multiply_chunk<Isa, kRows>(
+      isa, {padded[0], sizeof padded[0], w.absmax, w.absmax_stride}, x,
+      [&](const float* absmax) { return lanes.scales(absmax, count / kRun); }, sum);
+}
+
+// `count` weights of each of the rows; those ahead of them, row_bytes apart, are fetched meanwhile.
+template <typename Isa, int kRows>
+inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, RowsOfW w, std::int64_t row_bytes,
+                             int shift, const typename Isa::Element* x, std::int64_t count,
                              typename Isa::Vector (&sums)[kRows][kRowBlock], std::int64_t row) {
   constexpr int kRowsOfW = Isa::kRowsOfW;
-  const int shift = __builtin_ctzll(static_cast<std::uint64_t>(p.w.blocksize));
-  const auto* x = static_cast<const typename Isa::Element*>(p.x) + k * kRows;
-  const std::uint8_t* packed = p.w.packed + (n * p.K + k) / 2;
-  using Vector = typename Isa::Vector;
-  Vector sum[kRowsOfW][kRows];
+  typename Isa::Vector sum[kRowsOfW][kRows];
   for (int r = 0; r < kRowsOfW; ++r) {
     for (int m = 0; m < kRows; ++m) sum[r][m] = sums[m][row + r];
   }
-  const auto multiply_chunk = [&](const std::uint8_t* from, std::int64_t from_stride, std::int64_t at) {
-    Vector products[kRowsOfW][kRows];
-    isa.multiply(from, from_stride, x + at * kRows, products);
-    for (int r = 0; r < kRowsOfW; ++r) {
-      const Vector scales = lanes.scales(absmax[r] + (at >> shift));
-      for (int m = 0; m < kRows; ++m) sum[r][m] = Isa::multiply_add(scales, products[r][m], sum[r][m]);
-    }
+  const auto at = [&](std::int64_t k) {
+    return RowsOfW{w.packed + k / 2, w.stride, w.absmax + (k >> shift), w.absmax_stride};
   };
-  std::int64_t at = 0;
-  for (; at + Isa::kChunk <= count; at += Isa::kChunk) {
+  std::int64_t k = 0;
+  for (; k + Isa::kChunk <= count; k += Isa::kChunk) {
     for (int r = 0; r < kRowsOfW; ++r) {
       for (std::int64_t byte = 0; byte < Isa::kChunk / 2; byte += 64) {
-        __builtin_prefetch(packed + at / 2 + byte + (kRowsToL2 + r) * p.K / 2, 0, 2);
-        __builtin_prefetch(packed + at / 2 + byte + (kRowsToL1 + r) * p.K / 2, 0, 3);
+        __builtin_prefetch(w.packed + k / 2 + byte + (kRowsToL2 + r) * row_bytes, 0, 2);
+        __builtin_prefetch(w.packed + k / 2 + byte + (kRowsToL1 + r) * row_bytes, 0, 3);
       }
     }
-    multiply_chunk(packed + at / 2, stride, at);
+    multiply_chunk<Isa, kRows>(
+        isa, at(k), x + k * kRows, [&](const float* absmax) { return lanes.scales(absmax); }, sum);
   }
-  if (at < count) {  // the end of a row
-    std::uint8_t padded[kRowsOfW][Isa::kChunk / 2];
-    for (int r = 0; r < kRowsOfW; ++r) {
-      Isa::copy_bytes(packed + r * stride + at / 2, (count - at) / 2, padded[r]);
-    }
-    multiply_chunk(padded[0], sizeof padded[0], at);
-  }
+  if (k < count) multiply_end<Isa, kRows>(isa, lanes, at(k), x + k * kRows, count - k, sum);
   for (int r = 0; r < kRowsOfW; ++r) {
     for (int m = 0; m < kRows; ++m) sums[m][row + r] = sum[r][m];
   }
@@ -108,13 +129,20 @@ void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = 0; k < p.K; k += longest) {
       const std::int64_t count = p.K - k < longest ? p.K - k : longest;
       const std::int64_t blocks = (count + p.w.blocksize - 1) >> shift;
+      float absmax[kRowBlock * (kMaxSegment / kRun) + kMostScales];
+      const auto decode_absmax = [&](std::int64_t row, std::int64_t count) {
+        Isa::decode_absmax(p.w, ((first + row) * p.K + k) >> shift, count, absmax + row * blocks);
+      };
+      if (count == p.K) {  // whole rows: theirs lie side by side
+        decode_absmax(0, rows * blocks);
+      } else {
+        for (std::int64_t row = 0; row < rows; ++row) decode_absmax(row, blocks);
+      }
+      const auto* x = static_cast<const typename Isa::Element*>(p.x) + k * kRows;
       for (std::int64_t row = 0; row < rows; row += Isa::kRowsOfW) {
-        float absmax[Isa::kRowsOfW][kMaxSegment / kRun + kMostScales];
-        const std::int64_t stride = row + Isa::kRowsOfW <= rows ? p.K : 0;  // the last row may be its own neighbour
-        for (int r = 0; r < Isa::kRowsOfW; ++r) {
-          Isa::decode_absmax(p.w, ((first + row) * p.K + r * stride + k) >> shift, blocks, absmax[r]);
-        }
-        multiply_segment<Isa, kRows>(isa, lanes, p, first + row, k, count, stride / 2, absmax, sums, row);
+        RowsOfW w{p.w.packed + ((first + row) * p.K + k) / 2, p.K / 2, absmax + row * blocks, blocks};
+        if (row + Isa::kRowsOfW > rows) w.stride = w.absmax_stride = 0;  // the last row is its own neighbour
+        multiply_segment<Isa, kRows>(isa, lanes, w, p.K / 2, shift, x, count, sums, row);
       }
     }
     finish_rows<Isa, kRows, T>(p, first, rows, sums);
@@ -122,14 +150,52 @@ void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
 }
 
 template <typename Isa>
+struct ChunkOrder {
+  std::uint8_t element[Isa::kChunk] = {};
+
+  constexpr ChunkOrder() {
+    for (int i = 0; i < Isa::kChunk; ++i) element[i] = static_cast<std::uint8_t>(Isa::element(i));
+  }
+};
+
+// x chunk by chunk, of each all rows.
+template <typename Isa>
+void arrange_rows(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged) {
+  using To = typename Isa::Element;
+  static constexpr ChunkOrder<Isa> kOrder;
+  with_type(dtype, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(x);
+    for (std::int64_t m = 0; m < rows; ++m, from += K) {
+      To* to = static_cast<To*>(arranged) + m * Isa::kChunk;
+      for (std::int64_t k = 0; k < K; k += Isa::kChunk, to += rows * Isa::kChunk) {
+        const std::int64_t count = K - k < Isa::kChunk ? K - k : Isa::kChunk;
+        To chunk[Isa::kChunk] = {};
+        for (std::int64_t i = 0; i < count; ++i) {
+          if constexpr (std::is_same_v<decltype(type), To>) {
+            chunk[i] = from[k + i];  // nothing to round
+          } else {
+            chunk[i] = round_to<To>(to_float(from[k + i]));
+          }
+        }
+        for (int i = 0; i < Isa::kChunk; ++i) to[i] = chunk[kOrder.element[i]];
+      }
+    }
+  });
+}
+
+template <typename Isa>
 void multiply_few_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
   with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
+    static_assert(kMostRows == 4);
     constexpr void (*kKernels[])(const FewRows&, std::int64_t, std::int64_t) = {
         multiply_rows<Isa, 1, T>, multiply_rows<Isa, 2, T>, multiply_rows<Isa, 3, T>, multiply_rows<Isa, 4, T>};
     kKernels[p.M - 1](p, begin, end);
   });
 }
+
+template <typename Isa>
+constexpr FewRowsKernel kAlongRows{Isa::kChunk, Isa::kDType, kMostRows, arrange_rows<Isa>, multiply_few_rows<Isa>};
 
 }  // namespace
 }  // namespace qlora::cpu

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <random>
 #include <vector>
@@ -86,10 +87,10 @@ void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t
   const Weight w(N, K, blocksize, quant_type, double_quant);
   const Values x(dtype, M * K), addend(DType::Float32, M * N);
   Values y(dtype, M * N), in_parts(dtype, M * N);
-  const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, K) + 63) / 64 * 64;
+  const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, N, K) + 63) / 64 * 64;
   const std::unique_ptr<void, decltype(&std::free)> arranged(std::aligned_alloc(64, static_cast<std::size_t>(bytes)),
                                                              std::free);
-  cpu::arrange_x(x.bytes.data(), dtype, M, K, arranged.get());
+  cpu::arrange_x(x.bytes.data(), dtype, M, N, K, arranged.get());
   const auto* added = reinterpret_cast<const float*>(addend.bytes.data());
   for (const std::int64_t stride : {std::int64_t{0}, N}) {
     cpu::FewRows product{arranged.get(), w.view, added, stride, y.bytes.data(), M, N, K, dtype};
@@ -121,8 +122,8 @@ void check_mean() {
   Values x(DType::BFloat16, K), y(DType::BFloat16, N);
   for (std::int64_t k = 0; k < K; ++k) x.set(k, 1.0f);
   const std::unique_ptr<void, decltype(&std::free)> arranged(
-      std::aligned_alloc(64, static_cast<std::size_t>(cpu::arranged_bytes(DType::BFloat16, 1, K))), std::free);
-  cpu::arrange_x(x.bytes.data(), DType::BFloat16, 1, K, arranged.get());
+      std::aligned_alloc(64, static_cast<std::size_t>(cpu::arranged_bytes(DType::BFloat16, 1, N, K))), std::free);
+  cpu::arrange_x(x.bytes.data(), DType::BFloat16, 1, N, K, arranged.get());
   cpu::linear_4bit({arranged.get(), w.view, nullptr, 0, y.bytes.data(), 1, N, K, DType::BFloat16}, 0, N);
   double error = 0, plain_error = 0, largest = 0;
   for (std::int64_t n = 0; n < N; ++n) {
@@ -137,6 +138,24 @@ void check_mean() {
     largest = std::max(largest, std::fabs(exact));
   }
   CHECK(error <= 2 * plain_error + 0x1p-7 * largest);
+}
+
+// A row that is not finite must not reach its neighbours: a chunk goes on beyond the end of a row, and a tile has 16.
+void check_neighbours(std::int64_t M, DType dtype) {
+  constexpr std::int64_t N = 19, K = 96, kBad = 2;
+  if (M > cpu::most_few_rows(dtype)) return;
+  Weight w(N, K, 32, QuantType::NF4, false);
+  for (std::int64_t block = kBad * K / 32; block < (kBad + 1) * K / 32; ++block) {
+    w.absmax[static_cast<std::size_t>(block)] = std::numeric_limits<float>::infinity();
+  }
+  const Values x(dtype, M * K);
+  Values y(dtype, M * N);
+  const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, N, K) + 63) / 64 * 64;
+  const std::unique_ptr<void, decltype(&std::free)> arranged(std::aligned_alloc(64, static_cast<std::size_t>(bytes)),
+                                                             std::free);
+  cpu::arrange_x(x.bytes.data(), dtype, M, N, K, arranged.get());
+  cpu::linear_4bit({arranged.get(), w.view, nullptr, 0, y.bytes.data(), M, N, K, dtype}, 0, N);
+  for (std::int64_t i = 0; i < M * N; ++i) CHECK(std::isfinite(y.read(i)) == (i % N != kBad));
 }
 
 // out = x @ W^T (or x @ W) + mask * (u @ v) + bias, where u and v are strided and x has a mask.
@@ -230,13 +249,14 @@ int main() {
     cpu::set_path(path);
     for (DType dtype : {DType::Float32, DType::Float16, DType::BFloat16}) {
       const QuantType quant_type = dtype == DType::Float16 ? QuantType::FP4 : QuantType::NF4;
-      // K of whole and unfinished chunks (of 64 to 256 weights), of one and of several segments (of 512 to 4096); M of
-      // one and of several groups (of at most 8), even and uneven; N of unfinished blocks (of 16) and parts (of 64).
+      // K of whole and unfinished chunks (of 32 to 256 weights), of one and of several segments (of 512 to 4096); M of
+      // one and of several groups (of at most 4 or 8), even and uneven; N of less than a tile (of 16), of whole and
+      // unfinished ones, and of several parts (of 64).
       for (const auto& [M, N, K, blocksize] :
            {std::tuple{1, 7, 256, 64}, std::tuple{2, 19, 96, 32}, std::tuple{3, 7, 320, 64},
-            std::tuple{4, 18, 4096 + 160, 32}, std::tuple{5, 7, 512, 512}, std::tuple{6, 7, 8192, 4096},
+            std::tuple{4, 18, 4096 + 160, 32}, std::tuple{5, 23, 512, 512}, std::tuple{6, 16, 8192, 4096},
             std::tuple{7, 33, 32, 32}, std::tuple{8, 17, 1088, 64}, std::tuple{9, 67, 128, 128},
-            std::tuple{13, 5, 544, 32}, std::tuple{16, 66, 192, 64}}) {
+            std::tuple{13, 5, 544, 32}, std::tuple{16, 66, 192, 64}, std::tuple{31, 35, 96, 32}}) {
         // With double quantization, groups of 256 blocks begin within a row of the fourth.
         check_few_rows(M, N, K, blocksize, dtype, quant_type, M % 2 == 1 || M == 4);
       }
@@ -250,6 +270,10 @@ int main() {
     }
     check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4);  // more rows than are kept at a time
     check_mean();
+    for (DType dtype : {DType::Float32, DType::BFloat16}) {
+      check_neighbours(1, dtype);
+      check_neighbours(5, dtype);
+    }
     for (DType compute : {DType::Float32, DType::BFloat16}) {  // bf16 operands do not make the product bf16
       check_dense(16, 300, 70, compute);
       check_dense(3, 1, 1, compute);

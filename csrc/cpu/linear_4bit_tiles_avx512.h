@@ -1,0 +1,200 @@
+// linear_4bit for four and more rows of x, AVX512: 16 rows of W lie across the lanes and meet one number of x, or one
+// pair, at a time. No sum is added up across lanes, and 16 absmax scale 64 weights each at once; for that, W's codes
+// and absmax must be transposed, which pays from four rows on. A file of kernels includes this inside its target
+// region.
+#include "linear_4bit_avx512.h"
+
+namespace qlora::cpu {
+namespace {
+
+constexpr int kTileRows = 16;            // of W
+constexpr int kTileChains = 2;           // of dependent additions, to keep the units busy
+constexpr int kMostInTile = 8;           // rows of x: with two chains each half of the registers
+constexpr std::int64_t kTileBlock = 64;  // weights of a row that are added up before they are scaled
+constexpr std::int64_t kDwordWeights = 8;
+
+// 16 bytes of each of 16 rows, which become lanes: the i-th dwords of all rows.
+inline void load_columns(const void* from, std::int64_t row_bytes, __m512i (&columns)[4]) {
+  __m512i every_fourth[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto load = [&](int row) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + row * row_bytes));
+    };
+    __m512i quarters = _mm512_castsi128_si512(load(i));
+    quarters = _mm512_mask_broadcast_i32x4(quarters, 0x00f0, load(4 + i));
+    quarters = _mm512_mask_broadcast_i32x4(quarters, 0x0f00, load(8 + i));
+    every_fourth[i] = _mm512_mask_broadcast_i32x4(quarters, 0xf000, load(12 + i));
+  }
+  const __m512i low[2] = {_mm512_unpacklo_epi32(every_fourth[0], every_fourth[1]),
+                          _mm512_unpacklo_epi32(every_fourth[2], every_fourth[3])};
+  const __m512i high[2] = {_mm512_unpackhi_epi32(every_fourth[0], every_fourth[1]),
+                           _mm512_unpackhi_epi32(every_fourth[2], every_fourth[3])};
+  columns[0] = _mm512_unpacklo_epi64(low[0], low[1]);
+  columns[1] = _mm512_unpackhi_epi64(low[0], low[1]);
+  columns[2] = _mm512_unpacklo_epi64(high[0], high[1]);
+  columns[3] = _mm512_unpackhi_epi64(high[0], high[1]);
+}
+
+// Absmax of one block of each of 16 rows after the other, as many blocks as a segment has.
+struct TileScales {
+  static constexpr std::int64_t kBlocks = kMaxSegment / kRun;
+  alignas(64) float value[kBlocks][kTileRows];
+
+  // Of `count` blocks of every row, from the `block`-th of `per_row` on.
+  void decode(const Packed4bit& w, std::int64_t first_row, std::int64_t per_row, std::int64_t block,
+              std::int64_t count) {
+    float absmax[kTileRows * kBlocks + 32];  // decoding goes on to a multiple of 32
+    if (count == per_row) {
+      SumsAvx512::decode_absmax(w, first_row * per_row, kTileRows * per_row, absmax);
+    } else {
+      for (std::int64_t row = 0; row < kTileRows; ++row) {
+        SumsAvx512::decode_absmax(w, (first_row + row) * per_row + block, count, absmax + row * count);
+      }
+    }
+    for (std::int64_t i = 0; i < count; i += 4) {
+      __m512i columns[4];
+      load_columns(absmax + i, 4 * count, columns);
+      for (int j = 0; j < 4 && i + j < count; ++j) _mm512_store_si512(value[i + j], columns[j]);
+    }
+  }
+};
+
+// As many of From as make 16 bytes of To.
+template <typename To, typename From>
+inline __m128i load_as(const From* from) {
+  if constexpr (std::is_same_v<To, From>) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  } else {
+    static_assert(std::is_same_v<To, float>);
+    const __m128i words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    if constexpr (std::is_same_v<From, Half>) {
+      return _mm_castps_si128(_mm_cvtph_ps(words));
+    } else {
+      return _mm_slli_epi32(_mm_cvtepu16_epi32(words), 16);
+    }
+  }
+}
+
+// x in the order in which multiply_tile meets it, all rows of a dword side by side.
+template <typename Isa, typename From>
+void arrange_in_dwords(const From* x, std::int64_t rows, std::int64_t K, std::int32_t* to) {
+  using To = typename Isa::Element;
+  const auto lanes = static_cast<__mmask8>((1u << rows) - 1);
+  for (std::int64_t k = 0; k < K; k += 16 / static_cast<std::int64_t>(sizeof(To)), to += 4 * rows) {
+    __m256i every_fourth[4];
+    for (std::int64_t i = 0; i < 4; ++i) {
+      const auto load = [&](std::int64_t row) {
+        return row < rows ? Isa::in_order(load_as<To>(x + row * K + k)) : _mm_setzero_si128();
+      };
+      every_fourth[i] = _mm256_set_m128i(load(4 + i), load(i));
+    }
+    const __m256i low[2] = {_mm256_unpacklo_epi32(every_fourth[0], every_fourth[1]),
+                            _mm256_unpacklo_epi32(every_fourth[2], every_fourth[3])};
+    const __m256i high[2] = {_mm256_unpackhi_epi32(every_fourth[0], every_fourth[1]),
+                             _mm256_unpackhi_epi32(every_fourth[2], every_fourth[3])};
+    const __m256i columns[4] = {_mm256_unpacklo_epi64(low[0], low[1]), _mm256_unpackhi_epi64(low[0], low[1]),
+                                _mm256_unpacklo_epi64(high[0], high[1]), _mm256_unpackhi_epi64(high[0], high[1])};
+    for (int i = 0; i < 4; ++i) _mm256_mask_storeu_epi32(to + i * rows, lanes, columns[i]);
+  }
+}
+
+template <typename Isa>
+void arrange_for_tiles(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged) {
+  with_type(dtype, [&](auto type) {
+    if constexpr (Isa::kDType == DType::Float32 || std::is_same_v<decltype(type), typename Isa::Element>) {
+      arrange_in_dwords<Isa>(static_cast<const decltype(type)*>(x), rows, K, static_cast<std::int32_t*>(arranged));
+    }
+  });
+}
+
+// Onto the sums of a tile of y, [kRows][kTileRows]: `count` weights of kTileRows rows of W times the same part of x.
+template <typename Isa, int kRows>
+[[gnu::noinline]] void multiply_tile(const Isa& isa, const typename Isa::Element* x, const std::uint8_t* packed,
+                                     std::int64_t row_bytes, std::int64_t count, std::int64_t blocksize,
+                                     const TileScales& scales, float* sums) {
+  const int shift = __builtin_ctzll(static_cast<std::uint64_t>(blocksize));
+  const std::int64_t block = blocksize < kTileBlock ? blocksize : kTileBlock;
+  for (std::int64_t at = 0; at < count; at += block) {
+    __m512 products[kRows][kTileChains];
+    for (auto& of_row : products) {
+      for (auto& product : of_row) product = _mm512_setzero_ps();
+    }
+    for (int row = kTileRows; row < 2 * kTileRows; ++row) {  // the next tile's
+      __builtin_prefetch(packed + at / 2 + row * row_bytes, 0, 2);
+    }
+    for (std::int64_t run = at; run < at + block; run += kRun) {
+      __m512i dwords[4];
+      load_columns(packed + run / 2, row_bytes, dwords);
+#pragma GCC unroll 4
+      for (int d = 0; d < 4; ++d) {
+#pragma GCC unroll 8
+        for (int i = 0; i < Isa::kShifts; ++i) {
+          const auto weights = isa.decode(dwords[d], i);
+#pragma GCC unroll 8
+          for (int m = 0; m < kRows; ++m, x += Isa::kFactors) {
+            __m512& product = products[m][i % kTileChains];
+            product = Isa::multiply_add(weights, x, product);
+          }
+        }
+      }
+    }
+    asm volatile("" ::: "memory");  // the sums stay there: in registers, they would push the products out of them
+    const __m512 scale = _mm512_load_ps(scales.value[at >> shift]);
+    for (int m = 0; m < kRows; ++m) {
+      float* sum = sums + m * kTileRows;
+      _mm512_store_ps(sum, _mm512_fmadd_ps(products[m][0] + products[m][1], scale, _mm512_load_ps(sum)));
+    }
+  }
+}
+
+template <typename T>
+inline void store_lanes(T* to, __m512 x, __mmask16 lanes) {
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(to, lanes, x);
+  } else {
+    _mm256_mask_storeu_epi16(to, lanes, round16(x, T{}));
+  }
+}
+
+template <typename Isa, int kRows>
+void multiply_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
+  const Isa isa(p.w.quant_type);
+  const auto* x = static_cast<const typename Isa::Element*>(p.x);
+  const int shift = __builtin_ctzll(static_cast<std::uint64_t>(p.w.blocksize));
+  for (std::int64_t row = begin; row < end; row += kTileRows) {
+    const std::int64_t first = row + kTileRows <= p.N ? row : p.N - kTileRows;  // the last tile may overlap another
+    alignas(64) float sums[kRows * kTileRows] = {};
+    for (std::int64_t k = 0; k < p.K; k += kMaxSegment) {
+      const std::int64_t count = p.K - k < kMaxSegment ? p.K - k : kMaxSegment;
+      TileScales scales;
+      scales.decode(p.w, first, p.K >> shift, k >> shift, count >> shift);
+      multiply_tile<Isa, kRows>(isa, x + k * kRows, p.w.packed + (first * p.K + k) / 2, p.K / 2, count, p.w.blocksize,
+                                scales, sums);
+    }
+    const std::int64_t behind = first + kTileRows < end ? 0 : first + kTileRows - end;
+    const auto lanes = static_cast<__mmask16>(0xffffu >> behind & 0xffffu << (row - first));
+    with_type(p.dtype, [&](auto type) {
+      for (int m = 0; m < kRows; ++m) {
+        __m512 sum = _mm512_load_ps(sums + m * kTileRows);
+        if (p.addend != nullptr) sum += _mm512_maskz_loadu_ps(lanes, p.addend + m * p.addend_stride + first);
+        store_lanes(static_cast<decltype(type)*>(p.y) + m * p.N + first, sum, lanes);
+      }
+    });
+  }
+}
+
+inline bool pays_in_tiles(std::int64_t M, std::int64_t N) { return M >= kMostInTile / 2 && N >= kTileRows; }
+
+template <typename Isa>
+void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
+  constexpr void (*kKernels[])(const FewRows&, std::int64_t, std::int64_t) = {
+      multiply_tiles<Isa, 4>, multiply_tiles<Isa, 5>, multiply_tiles<Isa, 6>, multiply_tiles<Isa, 7>,
+      multiply_tiles<Isa, 8>};
+  kKernels[p.M - kMostInTile / 2](p, begin, end);
+}
+
+template <typename Isa>
+constexpr FewRowsKernel kInTiles{kRun, Isa::kDType, kMostInTile, arrange_for_tiles<Isa>, multiply_in_tiles<Isa>};
+
+}  // namespace
+}  // namespace qlora::cpu
