@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,17 +34,23 @@ def draw(name: str, rows: list[Row]) -> None:
         draw_page(path)
 
 
+def _where(rows: list[Row]) -> str:
+    """Of a file's name: the CPU path, and the CPU's family and model, as far as the results tell them."""
+    generation = re.search(r"family (\d+), model (\d+)", rows[0]["cpu"])
+    return rows[0]["cpu_path"] + (f"-family{generation[1]}-model{generation[2]}" if generation else "")
+
+
 def _pages(name: str, rows: list[Row]) -> Pages:
     if name == "quantization_error" and rows:
         return {record.RESULTS / f"{name}.png": partial(_draw_errors, rows)}
     if name == "optimizer_paging" and any("p50" in row for row in rows):
-        path = record.RESULTS / f"{name}-{rows[0]['cpu_path']}.png"
+        path = record.RESULTS / f"{name}-{_where(rows)}.png"
         return {path: partial(_draw_slowdown, [row for row in rows if "p50" in row])}
     pages: Pages = {}
     if name in PRODUCTS:
         for bench, dtype in dict.fromkeys((row["bench"], row["dtype"]) for row in rows if "p50" in row):
             of_page = [row for row in rows if (row["bench"], row["dtype"]) == (bench, dtype) and "p50" in row]
-            path = record.RESULTS / f"{bench.replace(' ', '_')}-{dtype}-{rows[0]['cpu_path']}.png"
+            path = record.RESULTS / f"{bench.replace(' ', '_')}-{dtype}-{_where(rows)}.png"
             pages[path] = partial(_draw_rows, of_page)
     return pages
 

@@ -239,3 +239,17 @@ def test_compare_optimizers(demo: Path) -> None:
     assert (in_8_bits["provider"], in_file["provider"]) == tuple(providers)
     assert in_8_bits["optimizer"]["file_bytes"] == in_file["optimizer"]["host_bytes"] == 0
     assert in_file["optimizer"]["file_bytes"] > 3 * in_8_bits["optimizer"]["host_bytes"] > 0
+
+
+def test_quantization_error() -> None:
+    command = [sys.executable, "bench/quantization_error.py", "--smoke"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    by_form = {(r["quant_type"], r["double_quant"], r["blocksize"]): r for r in rows}
+    assert len(by_form) == len(rows) == 2 * 2 * 8
+    assert by_form["nf4", False, 64]["bits"] == 4.5
+    # Smaller blocks lose less, and NF4 loses less than FP4 on normal weights.
+    for kind in ("nf4", "fp4"):
+        losses = [by_form[kind, False, 2**i]["rms_error"] for i in range(5, 13)]
+        assert losses == sorted(losses)
+    assert all(by_form["nf4", dq, size]["rms_error"] < by_form["fp4", dq, size]["rms_error"] for _, dq, size in by_form)
