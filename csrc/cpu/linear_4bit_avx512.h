@@ -101,8 +101,8 @@ struct LanesAvx512 {
   }
 
   __m512 scales(const float* absmax, std::int64_t runs) const {
-    return _mm512_maskz_mov_ps(_mm512_cmplt_epi32_mask(run, _mm512_set1_epi32(static_cast<std::int32_t>(runs))),
-                               scales(absmax));
+    const __mmask16 present = _mm512_cmpgt_epi32_mask(_mm512_set1_epi32(static_cast<std::int32_t>(runs)), run);
+    return _mm512_maskz_mov_ps(present, scales(absmax));
   }
 };
 

@@ -79,7 +79,8 @@ inline __m128i load_as(const From* from) {
 template <typename Isa, typename From>
 void arrange_in_dwords(const From* x, std::int64_t rows, std::int64_t K, std::int32_t* to) {
   using To = typename Isa::Element;
-  const auto lanes = static_cast<__mmask8>((1u << rows) - 1);
+  const __m256i present =
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<std::int32_t>(rows)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   for (std::int64_t k = 0; k < K; k += 16 / static_cast<std::int64_t>(sizeof(To)), to += 4 * rows) {
     __m256i every_fourth[4];
     for (std::int64_t i = 0; i < 4; ++i) {
@@ -94,7 +95,7 @@ void arrange_in_dwords(const From* x, std::int64_t rows, std::int64_t K, std::in
                              _mm256_unpackhi_epi32(every_fourth[2], every_fourth[3])};
     const __m256i columns[4] = {_mm256_unpacklo_epi64(low[0], low[1]), _mm256_unpackhi_epi64(low[0], low[1]),
                                 _mm256_unpacklo_epi64(high[0], high[1]), _mm256_unpackhi_epi64(high[0], high[1])};
-    for (int i = 0; i < 4; ++i) _mm256_mask_storeu_epi32(to + i * rows, lanes, columns[i]);
+    for (int i = 0; i < 4; ++i) _mm256_maskstore_epi32(to + i * rows, present, columns[i]);
   }
 }
 
