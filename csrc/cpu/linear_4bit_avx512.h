@@ -41,7 +41,7 @@ struct SumsAvx512 {
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static Vector add_lanes(const Vector* x) { return across_lanes(x, Sum{}); }
 
-  // Of `count` blocks from `first` on, and zeros up to a multiple of 16 of them.
+  // Of `count` blocks from `first` on; writes up to a multiple of 32.
   static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
     static constexpr DynamicHalves kHalves = halve_dynamic_codebook();
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undone by unpacking

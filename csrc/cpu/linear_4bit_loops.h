@@ -130,8 +130,8 @@ void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
       const std::int64_t count = p.K - k < longest ? p.K - k : longest;
       const std::int64_t blocks = (count + p.w.blocksize - 1) >> shift;
       float absmax[kRowBlock * (kMaxSegment / kRun) + kMostScales];
-      const auto decode_absmax = [&](std::int64_t row, std::int64_t count) {
-        Isa::decode_absmax(p.w, ((first + row) * p.K + k) >> shift, count, absmax + row * blocks);
+      const auto decode_absmax = [&](std::int64_t row, std::int64_t so_many) {
+        Isa::decode_absmax(p.w, ((first + row) * p.K + k) >> shift, so_many, absmax + row * blocks);
       };
       if (count == p.K) {  // whole rows: theirs lie side by side
         decode_absmax(0, rows * blocks);

@@ -11,7 +11,6 @@ constexpr int kTileRows = 16;            // of W
 constexpr int kTileChains = 2;           // of dependent additions, to keep the units busy
 constexpr int kMostInTile = 8;           // rows of x: with two chains each half of the registers
 constexpr std::int64_t kTileBlock = 64;  // weights of a row that are added up before they are scaled
-constexpr std::int64_t kDwordWeights = 8;
 
 // 16 bytes of each of 16 rows, which become lanes: the i-th dwords of all rows.
 inline void load_columns(const void* from, std::int64_t row_bytes, __m512i (&columns)[4]) {
@@ -99,6 +98,7 @@ void arrange_in_dwords(const From* x, std::int64_t rows, std::int64_t K, std::in
   }
 }
 
+// Of the dtypes that come to Isa: its own, and for fp32 all.
 template <typename Isa>
 void arrange_for_tiles(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged) {
   with_type(dtype, [&](auto type) {

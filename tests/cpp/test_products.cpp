@@ -96,8 +96,11 @@ void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t
     cpu::FewRows product{arranged.get(), w.view, added, stride, y.bytes.data(), M, N, K, dtype};
     cpu::linear_4bit(product, 0, N);
     product.y = in_parts.bytes.data();
-    for (std::int64_t n = 0; n < N; n += 3) cpu::linear_4bit(product, n, std::min(n + 3, N));
-    CHECK(y.bytes == in_parts.bytes);
+    for (const std::int64_t step : {3, 19}) {  // less than a tile, and one with a rest
+      for (std::int64_t n = 0; n < N; n += step) cpu::linear_4bit(product, n, std::min(n + step, N));
+      CHECK(y.bytes == in_parts.bytes);
+      std::fill(in_parts.bytes.begin(), in_parts.bytes.end(), std::uint8_t{0});
+    }
     for (std::int64_t m = 0; m < M; ++m) {
       for (std::int64_t n = 0; n < N; ++n) {
         double exact = addend.read(m * stride + n), magnitude = std::fabs(exact);

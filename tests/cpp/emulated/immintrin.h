@@ -50,6 +50,14 @@ inline Lane reduce_add(Register x) {
   return lane[0];
 }
 
+template <typename Lane, typename Register>
+inline void store(void* to, std::uint64_t k, Register x) {
+  const auto from = lanes<Lane>(x);
+  for (std::size_t i = 0; i < from.size(); ++i) {
+    if (k >> i & 1) __builtin_memcpy(static_cast<Lane*>(to) + i, &from[i], sizeof(Lane));
+  }
+}
+
 inline float flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
 
 inline float widen(std::uint16_t bf16) { return flush(std::bit_cast<float>(static_cast<std::uint32_t>(bf16) << 16)); }
@@ -156,3 +164,10 @@ inline __m512 _mm512_maskz_fmadd_ps(__mmask16 k, __m512 a, __m512 b, __m512 c) {
 }
 inline __m256 _mm256_dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return emulated::dpbf16(sum, a, b); }
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) { return emulated::dpbf16(sum, a, b); }
+
+// --- What SIMDe stores otherwise: zeros where the mask has none, and the CPU nothing ---------------------------------
+#undef _mm512_mask_storeu_ps
+#undef _mm256_mask_storeu_epi16
+
+inline void _mm512_mask_storeu_ps(void* to, __mmask16 k, __m512 a) { emulated::store<float>(to, k, a); }
+inline void _mm256_mask_storeu_epi16(void* to, __mmask16 k, __m256i a) { emulated::store<std::uint16_t>(to, k, a); }
