@@ -39,9 +39,6 @@ def comparisons(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], Compar
     return found
 
 
-MOST_ERROR = 100  # as in the rows: of what is allowed to ours
-
-
 def is_ours(row: Row) -> bool:
     """Whether it is this library's: its op, or another way to the same result."""
     return str(row["provider"]).startswith("qlora_ext")
@@ -52,13 +49,8 @@ def is_the_op(row: Row) -> bool:
     return bool(row["provider"] == "qlora_ext")
 
 
-def competes(row: Row) -> bool:
-    """Whether it is a peer's, in the case's precision: fp32 made of bf16 is off by thousands of times our bound."""
-    return not is_ours(row) and (row.get("error") or 0) <= MOST_ERROR
-
-
 def _comparison(same: list[Row]) -> Comparison:
-    peers = [row for row in same if competes(row)]
+    peers = [row for row in same if not is_ours(row)]
     return Comparison(next(filter(is_the_op, same)), min(peers, key=lambda row: row["p50"], default=None))
 
 

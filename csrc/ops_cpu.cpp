@@ -211,7 +211,7 @@ class Cpu final : public Device {
                                N,
                                K,
                                dtype};
-    constexpr int64_t kTile = 16;  // rows of W that the kernels work on at a time
+    constexpr int64_t kTile = cpu::kFewRowsBorder;
     at::parallel_for(
         0, ceil_div(N, kTile), ceil_div(kGrain, kTile * std::max<int64_t>(K, 1)),
         [&](int64_t begin, int64_t end) { cpu::linear_4bit(product, begin * kTile, std::min(end * kTile, N)); });

@@ -28,7 +28,8 @@ std::int64_t most_few_rows(DType dtype);
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K);
 void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t N, std::int64_t K, void* arranged);
 
-// Rows [begin, end) of W.
+// Rows [begin, end) of W. Cut at multiples of this many, no kernel has rows of two parts in its hands.
+constexpr std::int64_t kFewRowsBorder = 16;
 void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end);
 
 // --- the vector kernels -------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr std::int64_t kRun = 32;           // the smallest blocksize
-constexpr std::int64_t kRowBlock = 16;      // rows of W that meet a segment of x while it is in L1
-constexpr std::int64_t kRowsToL1 = 2;       // ahead, that are fetched
-constexpr std::int64_t kRowsToL2 = 4;       // likewise; straight to the L1 memory is read more slowly
-constexpr std::int64_t kMaxSegment = 4096;  // weights
-constexpr std::int64_t kMostScales = 8;     // that `scales` may read: a chunk of 256 weights in blocks of 32
+constexpr std::int64_t kRun = 32;                   // the smallest blocksize
+constexpr std::int64_t kRowBlock = kFewRowsBorder;  // rows of W that meet a segment of x while it is in L1
+constexpr std::int64_t kRowsToL1 = 2;               // ahead, that are fetched
+constexpr std::int64_t kRowsToL2 = 4;               // likewise; straight to the L1 memory is read more slowly
+constexpr std::int64_t kMaxSegment = 4096;          // weights
+constexpr std::int64_t kAbsmaxBehind = 32;  // numbers that decode_absmax may write, or `scales` read, beyond the last
 constexpr int kMostRows = 4;                // of x that are multiplied at once
 
 // Weights of a row that are multiplied at a time: their part of x, so many bytes a weight, stays in the L1, and a third
@@ -30,6 +30,21 @@ inline std::int64_t segment(std::int64_t bytes) {
   std::int64_t weights = kMaxSegment;
   while (3 * weights * bytes > 2 * l1_bytes()) weights /= 2;
   return weights;
+}
+
+// Of `count` weights from the k-th on of each row of W, one row after the other.
+template <typename Isa>
+inline void decode_absmax_of_rows(const Packed4bit& w, std::int64_t first, std::int64_t rows, std::int64_t K,
+                                  std::int64_t k, std::int64_t count, float* absmax) {
+  const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
+  const std::int64_t blocks = (count + w.blocksize - 1) >> shift;
+  if (count == K) {  // whole rows: theirs lie side by side
+    Isa::decode_absmax(w, (first * K) >> shift, rows * blocks, absmax);
+    return;
+  }
+  for (std::int64_t row = 0; row < rows; ++row) {
+    Isa::decode_absmax(w, ((first + row) * K + k) >> shift, blocks, absmax + row * blocks);
+  }
 }
 
 // One or more rows of W, and of absmax as decoded, each so far from the next.
@@ -129,15 +144,8 @@ void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = 0; k < p.K; k += longest) {
       const std::int64_t count = p.K - k < longest ? p.K - k : longest;
       const std::int64_t blocks = (count + p.w.blocksize - 1) >> shift;
-      float absmax[kRowBlock * (kMaxSegment / kRun) + kMostScales];
-      const auto decode_absmax = [&](std::int64_t row, std::int64_t so_many) {
-        Isa::decode_absmax(p.w, ((first + row) * p.K + k) >> shift, so_many, absmax + row * blocks);
-      };
-      if (count == p.K) {  // whole rows: theirs lie side by side
-        decode_absmax(0, rows * blocks);
-      } else {
-        for (std::int64_t row = 0; row < rows; ++row) decode_absmax(row, blocks);
-      }
+      float absmax[kRowBlock * (kMaxSegment / kRun) + kAbsmaxBehind];
+      decode_absmax_of_rows<Isa>(p.w, first, rows, p.K, k, count, absmax);
       const auto* x = static_cast<const typename Isa::Element*>(p.x) + k * kRows;
       for (std::int64_t row = 0; row < rows; row += Isa::kRowsOfW) {
         RowsOfW w{p.w.packed + ((first + row) * p.K + k) / 2, p.K / 2, absmax + row * blocks, blocks};

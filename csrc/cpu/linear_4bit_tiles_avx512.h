@@ -2,36 +2,47 @@
 // pair, at a time. No sum is added up across lanes, and 16 absmax scale 64 weights each at once; for that, W's codes
 // and absmax must be transposed, which pays from four rows on. A file of kernels includes this inside its target
 // region.
+//
+// Isa has
+//   kDType        of x as it is multiplied; Element is the type
+//   kFactors      elements of x, and weights, that a lane multiplies in a step
+//   kShifts       steps that the 8 codes of a dword take
+//   decode        the weights of step i of 16 dwords
+//   in_order      16 bytes of x as the steps want them
+//   multiply_add  16 rows' weights times the same elements of x, onto their sums
 #include "linear_4bit_avx512.h"
 
 namespace qlora::cpu {
 namespace {
 
-constexpr int kTileRows = 16;            // of W
-constexpr int kTileChains = 2;           // of dependent additions, to keep the units busy
-constexpr int kMostInTile = 8;           // rows of x: with two chains each half of the registers
-constexpr std::int64_t kTileBlock = 64;  // weights of a row that are added up before they are scaled
+constexpr int kTileRows = kFewRowsBorder;  // of W
+constexpr int kTileChains = 2;             // of dependent additions, to keep the units busy
+constexpr int kMostInTile = 8;             // rows of x: with two chains each half of the registers
+constexpr std::int64_t kTileBlock = 64;    // weights of a row that are added up before they are scaled
 
-// 16 bytes of each of 16 rows, which become lanes: the i-th dwords of all rows.
-inline void load_columns(const void* from, std::int64_t row_bytes, __m512i (&columns)[4]) {
-  __m512i every_fourth[4];
-  for (int i = 0; i < 4; ++i) {
-    const auto load = [&](int row) {
-      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + row * row_bytes));
-    };
-    __m512i quarters = _mm512_castsi128_si512(load(i));
-    quarters = _mm512_mask_broadcast_i32x4(quarters, 0x00f0, load(4 + i));
-    quarters = _mm512_mask_broadcast_i32x4(quarters, 0x0f00, load(8 + i));
-    every_fourth[i] = _mm512_mask_broadcast_i32x4(quarters, 0xf000, load(12 + i));
-  }
-  const __m512i low[2] = {_mm512_unpacklo_epi32(every_fourth[0], every_fourth[1]),
-                          _mm512_unpacklo_epi32(every_fourth[2], every_fourth[3])};
-  const __m512i high[2] = {_mm512_unpackhi_epi32(every_fourth[0], every_fourth[1]),
-                           _mm512_unpackhi_epi32(every_fourth[2], every_fourth[3])};
+// Of 4 vectors of which the i-th has 16 bytes of rows i, 4 + i, 8 + i and 12 + i: the j-th dwords of all rows.
+inline void transpose_dwords(const __m512i (&rows)[4], __m512i (&columns)[4]) {
+  const __m512i low[2] = {_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpacklo_epi32(rows[2], rows[3])};
+  const __m512i high[2] = {_mm512_unpackhi_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[2], rows[3])};
   columns[0] = _mm512_unpacklo_epi64(low[0], low[1]);
   columns[1] = _mm512_unpackhi_epi64(low[0], low[1]);
   columns[2] = _mm512_unpacklo_epi64(high[0], high[1]);
   columns[3] = _mm512_unpackhi_epi64(high[0], high[1]);
+}
+
+// 16 bytes of each of 16 rows, which become lanes: the j-th dwords of all rows.
+inline void load_columns(const void* from, std::int64_t row_bytes, __m512i (&columns)[4]) {
+  __m512i rows[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto load = [&](int row) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + row * row_bytes));
+    };
+    rows[i] = _mm512_castsi128_si512(load(i));
+    rows[i] = _mm512_mask_broadcast_i32x4(rows[i], 0x00f0, load(4 + i));
+    rows[i] = _mm512_mask_broadcast_i32x4(rows[i], 0x0f00, load(8 + i));
+    rows[i] = _mm512_mask_broadcast_i32x4(rows[i], 0xf000, load(12 + i));
+  }
+  transpose_dwords(rows, columns);
 }
 
 // Absmax of one block of each of 16 rows after the other, as many blocks as a segment has.
@@ -39,21 +50,15 @@ struct TileScales {
   static constexpr std::int64_t kBlocks = kMaxSegment / kRun;
   alignas(64) float value[kBlocks][kTileRows];
 
-  // Of `count` blocks of every row, from the `block`-th of `per_row` on.
-  void decode(const Packed4bit& w, std::int64_t first_row, std::int64_t per_row, std::int64_t block,
-              std::int64_t count) {
-    float absmax[kTileRows * kBlocks + 32];  // decoding goes on to a multiple of 32
-    if (count == per_row) {
-      SumsAvx512::decode_absmax(w, first_row * per_row, kTileRows * per_row, absmax);
-    } else {
-      for (std::int64_t row = 0; row < kTileRows; ++row) {
-        SumsAvx512::decode_absmax(w, (first_row + row) * per_row + block, count, absmax + row * count);
-      }
-    }
-    for (std::int64_t i = 0; i < count; i += 4) {
+  // Of `count` weights of rows of K, from the k-th on: whole blocks.
+  void decode(const Packed4bit& w, std::int64_t first_row, std::int64_t K, std::int64_t k, std::int64_t count) {
+    const std::int64_t blocks = count / w.blocksize;
+    float absmax[kTileRows * kBlocks + kAbsmaxBehind];
+    decode_absmax_of_rows<SumsAvx512>(w, first_row, kTileRows, K, k, count, absmax);
+    for (std::int64_t i = 0; i < blocks; i += 4) {
       __m512i columns[4];
-      load_columns(absmax + i, 4 * count, columns);
-      for (int j = 0; j < 4 && i + j < count; ++j) _mm512_store_si512(value[i + j], columns[j]);
+      load_columns(absmax + i, 4 * blocks, columns);
+      for (int j = 0; j < 4 && i + j < blocks; ++j) _mm512_store_si512(value[i + j], columns[j]);
     }
   }
 };
@@ -78,23 +83,17 @@ inline __m128i load_as(const From* from) {
 template <typename Isa, typename From>
 void arrange_in_dwords(const From* x, std::int64_t rows, std::int64_t K, std::int32_t* to) {
   using To = typename Isa::Element;
-  const __m256i present =
-      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<std::int32_t>(rows)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const auto lanes = static_cast<__mmask16>((1u << rows) - 1);
   for (std::int64_t k = 0; k < K; k += 16 / static_cast<std::int64_t>(sizeof(To)), to += 4 * rows) {
-    __m256i every_fourth[4];
+    __m512i rows_of_x[4], columns[4];
     for (std::int64_t i = 0; i < 4; ++i) {
       const auto load = [&](std::int64_t row) {
         return row < rows ? Isa::in_order(load_as<To>(x + row * K + k)) : _mm_setzero_si128();
       };
-      every_fourth[i] = _mm256_set_m128i(load(4 + i), load(i));
+      rows_of_x[i] = _mm512_castsi256_si512(_mm256_set_m128i(load(4 + i), load(i)));
     }
-    const __m256i low[2] = {_mm256_unpacklo_epi32(every_fourth[0], every_fourth[1]),
-                            _mm256_unpacklo_epi32(every_fourth[2], every_fourth[3])};
-    const __m256i high[2] = {_mm256_unpackhi_epi32(every_fourth[0], every_fourth[1]),
-                             _mm256_unpackhi_epi32(every_fourth[2], every_fourth[3])};
-    const __m256i columns[4] = {_mm256_unpacklo_epi64(low[0], low[1]), _mm256_unpackhi_epi64(low[0], low[1]),
-                                _mm256_unpacklo_epi64(high[0], high[1]), _mm256_unpackhi_epi64(high[0], high[1])};
-    for (int i = 0; i < 4; ++i) _mm256_maskstore_epi32(to + i * rows, present, columns[i]);
+    transpose_dwords(rows_of_x, columns);
+    for (int i = 0; i < 4; ++i) _mm512_mask_storeu_ps(to + i * rows, lanes, _mm512_castsi512_ps(columns[i]));
   }
 }
 
@@ -161,14 +160,13 @@ template <typename Isa, int kRows>
 void multiply_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
   const Isa isa(p.w.quant_type);
   const auto* x = static_cast<const typename Isa::Element*>(p.x);
-  const int shift = __builtin_ctzll(static_cast<std::uint64_t>(p.w.blocksize));
   for (std::int64_t row = begin; row < end; row += kTileRows) {
     const std::int64_t first = row + kTileRows <= p.N ? row : p.N - kTileRows;  // the last tile may overlap another
     alignas(64) float sums[kRows * kTileRows] = {};
     for (std::int64_t k = 0; k < p.K; k += kMaxSegment) {
       const std::int64_t count = p.K - k < kMaxSegment ? p.K - k : kMaxSegment;
       TileScales scales;
-      scales.decode(p.w, first, p.K >> shift, k >> shift, count >> shift);
+      scales.decode(p.w, first, p.K, k, count);
       multiply_tile<Isa, kRows>(isa, x + k * kRows, p.w.packed + (first * p.K + k) / 2, p.K / 2, count, p.w.blocksize,
                                 scales, sums);
     }

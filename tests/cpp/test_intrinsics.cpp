@@ -147,13 +147,6 @@ void check_moves(Random& random) {
   Lanes<std::uint16_t> words_kept = word_index;
   _mm256_mask_storeu_epi16(words_kept.at, mask, half(words));
   CHECK(holds(words_kept, [&](int i) { return i < 16 && chosen(i) ? words.at[i] : word_index.at[i]; }));
-  Lanes<std::uint32_t> dwords_kept = dwords;
-  _mm256_maskstore_epi32(reinterpret_cast<int*>(dwords_kept.at), half(others), half(qwords));
-  CHECK(holds(dwords_kept, [&](int i) {
-    const auto stored_value = static_cast<std::uint32_t>(qwords.at[i % 8 / 2] >> (i % 2 * 32));
-    return i < 8 && others.at[i] >> 31 != 0 ? stored_value : dwords.at[i];
-  }));
-
   CHECK(holds(stored<std::uint16_t>(_mm512_cvtepi32_epi16(whole(dwords))), [&](int i) { return dwords.at[i]; }));
   CHECK(holds(stored<std::uint8_t>(_mm512_cvtepi32_epi8(whole(dwords))), [&](int i) { return dwords.at[i]; }));
   CHECK(holds(stored<std::uint8_t>(_mm512_cvtepi64_epi8(whole(qwords))),
