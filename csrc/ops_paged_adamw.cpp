@@ -30,6 +30,7 @@ using at::Tensor;
 
 constexpr const char* kOp = "PagedAdamW";
 constexpr int64_t kGrain = 32;  // blocks of 256 elements that a thread should have before another is worth waking
+constexpr int64_t kTurns = 16;  // of each thread: fewer parts are longer runs of memory, more let threads end together
 
 MakePagedAdamwDevice& cuda_adamw() {
   static MakePagedAdamwDevice make = nullptr;
@@ -48,21 +49,22 @@ void compute_cpu(pager::HostBackend& backend, std::span<const AdamwSlice> slices
                  bool streams) {
   const auto n = static_cast<int64_t>(slices.size());
   const int64_t blocks = adamw_blocks(slices.data(), n);
+  const int64_t threads = at::get_num_threads(), others = std::max<int64_t>(1, cores() - 1);
+  const int64_t part = std::max(kGrain, blocks / (threads * kTurns));
   std::atomic<int64_t> next = 0;
   const auto compute_part = [&] {
-    const int64_t at = next.fetch_add(kGrain);
+    const int64_t at = next.fetch_add(part);
     if (at >= blocks) return false;
-    cpu::adamw(slices.data(), n, options, at, std::min(at + kGrain, blocks));
+    cpu::adamw(slices.data(), n, options, at, std::min(at + part, blocks));
     return true;
   };
   const auto compute = [&](int64_t threads) {
-    at::parallel_for(0, std::min(threads, ceil_div(blocks, kGrain)), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, std::min(threads, ceil_div(blocks, part)), 1, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
         while (compute_part()) continue;
       }
     });
   };
-  const int64_t threads = at::get_num_threads(), others = std::max<int64_t>(1, cores() - 1);
   if (streams && threads > others) {
     backend.help(compute_part, [&] { compute(others); });
   } else {

@@ -47,9 +47,9 @@ struct Portable {
 
   template <bool kSigned>
   struct Codes {
-    static constexpr std::int64_t kEncoded = 1;
+    static constexpr std::int64_t kDecoded = 1, kEncoded = 1;
     static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
-    static V decode(const std::uint8_t* codes) { return book().value[*codes]; }
+    static void decode(const std::uint8_t* code, V* value) { *value = book().value[*code]; }
     static void encode(const float* values, float inverse, std::uint8_t* codes) {
       *codes = encode_dynamic(book().bound, *values * inverse);
     }

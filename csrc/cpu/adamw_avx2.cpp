@@ -79,7 +79,7 @@ struct Avx2 {
 
   template <bool kSigned>
   struct Codes {
-    static constexpr std::int64_t kEncoded = 32;
+    static constexpr std::int64_t kDecoded = 1, kEncoded = 32;
     __m256i end, last;
     __m256 scale, offset, width, half;
 
@@ -93,7 +93,7 @@ struct Avx2 {
           width(_mm256_loadu_ps(kCells<kSigned>.width)),
           half(_mm256_loadu_ps(kCells<kSigned>.half)) {}
 
-    V decode(const std::uint8_t* codes) const {
+    void decode(const std::uint8_t* codes, V* out) const {
       const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
       const __m256i from_zero = kSigned ? _mm256_sub_epi32(code, _mm256_set1_epi32(127)) : code;
       const __m256i n = kSigned ? _mm256_abs_epi32(from_zero) : _mm256_add_epi32(code, _mm256_set1_epi32(1));
@@ -110,7 +110,7 @@ struct Avx2 {
       const __m256 value = _mm256_mul_ps(edges, _mm256_permutevar8x32_ps(half, decade));
       const __m256i is_zero = _mm256_cmpeq_epi32(from_zero, _mm256_setzero_si256());
       const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(from_zero), _mm256_set1_ps(-0.0f));
-      return _mm256_andnot_ps(_mm256_castsi256_ps(is_zero), kSigned ? _mm256_or_ps(value, sign) : value);
+      *out = _mm256_andnot_ps(_mm256_castsi256_ps(is_zero), kSigned ? _mm256_or_ps(value, sign) : value);
     }
 
     // 32 values.

@@ -73,91 +73,108 @@ struct Avx512 {
 
   template <bool kSigned>
   struct Codes {
-    static constexpr std::int64_t kEncoded = 64;
+    static constexpr std::int64_t kDecoded = 2, kEncoded = 64;
     __m512i end, last;
-    __m512 scale, offset, width, half;
+    __m512 scale, offset;
 
     static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
 
-    static __m512i twice(const void* line) {
-      return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(line)));
+    // 16 lines, of which the upper 8 are the first: of magnitudes too small for the lower 8, but not under kTiny.
+    static __m512i lines(const void* line) {
+      const __m256i eight = _mm256_loadu_si256(static_cast<const __m256i*>(line));
+      return _mm512_inserti64x4(_mm512_broadcastd_epi32(_mm256_castsi256_si128(eight)), eight, 0);
     }
+    static constexpr std::int32_t kTiny = (127 - 40) << 23;
 
     Codes()
-        : end(twice(kLines<kSigned>.end)),
-          last(twice(kLines<kSigned>.last)),
-          scale(_mm512_castsi512_ps(twice(kLines<kSigned>.scale))),
-          offset(_mm512_castsi512_ps(twice(kLines<kSigned>.offset))),
-          width(_mm512_castsi512_ps(twice(kCells<kSigned>.width))),
-          half(_mm512_castsi512_ps(twice(kCells<kSigned>.half))) {}
+        : end(lines(kLines<kSigned>.end)),
+          last(lines(kLines<kSigned>.last)),
+          scale(_mm512_castsi512_ps(lines(kLines<kSigned>.scale))),
+          offset(_mm512_castsi512_ps(lines(kLines<kSigned>.offset))) {}
 
-    // b, with those bits of a that the mask has.
-    static V merge(V a, V mask, V b) {
-      return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a), _mm512_castps_si512(mask),
-                                                           _mm512_castps_si512(b), 0xea));  // a & mask | b
-    }
-
-    V decode(const std::uint8_t* codes) const {
-      const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-      const __m512i from_zero = kSigned ? _mm512_sub_epi32(code, _mm512_set1_epi32(127)) : code;
-      const __m512i n = kSigned ? _mm512_abs_epi32(from_zero) : _mm512_add_epi32(code, _mm512_set1_epi32(1));
-      const __m512i bits = _mm512_castps_si512(_mm512_cvtepi32_ps(n));
-      const __m512i decade = _mm512_srli_epi32(bits, 23);
-      const __m512 one = _mm512_set1_ps(1.0f), range = _mm512_set1_ps(kDecadeRange);
-      const __m512 mantissa = merge(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffff)), one);
-      const __mmask16 upper_half = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x400000));
-      const __m512 end = _mm512_mask_mov_ps(_mm512_set1_ps(0.1f), upper_half, one);  // that the edges are counted from
-      const __m512 place = _mm512_sub_ps(mantissa, _mm512_mask_mov_ps(one, upper_half, _mm512_set1_ps(2.0f)));
-      const __m512 next = _mm512_add_ps(place, _mm512_permutexvar_ps(decade, width));
-      const __m512 edges = _mm512_add_ps(_mm512_fmadd_ps(range, place, end), _mm512_fmadd_ps(range, next, end));
-      const __m512 value =
-          _mm512_maskz_mul_ps(_mm512_test_epi32_mask(from_zero, from_zero), edges, _mm512_permutexvar_ps(decade, half));
-      if constexpr (!kSigned) return value;
-      return merge(_mm512_castsi512_ps(from_zero), _mm512_set1_ps(-0.0f), value);
+    // 32 codes, by lookups of words: the values' halves, from tables of 256 for as many codes.
+    void decode(const std::uint8_t* codes, V* values) const {
+      // The order in which unpacking the halves leaves the values in theirs.
+      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+      const __m512i code = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, order));
+      const __mmask32 bit7 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
+      const __mmask32 bit6 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
+      const auto look_up = [&](const std::uint16_t* table) {
+        const auto in = [&](int first) {  // the 64 words from there on
+          return _mm512_permutex2var_epi16(_mm512_load_si512(table + first), code,
+                                           _mm512_load_si512(table + first + 32));
+        };
+        return _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(in(0), bit6, in(64)), bit7,
+                                     _mm512_mask_mov_epi16(in(128), bit6, in(192)));
+      };
+      const __m512i low = look_up(kHalves<kSigned>.low), high = look_up(kHalves<kSigned>.high);
+      values[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+      values[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
     }
 
     // 64 values.
     [[gnu::always_inline]] void encode(const float* values, float inverse, std::uint8_t* codes) const {
-      __m512i code[4];
-      __mmask16 sure[4];
+      __m512i bits[4], sum[4];
       for (int i = 0; i < 4; ++i) {
-        code[i] = find(_mm512_mul_ps(_mm512_loadu_ps(values + 16 * i), _mm512_set1_ps(inverse)), sure[i]);
+        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(values + 16 * i), _mm512_set1_ps(inverse));
+        bits[i] = _mm512_castps_si512(x);
+        sum[i] = find(x);
       }
-      // The packs work inside 128-bit lanes, and saturate: there is no -1 among the signed codes.
-      const __m512i packed =
-          _mm512_packus_epi16(_mm512_packs_epi32(code[0], code[1]), _mm512_packs_epi32(code[2], code[3]));
-      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, packed));
-      if (__builtin_expect((sure[0] & sure[1] & sure[2] & sure[3]) != 0xffff, 0)) {
-        for (int i = 0; i < 64; i += 16) search(values + i, inverse, ~sure[i / 16] & 0xffffu, codes + i);
+      const __m512i code[2] = {join(bits[0], sum[0], bits[1], sum[1]), join(bits[2], sum[2], bits[3], sum[3])};
+      const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packing works inside 128-bit lanes
+      _mm512_storeu_si512(codes, _mm512_permutexvar_epi64(order, _mm512_packus_epi16(code[0], code[1])));
+      // The least fractions; of the words beside them nothing is asked.
+      const __m512i least = _mm512_min_epu16(_mm512_min_epu16(sum[0], sum[1]), _mm512_min_epu16(sum[2], sum[3]));
+      if (__builtin_expect(unsure(least) != 0, 0)) {
+        search(values, inverse, _mm512_kunpackw(unsure(sum[1]), unsure(sum[0])), codes);
+        search(values + 32, inverse, _mm512_kunpackw(unsure(sum[3]), unsure(sum[2])), codes + 32);
       }
     }
 
+    static __mmask16 unsure(__m512i sum) { return _mm512_testn_epi32_mask(sum, _mm512_set1_epi32(Lines::kSureMask)); }
+
     // Those whose bits are set, as the format says.
-    static void search(const float* values, float inverse, unsigned chosen, std::uint8_t* codes) {
+    [[gnu::noinline]] static void search(const float* values, float inverse, unsigned chosen, std::uint8_t* codes) {
       for (; chosen != 0; chosen &= chosen - 1) {
         const int i = __builtin_ctz(chosen);
         codes[i] = encode_dynamic(book().bound, values[i] * inverse);
       }
     }
 
-    [[gnu::always_inline]] __m512i find(__m512 x, __mmask16& sure) const {
-      const __m512i bits = _mm512_castps_si512(x);
-      const __m512i magnitude = kSigned ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)) : bits;
-      const __m512i upper = _mm512_max_epi32(_mm512_srli_epi32(magnitude, 16), _mm512_set1_epi32(Lines::kLeast));
+    // Of 32 values, from their bits and sums: codes, as words.
+    static __m512i join(__m512i bits0, __m512i sum0, __m512i bits1, __m512i sum1) {
+      const __m512i ranks = upper_words(sum0, sum1);
+      if constexpr (!kSigned) {
+        const __m512i zero = _mm512_setzero_si512();
+        return _mm512_maskz_mov_epi16(
+            _mm512_kunpackw(_mm512_cmpgt_epi32_mask(bits1, zero), _mm512_cmpgt_epi32_mask(bits0, zero)), ranks);
+      }
+      const __m512i zero = _mm512_set1_epi16(127);
+      const __mmask32 negative = _mm512_movepi16_mask(upper_words(bits0, bits1));
+      return _mm512_mask_sub_epi16(_mm512_add_epi16(zero, ranks), negative, zero, ranks);
+    }
+
+    static __m512i upper_words(__m512i a, __m512i b) {
+      alignas(64) static constexpr std::uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                             23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                             45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+      return _mm512_permutex2var_epi16(a, _mm512_load_si512(kOdd), b);
+    }
+
+    // The sums: rank and fraction.
+    [[gnu::always_inline]] __m512i find(__m512 x) const {
+      const __m512 tiny = _mm512_castsi512_ps(_mm512_set1_epi32(kTiny));
+      constexpr int kLargestMagnitude = 0b1011;
+      const __m512 magnitude = kSigned ? _mm512_range_ps(x, tiny, kLargestMagnitude) : _mm512_max_ps(x, tiny);
+      const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(magnitude), 16);
       __m512i line = _mm512_mulhi_epi16(upper, _mm512_set1_epi32(Lines::kLog));
-      const __m512i compared = kSigned ? _mm512_rol_epi32(bits, 1) : bits;
+      const __m512i bits = _mm512_castps_si512(x), compared = kSigned ? _mm512_rol_epi32(bits, 1) : bits;
       const __mmask16 beyond = _mm512_cmpgt_epi32_mask(compared, _mm512_permutexvar_epi32(line, end));
       line = _mm512_mask_sub_epi32(line, beyond, line, _mm512_set1_epi32(-1));
-      const __m512 on_line = _mm512_fmadd_ps(_mm512_castsi512_ps(magnitude), _mm512_permutexvar_ps(line, scale),
-                                             _mm512_permutexvar_ps(line, offset));
-      const __m512i sum = _mm512_min_epi32(_mm512_cvtps_epi32(on_line), _mm512_permutexvar_epi32(line, last));
-      sure = _mm512_test_epi32_mask(sum, _mm512_set1_epi32(Lines::kSureMask));
-      const __m512i rank = _mm512_srli_epi32(sum, Lines::kFractionBits);
-      if constexpr (!kSigned)
-        return _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), rank);
-      const __m512i zero = _mm512_set1_epi32(127);
-      return _mm512_mask_sub_epi32(_mm512_add_epi32(zero, rank), _mm512_movepi32_mask(bits), zero, rank);
+      const __m512 on_line =
+          _mm512_fmadd_ps(magnitude, _mm512_permutexvar_ps(line, scale), _mm512_permutexvar_ps(line, offset));
+      return _mm512_min_epi32(_mm512_cvtps_epi32(on_line), _mm512_permutexvar_epi32(line, last));
     }
   };
 };

@@ -6,7 +6,7 @@
 //   load, store     of any dtype
 //   Random, round   the random bits of a block, and bf16 rounded by those of elements i ...
 //   Largest         the largest magnitude of what it is given, by its bits: integers order floats of one sign, NaN last
-//   Codes<signed>   of the 8-bit states: decode kLanes codes, encode kEncoded finite values
+//   Codes<signed>   of the 8-bit states: decode codes to kDecoded V, encode kEncoded finite values
 #include "../adamw_update.h"
 
 namespace qlora::cpu {
@@ -67,17 +67,24 @@ template <typename Isa, typename B>
 void update_8bit(const B& block, const typename Isa::template Codes<true>& codes_m,
                  const typename Isa::template Codes<false>& codes_v, std::uint8_t* exp_avg, std::uint8_t* exp_avg_sq,
                  float* exp_avg_absmax, float* exp_avg_sq_absmax) {
+  constexpr int kDecoded = Isa::template Codes<true>::kDecoded;
   alignas(64) float ms[kAdamwBlock], vs[kAdamwBlock];
   typename Isa::Largest largest_m, largest_v;
   const auto old_m = Isa::splat(*exp_avg_absmax), old_v = Isa::splat(*exp_avg_sq_absmax);
-  for (std::int64_t i = 0; i < block.count; i += Isa::kLanes) {
-    auto m = Isa::multiply(codes_m.decode(exp_avg + i), old_m);
-    auto v = Isa::multiply(codes_v.decode(exp_avg_sq + i), old_v);
-    block.update(i, m, v);
-    largest_m.add(m);
-    largest_v.add(v);
-    Isa::store(ms + i, m);
-    Isa::store(vs + i, v);
+  for (std::int64_t i = 0; i < block.count; i += kDecoded * Isa::kLanes) {
+    typename Isa::V m[kDecoded], v[kDecoded];
+    codes_m.decode(exp_avg + i, m);
+    codes_v.decode(exp_avg_sq + i, v);
+    for (int j = 0; j < kDecoded; ++j) {
+      const std::int64_t at = i + j * Isa::kLanes;
+      m[j] = Isa::multiply(m[j], old_m);
+      v[j] = Isa::multiply(v[j], old_v);
+      block.update(at, m[j], v[j]);
+      largest_m.add(m[j]);
+      largest_v.add(v[j]);
+      Isa::store(ms + at, m[j]);
+      Isa::store(vs + at, v[j]);
+    }
   }
   const Scale scale_m(largest_m.bits()), scale_v(largest_v.bits());
   encode_block(codes_m, ms, block.count, scale_m, exp_avg);

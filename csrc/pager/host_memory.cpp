@@ -24,10 +24,10 @@ std::byte* allocate_host(std::int64_t bytes) {
     if (before != 0) ::munmap(memory, static_cast<std::size_t>(before));
     if (before != extra) ::munmap(memory + before + bytes, static_cast<std::size_t>(extra - before));
     memory += before;
-#ifdef MADV_HUGEPAGE
-    ::madvise(memory, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);  // a wish: no error if it is not granted
-#endif
   }
+#ifdef MADV_HUGEPAGE
+  ::madvise(memory, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);  // a wish: no error if it is not granted
+#endif
   return memory;
 }
 

@@ -54,7 +54,7 @@ class Pager {
   // `writes`. Throws before the first visit if it can be known that not all pages can be had. If a page fails later,
   // the rest is not visited, and this and every later walk throws.
   using Visit = std::function<void(std::size_t position, std::span<std::byte* const> pages)>;
-  static constexpr std::size_t kMostAtOnce = 16;
+  static constexpr std::size_t kMostAtOnce = 64;
   void walk(std::span<const PageId> order, bool writes, const Visit& visit);
 
   // Whether pages move beside the compute of the walk under way, or of the last one.
