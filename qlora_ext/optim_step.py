@@ -17,7 +17,12 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def check(condition: bool, what: str, expected: object, got: object) -> None:
     """Raises ValueError if the condition does not hold."""
     if not condition:
-        raise ValueError(f"PagedAdamW: {what}: expected {expected}, got {got!r}")
+        raise refusal(what, expected, got)
+
+
+def refusal(what: str, expected: object, got: object) -> ValueError:
+    """What to raise; for conditions of each parameter at each step, whose messages would take longer than they do."""
+    return ValueError(f"PagedAdamW: {what}: expected {expected}, got {got!r}")
 
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:
@@ -41,17 +46,26 @@ def checked_hyper(group: dict[str, Any]) -> Hyper:
 
 def checked_gradient(index: int, p: Any) -> Tensor:
     """The gradient of p, which is parameter number `index`: of its local shard, contiguous."""
-    grad = p.grad
+    grad: Tensor = p.grad
     what = f"gradient of parameter {index}"
-    check(grad.layout is torch.strided, what, "a dense tensor", grad.layout)
+    if grad.layout is not torch.strided:
+        raise refusal(what, "a dense tensor", grad.layout)
     check_dtype(what, grad.dtype)
-    check(grad.shape == p.shape, what, f"shape {list(p.shape)}", list(grad.shape))
-    expanded = p.numel() > 0 and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True))
-    check(not expanded, f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
+    if grad.shape != p.shape:
+        raise refusal(what, f"shape {list(p.shape)}", list(grad.shape))
+    if not p.is_contiguous() and any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
+        raise refusal(f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
+    if hasattr(p, "placements") or hasattr(grad, "placements"):
+        grad = _local_gradient(what, p, grad)
+    return grad.contiguous()
+
+
+def _local_gradient(what: str, p: Any, grad: Any) -> Tensor:
+    """Of the shard that this process has of p, a DTensor."""
     if hasattr(p, "placements") != hasattr(grad, "placements"):
         raise TypeError(f"PagedAdamW: {what}: expected {type(p.data).__name__}, got {type(grad).__name__}")
-    if hasattr(p, "placements") and grad.placements != p.placements:
+    if grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
     local, expected_shape = local_shard(grad), list(local_shard(p).shape)
     check(list(local.shape) == expected_shape, what, f"a local shard of shape {expected_shape}", list(local.shape))
-    return local.contiguous()
+    return local

@@ -83,9 +83,8 @@ class PagedParameters:
 
     def steps(self, p: Tensor) -> int:
         """How many steps the parameter has taken; without any it has no state."""
-        if p not in self._states:
-            return 0
-        return self._stores[self._states[p].device].steps(self._states[p].id)
+        states = self._states.get(p)
+        return 0 if states is None else self._stores[states.device].steps(states.id)
 
     def step(
         self, updates: Collection[Update], grad_scale: Tensor | None, stochastic_rounding: bool, seed: int
