@@ -30,7 +30,9 @@ using at::Tensor;
 
 constexpr const char* kOp = "PagedAdamW";
 constexpr int64_t kGrain = 32;  // blocks of 256 elements that a thread should have before another is worth waking
-constexpr int64_t kTurns = 16;  // of each thread: fewer parts are longer runs of memory, more let threads end together
+// Parts for each thread: fewer are longer runs of memory, with more all end together. Where pages stream, they meet for
+// each of them.
+constexpr int64_t kParts = 16, kPartsStreaming = 64;
 
 MakePagedAdamwDevice& cuda_adamw() {
   static MakePagedAdamwDevice make = nullptr;
@@ -50,7 +52,7 @@ void compute_cpu(pager::HostBackend& backend, std::span<const AdamwSlice> slices
   const auto n = static_cast<int64_t>(slices.size());
   const int64_t blocks = adamw_blocks(slices.data(), n);
   const int64_t threads = at::get_num_threads(), others = std::max<int64_t>(1, cores() - 1);
-  const int64_t part = std::max(kGrain, blocks / (threads * kTurns));
+  const int64_t part = std::max(kGrain, blocks / (threads * (streams ? kPartsStreaming : kParts)));
   std::atomic<int64_t> next = 0;
   const auto compute_part = [&] {
     const int64_t at = next.fetch_add(part);

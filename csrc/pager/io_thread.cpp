@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -19,10 +20,28 @@ struct IoThread::Shared {
   std::uint64_t submitted = 0, done = 0;
   const std::function<bool()>* part = nullptr;  // of work to help with
   bool helping = false;                         // the thread is in *part
+  std::atomic<bool> enough = false;             // it is to come back from there
   bool ending = false;
   std::exception_ptr error;
   std::thread thread;
 };
+
+namespace {
+
+// While a walk is under way, what is waited for comes sooner than a sleeping thread would be awake.
+constexpr int kYields = 100;
+
+template <typename Ready>
+void wait_until(const Ready& ready, std::condition_variable& changed, std::unique_lock<std::mutex>& lock) {
+  for (int i = 0; i < kYields && !ready(); ++i) {
+    lock.unlock();
+    std::this_thread::yield();
+    lock.lock();
+  }
+  changed.wait(lock, ready);
+}
+
+}  // namespace
 
 IoThread::IoThread() : shared_(new Shared), process_(::getpid()) {}
 
@@ -45,6 +64,7 @@ std::uint64_t IoThread::submit(std::function<void()> job) {
   if (!in_own_process()) throw std::runtime_error("pager: a forked process cannot use its parent's I/O thread");
   const std::lock_guard lock(shared_->mutex);
   shared_->jobs.push_back(std::move(job));
+  shared_->enough = true;
   if (!shared_->thread.joinable()) shared_->thread = std::thread([shared = shared_] { run(*shared); });
   shared_->given.notify_one();
   return ++shared_->submitted;
@@ -56,7 +76,7 @@ void IoThread::wait(std::uint64_t number) {
   std::unique_lock lock(shared_->mutex);
   if (shared_->done < number) {
     const auto start = std::chrono::steady_clock::now();
-    shared_->finished.wait(lock, [&] { return shared_->done >= number; });
+    wait_until([&] { return shared_->done >= number; }, shared_->finished, lock);
     seconds_waited_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   if (shared_->error) std::rethrow_exception(shared_->error);
@@ -68,7 +88,8 @@ void IoThread::help(const std::function<bool()>& part, const std::function<void(
     ~Help() {
       std::unique_lock lock(shared.mutex);
       shared.part = nullptr;
-      shared.finished.wait(lock, [&] { return !shared.helping; });
+      shared.enough = true;
+      wait_until([&] { return !shared.helping; }, shared.finished, lock);
     }
   };
   {
@@ -89,12 +110,14 @@ void IoThread::check() const {
 void IoThread::run(Shared& shared) {
   std::unique_lock lock(shared.mutex);
   while (true) {
-    shared.given.wait(lock, [&] { return shared.ending || !shared.jobs.empty() || shared.part != nullptr; });
+    wait_until([&] { return shared.ending || !shared.jobs.empty() || shared.part != nullptr; }, shared.given, lock);
     if (shared.jobs.empty() && shared.part != nullptr) {
       const std::function<bool()>& part = *shared.part;
       shared.helping = true;
+      shared.enough = false;
       lock.unlock();
-      const bool more = part();
+      bool more = true;
+      while (more && !shared.enough) more = part();
       lock.lock();
       shared.helping = false;
       if (!more) shared.part = nullptr;
