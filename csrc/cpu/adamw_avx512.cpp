@@ -8,6 +8,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #include "adamw_loops.h"
+#include "dynamic_lookup_avx512.h"
 #include "simd_avx512.h"
 
 namespace qlora::cpu {
@@ -92,25 +93,8 @@ struct Avx512 {
           scale(_mm512_castsi512_ps(lines(kLines<kSigned>.scale))),
           offset(_mm512_castsi512_ps(lines(kLines<kSigned>.offset))) {}
 
-    // 32 codes, by lookups of words: the values' halves, from tables of 256 for as many codes.
     void decode(const std::uint8_t* codes, V* values) const {
-      // The order in which unpacking the halves leaves the values in theirs.
-      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-      const __m512i code = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, order));
-      const __mmask32 bit7 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
-      const __mmask32 bit6 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
-      const auto look_up = [&](const std::uint16_t* table) {
-        const auto in = [&](int first) {  // the 64 words from there on
-          return _mm512_permutex2var_epi16(_mm512_load_si512(table + first), code,
-                                           _mm512_load_si512(table + first + 32));
-        };
-        return _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(in(0), bit6, in(64)), bit7,
-                                     _mm512_mask_mov_epi16(in(128), bit6, in(192)));
-      };
-      const __m512i low = look_up(kHalves<kSigned>.low), high = look_up(kHalves<kSigned>.high);
-      values[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
-      values[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
+      decode_dynamic<book()>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), values);
     }
 
     // 64 values.
@@ -126,13 +110,13 @@ struct Avx512 {
       _mm512_storeu_si512(codes, _mm512_permutexvar_epi64(order, _mm512_packus_epi16(code[0], code[1])));
       // The least fractions; of the words beside them nothing is asked.
       const __m512i least = _mm512_min_epu16(_mm512_min_epu16(sum[0], sum[1]), _mm512_min_epu16(sum[2], sum[3]));
-      if (__builtin_expect(unsure(least) != 0, 0)) {
-        search(values, inverse, _mm512_kunpackw(unsure(sum[1]), unsure(sum[0])), codes);
-        search(values + 32, inverse, _mm512_kunpackw(unsure(sum[3]), unsure(sum[2])), codes + 32);
+      if (__builtin_expect(sure(least) != 0xffff, 0)) {
+        search(values, inverse, ~(sure(sum[0]) | sure(sum[1]) << 16), codes);
+        search(values + 32, inverse, ~(sure(sum[2]) | sure(sum[3]) << 16), codes + 32);
       }
     }
 
-    static __mmask16 unsure(__m512i sum) { return _mm512_testn_epi32_mask(sum, _mm512_set1_epi32(Lines::kSureMask)); }
+    static unsigned sure(__m512i sum) { return _mm512_test_epi32_mask(sum, _mm512_set1_epi32(Lines::kSureMask)); }
 
     // Those whose bits are set, as the format says.
     [[gnu::noinline]] static void search(const float* values, float inverse, unsigned chosen, std::uint8_t* codes) {
@@ -144,15 +128,15 @@ struct Avx512 {
 
     // Of 32 values, from their bits and sums: codes, as words.
     static __m512i join(__m512i bits0, __m512i sum0, __m512i bits1, __m512i sum1) {
-      const __m512i ranks = upper_words(sum0, sum1);
-      if constexpr (!kSigned) {
+      if constexpr (kSigned) {
+        const __m512i ranks = upper_words(sum0, sum1), zero = _mm512_set1_epi16(127);
+        const __mmask32 negative = _mm512_movepi16_mask(upper_words(bits0, bits1));
+        return _mm512_mask_mov_epi16(_mm512_add_epi16(zero, ranks), negative, _mm512_sub_epi16(zero, ranks));
+      } else {
         const __m512i zero = _mm512_setzero_si512();
-        return _mm512_maskz_mov_epi16(
-            _mm512_kunpackw(_mm512_cmpgt_epi32_mask(bits1, zero), _mm512_cmpgt_epi32_mask(bits0, zero)), ranks);
+        return upper_words(_mm512_maskz_mov_epi32(_mm512_cmpgt_epi32_mask(bits0, zero), sum0),
+                           _mm512_maskz_mov_epi32(_mm512_cmpgt_epi32_mask(bits1, zero), sum1));
       }
-      const __m512i zero = _mm512_set1_epi16(127);
-      const __mmask32 negative = _mm512_movepi16_mask(upper_words(bits0, bits1));
-      return _mm512_mask_sub_epi16(_mm512_add_epi16(zero, ranks), negative, zero, ranks);
     }
 
     static __m512i upper_words(__m512i a, __m512i b) {

@@ -1,5 +1,5 @@
-// How the vector kernels encode and decode the 8-bit states of an optimizer without searches and lookups in memory, the
-// most by what the dynamic codebooks are made of. The results are those of the codebooks, bit for bit.
+// How the vector kernels encode and decode the 8-bit states of an optimizer without searches and lookups: by what the
+// dynamic codebooks are made of. The results are those of the codebooks, bit for bit.
 //
 // The rank of a magnitude is its number among the ascending ones of its codebook, from 0 at 0.
 #pragma once
@@ -97,24 +97,5 @@ constexpr Cells make_cells() {
 
 template <bool kSigned>
 inline constexpr Cells kCells = make_cells<kSigned>();
-
-// Where there are lookups in 64 words of registers: the values themselves, by code.
-struct alignas(64) Halves {
-  std::uint16_t low[kNumDynamicCodes], high[kNumDynamicCodes];
-};
-
-template <bool kSigned>
-constexpr Halves make_halves() {
-  Halves halves{};
-  for (int code = 0; code < kNumDynamicCodes; ++code) {
-    const auto bits = std::bit_cast<std::uint32_t>(state_codebook<kSigned>().value[code]);
-    halves.low[code] = static_cast<std::uint16_t>(bits);
-    halves.high[code] = static_cast<std::uint16_t>(bits >> 16);
-  }
-  return halves;
-}
-
-template <bool kSigned>
-inline constexpr Halves kHalves = make_halves<kSigned>();
 
 }  // namespace qlora::cpu

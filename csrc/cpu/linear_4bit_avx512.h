@@ -1,38 +1,12 @@
 // What linear_4bit's AVX512 kernels, fp32 and bf16, share: sums of 16 lanes, absmax, and which of a chunk's absmax a
 // lane takes: that of the run of 32 weights that Isa::run_of_lane names. A file of kernels includes this inside its
 // target region.
+#include "dynamic_lookup_avx512.h"
 #include "linear_4bit_loops.h"
 #include "simd_avx512.h"
 
 namespace qlora::cpu {
 namespace {
-
-// The halves of the codebook's values, as there is a lookup of 64 words and none of 64 floats.
-struct DynamicHalves {
-  alignas(64) std::uint16_t low[256], high[256];
-};
-
-constexpr DynamicHalves halve_dynamic_codebook() {
-  DynamicHalves halves{};
-  for (int code = 0; code < 256; ++code) {
-    const auto bits = __builtin_bit_cast(std::uint32_t, kDynamicCodebook.value[code]);
-    halves.low[code] = static_cast<std::uint16_t>(bits);
-    halves.high[code] = static_cast<std::uint16_t>(bits >> 16);
-  }
-  return halves;
-}
-
-inline __m512i look_up_words(const std::uint16_t* table, __m512i codes) {
-  __m512i found[4];
-  for (int i = 0; i < 4; ++i) {
-    found[i] =
-        _mm512_permutex2var_epi16(_mm512_load_si512(table + 64 * i), codes, _mm512_load_si512(table + 64 * i + 32));
-  }
-  const __mmask32 bit6 = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
-  const __mmask32 bit7 = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(128));
-  return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, found[0], found[1]),
-                                 _mm512_mask_blend_epi16(bit6, found[2], found[3]));
-}
 
 struct SumsAvx512 {
   using Vector = __m512;
@@ -43,8 +17,6 @@ struct SumsAvx512 {
 
   // Of `count` blocks from `first` on; writes up to a multiple of 32.
   static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
-    static constexpr DynamicHalves kHalves = halve_dynamic_codebook();
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undone by unpacking
     if (w.nested_absmax == nullptr) {
       const float* from = static_cast<const float*>(w.absmax) + first;
       for (std::int64_t i = 0; i < count; i += 16)
@@ -55,10 +27,8 @@ struct SumsAvx512 {
       const std::uint32_t present = count - i < 32 ? (1u << (count - i)) - 1 : ~0u;
       const auto low = static_cast<__mmask16>(present), high = static_cast<__mmask16>(present >> 16);
       const __m512i bytes = load_bytes(static_cast<const std::uint8_t*>(w.absmax) + first + i, count - i);
-      const __m512i codes = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(_mm512_castsi512_si256(bytes), order));
-      const __m512i lows = look_up_words(kHalves.low, codes), highs = look_up_words(kHalves.high, codes);
-      const __m512 values[2] = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(lows, highs)),
-                                _mm512_castsi512_ps(_mm512_unpackhi_epi16(lows, highs))};
+      __m512 values[2];
+      decode_dynamic<kDynamicCodebook>(_mm512_castsi512_si256(bytes), values);
       // Of one group, or of two.
       const std::int64_t group = (first + i) / kNestedBlocksize, rest = (group + 1) * kNestedBlocksize - (first + i);
       const std::uint32_t of_next = rest < 32 ? ~0u << rest & present : 0;

@@ -132,10 +132,19 @@ void check_moves(Random& random) {
   CHECK(holds(stored<std::uint32_t>(
                   _mm512_castps_si512(_mm512_permutexvar_ps(whole(others), _mm512_castsi512_ps(whole(dwords))))),
               [&](int i) { return dwords.at[others.at[i] % 16]; }));
+  const auto more_words = random.lanes<std::uint16_t>();
+  CHECK(holds(stored<std::uint16_t>(_mm512_permutex2var_epi16(whole(words), whole(word_index), whole(more_words))),
+              [&](int i) {
+                const int at = word_index.at[i] % 64;
+                return at < 32 ? words.at[at] : more_words.at[at - 32];
+              }));
   CHECK(holds(stored<std::uint16_t>(_mm512_broadcast_i64x4(half(words))), [&](int i) { return words.at[i % 16]; }));
 
   CHECK(holds(stored<std::uint32_t>(_mm512_mask_mov_epi32(whole(others), mask, whole(dwords))),
               [&](int i) { return chosen(i) ? dwords.at[i] : others.at[i]; }));
+  const std::uint32_t negative = _mm512_movepi16_mask(whole(words));
+  CHECK(holds(stored<std::uint16_t>(_mm512_mask_mov_epi16(whole(words), negative, whole(more_words))),
+              [&](int i) { return words.at[i] >> 15 != 0 ? more_words.at[i] : words.at[i]; }));
   CHECK(holds(stored<std::uint32_t>(_mm512_mask_add_epi32(whole(others), mask, whole(dwords), whole(others))),
               [&](int i) { return chosen(i) ? dwords.at[i] + others.at[i] : others.at[i]; }));
 
@@ -177,6 +186,12 @@ void check_floats(Random& random) {
                   _mm256_fmadd_ps(_mm256_loadu_ps(a.at), _mm256_loadu_ps(b.at), _mm256_loadu_ps(c.at)))),
               [&](int i) { return std::fma(a.at[i], b.at[i], c.at[i]); }));
 
+  auto p = a, q = b;  // of NaN the kernels ask nothing
+  for (float& x : p.at) x = x == x ? x : 1.0f;
+  for (float& x : q.at) x = x == x ? x : 1.0f;
+  constexpr int kLargestMagnitude = 0b1011;
+  CHECK(holds(stored(_mm512_range_ps(floats(p), floats(q), kLargestMagnitude)),
+              [&](int i) { return std::fmax(std::fabs(p.at[i]), std::fabs(q.at[i])); }));
   const unsigned above = _mm512_cmp_ps_mask(floats(a), floats(b), _CMP_GT_OQ);
   const unsigned unordered = _mm512_cmp_ps_mask(floats(a), floats(b), _CMP_UNORD_Q);
   for (int i = 0; i < 16; ++i) {

@@ -1,0 +1,44 @@
+// The values of 8-bit codes of a dynamic codebook, 32 at once: in halves, as registers hold tables for lookups of 64
+// words but of 32 floats only. A file of kernels includes this inside its target region.
+#include "../codebook.h"  // before a target region
+
+namespace qlora::cpu {
+namespace {
+
+struct DynamicHalves {
+  alignas(64) std::uint16_t low[kNumDynamicCodes], high[kNumDynamicCodes];
+};
+
+constexpr DynamicHalves halve(const DynamicCodebook& book) {
+  DynamicHalves halves{};
+  for (int code = 0; code < kNumDynamicCodes; ++code) {
+    const auto bits = __builtin_bit_cast(std::uint32_t, book.value[code]);
+    halves.low[code] = static_cast<std::uint16_t>(bits);
+    halves.high[code] = static_cast<std::uint16_t>(bits >> 16);
+  }
+  return halves;
+}
+
+inline __m512i look_up_words(const std::uint16_t* table, __m512i codes) {
+  const auto among = [&](int first) {  // 64 of the words
+    const __m512i a = _mm512_load_si512(table + first), b = _mm512_load_si512(table + first + 32);
+    return _mm512_permutex2var_epi16(a, codes, b);
+  };
+  const __mmask32 bit6 = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
+  const __mmask32 bit7 = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(128));
+  return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, among(0), among(64)),
+                                 _mm512_mask_blend_epi16(bit6, among(128), among(192)));
+}
+
+template <const DynamicCodebook& kBook>
+inline void decode_dynamic(__m256i codes, __m512* values) {
+  static constexpr DynamicHalves kHalves = halve(kBook);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undone by unpacking
+  const __m512i words = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(codes, order));
+  const __m512i low = look_up_words(kHalves.low, words), high = look_up_words(kHalves.high, words);
+  values[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+  values[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
+}
+
+}  // namespace
+}  // namespace qlora::cpu
