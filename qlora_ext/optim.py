@@ -219,6 +219,7 @@ class PagedAdamW(Optimizer):
                 sharded model writes its own shards: to a path of its own.
 
         Raises:
+            BlockingIOError: another process or thread is saving there.
             OSError: it cannot be written, or the disk is full; a file that was there is as it was.
         """
         self._forget_removed()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +28,10 @@ def write_state_file(
 
     The file is written beside as <name>.tmp, in space that is reserved first, and renamed when it is whole and on the
     disk: whatever happens before leaves the old file as it was.
+
+    Raises:
+        BlockingIOError: another process or thread is writing that file.
+        OSError: it cannot be written, or the disk is full.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -33,17 +41,64 @@ def write_state_file(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
+    with _replacing(path) as file:
+        os.posix_fallocate(file.fileno(), 0, start + end)
+        file.write(len(text).to_bytes(8, "little") + text)
+        fill(file.fileno(), {name: start + header[name]["data_offsets"][0] for name in forms})
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[FileIO]:
+    """A new file, locked, which is <name>.tmp until the block ends and then `path`; gone if the block raises."""
     beside = path.with_name(f"{path.name}.tmp")
-    try:
-        beside.unlink(missing_ok=True)  # of a process that was killed; where it is a link, not what that leads to
-        with open(beside, "xb", buffering=0) as file:
-            os.posix_fallocate(file.fileno(), 0, start + end)
-            file.write(len(text).to_bytes(8, "little") + text)
-            fill(file.fileno(), {name: start + header[name]["data_offsets"][0] for name in forms})
+    with _new_file(beside) as file:
+        try:
+            yield file
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def _new_file(path: Path) -> FileIO:
+    while True:
+        try:
+            file = open(path, "xb", buffering=0)  # noqa: SIM115
+        except FileExistsError:
+            _remove_left(path)
+            continue
+        # Until the lock holds, another may take the file for a left one.
+        if _lock(file) and _is(path, file):
+            return file
+        file.close()
+
+
+def _is(path: Path, file: FileIO) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
+    return False
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what a killed process has left; of a link, not what that leads to."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        if not _lock(file):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process or thread is writing it", str(path))
+        if _is(path, file):
+            path.unlink()
+
+
+def _lock(file: FileIO | BinaryIO) -> bool:
+    """Whether it is locked now, until it is closed; where there are no locks, it counts as locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
+    return True
 
 
 def read_header(at: str, file: BinaryIO) -> tuple[dict[str, str], dict[str, Form], dict[str, int]]:

@@ -223,6 +223,25 @@ def test_saving_follows_no_link_that_someone_has_laid(tmp_path: Path) -> None:
     optimizer.load_states(tmp_path / "states")
 
 
+def test_saving_twice_at_once_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer = train(partial(PagedAdamW, lr=LR), 1)
+    _, other = train(partial(PagedAdamW, lr=LR), 2)
+    save, expected = optimizer._paged.save, state_bits(optimizer)
+
+    def save_beside_another(*args: Any) -> None:
+        with pytest.raises(BlockingIOError, match=r"another process or thread is writing it.*states\.tmp"):
+            other.save_states(tmp_path / "states")
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer._paged, "save", save_beside_another)
+        optimizer.save_states(tmp_path / "states")
+    assert [path.name for path in tmp_path.iterdir()] == ["states"]
+    optimizer.load_states(tmp_path / "states")
+    assert state_bits(optimizer) == expected
+    other.save_states(tmp_path / "states")  # over one that is whole
+
+
 def test_a_distributed_checkpoint_finds_the_states_as_they_are() -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
