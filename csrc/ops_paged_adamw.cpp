@@ -30,8 +30,8 @@ using at::Tensor;
 
 constexpr const char* kOp = "PagedAdamW";
 constexpr int64_t kGrain = 32;  // blocks of 256 elements that a thread should have before another is worth waking
-// Parts for each thread: fewer are longer runs of memory, with more all end together. Where pages stream, they meet for
-// each of them.
+// Parts for each thread: fewer are longer runs of memory, with more all end together. Where pages stream, the thread
+// that moves them leaves for that between two parts.
 constexpr int64_t kParts = 16, kPartsStreaming = 64;
 
 MakePagedAdamwDevice& cuda_adamw() {

@@ -21,7 +21,8 @@ def check(condition: bool, what: str, expected: object, got: object) -> None:
 
 
 def refusal(what: str, expected: object, got: object) -> ValueError:
-    """What to raise; for conditions of each parameter at each step, whose messages would take longer than they do."""
+    """What `check` raises. What is checked of every parameter at every step raises it itself: `check` would have the
+    message made even where all is well."""
     return ValueError(f"PagedAdamW: {what}: expected {expected}, got {got!r}")
 
 

@@ -85,14 +85,14 @@ def _remove_left(path: Path) -> None:
     if path.is_symlink():
         path.unlink(missing_ok=True)
         return
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
         if not _lock(file):
             raise BlockingIOError(errno.EWOULDBLOCK, "another process or thread is writing it", str(path))
         if _is(path, file):
             path.unlink()
 
 
-def _lock(file: FileIO | BinaryIO) -> bool:
+def _lock(file: FileIO) -> bool:
     """Whether it is locked now, until it is closed; where there are no locks, it counts as locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

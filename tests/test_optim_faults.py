@@ -272,7 +272,9 @@ warm = [torch.nn.Parameter(torch.randn(4096))]
 warm[0].grad = torch.randn(4096)
 PagedAdamW(warm, page_bytes=4096, host_budget=0, page_file=sys.argv[2] + "warm").step()  # threads and their stacks
 before = rss_anon()
-optimizer = PagedAdamW(params, page_bytes=1 << 21, host_budget=int(sys.argv[1]), page_file=sys.argv[2])
+optimizer = PagedAdamW(
+    params, page_bytes=int(sys.argv[3]), host_budget=int(sys.argv[1]), page_file=sys.argv[2]
+)
 most = 0
 for _ in range(4):
     optimizer.step()
@@ -285,10 +287,11 @@ print(max(most, rss_anon()) - before)
 
 
 @LINUX
+@pytest.mark.parametrize("page_bytes", [1 << 16, 1 << 20, 1 << 21], ids=lambda b: f"pages of {b >> 10}KiB")
 @pytest.mark.parametrize("budget", [0, 16 << 20, 100 << 20], ids=lambda b: f"{b >> 20}MiB")
-def test_resident_memory_grows_by_the_budget(budget: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", MEMORY, str(budget), str(tmp_path / "pages")]
+def test_resident_memory_grows_by_the_budget(budget: int, page_bytes: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MEMORY, str(budget), str(tmp_path / "pages"), str(page_bytes)]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     interpreter = 0 if budget else 64 * KIB  # without a budget the two pages are there to the byte
-    assert grown <= budget + 2 * (2 << 20) + interpreter
+    assert grown <= budget + 2 * page_bytes + interpreter
     assert grown >= budget / 2

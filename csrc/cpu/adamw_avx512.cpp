@@ -80,18 +80,17 @@ struct Avx512 {
 
     static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
 
-    // 16 lines, of which the upper 8 are the first: of magnitudes too small for the lower 8, but not under kTiny.
-    static __m512i lines(const void* line) {
-      const __m256i eight = _mm256_loadu_si256(static_cast<const __m256i*>(line));
+    // The 8 lines, and the first again 8 times.
+    static __m512i sixteen_lines(const void* lines) {
+      const __m256i eight = _mm256_loadu_si256(static_cast<const __m256i*>(lines));
       return _mm512_inserti64x4(_mm512_broadcastd_epi32(_mm256_castsi256_si128(eight)), eight, 0);
     }
-    static constexpr std::int32_t kTiny = (127 - 40) << 23;
 
     Codes()
-        : end(lines(kLines<kSigned>.end)),
-          last(lines(kLines<kSigned>.last)),
-          scale(_mm512_castsi512_ps(lines(kLines<kSigned>.scale))),
-          offset(_mm512_castsi512_ps(lines(kLines<kSigned>.offset))) {}
+        : end(sixteen_lines(kLines<kSigned>.end)),
+          last(sixteen_lines(kLines<kSigned>.last)),
+          scale(_mm512_castsi512_ps(sixteen_lines(kLines<kSigned>.scale))),
+          offset(_mm512_castsi512_ps(sixteen_lines(kLines<kSigned>.offset))) {}
 
     void decode(const std::uint8_t* codes, V* values) const {
       decode_dynamic<book()>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), values);
@@ -103,7 +102,7 @@ struct Avx512 {
       for (int i = 0; i < 4; ++i) {
         const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(values + 16 * i), _mm512_set1_ps(inverse));
         bits[i] = _mm512_castps_si512(x);
-        sum[i] = find(x);
+        sum[i] = sums_of(x);
       }
       const __m512i code[2] = {join(bits[0], sum[0], bits[1], sum[1]), join(bits[2], sum[2], bits[3], sum[3])};
       const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packing works inside 128-bit lanes
@@ -146,10 +145,10 @@ struct Avx512 {
       return _mm512_permutex2var_epi16(a, _mm512_load_si512(kOdd), b);
     }
 
-    // The sums: rank and fraction.
-    [[gnu::always_inline]] __m512i find(__m512 x) const {
-      const __m512 tiny = _mm512_castsi512_ps(_mm512_set1_epi32(kTiny));
-      constexpr int kLargestMagnitude = 0b1011;
+    // Rank and fraction, in fixed point.
+    [[gnu::always_inline]] __m512i sums_of(__m512 x) const {
+      const __m512 tiny = _mm512_castsi512_ps(_mm512_set1_epi32(Lines::kTiny));
+      constexpr int kLargestMagnitude = 0b1011;  // max(|x|, |tiny|), the sign cleared
       const __m512 magnitude = kSigned ? _mm512_range_ps(x, tiny, kLargestMagnitude) : _mm512_max_ps(x, tiny);
       const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(magnitude), 16);
       __m512i line = _mm512_mulhi_epi16(upper, _mm512_set1_epi32(Lines::kLog));

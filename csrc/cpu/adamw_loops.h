@@ -68,6 +68,7 @@ void update_8bit(const B& block, const typename Isa::template Codes<true>& codes
                  const typename Isa::template Codes<false>& codes_v, std::uint8_t* exp_avg, std::uint8_t* exp_avg_sq,
                  float* exp_avg_absmax, float* exp_avg_sq_absmax) {
   constexpr int kDecoded = Isa::template Codes<true>::kDecoded;
+  static_assert(Isa::template Codes<false>::kDecoded == kDecoded);
   alignas(64) float ms[kAdamwBlock], vs[kAdamwBlock];
   typename Isa::Largest largest_m, largest_v;
   const auto old_m = Isa::splat(*exp_avg_absmax), old_v = Isa::splat(*exp_avg_sq_absmax);

@@ -1,5 +1,6 @@
-// How the vector kernels encode and decode the 8-bit states of an optimizer without searches and lookups: by what the
-// dynamic codebooks are made of. The results are those of the codebooks, bit for bit.
+// How the vector kernels encode the 8-bit states of an optimizer without searches, and AVX2 decodes them without
+// lookups (AVX512: dynamic_lookup_avx512.h): by what the dynamic codebooks are made of. The results are those of the
+// codebooks, bit for bit.
 //
 // The rank of a magnitude is its number among the ascending ones of its codebook, from 0 at 0.
 #pragma once
@@ -24,13 +25,16 @@ constexpr int kDecades = 7;
 
 // The magnitudes lie on 8 lines: the smallest decade, if signed with 0, six more decades, and 1.
 //   line: about the whole part of log10 |x|, namely (the upper 16 bits of |x|, at least kLeast) * kLog >> 16, modulo 8;
-//         or the next one, if |x| is beyond the end of that
+//         or the next one, if |x| is beyond the end of that. (AVX512 has a lookup of 16: it takes |x| as at least
+//         kTiny, and modulo 16 the upper 8 are the first line, too.)
 //   rank: the whole part of scale * |x| + offset, but not beyond the last of the line
 // The sum is in fixed point. So close to a whole number that its rounding or the codebook's own may decide, the rank is
 // unsure, and has to be searched.
 struct Lines {
   static constexpr int kCount = kDecades + 1;
   static constexpr std::int32_t kLeast = 13619, kLog = 154;
+  static constexpr std::int32_t kTiny = (127 - 40) << 23;  // the bits of 2^-40
+  static_assert((kLeast * kLog >> 16) % 8 == 0 && ((kTiny >> 16) * kLog >> 16) % 16 >= 8);
   static constexpr int kFractionBits = 16;
   static constexpr int kUnsure = 2;                                              // units; the sum has as many added
   static constexpr std::int32_t kSureMask = (1 << kFractionBits) - 2 * kUnsure;  // of the fraction; 0: unsure

@@ -84,10 +84,14 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
       return;
     }
     const std::int64_t steps = (depth + Isa::kPerStep - 1) / Isa::kPerStep;
+    float values[kDepth], places[kDepth];
     for (std::int64_t j = 0; j < Isa::kColumns; ++j) {
-      float values[kDepth] = {}, places[kDepth];
-      if (j < width) copy_values<T>(b, first + j * b.column_stride, b.row_stride, term.scale, depth, values);
-      Isa::copy_row(values, depth, places);
+      if (j < width) {
+        copy_values<T>(b, first + j * b.column_stride, b.row_stride, term.scale, depth, values);
+        Isa::copy_row(values, depth, places);
+      } else if (j == width) {
+        __builtin_memset(places, 0, sizeof places);
+      }
       for (std::int64_t step = 0; step < steps; ++step) panel[step * Isa::kColumns + j] = places[step];
     }
   });

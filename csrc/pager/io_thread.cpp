@@ -13,35 +13,61 @@
 
 namespace qlora::pager {
 
+namespace {
+
+// Not yield(): where all cores are busy, that gives a whole time slice away.
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A condition that is waited for awake at first: while a walk is under way, it comes sooner than a sleeping thread
+// would wake. Whoever changes what it depends on has the mutex, as with std::condition_variable.
+class Condition {
+ public:
+  void notify() {
+    changes_.fetch_add(1, std::memory_order_relaxed);
+    changed_.notify_all();
+  }
+
+  template <typename Holds>
+  void wait(std::unique_lock<std::mutex>& lock, const Holds& holds) {
+    constexpr std::chrono::microseconds kAwake(100);
+    const auto asleep = std::chrono::steady_clock::now() + kAwake;
+    for (bool awake = true; awake && !holds();) {
+      const std::uint64_t seen = changes_.load(std::memory_order_relaxed);
+      lock.unlock();
+      while (awake && changes_.load(std::memory_order_relaxed) == seen) {
+        pause();
+        awake = std::chrono::steady_clock::now() < asleep;
+      }
+      lock.lock();
+    }
+    changed_.wait(lock, holds);
+  }
+
+ private:
+  std::condition_variable changed_;
+  std::atomic<std::uint64_t> changes_ = 0;
+};
+
+}  // namespace
+
 struct IoThread::Shared {
   std::mutex mutex;
-  std::condition_variable given, finished;
+  Condition given, finished;
   std::deque<std::function<void()>> jobs;
   std::uint64_t submitted = 0, done = 0;
   const std::function<bool()>* part = nullptr;  // of work to help with
   bool helping = false;                         // the thread is in *part
-  std::atomic<bool> enough = false;             // it is to come back from there
+  std::atomic<bool> enough = false;             // it is to leave *part after this call
   bool ending = false;
   std::exception_ptr error;
   std::thread thread;
 };
-
-namespace {
-
-// While a walk is under way, what is waited for comes sooner than a sleeping thread would be awake.
-constexpr int kYields = 100;
-
-template <typename Ready>
-void wait_until(const Ready& ready, std::condition_variable& changed, std::unique_lock<std::mutex>& lock) {
-  for (int i = 0; i < kYields && !ready(); ++i) {
-    lock.unlock();
-    std::this_thread::yield();
-    lock.lock();
-  }
-  changed.wait(lock, ready);
-}
-
-}  // namespace
 
 IoThread::IoThread() : shared_(new Shared), process_(::getpid()) {}
 
@@ -52,7 +78,7 @@ IoThread::~IoThread() {
       const std::lock_guard lock(shared_->mutex);
       shared_->ending = true;
     }
-    shared_->given.notify_one();
+    shared_->given.notify();
     shared_->thread.join();
   }
   delete shared_;
@@ -66,7 +92,7 @@ std::uint64_t IoThread::submit(std::function<void()> job) {
   shared_->jobs.push_back(std::move(job));
   shared_->enough = true;
   if (!shared_->thread.joinable()) shared_->thread = std::thread([shared = shared_] { run(*shared); });
-  shared_->given.notify_one();
+  shared_->given.notify();
   return ++shared_->submitted;
 }
 
@@ -76,7 +102,7 @@ void IoThread::wait(std::uint64_t number) {
   std::unique_lock lock(shared_->mutex);
   if (shared_->done < number) {
     const auto start = std::chrono::steady_clock::now();
-    wait_until([&] { return shared_->done >= number; }, shared_->finished, lock);
+    shared_->finished.wait(lock, [&] { return shared_->done >= number; });
     seconds_waited_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   if (shared_->error) std::rethrow_exception(shared_->error);
@@ -89,7 +115,7 @@ void IoThread::help(const std::function<bool()>& part, const std::function<void(
       std::unique_lock lock(shared.mutex);
       shared.part = nullptr;
       shared.enough = true;
-      wait_until([&] { return !shared.helping; }, shared.finished, lock);
+      shared.finished.wait(lock, [&] { return !shared.helping; });
     }
   };
   {
@@ -97,7 +123,7 @@ void IoThread::help(const std::function<bool()>& part, const std::function<void(
     shared_->part = &part;
   }
   const Help help{*shared_};
-  shared_->given.notify_one();
+  shared_->given.notify();
   work();
 }
 
@@ -110,7 +136,7 @@ void IoThread::check() const {
 void IoThread::run(Shared& shared) {
   std::unique_lock lock(shared.mutex);
   while (true) {
-    wait_until([&] { return shared.ending || !shared.jobs.empty() || shared.part != nullptr; }, shared.given, lock);
+    shared.given.wait(lock, [&] { return shared.ending || !shared.jobs.empty() || shared.part != nullptr; });
     if (shared.jobs.empty() && shared.part != nullptr) {
       const std::function<bool()>& part = *shared.part;
       shared.helping = true;
@@ -121,7 +147,7 @@ void IoThread::run(Shared& shared) {
       lock.lock();
       shared.helping = false;
       if (!more) shared.part = nullptr;
-      shared.finished.notify_all();
+      shared.finished.notify();
       continue;
     }
     if (shared.jobs.empty()) return;
@@ -139,7 +165,7 @@ void IoThread::run(Shared& shared) {
       shared.error = error;
     }
     ++shared.done;
-    shared.finished.notify_all();
+    shared.finished.notify();
   }
 }
 
