@@ -7,8 +7,8 @@
 namespace qlora::pager {
 namespace {
 
-// Where pages are multiples of them, they are of huge pages: a walk over memory in 4 KiB pages waits for their
-// addresses.
+// Pages of the pager lie in huge pages: a walk over memory in 4 KiB pages waits for their addresses. Those that are
+// multiples of a huge page begin at one; the system maps smaller ones side by side, where the kernel joins them.
 constexpr std::int64_t kHuge = 2 << 20;
 
 }  // namespace
