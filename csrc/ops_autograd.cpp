@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -182,10 +184,24 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
   }
 };
 
+// Whether autograd has to see an op on these tensors. A node made for nothing costs as much as a small layer's product
+// of one row. (Tangents go to the node, too: it says that there is no forward mode.)
+bool is_recorded(std::initializer_list<at::TensorList> lists) {
+  return std::any_of(lists.begin(), lists.end(), [](at::TensorList tensors) {
+    return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
+      return t.defined() && ((at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(0).defined());
+    });
+  });
+}
+
 Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
                    const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
                    c10::SymInt out_features, const OptionalTensor& bias) {
   const Weight w{packed, absmax, nested_absmax, nested_offset, quant_type, blocksize};
+  if (!is_recorded({x, bias.value_or(Tensor())})) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_linear(x, w, out_features, bias);
+  }
   return Linear4bit::apply(x, bias, w, out_features);
 }
 
@@ -195,6 +211,10 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
                                             const OptionalTensor& bias, at::TensorList A, at::TensorList B,
                                             c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
   const Weight w{packed, absmax, nested_absmax, nested_offset, quant_type, blocksize};
+  if (!is_recorded({x, bias.value_or(Tensor()), A, B})) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_lora(x, w, out_features, bias, A, B, scaling, dropout_mask);
+  }
   const auto out = LoraLinear4bit::apply(x, bias, A, B, w, out_features, Dropout{scaling.vec(), dropout_mask.vec()});
   return {out[0], out[1]};
 }

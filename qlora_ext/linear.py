@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_ext import functional
+from qlora_ext._ops import ops
 from qlora_ext.quant_state import QuantState
 
 
@@ -125,19 +126,19 @@ class Linear4bit(nn.Module):
     @property
     def state(self) -> QuantState:
         """The QuantState of the weight, over the layer's own tensors."""
-        return QuantState(
-            torch.Size((self.out_features, self.in_features)),
-            self.dtype,
-            self.quant_type,
-            self.blocksize,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-        )
+        shape = torch.Size((self.out_features, self.in_features))
+        return QuantState(shape, self.dtype, self.quant_type, self.blocksize, *self._tensors()[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype."""
-        return functional.linear_4bit(x, self.weight, self.state, self.bias)
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
+            return functional.linear_4bit(x, self.weight, self.state, self.bias)  # which says what is wrong with x
+        # Straight to the op: a QuantState for each call costs as much time as a small layer's product of one row.
+        x = functional.cast_as_autocast(x)
+        y: Tensor = ops.linear_4bit.default(
+            x, *self._tensors(), self.quant_type, self.blocksize, self.out_features, self.bias
+        )
+        return y
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out, in] in `dtype` (None: self.dtype)."""
@@ -162,10 +163,16 @@ class Linear4bit(nn.Module):
             tensor = getattr(state, name)
             self.register_buffer(name, None if tensor is None else make(tensor))
 
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """weight, absmax, nested_absmax and nested_offset, without nn.Module's slow lookup of attributes."""
+        parameters: dict[str, Any] = self._parameters
+        buffers = self._buffers
+        return parameters["weight"], parameters["absmax"], buffers["nested_absmax"], buffers["nested_offset"]
+
     def _storage(self) -> dict[str, Tensor]:
-        """The tensors that hold the weight, by name."""
+        """Those of them that there are, by name."""
         names = ("weight", "absmax", "nested_absmax", "nested_offset")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return {name: t for name, t in zip(names, self._tensors(), strict=True) if t is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype

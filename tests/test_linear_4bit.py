@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, LINEAR_CASES, LinearCase, normal
 from reference import assert_as_exact_as_torch, assert_same, dequantize_4bit, quantize
+from torch.autograd import forward_ad
 
 linear_4bit = torch.ops.qlora_ext.linear_4bit
 WEIGHT = quantize(normal(48, 256), "nf4", 64, double_quant=True)
@@ -84,6 +85,14 @@ def test_gradients_only_where_asked() -> None:
         x_, bias_ = x.clone().requires_grad_(wanted["x"]), bias.clone().requires_grad_(wanted["bias"])
         linear_4bit(x_, *WEIGHT, 48, bias_).sum().backward()
         assert {"x": x_.grad is not None, "bias": bias_.grad is not None} == wanted
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_tangents_are_refused_not_dropped(grad_mode: bool) -> None:
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
+        x = forward_ad.make_dual(torch.randn(3, 256), torch.randn(3, 256))
+        with pytest.raises(RuntimeError, match="jvp"):
+            linear_4bit(x, *WEIGHT, 48, None)
 
 
 @pytest.mark.parametrize("m", [1, 7, 100])
