@@ -13,6 +13,7 @@
 #include "cpu/linear_4bit.h"
 #include "cpu/matmul.h"
 #include "cpu/path.h"
+#include "cpu/row_products.h"
 #include "device.h"
 
 namespace qlora {
@@ -122,6 +123,23 @@ class Cpu final : public Device {
     const DType type = compute_in(checked_dtype("mm", "compute", compute));
     if (!cpu::has_matmul(type)) return Device::mm(a, b, scale, compute, out_dtype);
     const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
+    const bool few = a.values.size(0) <= cpu::kMostRowProducts && a.values.stride(1) == 1 && b.values.stride(0) == 1;
+    if (few && !a.mask.defined() && !b.mask.defined()) {
+      const int64_t M = out.size(0), N = out.size(1), K = a.values.size(1);
+      const cpu::RowProducts product{rows(a.values),
+                                     rows(b.values.t()),
+                                     static_cast<float>(scale),
+                                     nullptr,
+                                     0,
+                                     out.data_ptr(),
+                                     checked_dtype("mm", "out", out_dtype),
+                                     M,
+                                     N,
+                                     K};
+      at::parallel_for(0, N, ceil_div(kMinFlops, 2 * M * K + 1),
+                       [&](int64_t begin, int64_t end) { cpu::row_products(product, begin, end); });
+      return out;
+    }
     const MaskedMatrix x = with_strides_of_mask(a), dense = with_strides_of_mask(b);
     multiply({{.R = a.values.size(1),
                .x = matrix(x.values, x.mask),
@@ -191,30 +209,35 @@ class Cpu final : public Device {
     });
   }
 
+  static cpu::Rows rows(const Tensor& m) {
+    return {m.const_data_ptr(), checked_dtype("row_products", "x", m.scalar_type()), m.stride(0)};
+  }
+
   static void multiply_few_rows(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added,
                                 DType dtype, const Tensor& y) {
     const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
     const Tensor arranged = at::empty({cpu::arranged_bytes(dtype, M, N, K)}, x.options().dtype(at::kByte));
     cpu::arrange_x(x.const_data_ptr(), dtype, M, N, K, arranged.data_ptr());
-    Tensor addend = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
-    if (!added.empty()) {
-      const Tensor sums = at::empty({M, N}, x.options().dtype(at::kFloat));
-      multiply({}, added, addend, DType::Float32, sums);
-      addend = sums;
+    const Tensor bias_values = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
+    const float* addend = bias.defined() ? bias_values.const_data_ptr<float>() : nullptr;
+    int64_t addend_stride = 0;
+    const Tensor sums = added.empty() ? Tensor() : at::empty({M, N}, x.options().dtype(at::kFloat));
+    std::vector<Tensor> factors;  // kept until they are multiplied
+    std::vector<cpu::RowProducts> low_rank;
+    for (const LowRank& one : added) {
+      const Tensor& factor = factors.emplace_back(one.factor.t().contiguous());
+      low_rank.push_back({rows(one.x), rows(factor), static_cast<float>(one.scale), addend, addend_stride,
+                          sums.data_ptr(), DType::Float32, M, N, one.x.size(1)});
+      addend = sums.const_data_ptr<float>(), addend_stride = N;
     }
-    const cpu::FewRows product{arranged.const_data_ptr(),
-                               w,
-                               addend.defined() ? addend.const_data_ptr<float>() : nullptr,
-                               added.empty() ? 0 : N,
-                               y.data_ptr(),
-                               M,
-                               N,
-                               K,
-                               dtype};
+    const cpu::FewRows product{arranged.const_data_ptr(), w, addend, addend_stride, y.data_ptr(), M, N, K, dtype};
     constexpr int64_t kTile = cpu::kFewRowsBorder;
-    at::parallel_for(
-        0, ceil_div(N, kTile), ceil_div(kGrain, kTile * std::max<int64_t>(K, 1)),
-        [&](int64_t begin, int64_t end) { cpu::linear_4bit(product, begin * kTile, std::min(end * kTile, N)); });
+    at::parallel_for(0, ceil_div(N, kTile), ceil_div(kGrain, kTile * std::max<int64_t>(K, 1)),
+                     [&](int64_t first, int64_t last) {
+                       const int64_t begin = first * kTile, end = std::min(last * kTile, N);
+                       for (const cpu::RowProducts& each : low_rank) cpu::row_products(each, begin, end);
+                       cpu::linear_4bit(product, begin, end);
+                     });
   }
 };
 

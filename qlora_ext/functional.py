@@ -96,39 +96,6 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
     return y
 
 
-def lora_linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    state: QuantState,
-    bias: Tensor | None,
-    A: list[Tensor],
-    B: list[Tensor],
-    scaling: list[float],
-    dropout_mask: list[Tensor],
-) -> Tensor:
-    """`linear_4bit(x) + sum_i scaling[i] * ((x * dropout_mask[i]) @ A[i].T) @ B[i].T` as one op with its own backward.
-
-    Args:
-        x, packed, state, bias: as for `linear_4bit`.
-        A, B: of each adapter, [r, in] and [out, r]; cast to x's dtype inside.
-        scaling: of each adapter; with dropout it holds the factor 1 / (1 - p) too.
-        dropout_mask: bool tensors of x's shape, one an adapter, or an empty list.
-
-    Returns:
-        [..., out] in x's dtype (autocast: in autocast's), with gradients for x, bias, A and B.
-
-    Raises:
-        TypeError, ValueError: as `linear_4bit`.
-
-    Source: LoRA, arXiv 2106.09685, section 4.1; QLoRA, arXiv 2305.14314, equation 5.
-    """
-    x = cast_as_autocast(x)
-    out_features = matrix_shape("lora_linear_4bit", state, x)[0]
-    weight = _weight_arguments(state)
-    y: Tensor = ops.lora_linear_4bit(x, packed, *weight, out_features, bias, A, B, scaling, dropout_mask)[0]
-    return y
-
-
 def cast_as_autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on and would cast the input of F.linear, else x itself."""
     if (

@@ -131,14 +131,37 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype."""
-        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
-            return functional.linear_4bit(x, self.weight, self.state, self.bias)  # which says what is wrong with x
-        # Straight to the op: a QuantState for each call costs as much time as a small layer's product of one row.
-        x = functional.cast_as_autocast(x)
-        y: Tensor = ops.linear_4bit.default(
-            x, *self._tensors(), self.quant_type, self.blocksize, self.out_features, self.bias
-        )
+        y: Tensor = self._multiply(ops.linear_4bit.default, x)
         return y
+
+    def forward_with_adapters(
+        self, x: Tensor, A: list[Tensor], B: list[Tensor], scaling: list[float], dropout_mask: list[Tensor]
+    ) -> Tensor:
+        """`forward(x) + sum_i scaling[i] * ((x * dropout_mask[i]) @ A[i].T) @ B[i].T` as one op with its own backward.
+
+        Args:
+            x: as for `linear_4bit`.
+            A, B: of each adapter, [r, in] and [out, r]; cast to x's dtype inside.
+            scaling: of each adapter; with dropout it holds the factor 1 / (1 - p) too.
+            dropout_mask: bool tensors of x's shape, one an adapter, or an empty list.
+
+        Returns:
+            [..., out] in x's dtype (autocast: in autocast's), with gradients for x, bias, A and B.
+
+        Raises:
+            TypeError, ValueError: as `linear_4bit`.
+
+        Source: LoRA, arXiv 2106.09685, section 4.1; QLoRA, arXiv 2305.14314, equation 5.
+        """
+        y: Tensor = self._multiply(ops.lora_linear_4bit.default, x, A, B, scaling, dropout_mask)[0]
+        return y
+
+    def _multiply(self, op: Callable[..., Any], x: Tensor, *more: Any) -> Any:
+        """The op on x and the weight. No QuantState is made: it costs as much time as one row of a small layer."""
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
+            functional.linear_4bit(x, self.weight, self.state)  # says what is wrong with x
+        x = functional.cast_as_autocast(x)
+        return op(x, *self._tensors(), self.quant_type, self.blocksize, self.out_features, self.bias, *more)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out, in] in `dtype` (None: self.dtype)."""

@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_ext.functional import cast_as_autocast, lora_linear_4bit
+from qlora_ext.functional import cast_as_autocast
 from qlora_ext.linear import Linear4bit, keeping_dtype
 
 Number = TypeVar("Number", int, float)
@@ -175,17 +175,21 @@ class LoraLinear(nn.Module):
         if self.merged or not self.active_adapters:
             y: Tensor = base(x)
             return y
-        A = [self.lora_A[name] for name in self.active_adapters]
-        B = [self.lora_B[name] for name in self.active_adapters]
+        A, B = self._active("lora_A"), self._active("lora_B")
         scaling, masks = self._dropout(x)
         if isinstance(base, Linear4bit):
-            return lora_linear_4bit(x, base.weight, base.state, base.bias, A, B, scaling, masks)
+            return base.forward_with_adapters(x, A, B, scaling, masks)
         x = cast_as_autocast(x)
         y = base(x)
         for i, (a, b) in enumerate(zip(A, B, strict=True)):
             low_rank = F.linear(x * masks[i] if masks else x, a.to(x.dtype))
             y = y + F.linear(low_rank, (b * scaling[i]).to(x.dtype))
         return y
+
+    def _active(self, matrix: str) -> list[Tensor]:
+        """lora_A or lora_B of each active adapter, without nn.ParameterDict's slow lookup."""
+        parameters: dict[str, Any] = self._modules[matrix]._parameters  # type: ignore[union-attr]
+        return [parameters[name] for name in self.active_adapters]
 
     def _dropout(self, x: Tensor) -> tuple[list[float], list[Tensor]]:
         """The scaling of each active adapter, with dropout's 1 / (1 - p) in it, and the masks, if any."""

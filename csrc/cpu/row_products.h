@@ -1,0 +1,38 @@
+// The products of few rows with the matrices of adapters: dot products of rows as they lie in memory, where packing the
+// matrix into matmul's panels would take longer than the product.
+#pragma once
+
+#include <cstdint>
+
+#include "../codec.h"
+
+namespace qlora::cpu {
+
+// A matrix with contiguous rows.
+struct Rows {
+  const void* values;
+  DType dtype;
+  std::int64_t stride;
+};
+
+// out[M, N] = scale * x[M, K] @ b[N, K]^T + addend, summed in fp32.
+struct RowProducts {
+  Rows x, b;
+  float scale;
+  const float* addend;         // or null; may be out itself
+  std::int64_t addend_stride;  // N: it is [M, N]; 0: it is [N], the same for every row
+  void* out;                   // contiguous
+  DType dtype;                 // of out
+  std::int64_t M, N, K;
+};
+
+constexpr std::int64_t kMostRowProducts = 32;  // rows of x; of more, matmul is faster
+
+// Columns [begin, end) of out; each element gets the same roundings however they are cut. std::logic_error for more
+// rows or on the portable path, which has no such kernel.
+void row_products(const RowProducts& product, std::int64_t begin, std::int64_t end);
+
+void row_products_avx2(const RowProducts& product, std::int64_t begin, std::int64_t end);
+void row_products_avx512(const RowProducts& product, std::int64_t begin, std::int64_t end);
+
+}  // namespace qlora::cpu

@@ -1,0 +1,106 @@
+// row_products on every path: as exact as sums in fp32 are, the same bytes however the columns are cut, and nothing
+// read or written beyond the rows.
+#include "cpu/row_products.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "check.h"
+#include "cpu/path.h"
+#include "values.h"
+
+using namespace qlora;
+
+namespace {
+
+struct Case {
+  std::int64_t M, N, K;
+  DType x, b, out;
+  std::int64_t beyond;  // numbers between one row and the next
+};
+
+void check_case(const Case& c) {
+  const std::int64_t stride = c.K + c.beyond;
+  const Values x(c.x, (c.M - 1) * stride + c.K), b(c.b, (c.N - 1) * stride + c.K), bias(DType::Float32, c.N);
+  const auto multiply = [&](const float* addend, std::int64_t addend_stride, Values& out, std::int64_t part) {
+    for (std::int64_t n = 0; n < c.N; n += part) {
+      cpu::row_products({{x.bytes.data(), c.x, stride},
+                         {b.bytes.data(), c.b, stride},
+                         0.75f,
+                         addend,
+                         addend_stride,
+                         out.bytes.data(),
+                         c.out,
+                         c.M,
+                         c.N,
+                         c.K},
+                        n, std::min(n + part, c.N));
+    }
+  };
+  const auto check = [&](const Values& out, double times) {
+    for (std::int64_t m = 0; m < c.M; ++m) {
+      for (std::int64_t n = 0; n < c.N; ++n) {
+        double exact = 0, magnitude = 0;
+        for (std::int64_t k = 0; k < c.K; ++k) {
+          const double term = 0.75 * times * x.exact[static_cast<std::size_t>(m * stride + k)] *
+                              b.exact[static_cast<std::size_t>(n * stride + k)];
+          exact += term;
+          magnitude += std::fabs(term);
+        }
+        exact += bias.exact[static_cast<std::size_t>(n)];
+        const double of_out = c.out == DType::Float32 ? 0x1p-24 : c.out == DType::Float16 ? 0x1p-11 : 0x1p-8;
+        CHECK(std::fabs(out.read(m * c.N + n) - exact) <=
+              magnitude * 0x1p-21 + std::fabs(exact) * of_out * 1.01 + 1e-6);
+      }
+    }
+  };
+  const auto* added = reinterpret_cast<const float*>(bias.bytes.data());
+  Values out(c.out, c.M * c.N), cut(c.out, c.M * c.N);
+  multiply(added, 0, out, c.N);
+  check(out, 1);
+  for (std::int64_t part : {std::int64_t{1}, std::int64_t{5}, std::int64_t{16}}) {
+    multiply(added, 0, cut, part);
+    CHECK(cut.bytes == out.bytes);
+  }
+  if (c.out == DType::Float32) {  // onto itself, as the second of several adapters
+    multiply(reinterpret_cast<const float*>(out.bytes.data()), c.N, out, c.N);
+    check(out, 2);
+  }
+}
+
+}  // namespace
+
+int main() {
+  constexpr DType kAll[] = {DType::Float32, DType::Float16, DType::BFloat16};
+  for (const auto& path : cpu::path_names()) {
+    cpu::set_path(path);
+    if (path == "portable") {
+      bool thrown = false;
+      try {
+        cpu::row_products({}, 0, 1);
+      } catch (const std::logic_error&) {
+        thrown = true;
+      }
+      CHECK(thrown);
+      continue;
+    }
+    for (DType x : kAll) {
+      for (DType b : kAll) {
+        for (DType out : kAll) check_case({3, 37, 45, x, b, out, 0});
+      }
+    }
+    // Less than a vector (of 8 or 16), whole ones, and one more, both of rows of b and of numbers in them.
+    for (std::int64_t N : {1, 8, 15, 16, 17, 40}) {
+      for (std::int64_t K : {1, 7, 8, 16, 17, 100}) {
+        check_case({1, N, K, DType::BFloat16, DType::Float32, DType::Float32, 0});
+        check_case({2, N, K, DType::Float32, DType::BFloat16, DType::BFloat16, 3});
+      }
+    }
+    check_case({cpu::kMostRowProducts, 33, 20, DType::BFloat16, DType::Float32, DType::BFloat16, 1});
+    check_case({1, 16, 4096, DType::BFloat16, DType::Float32, DType::BFloat16, 0});
+  }
+  return failures();
+}
