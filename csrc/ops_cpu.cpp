@@ -122,6 +122,10 @@ class Cpu final : public Device {
             at::ScalarType out_dtype) const override {
     const DType type = compute_in(checked_dtype("mm", "compute", compute));
     if (!cpu::has_matmul(type)) return Device::mm(a, b, scale, compute, out_dtype);
+    // Of the few columns of b a panel would be filled in part only; as rows they are a small x.
+    if (b.values.size(1) <= cpu::kMostRowProducts && a.values.size(0) > cpu::kMostRowProducts) {
+      return mm({b.values.t(), transposed(b.mask)}, {a.values.t(), transposed(a.mask)}, scale, compute, out_dtype).t();
+    }
     const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
     const bool few = a.values.size(0) <= cpu::kMostRowProducts && a.values.stride(1) == 1 && b.values.stride(0) == 1;
     if (few && !a.mask.defined() && !b.mask.defined()) {
@@ -152,6 +156,8 @@ class Cpu final : public Device {
 
  private:
   static DType compute_in(DType dtype) { return dtype == DType::BFloat16 ? dtype : DType::Float32; }
+
+  static Tensor transposed(const Tensor& mask) { return mask.defined() ? mask.t() : mask; }
 
   static MaskedMatrix with_strides_of_mask(const MaskedMatrix& m) {
     return m.mask.defined() ? MaskedMatrix{m.values.contiguous(), m.mask.contiguous()} : m;
@@ -187,24 +193,47 @@ class Cpu final : public Device {
                               out.data_ptr(),
                               checked_dtype("matmul", "out", out.scalar_type()),
                               compute};
+    const int64_t chunks = ceil_div(M, cpu::most_matmul_rows(product));
+    const int64_t chunk = ceil_div(ceil_div(M, chunks), cpu::kMatmulRowBorder) * cpu::kMatmulRowBorder;
+    float* const x = workspace(cpu::arranged_floats(product, std::min(chunk, M)));
+    for (int64_t row = 0; row < M; row += chunk) {
+      multiply_rows(product, {row, std::min(row + chunk, M), x});
+    }
+  }
+
+  // Memory for the arranged x, kept for the thread's next product: the system would zero new memory each time.
+  static float* workspace(int64_t floats) {
+    thread_local Tensor kept;
+    if (!kept.defined() || kept.numel() < floats) kept = at::empty({floats}, at::kFloat);
+    return kept.data_ptr<float>();
+  }
+
+  static void multiply_rows(const cpu::Matmul& product, const cpu::MatmulRows& rows) {
+    const int64_t M = rows.end - rows.begin, bands = ceil_div(M, cpu::kMatmulRowBorder);
+    const int64_t panels = ceil_div(product.J, cpu::kMatmulColumnBorder);
     // A panel is decoded for a few rows, too.
-    int64_t flops = 0;
-    for (const cpu::Term& each : terms) flops += 2 * std::max<int64_t>(M, 16) * J * each.R;
+    int64_t width = 0;  // of x
+    for (int t = 0; t < product.num_terms; ++t) width += product.terms[t].R;
+    const int64_t flops = 2 * std::max<int64_t>(M, 16) * product.J * width;
     const int64_t threads = flops < kMinFlops ? 1 : at::get_num_threads();
-    const int64_t panels = ceil_div(J, cpu::kMatmulColumnBorder);
     int64_t row_parts = 1, column_parts = 1, least = std::numeric_limits<int64_t>::max();
-    for (int64_t parts = 1; parts <= std::min(threads, ceil_div(M, int64_t{8})); ++parts) {
+    for (int64_t parts = 1; parts <= std::min(threads, bands); ++parts) {
       const int64_t others = std::min(threads / parts, panels);
-      const int64_t work = ceil_div(M, parts) * ceil_div(panels, others);  // of the thread that has most
+      const int64_t work = ceil_div(bands, parts) * ceil_div(panels, others);  // of the thread that has most
       if (work < least) least = work, row_parts = parts, column_parts = others;
     }
     const int64_t columns = ceil_div(panels, column_parts) * cpu::kMatmulColumnBorder;
-    const int64_t rows = ceil_div(M, row_parts);
+    const int64_t bands_each = ceil_div(bands, row_parts);
+    const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * cpu::kMatmulRowBorder, rows.end); };
+    const int64_t bands_worth = kGrain / (cpu::kMatmulRowBorder * std::max<int64_t>(width, 1)) + 1;
+    at::parallel_for(0, bands, std::max(ceil_div(bands, threads), bands_worth),
+                     [&](int64_t begin, int64_t end) { cpu::arrange_rows(product, rows, row_at(begin), row_at(end)); });
     at::parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        const int64_t row = part / column_parts * rows, column = part % column_parts * columns;
-        if (row >= M || column >= J) continue;
-        cpu::matmul(product, {row, std::min(row + rows, M), column, std::min(column + columns, J)});
+        const int64_t band = part / column_parts * bands_each, column = part % column_parts * columns;
+        if (band >= bands || column >= product.J) continue;
+        cpu::matmul(product, rows,
+                    {row_at(band), row_at(band + bands_each), column, std::min(column + columns, product.J)});
       }
     });
   }

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
       xA.push_back(device.mm({arguments.rows, as_rows(dropout_mask[i])}, {A[i].t(), {}}, 1.0, compute, dtype));
     }
   }
-  const Tensor all_xA = xA.size() == 1 ? xA[0] : at::cat(xA, 1);
+  const Tensor all_xA = xA.size() == 1 ? xA[0].contiguous() : at::cat(xA, 1);
   int64_t first = 0;
   for (size_t i = 0; i < A.size(); ++i) {
     const int64_t r = A[i].size(0);

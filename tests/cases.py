@@ -139,4 +139,8 @@ LINEAR_CASES = [
     for shape, kind, blocksize, double_quant, bias in pairwise(
         LINEAR_SHAPES.values(), KINDS, BLOCKSIZES, (False, True), (False, True)
     )
-] + [LinearCase((1, 512, 11008), "bf16", "nf4", 64, double_quant=True, bias=False)]
+] + [
+    LinearCase((1, 512, 11008), "bf16", "nf4", 64, double_quant=True, bias=False),
+    LinearCase((1100, 96, 320), "bf16", "nf4", 64, double_quant=True, bias=True),  # rows of several chunks (of 516)
+    LinearCase((1100, 96, 320), "fp32", "nf4", 64, double_quant=True, bias=False),
+]

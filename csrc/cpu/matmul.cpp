@@ -1,6 +1,7 @@
 // matmul: the choice of its kernel, and its memory.
 #include "matmul.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -12,24 +13,37 @@
 namespace qlora::cpu {
 namespace {
 
-using Kernel = void (*)(const Matmul&, const Rectangle&, const MatmulScratch&);
-
 // Null where there is none.
-Kernel kernel_for([[maybe_unused]] DType compute) {
+const MatmulKernel* find_kernel([[maybe_unused]] DType compute) {
 #if defined(__x86_64__)
   switch (path()) {
     case Path::Portable:
       break;
     case Path::Avx2:
-      return matmul_avx2;
+      return &matmul_avx2;
     case Path::Avx512Bf16:
-      if (compute == DType::BFloat16) return multiplies_matrices() ? nullptr : matmul_avx512_bf16;
+      if (compute == DType::BFloat16) return multiplies_matrices() ? nullptr : &matmul_avx512_bf16;
       [[fallthrough]];
     case Path::Avx512:
-      return matmul_avx512;
+      return &matmul_avx512;
   }
 #endif
   return nullptr;
+}
+
+const MatmulKernel& kernel_for(const Matmul& product) {
+  const MatmulKernel* kernel = find_kernel(product.compute);
+  if (kernel == nullptr) throw std::logic_error("matmul: no kernel that computes in this dtype on this CPU path");
+  return *kernel;
+}
+
+void check_rows(const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
+  const auto is_border = [&](std::int64_t row) {
+    return row == rows.end || (row - rows.begin) % kMatmulRowBorder == 0;
+  };
+  if (begin < rows.begin || end > rows.end || !is_border(begin) || !is_border(end)) {
+    throw std::logic_error("matmul: rows must be cut at multiples of kMatmulRowBorder");
+  }
 }
 
 struct Free {
@@ -38,21 +52,41 @@ struct Free {
 
 }  // namespace
 
-bool has_matmul(DType compute) { return kernel_for(compute) != nullptr; }
+bool has_matmul(DType compute) { return find_kernel(compute) != nullptr; }
 
-void matmul(const Matmul& product, const Rectangle& rectangle) {
-  const Kernel kernel = kernel_for(product.compute);
-  if (kernel == nullptr) throw std::logic_error("matmul: no kernel that computes in this dtype on this CPU path");
+std::int64_t arranged_floats(const Matmul& product, std::int64_t rows) {
+  const std::int64_t per_step = kernel_for(product).per_step;
+  std::int64_t floats = 0;
+  for (int t = 0; t < product.num_terms; ++t) floats += (product.terms[t].R + per_step - 1) / per_step;
+  return rows * floats;
+}
+
+std::int64_t most_matmul_rows(const Matmul& product) {
+  constexpr std::int64_t kMostFloats = 4 << 20;  // read again for each panel, they should lie in the last-level cache
+  const std::int64_t rows = kMostFloats / std::max<std::int64_t>(arranged_floats(product, 1), 1);
+  return std::clamp(rows / kMatmulRowBorder * kMatmulRowBorder, 10 * kMatmulRowBorder, kMaxRows);
+}
+
+void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
+  check_rows(rows, begin, end);
+  kernel_for(product).arrange(product, rows, begin, end);
+}
+
+void matmul(const Matmul& product, const MatmulRows& rows, const Rectangle& rectangle) {
+  const MatmulKernel& kernel = kernel_for(product);
+  check_rows(rows, rectangle.row_begin, rectangle.row_end);
   const auto is_border = [&](std::int64_t column) { return column % kMatmulColumnBorder == 0 || column == product.J; };
   if (!is_border(rectangle.column_begin) || !is_border(rectangle.column_end)) {
     throw std::logic_error("matmul: columns must be cut at multiples of kMatmulColumnBorder");
   }
+  if (rectangle.row_end - rectangle.row_begin > kMaxRows)
+    throw std::logic_error("matmul: more rows than most_matmul_rows");
   constexpr std::size_t kAlignment = 64;
   constexpr std::size_t kBytes = MatmulScratch::kFloats * sizeof(float);
   static_assert(kBytes % kAlignment == 0);
   const std::unique_ptr<float, Free> memory(static_cast<float*>(std::aligned_alloc(kAlignment, kBytes)));
   if (memory == nullptr) throw std::bad_alloc();
-  kernel(product, rectangle, MatmulScratch(memory.get()));
+  kernel.multiply(product, rows, rectangle, MatmulScratch(memory.get()));
 }
 
 }  // namespace qlora::cpu

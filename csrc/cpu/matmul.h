@@ -3,8 +3,8 @@
 //
 //   out[M, J] = round(sum over terms of x[M, R] @ b[R, J] + bias[J])
 //
-// Any rectangle of out, cut as Rectangle says, can be computed by itself; each element gets the same roundings however
-// out is cut.
+// Rows of x are arranged first; then any rectangle of out can be computed by itself. Each element gets the same
+// roundings however out is cut.
 #pragma once
 
 #include <cstdint>
@@ -44,18 +44,33 @@ struct Matmul {
   DType compute;  // Float32, or BFloat16 to multiply in pairs of bf16 where the CPU path has them
 };
 
-// Rows and columns of out. Columns must be cut at multiples of kMatmulColumnBorder.
+// Rows [begin, end) of a product, and their x of all terms as it is multiplied: arranged_floats of it, on a 64-byte
+// border.
+struct MatmulRows {
+  std::int64_t begin, end;
+  float* x;
+};
+
+// Rows and columns of out. They must be cut at multiples of these, rows counted from MatmulRows::begin.
 struct Rectangle {
   std::int64_t row_begin, row_end, column_begin, column_end;
 };
 
+constexpr std::int64_t kMatmulRowBorder = 12;
 constexpr std::int64_t kMatmulColumnBorder = 32;
 
 // Whether the CPU path in use has a kernel that computes in this: not the portable path, nor for bf16 where the CPU
 // multiplies matrices itself (AMX) and torch makes use of that.
 bool has_matmul(DType compute);
 
-// std::logic_error if it has none, or if the rectangle's borders are not where they must be.
-void matmul(const Matmul& product, const Rectangle& rectangle);
+// So many rows, a multiple of kMatmulRowBorder, are arranged at a time: a decoded weight is multiplied with all of
+// them.
+std::int64_t most_matmul_rows(const Matmul& product);
+std::int64_t arranged_floats(const Matmul& product, std::int64_t rows);
+
+// First x of all of `rows`, in parts [begin, end), then any rectangles of them. std::logic_error if there is no kernel,
+// or if the borders are not where they must be.
+void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end);
+void matmul(const Matmul& product, const MatmulRows& rows, const Rectangle& rectangle);
 
 }  // namespace qlora::cpu

@@ -21,19 +21,36 @@ struct Avx2 {
   // Rounding errors of longer chains would grow beyond those of torch's kernels.
   static constexpr std::int64_t kChain = 64;
   static constexpr std::int64_t kPerStep = 1;
+  static constexpr std::int64_t kLanes = 8;
+  using Vector = __m256;
   static constexpr int kTileRows = 6;
 
   template <typename T>
-  static void copy_row(const T* from, std::int64_t depth, float* to) {
-    std::int64_t r = 0;
-    for (; r + 8 <= depth; r += 8) _mm256_storeu_ps(to + r, load8(from + r));
-    for (; r < depth; ++r) to[r] = to_float(from[r]);
+  static Vector places(const T* from) {
+    return load8(from);
   }
 
-  static void store_panel_rows(const float* even, const float* odd, std::int64_t r, float* panel) {
+  template <typename T>
+  static Vector places(const T* from, std::int64_t count) {
+    T elements[kLanes * kPerStep] = {};
+    __builtin_memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
+    return places(elements);
+  }
+
+  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
+
+  static void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
+  static void store_first(float* to, Vector x, std::int64_t lanes) {
+    float values[kLanes];
+    _mm256_storeu_ps(values, x);
+    for (std::int64_t i = 0; i < lanes; ++i) to[i] = values[i];
+  }
+
+  template <typename T>
+  static void store_panel_rows(const T* even, const T* odd, std::int64_t r, float* panel) {
     float* to = panel + r * kColumns;
-    for (int q = 0; q < 2; ++q) _mm256_storeu_ps(to + 8 * q, _mm256_loadu_ps(even + 8 * q));
-    for (int q = 0; q < 2; ++q) _mm256_storeu_ps(to + kColumns + 8 * q, _mm256_loadu_ps(odd + 8 * q));
+    for (int q = 0; q < 2; ++q) _mm256_storeu_ps(to + 8 * q, load8(even + 8 * q));
+    for (int q = 0; q < 2; ++q) _mm256_storeu_ps(to + kColumns + 8 * q, load8(odd + 8 * q));
   }
 
   // The weights of 16 codes of row r of the panel (low lane) and of row r + 1 (high lane), whose scales are so too.
@@ -94,7 +111,7 @@ struct Avx2 {
       const __m256 b0 = _mm256_loadu_ps(panel), b1 = _mm256_loadu_ps(panel + 8);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
-        const __m256 a = _mm256_broadcast_ss(x + i * kXStride + step);
+        const __m256 a = _mm256_broadcast_ss(x + step * kRows + i);
         sum[i][0] = _mm256_fmadd_ps(a, b0, sum[i][0]);
         sum[i][1] = _mm256_fmadd_ps(a, b1, sum[i][1]);
       }
@@ -118,9 +135,7 @@ struct Avx2 {
 
 }  // namespace
 
-void matmul_avx2(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch) {
-  multiply_rectangle<Avx2>(product, rectangle, scratch);
-}
+const MatmulKernel matmul_avx2 = kMatmulKernel<Avx2>;
 
 }  // namespace qlora::cpu
 

@@ -18,19 +18,34 @@ struct Avx512 {
   // Rounding errors of longer chains would grow beyond those of torch's kernels.
   static constexpr std::int64_t kChain = 64;
   static constexpr std::int64_t kPerStep = 1;
+  static constexpr std::int64_t kLanes = 16;
+  using Vector = __m512;
   static constexpr int kTileRows = 12;
 
   template <typename T>
-  static void copy_row(const T* from, std::int64_t depth, float* to) {
-    std::int64_t r = 0;
-    for (; r + 16 <= depth; r += 16) _mm512_storeu_ps(to + r, load16(from + r));
-    for (; r < depth; ++r) to[r] = to_float(from[r]);
+  static Vector places(const T* from) {
+    return load16(from);
   }
 
-  static void store_panel_rows(const float* even, const float* odd, std::int64_t r, float* panel) {
+  template <typename T>
+  static Vector places(const T* from, std::int64_t count) {
+    T elements[kLanes * kPerStep] = {};
+    __builtin_memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
+    return places(elements);
+  }
+
+  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
+
+  static void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
+  static void store_first(float* to, Vector x, std::int64_t lanes) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << lanes) - 1), x);
+  }
+
+  template <typename T>
+  static void store_panel_rows(const T* even, const T* odd, std::int64_t r, float* panel) {
     float* to = panel + r * kColumns;
-    for (int q = 0; q < 2; ++q) _mm512_storeu_ps(to + 16 * q, _mm512_loadu_ps(even + 16 * q));
-    for (int q = 0; q < 2; ++q) _mm512_storeu_ps(to + kColumns + 16 * q, _mm512_loadu_ps(odd + 16 * q));
+    for (int q = 0; q < 2; ++q) _mm512_storeu_ps(to + 16 * q, load16(even + 16 * q));
+    for (int q = 0; q < 2; ++q) _mm512_storeu_ps(to + kColumns + 16 * q, load16(odd + 16 * q));
   }
 
   // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side.
@@ -73,7 +88,7 @@ struct Avx512 {
       const __m512 b0 = _mm512_loadu_ps(panel), b1 = _mm512_loadu_ps(panel + 16);
 #pragma GCC unroll 12
       for (int i = 0; i < kRows; ++i) {
-        const __m512 a = _mm512_set1_ps(x[i * kXStride + step]);
+        const __m512 a = _mm512_set1_ps(x[step * kRows + i]);
         sum[i][0] = _mm512_fmadd_ps(a, b0, sum[i][0]);
         sum[i][1] = _mm512_fmadd_ps(a, b1, sum[i][1]);
       }
@@ -92,9 +107,7 @@ struct Avx512 {
 
 }  // namespace
 
-void matmul_avx512(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch) {
-  multiply_rectangle<Avx512>(product, rectangle, scratch);
-}
+const MatmulKernel matmul_avx512 = kMatmulKernel<Avx512>;
 
 }  // namespace qlora::cpu
 

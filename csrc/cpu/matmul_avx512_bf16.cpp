@@ -20,30 +20,32 @@ namespace {
 struct Avx512Bf16 {
   static constexpr std::int64_t kColumns = 32;
   // The whole depth: beside the rounding of x, W and out to bf16 the errors of longer chains do not show.
-  static constexpr std::int64_t kChain = 128;
   static constexpr std::int64_t kPerStep = 2;
+  static constexpr std::int64_t kChain = kDepth / kPerStep;
+  static constexpr std::int64_t kLanes = 16;
+  using Vector = __m512;
   static constexpr int kTileRows = 12;
 
-  // memcpy, as the places are read as floats.
-  static void put(BFloat16 value, std::int64_t at, float* places) {
-    __builtin_memcpy(reinterpret_cast<char*>(places) + 2 * at, &value, 2);
-  }
+  static Vector places(const BFloat16* from) { return _mm512_castsi512_ps(_mm512_loadu_si512(from)); }
 
-  static void copy_row(const BFloat16* from, std::int64_t depth, float* to) {
-    std::int64_t r = 0;
-    for (; r + 32 <= depth; r += 32) _mm512_storeu_si512(to + r / 2, _mm512_loadu_si512(from + r));
-    __builtin_memcpy(to + r / 2, from + r, static_cast<std::size_t>(2 * (depth - r)));
-    if (depth % 2 != 0) put({0}, depth, to);
+  template <typename T>
+  static Vector places(const T* from) {
+    const __m256i low = round16(load16(from), BFloat16{}), high = round16(load16(from + 16), BFloat16{});
+    return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
   }
 
   template <typename T>
-  static void copy_row(const T* from, std::int64_t depth, float* to) {
-    std::int64_t r = 0;
-    for (; r + 16 <= depth; r += 16) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + r / 2), round16(load16(from + r), BFloat16{}));
-    }
-    for (; r < depth; ++r) put(round_to<BFloat16>(to_float(from[r])), r, to);
-    if (depth % 2 != 0) put({0}, depth, to);
+  static Vector places(const T* from, std::int64_t count) {
+    T elements[kLanes * kPerStep] = {};
+    __builtin_memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
+    return places(elements);
+  }
+
+  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
+
+  static void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
+  static void store_first(float* to, Vector x, std::int64_t lanes) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << lanes) - 1), x);
   }
 
   // 16 pairs of rows r and r + 1, and where they belong in the panel.
@@ -58,11 +60,12 @@ struct Avx512Bf16 {
     return _mm512_or_si512(j, _mm512_slli_epi32(_mm512_add_epi32(j, _mm512_set1_epi32(16)), 16));
   }
 
-  static void store_panel_rows(const float* even, const float* odd, std::int64_t r, float* panel) {
+  template <typename T>
+  static void store_panel_rows(const T* even, const T* odd, std::int64_t r, float* panel) {
     const __m512i interleave = interleaving();
     float* to = panel + r / 2 * kColumns;
     for (int q = 0; q < 32; q += 16) {
-      store_pairs(_mm512_loadu_ps(even + q), _mm512_loadu_ps(odd + q), interleave, to + q);
+      store_pairs(load16(even + q), load16(odd + q), interleave, to + q);
     }
   }
 
@@ -126,7 +129,7 @@ struct Avx512Bf16 {
       const auto b0 = (__m512bh)_mm512_loadu_si512(panel), b1 = (__m512bh)_mm512_loadu_si512(panel + 16);
 #pragma GCC unroll 12
       for (int i = 0; i < kRows; ++i) {
-        const auto a = (__m512bh)_mm512_set1_ps(x[i * kXStride + step]);
+        const auto a = (__m512bh)_mm512_set1_ps(x[step * kRows + i]);
         sum[i][0] = _mm512_dpbf16_ps(sum[i][0], b0, a);
         sum[i][1] = _mm512_dpbf16_ps(sum[i][1], b1, a);
       }
@@ -145,9 +148,7 @@ struct Avx512Bf16 {
 
 }  // namespace
 
-void matmul_avx512_bf16(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch) {
-  multiply_rectangle<Avx512Bf16>(product, rectangle, scratch);
-}
+const MatmulKernel matmul_avx512_bf16 = kMatmulKernel<Avx512Bf16>;
 
 }  // namespace qlora::cpu
 

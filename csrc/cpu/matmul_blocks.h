@@ -6,20 +6,21 @@
 namespace qlora::cpu {
 
 constexpr std::int64_t kDepth = 256;       // of the reduction
-constexpr std::int64_t kMaxRows = 512;     // of x: what a decoded weight is used for
+constexpr std::int64_t kMaxRows = 516;     // of x, whole tiles: what a decoded weight is used for
 constexpr std::int64_t kMaxColumns = 256;  // of out, whose weights are staged at a time
-// Strides in floats. No powers of two: rows would meet in a few sets of the cache.
-constexpr std::int64_t kXStride = kDepth + 16;
+static_assert(kMaxRows % kMatmulRowBorder == 0);
+// In floats. No power of two: rows would meet in a few sets of the cache.
 constexpr std::int64_t kSumStride = kMaxColumns + 16;
 
 // A block of the 4-bit weight, copied to one place: its rows are so far apart that they would push each other out of
-// the cache. Bytes are as in the weight, [W's rows][kStagedBytes]; absmax is decoded, per kStep of W's columns.
-constexpr std::int64_t kStagedBytes = kDepth / 2;
+// the cache. Bytes are as in the weight, [W's rows][kStagedBytes], again at a stride that is no power of two; absmax is
+// decoded, per kStep of W's columns.
+static_assert(kDepth == kMaxColumns);  // W's rows are the panel's rows or its columns
+constexpr std::int64_t kStagedBytes = kDepth / 2 + 64;
 constexpr std::int64_t kStep = 32;
 
 // The memory of one thread.
 struct MatmulScratch {
-  float* x;              // [kMaxRows][kXStride]
   float* panel;          // [kDepth][panel's width]
   float* sums;           // [blocks of kMaxColumns][rows][kSumStride], kMaxRows * kSumStride in all
   float* masked;         // likewise: a term before its out_mask
@@ -29,19 +30,24 @@ struct MatmulScratch {
   static constexpr std::int64_t kPanelFloats = kDepth * kMatmulColumnBorder;
   static constexpr std::int64_t kAbsmaxFloats = kDepth / kStep * kDepth;
   static constexpr std::int64_t kFloats =
-      kMaxRows * (kXStride + 2 * kSumStride) + kPanelFloats + kAbsmaxFloats + kDepth * kStagedBytes / 4;
+      kPanelFloats + 2 * kMaxRows * kSumStride + kAbsmaxFloats + kDepth * kStagedBytes / 4;
 
   explicit MatmulScratch(float* memory)
-      : x(memory),
-        panel(x + kMaxRows * kXStride),
+      : panel(memory),
         sums(panel + kPanelFloats),
         masked(sums + kMaxRows * kSumStride),
         absmax(masked + kMaxRows * kSumStride),
         packed(reinterpret_cast<std::uint8_t*>(absmax + kAbsmaxFloats)) {}
 };
 
-void matmul_avx2(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch);
-void matmul_avx512(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch);
-void matmul_avx512_bf16(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch);
+// The kernels of one instruction set.
+struct MatmulKernel {
+  std::int64_t per_step;  // elements of the reduction that lie in a float of the arranged x
+  void (*arrange)(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end);
+  void (*multiply)(const Matmul& product, const MatmulRows& rows, const Rectangle& rectangle,
+                   const MatmulScratch& scratch);
+};
+
+extern const MatmulKernel matmul_avx2, matmul_avx512, matmul_avx512_bf16;
 
 }  // namespace qlora::cpu

@@ -1,15 +1,18 @@
 // The loops of matmul around the kernels of one instruction set. A file of kernels includes this inside its target
 // region, so that everything here is compiled for it.
 //
-// Per block of kDepth of the reduction: the rows of x are copied to one place, in the type that is multiplied. Then, a
-// panel of columns of b at a time, b is decoded to the panel, which stays in L1, and multiplied with all rows, tile by
-// tile in registers, onto fp32 sums. A weight is decoded once per kMaxRows rows, and never stored beyond the panel.
+// Rows of x are arranged tile by tile, in the type that is multiplied, so that a tile reads one stream. Then, a panel
+// of columns of b at a time, b is decoded to the panel, and multiplied with all rows, tile by tile in registers, onto
+// fp32 sums. A weight is decoded once per kMaxRows rows, and never stored beyond the panel.
 //
 // Isa has
 //   kTileRows, kColumns    the most rows of a tile, and its columns, which are a panel's
 //   kChain                 the most additions, steps of the panel, before a tile's sums go to memory
 //   kPerStep               elements of the reduction in a row of the panel, and in a place of x: 1, or 2 in bf16
-//   copy_row               part of a row of x to its place
+//   kLanes                 places, 32 bits each, of a Vector
+//   places                 kLanes * kPerStep elements of x, or the first `count` and zeros behind them
+//   transpose              kLanes vectors: the lanes of each become one of each
+//   store, store_first     a Vector, or its first so many lanes
 //   store_panel_rows       dense values, two rows of the panel
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
 //   fill_weight_transposed the panel, from W[J, R]: W's rows are the panel's columns
@@ -20,10 +23,9 @@ namespace {
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// `total` in parts of at most `most` and about the same size.
-inline std::int64_t even_part(std::int64_t total, std::int64_t most) {
-  const std::int64_t parts = (total + most - 1) / most;
-  return (total + parts - 1) / parts;
+template <typename Isa>
+inline std::int64_t steps_of(std::int64_t depth) {
+  return (depth + Isa::kPerStep - 1) / Isa::kPerStep;
 }
 
 // `count` values of a matrix, `stride` apart from the first-th on, scaled, 0 where they are masked.
@@ -40,23 +42,75 @@ void copy_values(const Matrix& m, std::int64_t first, std::int64_t stride, float
   }
 }
 
-template <typename Isa>
-void copy_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_t r, std::int64_t depth, float* to) {
-  with_type(x.dtype, [&](auto type) {
-    using T = decltype(type);
-    for (std::int64_t i = 0; i < rows; ++i, to += kXStride) {
-      const std::int64_t first = (row + i) * x.row_stride + r * x.column_stride;
-      if (x.column_stride == 1 && x.mask == nullptr) {
-        constexpr std::int64_t kRowsAhead = 4;  // rows are too short for the hardware to see a stream
-        const T* from = static_cast<const T*>(x.values) + first;
-        const T* ahead = from + kRowsAhead * x.row_stride;
-        for (std::int64_t j = 0; j < depth; j += 64 / sizeof(T)) __builtin_prefetch(ahead + j);
-        Isa::copy_row(from, depth, to);
-      } else {
-        float values[kDepth];
-        copy_values<T>(x, first, x.column_stride, 1.0f, depth, values);
-        Isa::copy_row(values, depth, to);
+// Numbers of a matrix, `stride` apart; of so many lines, `line_stride` apart, the first of which begins at `first`.
+struct Lines {
+  std::int64_t first, count, line_stride, stride;
+};
+
+// `depth` numbers of each of at most Isa::kLanes lines, scaled: step by step, the places of all lines side by side, and
+// zeros up to `to_stride` or Isa::kLanes places.
+template <typename Isa, typename T>
+void interleave(const Matrix& m, const Lines& lines, float scale, std::int64_t depth, std::int64_t to_stride,
+                float* to) {
+  constexpr std::int64_t kElements = Isa::kLanes * Isa::kPerStep;
+  constexpr std::int64_t kAhead = 4 * 64 / sizeof(T);
+  const bool as_they_lie = lines.stride == 1 && m.mask == nullptr && scale == 1.0f;
+  for (std::int64_t at = 0; at < depth; at += kElements) {
+    const std::int64_t count = smaller(kElements, depth - at);
+    const auto read = [&](std::int64_t line) [[gnu::always_inline]] {
+      if (line >= lines.count) return typename Isa::Vector{};
+      const std::int64_t first = lines.first + line * lines.line_stride + at * lines.stride;
+      if (as_they_lie) {
+        const T* from = static_cast<const T*>(m.values) + first;
+        __builtin_prefetch(from + kAhead);
+        return count == kElements ? Isa::places(from) : Isa::places(from, count);
       }
+      float values[kElements] = {};
+      copy_values<T>(m, first, lines.stride, scale, count, values);
+      return Isa::places(values);
+    };
+    typename Isa::Vector places[Isa::kLanes];
+#pragma GCC unroll 16
+    for (std::int64_t line = 0; line < Isa::kLanes; ++line) places[line] = read(line);
+    Isa::transpose(places);
+    const std::int64_t steps = steps_of<Isa>(count);
+    std::int64_t left = steps_of<Isa>(depth - at) * to_stride;  // places to the end
+#pragma GCC unroll 16
+    for (std::int64_t step = 0; step < Isa::kLanes; ++step, to += to_stride, left -= to_stride) {
+      if (step >= steps) break;
+      // What a whole vector writes beyond the width, the next steps overwrite.
+      left >= Isa::kLanes ? Isa::store(to, places[step]) : Isa::store_first(to, places[step], left);
+    }
+  }
+}
+
+// Rows [row, row + rows) of x, of a tile, from r on.
+template <typename Isa>
+void arrange_tile(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_t r, std::int64_t depth, float* to) {
+  const Lines lines{row * x.row_stride + r * x.column_stride, rows, x.row_stride, x.column_stride};
+  with_type(x.dtype, [&](auto type) { interleave<Isa, decltype(type)>(x, lines, 1.0f, depth, rows, to); });
+}
+
+// Calls body(term, r, depth, x) for each block of each term, with x where its rows begin.
+template <typename Isa, typename Body>
+void each_block(const Matmul& product, const MatmulRows& rows, Body&& body) {
+  float* x = rows.x;
+  for (int t = 0; t < product.num_terms; ++t) {
+    const Term& term = product.terms[t];
+    for (std::int64_t r = 0; r < term.R; r += kDepth) {
+      const std::int64_t depth = smaller(kDepth, term.R - r);
+      body(term, r, depth, x);
+      x += (rows.end - rows.begin) * steps_of<Isa>(depth);
+    }
+  }
+}
+
+template <typename Isa>
+void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
+  each_block<Isa>(product, rows, [&](const Term& term, std::int64_t r, std::int64_t depth, float* x) {
+    for (std::int64_t row = begin; row < end; row += Isa::kTileRows) {
+      arrange_tile<Isa>(term.x, row, smaller(Isa::kTileRows, end - row), r, depth,
+                        x + (row - rows.begin) * steps_of<Isa>(depth));
     }
   });
 }
@@ -71,28 +125,28 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
     using T = decltype(type);
     const std::int64_t first = r * b.row_stride + column * b.column_stride;
     if (b.column_stride == 1) {
-      float even[Isa::kColumns] = {}, odd[Isa::kColumns] = {};
+      const bool as_they_lie = b.mask == nullptr && term.scale == 1.0f && width == Isa::kColumns;
+      float copy[2][Isa::kColumns] = {};
       for (std::int64_t i = 0; i < depth; i += 2) {
-        copy_values<T>(b, first + i * b.row_stride, 1, term.scale, width, even);
-        if (i + 1 < depth) {
-          copy_values<T>(b, first + (i + 1) * b.row_stride, 1, term.scale, width, odd);
-        } else {
-          for (float& value : odd) value = 0.0f;
+        const std::int64_t even = first + i * b.row_stride, odd = even + b.row_stride;
+        if (as_they_lie && i + 1 < depth) {
+          const T* from = static_cast<const T*>(b.values);
+          Isa::store_panel_rows(from + even, from + odd, i, panel);
+          continue;
         }
-        Isa::store_panel_rows(even, odd, i, panel);
+        copy_values<T>(b, even, 1, term.scale, width, copy[0]);
+        if (i + 1 < depth) {
+          copy_values<T>(b, odd, 1, term.scale, width, copy[1]);
+        } else {
+          __builtin_memset(copy[1], 0, sizeof copy[1]);
+        }
+        Isa::store_panel_rows(copy[0], copy[1], i, panel);
       }
       return;
     }
-    const std::int64_t steps = (depth + Isa::kPerStep - 1) / Isa::kPerStep;
-    float values[kDepth], places[kDepth];
-    for (std::int64_t j = 0; j < Isa::kColumns; ++j) {
-      if (j < width) {
-        copy_values<T>(b, first + j * b.column_stride, b.row_stride, term.scale, depth, values);
-        Isa::copy_row(values, depth, places);
-      } else if (j == width) {
-        __builtin_memset(places, 0, sizeof places);
-      }
-      for (std::int64_t step = 0; step < steps; ++step) panel[step * Isa::kColumns + j] = places[step];
+    for (std::int64_t j = 0; j < Isa::kColumns; j += Isa::kLanes) {
+      const Lines lines{first + j * b.column_stride, width - j, b.column_stride, b.row_stride};
+      interleave<Isa, T>(b, lines, term.scale, depth, Isa::kColumns, panel + j);
     }
   });
 }
@@ -134,10 +188,10 @@ inline void add_masked(const float* from, const bool* mask, std::int64_t mask_st
 // of additions in a register is longer than Isa::kChain.
 template <typename Isa, int kRows = Isa::kTileRows>
 void multiply_rows(const float* x, std::int64_t rows, const float* panel, std::int64_t steps, float* sums) {
-  for (; rows >= kRows; rows -= kRows, x += kRows * kXStride, sums += kRows * kSumStride) {
+  for (; rows >= kRows; rows -= kRows, x += kRows * steps, sums += kRows * kSumStride) {
     for (std::int64_t step = 0; step < steps; step += Isa::kChain) {
-      Isa::template multiply_tile<kRows>(x + step, panel + step * Isa::kColumns, smaller(Isa::kChain, steps - step),
-                                         sums);
+      Isa::template multiply_tile<kRows>(x + step * kRows, panel + step * Isa::kColumns,
+                                         smaller(Isa::kChain, steps - step), sums);
     }
   }
   if constexpr (kRows > 1) {
@@ -145,13 +199,15 @@ void multiply_rows(const float* x, std::int64_t rows, const float* panel, std::i
   }
 }
 
-// Columns [column, column + columns) of the product of rows that are in s.x, as many as are staged at a time, onto
-// their sums.
+// Columns [column, column + columns) of a block's product with rows of x, onto their sums.
 template <typename Isa>
-void multiply_columns(const Matmul& product, const Term& term, std::int64_t r, std::int64_t depth, std::int64_t rows,
-                      std::int64_t column, std::int64_t columns, const MatmulScratch& s, float* sums) {
+void multiply_columns(const Matmul& product, const Term& term, std::int64_t r, std::int64_t depth, const float* x,
+                      std::int64_t rows, std::int64_t column, std::int64_t columns, const MatmulScratch& s,
+                      float* sums) {
   if (term.kind == Term::Kind::Weight) stage(term.w, product.J, r, depth, column, columns, s);
-  if (term.kind == Term::Kind::WeightTransposed) stage(term.w, term.R, column, columns, r, depth, s);
+  if (term.kind == Term::Kind::WeightTransposed) {
+    stage(term.w, term.R, column, columns, r, depth, s);
+  }
   for (std::int64_t j = 0; j < columns; j += Isa::kColumns) {
     if (term.kind == Term::Kind::Dense) {
       fill_dense<Isa>(term, r, depth, column + j, smaller(Isa::kColumns, columns - j), s.panel);
@@ -160,15 +216,15 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t r, s
     } else {
       Isa::fill_weight_transposed(codebook(term.w.quant_type).value, s, j, depth);
     }
-    multiply_rows<Isa>(s.x, rows, s.panel, (depth + Isa::kPerStep - 1) / Isa::kPerStep, sums + j);
+    multiply_rows<Isa>(x, rows, s.panel, steps_of<Isa>(depth), sums + j);
   }
 }
 
-// A part of out that has room in the scratch: its sums lie there in blocks of kMaxColumns columns.
+// A rectangle that has room in the scratch: its sums lie there in blocks of kMaxColumns columns.
 template <typename Isa>
-void multiply_part(const Matmul& product, const Rectangle& part, const MatmulScratch& s) {
+void multiply_part(const Matmul& product, const MatmulRows& all_rows, const Rectangle& part, const MatmulScratch& s) {
   const std::int64_t rows = part.row_end - part.row_begin;
-  const auto each_block = [&](auto&& handle) {
+  const auto each_columns = [&](auto&& handle) {
     std::int64_t at = 0;
     for (std::int64_t column = part.column_begin; column < part.column_end; column += kMaxColumns) {
       handle(column, smaller(kMaxColumns, part.column_end - column), at);
@@ -180,27 +236,21 @@ void multiply_part(const Matmul& product, const Rectangle& part, const MatmulScr
     __builtin_memset(sums, 0, static_cast<std::size_t>(blocks * rows * kSumStride) * sizeof(float));
   };
   clear(s.sums);
-  for (int t = 0; t < product.num_terms; ++t) {
-    const Term& term = product.terms[t];
+  each_block<Isa>(product, all_rows, [&](const Term& term, std::int64_t r, std::int64_t depth, const float* x) {
     float* const sums = term.out_mask == nullptr ? s.sums : s.masked;
-    if (term.out_mask != nullptr) clear(sums);
-    for (std::int64_t r = 0; r < term.R; r += kDepth) {
-      const std::int64_t depth = smaller(kDepth, term.R - r);
-      copy_rows<Isa>(term.x, part.row_begin, rows, r, depth, s.x);
-      each_block([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
-        multiply_columns<Isa>(product, term, r, depth, rows, column, columns, s, sums + at);
-      });
-    }
-    if (term.out_mask != nullptr) {
-      each_block([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
+    if (term.out_mask != nullptr && r == 0) clear(sums);
+    x += (part.row_begin - all_rows.begin) * steps_of<Isa>(depth);
+    each_columns([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
+      multiply_columns<Isa>(product, term, r, depth, x, rows, column, columns, s, sums + at);
+      if (term.out_mask != nullptr && r + depth == term.R) {
         const bool* mask = term.out_mask + part.row_begin * product.J + column;
         add_masked(sums + at, mask, product.J, rows, columns, s.sums + at);
-      });
-    }
-  }
+      }
+    });
+  });
   with_type(product.dtype, [&](auto type) {
     using T = decltype(type);
-    each_block([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
+    each_columns([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
       const T* bias = product.bias == nullptr ? nullptr : static_cast<const T*>(product.bias) + column;
       T* out = static_cast<T*>(product.out) + part.row_begin * product.J + column;
       for (std::int64_t row = 0; row < rows; ++row, out += product.J) {
@@ -211,18 +261,19 @@ void multiply_part(const Matmul& product, const Rectangle& part, const MatmulScr
 }
 
 template <typename Isa>
-void multiply_rectangle(const Matmul& product, const Rectangle& rectangle, const MatmulScratch& scratch) {
+void multiply_rectangle(const Matmul& product, const MatmulRows& rows, const Rectangle& rectangle,
+                        const MatmulScratch& scratch) {
   const auto [row_begin, row_end, column_begin, column_end] = rectangle;
-  if (row_begin >= row_end || column_begin >= column_end) return;
-  const std::int64_t rows = even_part(row_end - row_begin, kMaxRows);
-  const std::int64_t columns = kMaxRows / rows * kMaxColumns;  // of fewer rows there is room for more columns
-  for (std::int64_t row = row_begin; row < row_end; row += rows) {
-    for (std::int64_t column = column_begin; column < column_end; column += columns) {
-      multiply_part<Isa>(product, {row, smaller(row + rows, row_end), column, smaller(column + columns, column_end)},
-                         scratch);
-    }
+  if (row_begin >= row_end) return;
+  // Of fewer rows there is room for more columns, whose weights lie side by side.
+  const std::int64_t columns = kMaxRows / (row_end - row_begin) * kMaxColumns;
+  for (std::int64_t column = column_begin; column < column_end; column += columns) {
+    multiply_part<Isa>(product, rows, {row_begin, row_end, column, smaller(column + columns, column_end)}, scratch);
   }
 }
+
+template <typename Isa>
+constexpr MatmulKernel kMatmulKernel{Isa::kPerStep, arrange_rows<Isa>, multiply_rectangle<Isa>};
 
 }  // namespace
 }  // namespace qlora::cpu

@@ -38,29 +38,7 @@ struct Avx2 {
     return load8(values);
   }
 
-  // Within halves of 4 lanes, then the halves.
-  static void transpose(Vector (&x)[kLanes]) {
-    Vector halves[4][2];  // [j][i]: the j-th of 4 lanes, of both halves, of rows 4 i to 4 i + 3
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const Vector* row = x + 4 * i;
-      const __m256d low[2] = {low_pairs(row), low_pairs(row + 2)};
-      const __m256d high[2] = {high_pairs(row), high_pairs(row + 2)};
-      halves[0][i] = _mm256_castpd_ps(_mm256_unpacklo_pd(low[0], low[1]));
-      halves[1][i] = _mm256_castpd_ps(_mm256_unpackhi_pd(low[0], low[1]));
-      halves[2][i] = _mm256_castpd_ps(_mm256_unpacklo_pd(high[0], high[1]));
-      halves[3][i] = _mm256_castpd_ps(_mm256_unpackhi_pd(high[0], high[1]));
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      x[j] = _mm256_permute2f128_ps(halves[j][0], halves[j][1], 0x20);
-      x[4 + j] = _mm256_permute2f128_ps(halves[j][0], halves[j][1], 0x31);
-    }
-  }
-
- private:
-  static __m256d low_pairs(const Vector* x) { return _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1])); }
-  static __m256d high_pairs(const Vector* x) { return _mm256_castps_pd(_mm256_unpackhi_ps(x[0], x[1])); }
+  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
 };
 
 }  // namespace

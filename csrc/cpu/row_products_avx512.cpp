@@ -39,36 +39,7 @@ struct Avx512 {
     return load16(values);
   }
 
-  // Within quarters of 4 lanes, then the quarters.
-  static void transpose(Vector (&x)[kLanes]) {
-    Vector quarters[4][4];  // [j][i]: the j-th of 4 lanes, of every quarter, of rows 4 i to 4 i + 3
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Vector* row = x + 4 * i;
-      const __m512d low[2] = {low_pairs(row), low_pairs(row + 2)};
-      const __m512d high[2] = {high_pairs(row), high_pairs(row + 2)};
-      quarters[0][i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low[0], low[1]));
-      quarters[1][i] = _mm512_castpd_ps(_mm512_unpackhi_pd(low[0], low[1]));
-      quarters[2][i] = _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1]));
-      quarters[3][i] = _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1]));
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Vector(&of)[4] = quarters[j];
-      const Vector even[2] = {_mm512_shuffle_f32x4(of[0], of[1], 0b10001000),
-                              _mm512_shuffle_f32x4(of[2], of[3], 0b10001000)};
-      const Vector odd[2] = {_mm512_shuffle_f32x4(of[0], of[1], 0b11011101),
-                             _mm512_shuffle_f32x4(of[2], of[3], 0b11011101)};
-      x[j] = _mm512_shuffle_f32x4(even[0], even[1], 0b10001000);
-      x[8 + j] = _mm512_shuffle_f32x4(even[0], even[1], 0b11011101);
-      x[4 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0b10001000);
-      x[12 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0b11011101);
-    }
-  }
-
- private:
-  static __m512d low_pairs(const Vector* x) { return _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1])); }
-  static __m512d high_pairs(const Vector* x) { return _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1])); }
+  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
 };
 
 }  // namespace

@@ -39,6 +39,29 @@ inline void store8(Half* to, __m256 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline __m256d low_pairs(const __m256* x) { return _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1])); }
+inline __m256d high_pairs(const __m256* x) { return _mm256_castps_pd(_mm256_unpackhi_ps(x[0], x[1])); }
+
+// The lanes of each become one of each. / Within halves of 4 lanes, then the halves.
+inline void transpose(__m256 (&x)[8]) {
+  __m256 halves[4][2];  // [j][i]: the j-th of 4 lanes, of both halves, of rows 4 i to 4 i + 3
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256* row = x + 4 * i;
+    const __m256d low[2] = {low_pairs(row), low_pairs(row + 2)};
+    const __m256d high[2] = {high_pairs(row), high_pairs(row + 2)};
+    halves[0][i] = _mm256_castpd_ps(_mm256_unpacklo_pd(low[0], low[1]));
+    halves[1][i] = _mm256_castpd_ps(_mm256_unpackhi_pd(low[0], low[1]));
+    halves[2][i] = _mm256_castpd_ps(_mm256_unpacklo_pd(high[0], high[1]));
+    halves[3][i] = _mm256_castpd_ps(_mm256_unpackhi_pd(high[0], high[1]));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    x[j] = _mm256_permute2f128_ps(halves[j][0], halves[j][1], 0x20);
+    x[4 + j] = _mm256_permute2f128_ps(halves[j][0], halves[j][1], 0x31);
+  }
+}
+
 // The fp32 codebook by bytes, lowest first, for vpshufb.
 struct Planes {
   __m256i plane[4];

@@ -61,6 +61,36 @@ __m512 across_lanes(const __m512* x, Combine combine) {
   return quarters(two[0], two[1]);
 }
 
+inline __m512d low_pairs(const __m512* x) { return _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1])); }
+inline __m512d high_pairs(const __m512* x) { return _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1])); }
+
+// The lanes of each become one of each. / Within quarters of 4 lanes, then the quarters.
+inline void transpose(__m512 (&x)[16]) {
+  __m512 quarters[4][4];  // [j][i]: the j-th of 4 lanes, of every quarter, of rows 4 i to 4 i + 3
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512* row = x + 4 * i;
+    const __m512d low[2] = {low_pairs(row), low_pairs(row + 2)};
+    const __m512d high[2] = {high_pairs(row), high_pairs(row + 2)};
+    quarters[0][i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low[0], low[1]));
+    quarters[1][i] = _mm512_castpd_ps(_mm512_unpackhi_pd(low[0], low[1]));
+    quarters[2][i] = _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1]));
+    quarters[3][i] = _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1]));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512(&of)[4] = quarters[j];
+    const __m512 even[2] = {_mm512_shuffle_f32x4(of[0], of[1], 0b10001000),
+                            _mm512_shuffle_f32x4(of[2], of[3], 0b10001000)};
+    const __m512 odd[2] = {_mm512_shuffle_f32x4(of[0], of[1], 0b11011101),
+                           _mm512_shuffle_f32x4(of[2], of[3], 0b11011101)};
+    x[j] = _mm512_shuffle_f32x4(even[0], even[1], 0b10001000);
+    x[8 + j] = _mm512_shuffle_f32x4(even[0], even[1], 0b11011101);
+    x[4 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0b10001000);
+    x[12 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0b11011101);
+  }
+}
+
 // sums + bias, rounded.
 template <typename T>
 void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {

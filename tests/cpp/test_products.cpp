@@ -134,6 +134,25 @@ void check_neighbours(std::int64_t M, DType dtype) {
   for (std::int64_t i = 0; i < M * N; ++i) CHECK(std::isfinite(y.read(i)) == (i % N != kBad));
 }
 
+// All of out, in rectangles of at most so many rows, a multiple of their border, and columns.
+void multiply(const cpu::Matmul& product, std::int64_t rows_each, std::int64_t columns_each) {
+  const std::int64_t most = cpu::most_matmul_rows(product);
+  for (std::int64_t first = 0; first < product.M; first += most) {
+    const std::int64_t last = std::min(first + most, product.M);
+    std::vector<float> x(static_cast<std::size_t>(cpu::arranged_floats(product, last - first)));
+    const cpu::MatmulRows rows{first, last, x.data()};
+    const auto each_part = [&](auto&& handle) {
+      for (std::int64_t m = first; m < last; m += rows_each) handle(m, std::min(m + rows_each, last));
+    };
+    each_part([&](std::int64_t begin, std::int64_t end) { cpu::arrange_rows(product, rows, begin, end); });
+    each_part([&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t j = 0; j < product.J; j += columns_each) {
+        cpu::matmul(product, rows, {begin, end, j, std::min(j + columns_each, product.J)});
+      }
+    });
+  }
+}
+
 // out = x @ W^T (or x @ W) + mask * (u @ v) + bias, where u and v are strided and x has a mask.
 void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, DType dtype,
                   QuantType quant_type) {
@@ -159,14 +178,9 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
   Values out(dtype, M * J), in_parts(dtype, M * J);
   const DType compute = dtype == DType::BFloat16 ? dtype : DType::Float32;
   cpu::Matmul product{M, J, terms, 2, bias.bytes.data(), out.bytes.data(), dtype, compute};
-  cpu::matmul(product, {0, M, 0, J});
+  multiply(product, 504, J);
   product.out = in_parts.bytes.data();
-  const std::int64_t rows = 5, columns = cpu::kMatmulColumnBorder;
-  for (std::int64_t m = 0; m < M; m += rows) {
-    for (std::int64_t j = 0; j < J; j += columns) {
-      cpu::matmul(product, {m, std::min(m + rows, M), j, std::min(j + columns, J)});
-    }
-  }
+  multiply(product, cpu::kMatmulRowBorder, cpu::kMatmulColumnBorder);
   CHECK(out.bytes == in_parts.bytes);
   for (std::int64_t m = 0; m < M; ++m) {
     for (std::int64_t j = 0; j < J; ++j) {
@@ -202,7 +216,7 @@ void check_dense(std::int64_t M, std::int64_t R, std::int64_t J, DType compute) 
   term.kind = cpu::Term::Kind::Dense;
   term.dense = {b.bytes.data(), DType::BFloat16, J, 1, mask};
   Values out(DType::Float32, M * J);
-  cpu::matmul({M, J, &term, 1, nullptr, out.bytes.data(), DType::Float32, compute}, {0, M, 0, J});
+  multiply({M, J, &term, 1, nullptr, out.bytes.data(), DType::Float32, compute}, 504, J);
   for (std::int64_t m = 0; m < M; ++m) {
     for (std::int64_t j = 0; j < J; ++j) {
       double exact = 0, magnitude = 0;
@@ -236,13 +250,14 @@ int main() {
         // With double quantization, groups of 256 blocks begin within a row of the fourth.
         check_few_rows(M, N, K, blocksize, dtype, quant_type, M % 2 == 1 || M == 4);
       }
-      // N of unfinished panels and odd; K of unfinished depths (of 256); M of every unfinished tile.
+      // N of unfinished panels and odd; K of unfinished depths (of 512); M of every unfinished tile.
       for (std::int64_t M = 1; M <= 13; ++M) {
         check_matmul(true, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 576, 64, dtype, quant_type);
         check_matmul(false, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 352, 32, dtype, quant_type);
       }
       check_matmul(true, 37, 300, 512, 512, dtype, quant_type);
       check_matmul(false, 37, 301, 512, 512, dtype, quant_type);
+      check_matmul(false, 14, 545, 64, 32, dtype, quant_type);
     }
     check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4);  // more rows than are kept at a time
     check_mean();
