@@ -122,13 +122,14 @@ class Cpu final : public Device {
             at::ScalarType out_dtype) const override {
     const DType type = compute_in(checked_dtype("mm", "compute", compute));
     if (!cpu::has_matmul(type)) return Device::mm(a, b, scale, compute, out_dtype);
-    // Of the few columns of b a panel would be filled in part only; as rows they are a small x.
-    if (b.values.size(1) <= cpu::kMostRowProducts && a.values.size(0) > cpu::kMostRowProducts) {
-      return mm({b.values.t(), transposed(b.mask)}, {a.values.t(), transposed(a.mask)}, scale, compute, out_dtype).t();
+    const bool masked = a.mask.defined() || b.mask.defined();
+    // As out^T = b^T a^T: a panel would be filled in part only by so few columns, which are few rows there.
+    if (!masked && b.values.size(1) <= cpu::kMostRowProducts && a.values.size(0) > cpu::kMostRowProducts) {
+      return mm({b.values.t(), {}}, {a.values.t(), {}}, scale, compute, out_dtype).t();
     }
     const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
     const bool few = a.values.size(0) <= cpu::kMostRowProducts && a.values.stride(1) == 1 && b.values.stride(0) == 1;
-    if (few && !a.mask.defined() && !b.mask.defined()) {
+    if (few && !masked) {
       const int64_t M = out.size(0), N = out.size(1), K = a.values.size(1);
       const cpu::RowProducts product{rows(a.values),
                                      rows(b.values.t()),
@@ -144,7 +145,7 @@ class Cpu final : public Device {
                        [&](int64_t begin, int64_t end) { cpu::row_products(product, begin, end); });
       return out;
     }
-    const MaskedMatrix x = with_strides_of_mask(a), dense = with_strides_of_mask(b);
+    const MaskedMatrix x = contiguous_if_masked(a), dense = contiguous_if_masked(b);
     multiply({{.R = a.values.size(1),
                .x = matrix(x.values, x.mask),
                .kind = cpu::Term::Kind::Dense,
@@ -157,9 +158,7 @@ class Cpu final : public Device {
  private:
   static DType compute_in(DType dtype) { return dtype == DType::BFloat16 ? dtype : DType::Float32; }
 
-  static Tensor transposed(const Tensor& mask) { return mask.defined() ? mask.t() : mask; }
-
-  static MaskedMatrix with_strides_of_mask(const MaskedMatrix& m) {
+  static MaskedMatrix contiguous_if_masked(const MaskedMatrix& m) {
     return m.mask.defined() ? MaskedMatrix{m.values.contiguous(), m.mask.contiguous()} : m;
   }
 
@@ -168,7 +167,7 @@ class Cpu final : public Device {
             values.stride(1), mask.defined() ? mask.const_data_ptr<bool>() : nullptr};
   }
 
-  // out = the terms + added + bias, cut into as many rectangles as there are threads.
+  // out = the terms + added + bias, so many rows at a time as x is arranged of.
   static void multiply(std::vector<cpu::Term> terms, LowRankList added, const Tensor& bias, DType compute,
                        const Tensor& out) {
     std::vector<Tensor> masks;  // kept until the product is done
@@ -201,19 +200,21 @@ class Cpu final : public Device {
     }
   }
 
-  // Memory for the arranged x, kept for the thread's next product: the system would zero new memory each time.
+  // Memory for the arranged x (at most 16 MB, unless 120 rows are more), kept for the thread's next product: the system
+  // would zero new memory each time.
   static float* workspace(int64_t floats) {
     thread_local Tensor kept;
     if (!kept.defined() || kept.numel() < floats) kept = at::empty({floats}, at::kFloat);
     return kept.data_ptr<float>();
   }
 
+  // Cut into as many rectangles as there are threads.
   static void multiply_rows(const cpu::Matmul& product, const cpu::MatmulRows& rows) {
     const int64_t M = rows.end - rows.begin, bands = ceil_div(M, cpu::kMatmulRowBorder);
     const int64_t panels = ceil_div(product.J, cpu::kMatmulColumnBorder);
-    // A panel is decoded for a few rows, too.
     int64_t width = 0;  // of x
     for (int t = 0; t < product.num_terms; ++t) width += product.terms[t].R;
+    // A panel is decoded for a few rows, too.
     const int64_t flops = 2 * std::max<int64_t>(M, 16) * product.J * width;
     const int64_t threads = flops < kMinFlops ? 1 : at::get_num_threads();
     int64_t row_parts = 1, column_parts = 1, least = std::numeric_limits<int64_t>::max();
@@ -225,6 +226,7 @@ class Cpu final : public Device {
     const int64_t columns = ceil_div(panels, column_parts) * cpu::kMatmulColumnBorder;
     const int64_t bands_each = ceil_div(bands, row_parts);
     const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * cpu::kMatmulRowBorder, rows.end); };
+    // At least kGrain elements for a thread.
     const int64_t bands_worth = kGrain / (cpu::kMatmulRowBorder * std::max<int64_t>(width, 1)) + 1;
     at::parallel_for(0, bands, std::max(ceil_div(bands, threads), bands_worth),
                      [&](int64_t begin, int64_t end) { cpu::arrange_rows(product, rows, row_at(begin), row_at(end)); });

@@ -97,7 +97,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
     added.push_back({g, A[i], 1.0, mask});
     first += r;
   }
-  auto stacked = [](const std::vector<Tensor>& parts) { return parts.size() == 1 ? parts[0] : at::cat(parts, 0); };
+  auto stacked = [](const std::vector<Tensor>& parts) {
+    return parts.size() == 1 ? parts[0].contiguous() : at::cat(parts, 0);
+  };
   const Tensor grad_x =
       with_grad_x ? in_shape_of(multiply_dgrad(arguments, added), grad_arg) : at::empty({0}, grad.options());
   return {grad_x, stacked(grad_A), stacked(grad_B)};

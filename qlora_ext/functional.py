@@ -88,8 +88,8 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     Source: QLoRA, arXiv 2305.14314, equation 5.
     """
-    _check_tensor("linear_4bit", "x", x)
     _check_tensor("linear_4bit", "packed", packed)
+    _check_tensor("linear_4bit", "x", x)
     x = cast_as_autocast(x)
     out_features = matrix_shape("linear_4bit", state, x)[0]
     y: Tensor = ops.linear_4bit(x, packed, *_weight_arguments(state), out_features, bias)
@@ -110,6 +110,7 @@ def cast_as_autocast(x: Tensor) -> Tensor:
 
 def matrix_shape(op: str, state: QuantState, x: Tensor) -> tuple[int, int]:
     """(out, in) of a 4-bit matrix that x[..., in] is to be multiplied with."""
+    _check_tensor(op, "x", x)
     _check_state(op, state)
     if len(state.shape) != 2:
         raise ValueError(f"{op}: state.shape: expected [out, in], got {list(state.shape)}")

@@ -141,7 +141,7 @@ class Linear4bit(nn.Module):
 
         Args:
             x: as for `linear_4bit`.
-            A, B: of each adapter, [r, in] and [out, r]; cast to x's dtype inside.
+            A, B: of each adapter, [r, in] and [out, r]; cast to x's dtype (or float32) inside.
             scaling: of each adapter; with dropout it holds the factor 1 / (1 - p) too.
             dropout_mask: bool tensors of x's shape, one an adapter, or an empty list.
 
@@ -156,10 +156,10 @@ class Linear4bit(nn.Module):
         y: Tensor = self._multiply(ops.lora_linear_4bit.default, x, A, B, scaling, dropout_mask)[0]
         return y
 
-    def _multiply(self, op: Callable[..., Any], x: Tensor, *more: Any) -> Any:
+    def _multiply(self, op: Any, x: Tensor, *more: Any) -> Any:
         """The op on x and the weight. No QuantState is made: it costs as much time as one row of a small layer."""
         if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
-            functional.linear_4bit(x, self.weight, self.state)  # says what is wrong with x
+            functional.matrix_shape(op.name().removeprefix("qlora_ext::"), self.state, x)  # says what is wrong with x
         x = functional.cast_as_autocast(x)
         return op(x, *self._tensors(), self.quant_type, self.blocksize, self.out_features, self.bias, *more)
 
@@ -187,13 +187,16 @@ class Linear4bit(nn.Module):
             self.register_buffer(name, None if tensor is None else make(tensor))
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """weight, absmax, nested_absmax and nested_offset, without nn.Module's slow lookup of attributes."""
+        """weight, absmax, nested_absmax and nested_offset."""
         parameters: dict[str, Any] = self._parameters
         buffers = self._buffers
-        return parameters["weight"], parameters["absmax"], buffers["nested_absmax"], buffers["nested_offset"]
+        try:  # nn.Module's own lookup of four attributes takes longer than all else around the op
+            return parameters["weight"], parameters["absmax"], buffers["nested_absmax"], buffers["nested_offset"]
+        except KeyError:  # FSDP and parametrizations keep them elsewhere
+            return self.weight, self.absmax, self.nested_absmax, self.nested_offset
 
     def _storage(self) -> dict[str, Tensor]:
-        """Those of them that there are, by name."""
+        """The tensors that hold the weight, by name."""
         names = ("weight", "absmax", "nested_absmax", "nested_offset")
         return {name: t for name, t in zip(names, self._tensors(), strict=True) if t is not None}
 

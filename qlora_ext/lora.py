@@ -100,8 +100,8 @@ class LoraLinear(nn.Module):
 
     Attributes:
         base_layer: the layer itself.
-        lora_A, lora_B: float32 parameters [r, in] and [out, r] by adapter name; cast to x's dtype inside the multiply,
-            and never cast by `.half()` or `.to(dtype)`.
+        lora_A, lora_B: float32 parameters [r, in] and [out, r] by adapter name; cast to x's dtype, or float32, inside
+            the multiply, and never cast by `.half()` or `.to(dtype)`.
         scaling, configs: by adapter name.
         active_adapters: names of those that count.
         merged_base: while merged, a layer of the same kind with W0 + the active updates; base_layer stays untouched.
@@ -187,9 +187,12 @@ class LoraLinear(nn.Module):
         return y
 
     def _active(self, matrix: str) -> list[Tensor]:
-        """lora_A or lora_B of each active adapter, without nn.ParameterDict's slow lookup."""
-        parameters: dict[str, Any] = self._modules[matrix]._parameters  # type: ignore[union-attr]
-        return [parameters[name] for name in self.active_adapters]
+        """lora_A or lora_B of each active adapter."""
+        table: Any = self._modules[matrix]
+        try:  # nn.ParameterDict's own lookup takes as long as a small layer's product with A
+            return [table._parameters[name] for name in self.active_adapters]
+        except KeyError:  # FSDP and parametrizations keep them elsewhere
+            return [table[name] for name in self.active_adapters]
 
     def _dropout(self, x: Tensor) -> tuple[list[float], list[Tensor]]:
         """The scaling of each active adapter, with dropout's 1 / (1 - p) in it, and the masks, if any."""

@@ -17,7 +17,8 @@ from reference import assert_same
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlora_ext import Linear4bit
+from qlora_ext import Linear4bit, LoraConfig
+from qlora_ext.lora import LoraLinear
 
 State = dict[str, Tensor]
 WEIGHT = ("weight", "absmax", "nested_absmax", "nested_offset")
@@ -259,3 +260,23 @@ def test_state_names_the_layers_own_tensors(double_quant: bool, in_features: int
     )
     for name in WEIGHT[1:]:
         assert getattr(state, name) is getattr(layer, name)
+
+
+def test_tensors_that_are_plain_attributes() -> None:
+    """As FSDP and parametrizations leave them while the layer computes."""
+    layer, adapted = make_linear(128, 16), LoraLinear(make_linear(128, 16))
+    adapted.add_adapter("a", LoraConfig())
+    adapted.active_adapters = ["a"]
+    x = torch.randn(3, 128)
+    expected = [layer(x), adapted(x), layer.dequantize()]
+    for module, names in {
+        layer: WEIGHT,
+        adapted.base_layer: ("weight", "absmax"),
+        adapted.lora_A: ("a",),
+        adapted.lora_B: ("a",),
+    }.items():
+        for name in names:
+            tensor = getattr(module, name).detach()
+            delattr(module, name)
+            setattr(module, name, tensor)
+    assert_same([layer(x), adapted(x), layer.dequantize()], expected)

@@ -85,3 +85,11 @@ def test_errors(changed: dict[str, object], error: type[Exception], message: str
 def test_opcheck(dtype: torch.dtype, with_grad_x: bool) -> None:
     arguments = (GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, SCALING, MASKS, with_grad_x)
     torch.library.opcheck(backward.default, arguments)
+
+
+@pytest.mark.parametrize(("n", "k"), [(24, 128), (64, 32)])
+def test_many_ranks_beside_few_features(n: int, k: int) -> None:
+    """r beyond the few columns or rows of a product: the strides that torch.compile is promised."""
+    q = quantized_normal((n, k), "nf4", 32, double_quant=True)
+    grad, x, xa, a, b = (torch.randn(shape) for shape in ((64, n), (64, k), (64, 40), (40, k), (n, 40)))
+    torch.library.opcheck(backward.default, (grad, x, xa, *q, [a], [b], [2.0], [], True))

@@ -62,7 +62,8 @@ std::int64_t arranged_floats(const Matmul& product, std::int64_t rows) {
 }
 
 std::int64_t most_matmul_rows(const Matmul& product) {
-  constexpr std::int64_t kMostFloats = 4 << 20;  // read again for each panel, they should lie in the last-level cache
+  // Read again for each panel, they should lie in the last-level cache; but a weight must not be decoded for few rows.
+  constexpr std::int64_t kMostFloats = 4 << 20;
   const std::int64_t rows = kMostFloats / std::max<std::int64_t>(arranged_floats(product, 1), 1);
   return std::clamp(rows / kMatmulRowBorder * kMatmulRowBorder, 10 * kMatmulRowBorder, kMaxRows);
 }
@@ -79,8 +80,7 @@ void matmul(const Matmul& product, const MatmulRows& rows, const Rectangle& rect
   if (!is_border(rectangle.column_begin) || !is_border(rectangle.column_end)) {
     throw std::logic_error("matmul: columns must be cut at multiples of kMatmulColumnBorder");
   }
-  if (rectangle.row_end - rectangle.row_begin > kMaxRows)
-    throw std::logic_error("matmul: more rows than most_matmul_rows");
+  if (rectangle.row_end - rectangle.row_begin > kMaxRows) throw std::logic_error("matmul: more than kMaxRows rows");
   constexpr std::size_t kAlignment = 64;
   constexpr std::size_t kBytes = MatmulScratch::kFloats * sizeof(float);
   static_assert(kBytes % kAlignment == 0);

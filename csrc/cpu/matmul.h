@@ -44,8 +44,7 @@ struct Matmul {
   DType compute;  // Float32, or BFloat16 to multiply in pairs of bf16 where the CPU path has them
 };
 
-// Rows [begin, end) of a product, and their x of all terms as it is multiplied: arranged_floats of it, on a 64-byte
-// border.
+// Rows [begin, end) of a product, and their x of all terms as it is multiplied: arranged_floats of it.
 struct MatmulRows {
   std::int64_t begin, end;
   float* x;

@@ -3,7 +3,8 @@
 //
 // Rows of x are arranged tile by tile, in the type that is multiplied, so that a tile reads one stream. Then, a panel
 // of columns of b at a time, b is decoded to the panel, and multiplied with all rows, tile by tile in registers, onto
-// fp32 sums. A weight is decoded once per kMaxRows rows, and never stored beyond the panel.
+// fp32 sums. A weight is decoded once for all rows that are arranged, and never stored beyond the
+// panel.
 //
 // Isa has
 //   kTileRows, kColumns    the most rows of a tile, and its columns, which are a panel's

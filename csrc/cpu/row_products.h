@@ -19,9 +19,9 @@ struct Rows {
 struct RowProducts {
   Rows x, b;
   float scale;
-  const float* addend;         // or null; may be out itself
+  const float* addend;         // or null; may be an fp32 out itself, at stride N
   std::int64_t addend_stride;  // N: it is [M, N]; 0: it is [N], the same for every row
-  void* out;                   // contiguous
+  void* out;                   // [M, N], contiguous
   DType dtype;                 // of out
   std::int64_t M, N, K;
 };

@@ -5,6 +5,8 @@
 //   kLanes     of a Vector, which holds fp32 numbers
 //   load       kLanes numbers of any dtype, or the first `count` of them with zeros behind
 //   transpose  kLanes vectors: the lanes of each become one of each
+//   store      kLanes numbers, rounded to the dtype
+//   splat, add, multiply, multiply_add
 namespace qlora::cpu {
 namespace {
 
@@ -13,7 +15,7 @@ inline typename Isa::Vector load_first(const T* from, std::int64_t count) {
   return count == Isa::kLanes ? Isa::load(from) : Isa::load(from, count);
 }
 
-// The first `count` numbers of `rows` rows, one a lane; the last row is in those that are left, too.
+// The first `count` numbers of `rows` rows, one a lane; lanes beyond them repeat the last row.
 template <typename Isa, typename T>
 inline void load_columns(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t count,
                          typename Isa::Vector (&columns)[Isa::kLanes]) {
