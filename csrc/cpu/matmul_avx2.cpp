@@ -30,13 +30,6 @@ struct Avx2 {
     return load8(from);
   }
 
-  template <typename T>
-  static Vector places(const T* from, std::int64_t count) {
-    T elements[kLanes * kPerStep] = {};
-    __builtin_memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
-    return places(elements);
-  }
-
   static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
 
   static void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }

@@ -27,13 +27,6 @@ struct Avx512 {
     return load16(from);
   }
 
-  template <typename T>
-  static Vector places(const T* from, std::int64_t count) {
-    T elements[kLanes * kPerStep] = {};
-    __builtin_memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
-    return places(elements);
-  }
-
   static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
 
   static void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }

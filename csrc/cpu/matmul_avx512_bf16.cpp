@@ -34,13 +34,6 @@ struct Avx512Bf16 {
     return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
   }
 
-  template <typename T>
-  static Vector places(const T* from, std::int64_t count) {
-    T elements[kLanes * kPerStep] = {};
-    __builtin_memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
-    return places(elements);
-  }
-
   static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
 
   static void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }

@@ -11,7 +11,7 @@
 //   kChain                 the most additions, steps of the panel, before a tile's sums go to memory
 //   kPerStep               elements of the reduction in a row of the panel, and in a place of x: 1, or 2 in bf16
 //   kLanes                 places, 32 bits each, of a Vector
-//   places                 kLanes * kPerStep elements of x, or the first `count` and zeros behind them
+//   places                 kLanes * kPerStep elements
 //   transpose              kLanes vectors: the lanes of each become one of each
 //   store, store_first     a Vector, or its first so many lanes
 //   store_panel_rows       dense values, two rows of the panel
@@ -64,7 +64,10 @@ void interleave(const Matrix& m, const Lines& lines, float scale, std::int64_t d
       if (as_they_lie) {
         const T* from = static_cast<const T*>(m.values) + first;
         __builtin_prefetch(from + kAhead);
-        return count == kElements ? Isa::places(from) : Isa::places(from, count);
+        if (count == kElements) return Isa::places(from);
+        T elements[kElements] = {};
+        __builtin_memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
+        return Isa::places(elements);
       }
       float values[kElements] = {};
       copy_values<T>(m, first, lines.stride, scale, count, values);

@@ -250,7 +250,7 @@ int main() {
         // With double quantization, groups of 256 blocks begin within a row of the fourth.
         check_few_rows(M, N, K, blocksize, dtype, quant_type, M % 2 == 1 || M == 4);
       }
-      // N of unfinished panels and odd; K of unfinished depths (of 512); M of every unfinished tile.
+      // N of unfinished panels and odd; K of unfinished depths (of 256); M of every unfinished tile.
       for (std::int64_t M = 1; M <= 13; ++M) {
         check_matmul(true, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 576, 64, dtype, quant_type);
         check_matmul(false, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 352, 32, dtype, quant_type);
