@@ -128,11 +128,14 @@ class Cpu final : public Device {
       return mm({b.values.t(), {}}, {a.values.t(), {}}, scale, compute, out_dtype).t();
     }
     const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
-    const bool few = a.values.size(0) <= cpu::kMostRowProducts && a.values.stride(1) == 1 && b.values.stride(0) == 1;
-    if (few && !masked) {
-      const int64_t M = out.size(0), N = out.size(1), K = a.values.size(1);
-      const cpu::RowProducts product{rows(a.values),
-                                     rows(b.values.t()),
+    const int64_t M = out.size(0), N = out.size(1), K = a.values.size(1);
+    const bool as_it_lies = b.values.stride(1) == 1;
+    if (M <= cpu::kMostRowProducts && !masked && (as_it_lies || b.values.stride(0) == 1)) {
+      const Tensor x = a.values.contiguous();
+      const cpu::RowProducts product{rows(x),
+                                     rows(as_it_lies ? b.values : b.values.t()),
+                                     as_it_lies,
+                                     type,
                                      static_cast<float>(scale),
                                      nullptr,
                                      0,
@@ -257,8 +260,8 @@ class Cpu final : public Device {
     std::vector<cpu::RowProducts> low_rank;
     for (const LowRank& one : added) {
       const Tensor& factor = factors.emplace_back(one.factor.t().contiguous());
-      low_rank.push_back({rows(one.x), rows(factor), static_cast<float>(one.scale), addend, addend_stride,
-                          sums.data_ptr(), DType::Float32, M, N, one.x.size(1)});
+      low_rank.push_back({rows(one.x), rows(factor), false, DType::Float32, static_cast<float>(one.scale), addend,
+                          addend_stride, sums.data_ptr(), DType::Float32, M, N, one.x.size(1)});
       addend = sums.const_data_ptr<float>(), addend_stride = N;
     }
     const cpu::FewRows product{arranged.const_data_ptr(), w, addend, addend_stride, y.data_ptr(), M, N, K, dtype};

@@ -86,22 +86,24 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
   const Device& device = device_for(grad);
   const auto compute = device.compute_dtype(grad.scalar_type());
   std::vector<LowRank> added;
+  for (size_t i = 0; i < A.size(); ++i) {
+    const Tensor mask = dropout_mask.empty() ? Tensor() : as_rows(dropout_mask[i]);
+    added.push_back({device.mm({grad, {}}, {B[i], {}}, scaling[i], compute, at::kFloat), A[i], 1.0, mask});
+  }
+  // Before the adapters' gradients, which read grad by columns: its rows are still where they were last read.
+  const Tensor grad_x =
+      with_grad_x ? in_shape_of(multiply_dgrad(arguments, added), grad_arg) : at::empty({0}, grad.options());
   std::vector<Tensor> grad_A, grad_B;
   int64_t first = 0;
   for (size_t i = 0; i < A.size(); ++i) {
     const int64_t r = A[i].size(0);
-    const Tensor mask = dropout_mask.empty() ? Tensor() : as_rows(dropout_mask[i]);
-    const Tensor g = device.mm({grad, {}}, {B[i], {}}, scaling[i], compute, at::kFloat);
-    grad_A.push_back(device.mm({g.t(), {}}, {x, mask}, 1.0, compute, at::kFloat));
+    grad_A.push_back(device.mm({added[i].x.t(), {}}, {x, added[i].mask}, 1.0, compute, at::kFloat));
     grad_B.push_back(device.mm({xA.narrow(1, first, r).t(), {}}, {grad, {}}, scaling[i], compute, at::kFloat));
-    added.push_back({g, A[i], 1.0, mask});
     first += r;
   }
   auto stacked = [](const std::vector<Tensor>& parts) {
     return parts.size() == 1 ? parts[0].contiguous() : at::cat(parts, 0);
   };
-  const Tensor grad_x =
-      with_grad_x ? in_shape_of(multiply_dgrad(arguments, added), grad_arg) : at::empty({0}, grad.options());
   return {grad_x, stacked(grad_A), stacked(grad_B)};
 }
 

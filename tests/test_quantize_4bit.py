@@ -64,6 +64,16 @@ def test_nan_and_inf_reach_absmax_of_their_block_alone(
         assert quantize_4bit(weight, quant_type, 64)[1].isfinite().flatten().tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_nan_has_the_same_code_whatever_its_bits(quant_type: str, cpu_path: str) -> None:
+    weight = normal(3, 64)
+    weight.view(torch.int32)[1, ::2] = 0x7FC00003 + torch.arange(32, dtype=torch.int32)
+    check(weight, quant_type, 64)
+    packed, _ = quantize_4bit(weight, quant_type, 64)
+    weight[1, ::2] = torch.nan
+    assert torch.equal(packed, quantize_4bit(weight, quant_type, 64)[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_non_contiguous_weight(dtype: torch.dtype, cpu_path: str) -> None:
     weight = normal(128, 192, dtype=dtype)

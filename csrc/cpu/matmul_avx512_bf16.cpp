@@ -47,15 +47,9 @@ struct Avx512Bf16 {
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(interleave, halves));
   }
 
-  // Word 2j from word j, word 2j + 1 from word 16 + j.
-  static __m512i interleaving() {
-    const __m512i j = _mm512_cvtepu8_epi32(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    return _mm512_or_si512(j, _mm512_slli_epi32(_mm512_add_epi32(j, _mm512_set1_epi32(16)), 16));
-  }
-
   template <typename T>
   static void store_panel_rows(const T* even, const T* odd, std::int64_t r, float* panel) {
-    const __m512i interleave = interleaving();
+    const __m512i interleave = words_in_turn();
     float* to = panel + r / 2 * kColumns;
     for (int q = 0; q < 32; q += 16) {
       store_pairs(load16(even + q), load16(odd + q), interleave, to + q);
@@ -66,7 +60,7 @@ struct Avx512Bf16 {
   static void fill_weight_transposed(const float* values, const MatmulScratch& s, std::int64_t column,
                                      std::int64_t depth) {
     const __m512 table = _mm512_loadu_ps(values);
-    const __m512i interleave = interleaving();
+    const __m512i interleave = words_in_turn();
     for (std::int64_t half = 0; half < kColumns; half += 16) {
       for (std::int64_t r = 0; r < depth; r += 32) {
         const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + column + half);

@@ -12,21 +12,23 @@
 namespace qlora::cpu {
 namespace {
 
-// 32 values as fp32: those of a 16-bit vector that unpack to its low words, and to its high ones.
+// 32 values as fp32, every other one.
 struct Values {
-  __m512 low, high;
+  __m512 even, odd;
 };
 
 inline Values load32(const BFloat16* from) {
-  const __m512i words = _mm512_loadu_si512(from), zero = _mm512_setzero_si512();
-  return {_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, words)),
-          _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, words))};
+  const __m512i words = _mm512_loadu_si512(from);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536)))};
 }
 
 template <typename T>  // fp32 or fp16
 Values load32(const T* from) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   const __m512 first = load16(from), second = load16(from + 16);
-  return {_mm512_shuffle_f32x4(first, second, 0b10001000), _mm512_shuffle_f32x4(first, second, 0b11011101)};
+  return {_mm512_permutex2var_ps(first, even, second), _mm512_permutex2var_ps(first, odd, second)};
 }
 
 // [-1, 1] in 32 bins, so narrow that no two bounds of a codebook are in one. A value is above all bounds of the bins
@@ -41,7 +43,7 @@ struct Encoder {
     for (float& each : bounds) each = 2.0f;
     for (const float each : book.bound) {
       if (each > 1.0f) continue;  // none
-      bounds[_mm_cvtsi128_si32(_mm512_castsi512_si128(bin_of(_mm512_set1_ps(each))))] = each;
+      bounds[_mm_cvtsi128_si32(_mm512_castsi512_si128(bin_of(_mm512_set1_ps(each)))) & 31] = each;
     }
     int rank = 0;
     for (int bin = 0; bin < 32; ++bin) {
@@ -55,12 +57,15 @@ struct Encoder {
     }
   }
 
-  // Ascending with x; a value that rounding took beyond 1 still has a bin. A lookup uses the lowest 5 bits: NaN has 0.
+  // In the lowest 5 bits, which are all that a lookup uses: ascending with x, 0 of NaN (whose low bits must be 0). A
+  // value that rounding took beyond 1 still has a bin.
   static __m512i bin_of(__m512 x) {
-    return _mm512_cvttps_epi32(_mm512_fmadd_ps(x, _mm512_set1_ps(15.9f), _mm512_set1_ps(16.0f)));
+    constexpr float kUnit = 1 << 23;  // numbers beyond have no fraction: their last bits are an integer
+    return _mm512_castps_si512(_mm512_fmadd_round_ps(x, _mm512_set1_ps(15.9f), _mm512_set1_ps(kUnit + 16),
+                                                     _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
   }
 
-  // The bin, and 32 more above its bound.
+  // The bin, and 32 more above its bound, in the lowest 6 bits.
   __m512i place_of(__m512 x) const {
     const __m512i bin = bin_of(x);
     const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_permutex2var_ps(bound[0], bin, bound[1]), _CMP_GT_OQ);
@@ -69,14 +74,15 @@ struct Encoder {
 
   // The 16 bytes.
   __m128i operator()(Values x) const {
-    const __m512i places = _mm512_packs_epi32(place_of(x.low), place_of(x.high));
+    const __m512i odd = _mm512_slli_epi32(place_of(x.odd), 16);
+    const __m512i places = _mm512_mask_mov_epi16(odd, 0x55555555, place_of(x.even));
     const __m512i codes = _mm512_permutex2var_epi16(code[0], places, code[1]);
     // In each pair the even one, the low word, moves to the high nibble.
     return _mm512_cvtepi32_epi8(_mm512_madd_epi16(codes, _mm512_set1_epi32(1 << 16 | 16)));
   }
 };
 
-// The largest magnitudes of a block, the bits of one in each dword: integers order floats of one sign, and NaN last.
+// The bits of the largest magnitudes of a block, in lanes of T's size: integers order floats of one sign, and NaN last.
 inline __m512i largest_magnitudes(const float* w, std::int64_t blocksize) {
   __m512i largest = _mm512_setzero_si512();
   for (std::int64_t i = 0; i < blocksize; i += 16) {
@@ -93,27 +99,41 @@ __m512i largest_magnitudes(const T* w, std::int64_t blocksize) {
     const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(w + i), _mm512_set1_epi16(0x7fff));
     largest = _mm512_max_epu16(largest, magnitude);
   }
-  const __m512i odd = _mm512_srli_epi32(largest, 16), even = _mm512_and_si512(largest, _mm512_set1_epi32(0xffff));
-  return _mm512_max_epu32(even, odd);
+  return largest;
 }
 
-struct LargerBits {
+template <typename T>
+struct Larger {
   __m512 operator()(__m512 a, __m512 b) const {
-    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+    return _mm512_castsi512_ps(sizeof(T) == 4 ? _mm512_max_epu32(x, y) : _mm512_max_epu16(x, y));
   }
 };
 
-// A T's bits in each dword, as fp32.
-inline __m512 to_floats(__m512i bits, float) { return _mm512_castsi512_ps(bits); }
+// As fp32: the T in each dword, or the larger of two.
+inline __m512 largest_float(__m512i bits, float) { return _mm512_castsi512_ps(bits); }
 
-inline __m512 to_floats(__m512i bits, BFloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)); }
+inline __m512i larger_word(__m512i bits) {
+  return _mm512_max_epu32(_mm512_srli_epi32(bits, 16), _mm512_and_si512(bits, _mm512_set1_epi32(0xffff)));
+}
 
-inline __m512 to_floats(__m512i bits, Half) {  // vcvtph2ps would make a signalling NaN quiet
+inline __m512 largest_float(__m512i bits, BFloat16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(larger_word(bits), 16));
+}
+
+inline __m512 largest_float(__m512i bits, Half) {  // vcvtph2ps would make a signalling NaN quiet
   std::uint16_t halves[16];
   float floats[16];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves), _mm512_cvtepi32_epi16(bits));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves), _mm512_cvtepi32_epi16(larger_word(bits)));
   for (int i = 0; i < 16; ++i) floats[i] = to_float(Half{halves[i]});
   return _mm512_loadu_ps(floats);
+}
+
+// The low bits of a 16-bit NaN are 0, those of any other NaN are anything: it becomes -1, which has its code.
+template <typename T>
+__m512 scaled(__m512 x, __m512 scale) {
+  const __m512 product = _mm512_mul_ps(x, scale);
+  return sizeof(T) == 4 ? _mm512_max_ps(product, _mm512_set1_ps(-1.0f)) : product;
 }
 
 constexpr std::int64_t kTogether = 16;  // blocks: their absmax are found lane by lane
@@ -124,22 +144,22 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& bo
   const Encoder encode(book);
   for (std::int64_t first = begin; first < end; first += kTogether) {
     const std::int64_t blocks = end - first < kTogether ? end - first : kTogether;
-    __m512 largest[kTogether] = {};
-    for (std::int64_t i = 0; i < blocks; ++i) {
-      largest[i] = _mm512_castsi512_ps(largest_magnitudes(weight + (first + i) * blocksize, blocksize));
+    __m512 largest[kTogether];
+#pragma GCC unroll 16
+    for (std::int64_t i = 0; i < kTogether; ++i) {  // beyond the last block: that once more
+      const std::int64_t block = first + (i < blocks ? i : blocks - 1);
+      largest[i] = _mm512_castsi512_ps(largest_magnitudes(weight + block * blocksize, blocksize));
     }
-    const __m512 found = across_lanes(largest, LargerBits{});
-    const __m512 each = to_floats(_mm512_castps_si512(found), T{});
-    float found_absmax[kTogether], inverse[kTogether];
-    _mm512_storeu_ps(found_absmax, each);
-    for (std::int64_t i = 0; i < blocks; ++i) absmax[first + i] = found_absmax[i];
+    const __m512 each = largest_float(_mm512_castps_si512(across_lanes(largest, Larger<T>{})), T{});
+    alignas(64) float inverse[kTogether];
+    _mm512_mask_storeu_ps(absmax + first, static_cast<__mmask16>((1u << blocks) - 1), each);
     // inverse_absmax of each: a maximum with NaN is its second operand.
-    _mm512_storeu_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(1e-38f), each)));
+    _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(1e-38f), each)));
     for (std::int64_t block = 0; block < blocks; ++block) {
       const __m512 scale = _mm512_set1_ps(inverse[block]);
       for (std::int64_t i = (first + block) * blocksize; i < (first + block + 1) * blocksize; i += 32) {
         const Values x = load32(weight + i);
-        const __m128i bytes = encode({_mm512_mul_ps(x.low, scale), _mm512_mul_ps(x.high, scale)});
+        const __m128i bytes = encode({scaled<T>(x.even, scale), scaled<T>(x.odd, scale)});
         _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2), bytes);
       }
     }

@@ -1,5 +1,5 @@
-// The products of few rows with the matrices of adapters: dot products of rows as they lie in memory, where packing the
-// matrix into matmul's panels would take longer than the product.
+// The products of few rows with the matrices of adapters, or of adapters' few rows with many of x: b is multiplied as
+// it lies in memory, where packing it into matmul's panels would take longer than the product.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,12 @@ struct Rows {
   std::int64_t stride;
 };
 
-// out[M, N] = scale * x[M, K] @ b[N, K]^T + addend, summed in fp32.
+// out[M, N] = scale * x[M, K] @ b + addend, summed in fp32.
 struct RowProducts {
-  Rows x, b;
+  Rows x;
+  Rows b;             // [N, K], whose transpose is multiplied, or
+  bool b_as_it_lies;  // [K, N]
+  DType compute;      // Float32, or BFloat16 to multiply in pairs of bf16 where the CPU path has them
   float scale;
   const float* addend;         // or null; may be an fp32 out itself, at stride N
   std::int64_t addend_stride;  // N: it is [M, N]; 0: it is [N], the same for every row
@@ -34,5 +37,6 @@ void row_products(const RowProducts& product, std::int64_t begin, std::int64_t e
 
 void row_products_avx2(const RowProducts& product, std::int64_t begin, std::int64_t end);
 void row_products_avx512(const RowProducts& product, std::int64_t begin, std::int64_t end);
+void row_products_avx512_bf16(const RowProducts& product, std::int64_t begin, std::int64_t end);
 
 }  // namespace qlora::cpu

@@ -13,13 +13,13 @@ namespace qlora::cpu {
 namespace {
 
 struct Avx2 {
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 8, kPerStep = 1, kRows = 4;
   using Vector = __m256;
 
   static Vector splat(float x) { return _mm256_set1_ps(x); }
   static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
-  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vector product(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
 
   template <typename T>
   static void store(T* to, Vector x) {
@@ -36,6 +36,21 @@ struct Avx2 {
     T values[kLanes] = {};
     for (std::int64_t i = 0; i < count; ++i) values[i] = from[i];
     return load8(values);
+  }
+
+  template <typename T>
+  static Vector places(const T* from) {
+    return load(from);
+  }
+
+  template <typename T>
+  static Vector places(const T* from, std::int64_t count) {
+    return load(from, count);
+  }
+
+  template <typename T>
+  static Vector side_by_side(const T* from, std::int64_t) {
+    return load(from);
   }
 
   static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }

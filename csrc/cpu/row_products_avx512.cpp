@@ -6,40 +6,30 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
-#include "row_products_loops.h"
-#include "simd_avx512.h"
+#include "row_products_avx512.h"
 
 namespace qlora::cpu {
 namespace {
 
-struct Avx512 {
-  static constexpr int kLanes = 16;
-  using Vector = __m512;
+struct Avx512 : Avx512Vectors {
+  static constexpr int kPerStep = 1;
 
-  static Vector splat(float x) { return _mm512_set1_ps(x); }
-  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-  static Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
-  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vector product(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
 
   template <typename T>
-  static void store(T* to, Vector x) {
-    store16(to, x);
+  static Vector places(const T* from) {
+    return load(from);
   }
 
   template <typename T>
-  static Vector load(const T* from) {
-    return load16(from);
+  static Vector places(const T* from, std::int64_t count) {
+    return load(from, count);
   }
 
   template <typename T>
-  static Vector load(const T* from, std::int64_t count) {
-    T values[kLanes];
-    const __m512i bytes = load_bytes(from, count * static_cast<std::int64_t>(sizeof(T)));
-    __builtin_memcpy(values, &bytes, sizeof values);
-    return load16(values);
+  static Vector side_by_side(const T* from, std::int64_t) {
+    return load(from);
   }
-
-  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
 };
 
 }  // namespace

@@ -1,90 +1,160 @@
-// The loops of row_products around the vectors of one instruction set: rows of b lie across the lanes and meet one
-// number of x at a time. A file of kernels includes this inside its target region.
+// The loops of row_products around the vectors of one instruction set: columns of b lie across the lanes and meet one
+// place of x at a time. A file of kernels includes this inside its target region.
 //
 // Isa has
-//   kLanes     of a Vector, which holds fp32 numbers
-//   load       kLanes numbers of any dtype, or the first `count` of them with zeros behind
-//   transpose  kLanes vectors: the lanes of each become one of each
-//   store      kLanes numbers, rounded to the dtype
-//   splat, add, multiply, multiply_add
+//   kLanes        of a Vector: fp32 numbers, or places of 32 bits
+//   kPerStep      numbers of the reduction in a place: 1, or 2 in bf16
+//   kRows         of x whose sums are in registers at the same time
+//   load          kLanes numbers of any dtype, or the first `count` of them with zeros behind
+//   store         kLanes numbers, rounded to the dtype
+//   places        kLanes places of a row, or of its first `count` numbers with zeros behind
+//   side_by_side  one place of each of kLanes columns, from kPerStep rows of b
+//   transpose     kLanes vectors: the lanes of each become one of each
+//   product       of places, onto fp32 sums
+//   splat, add, multiply
+#include <memory>
+
 namespace qlora::cpu {
 namespace {
+
+template <typename Isa>
+constexpr std::int64_t kBlock = Isa::kLanes * Isa::kPerStep;  // of the reduction, that is multiplied at a time
 
 template <typename Isa, typename T>
 inline typename Isa::Vector load_first(const T* from, std::int64_t count) {
   return count == Isa::kLanes ? Isa::load(from) : Isa::load(from, count);
 }
 
-// The first `count` numbers of `rows` rows, one a lane; lanes beyond them repeat the last row.
 template <typename Isa, typename T>
-inline void load_columns(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t count,
-                         typename Isa::Vector (&columns)[Isa::kLanes]) {
+inline typename Isa::Vector first_places(const T* from, std::int64_t count) {
+  return count == kBlock<Isa> ? Isa::places(from) : Isa::places(from, count);
+}
+
+// Places of x, a block of all rows after the other.
+template <typename Isa>
+void arrange(const RowProducts& p, float* to) {
+  with_type(p.x.dtype, [&](auto type) {
+    const auto* x = static_cast<const decltype(type)*>(p.x.values);
+    for (std::int64_t k = 0; k < p.K; k += kBlock<Isa>) {
+      const std::int64_t count = p.K - k < kBlock<Isa> ? p.K - k : kBlock<Isa>;
+      for (std::int64_t m = 0; m < p.M; ++m, to += Isa::kLanes) {
+        Isa::store(to, first_places<Isa>(x + m * p.x.stride + k, count));
+      }
+    }
+  });
+}
+
+// A block of so many columns, a place in each vector; of b's rows, or of its columns side by side. What is beyond the
+// columns may be anything, beyond the block's `count` numbers it is 0.
+template <typename Isa, typename T>
+inline void load_columns(const T* from, std::int64_t stride, std::int64_t columns, std::int64_t count,
+                         typename Isa::Vector (&places)[Isa::kLanes]) {
 #pragma GCC unroll 16
   for (std::int64_t i = 0; i < Isa::kLanes; ++i) {
-    const T* row = from + (i < rows ? i : rows - 1) * stride;
-    columns[i] = load_first<Isa>(row, count);
+    places[i] = first_places<Isa>(from + (i < columns ? i : columns - 1) * stride, count);
   }
-  Isa::transpose(columns);
+  Isa::transpose(places);
 }
 
-// Their products with `count` numbers of x, onto `sum`: in four chains, to keep the units busy.
 template <typename Isa, typename T>
-inline void add_products(const T* x, std::int64_t count, const typename Isa::Vector (&columns)[Isa::kLanes],
-                         float* sum) {
-  constexpr int kChains = 4;
-  alignas(64) float values[Isa::kLanes];
-  Isa::store(values, load_first<Isa>(x, count));
-  typename Isa::Vector sums[kChains];
-#pragma GCC unroll 4
-  for (int i = 0; i < kChains; ++i) sums[i] = Isa::multiply(Isa::splat(values[i]), columns[i]);
+inline void load_side_by_side(const T* from, std::int64_t stride, std::int64_t columns, std::int64_t count,
+                              typename Isa::Vector (&places)[Isa::kLanes]) {
+  if (columns == Isa::kLanes && count == kBlock<Isa>) {
 #pragma GCC unroll 16
-  for (int i = kChains; i < Isa::kLanes; ++i) {
-    sums[i % kChains] = Isa::multiply_add(Isa::splat(values[i]), columns[i], sums[i % kChains]);
+    for (std::int64_t i = 0; i < Isa::kLanes; ++i) {
+      places[i] = Isa::side_by_side(from + i * Isa::kPerStep * stride, stride);
+    }
+    return;
   }
-  Isa::store(sum, Isa::add(Isa::load(sum), Isa::add(Isa::add(sums[0], sums[1]), Isa::add(sums[2], sums[3]))));
+  T rows[kBlock<Isa>][Isa::kLanes] = {};
+  for (std::int64_t k = 0; k < count; ++k) {
+    __builtin_memcpy(rows[k], from + k * stride, static_cast<std::size_t>(columns) * sizeof(T));
+  }
+  for (std::int64_t i = 0; i < Isa::kLanes; ++i) {
+    places[i] = Isa::side_by_side(rows[i * Isa::kPerStep], Isa::kLanes);
+  }
+}
+
+// A block's products with rows of x, onto their sums. Few rows have several chains of additions each, to keep the units
+// busy.
+template <typename Isa, int kRows = Isa::kRows>
+inline void add_products(const float* x, std::int64_t rows, const typename Isa::Vector (&columns)[Isa::kLanes],
+                         float* sums) {
+  constexpr int kChains = kRows < 4 ? 4 / kRows : 1;
+  for (; rows >= kRows; rows -= kRows, x += kRows * Isa::kLanes, sums += kRows * Isa::kLanes) {
+    typename Isa::Vector chains[kChains][kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains * kRows; ++i) chains[i / kRows][i % kRows] = Isa::splat(0.0f);
+#pragma GCC unroll 16
+    for (int i = 0; i < Isa::kLanes; ++i) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        auto& sum = chains[i % kChains][m];
+        sum = Isa::product(Isa::splat(x[m * Isa::kLanes + i]), columns[i], sum);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      auto sum = chains[0][m];
+#pragma GCC unroll 4
+      for (int i = 1; i < kChains; ++i) sum = Isa::add(sum, chains[i][m]);
+      float* to = sums + m * Isa::kLanes;
+      Isa::store(to, Isa::add(Isa::load(to), sum));
+    }
+  }
+  if constexpr (kRows > 1) {
+    if (rows > 0) add_products<Isa, kRows - 1>(x, rows, columns, sums);
+  }
 }
 
 template <typename Isa, typename T>
-inline void finish_row(const RowProducts& p, std::int64_t first, std::int64_t rows, std::int64_t m, const float* sum) {
+inline void finish_row(const RowProducts& p, std::int64_t first, std::int64_t columns, std::int64_t m,
+                       const float* sum) {
   typename Isa::Vector values = Isa::multiply(Isa::load(sum), Isa::splat(p.scale));
   if (p.addend != nullptr) {
-    values = Isa::add(values, load_first<Isa>(p.addend + m * p.addend_stride + first, rows));
+    values = Isa::add(values, load_first<Isa>(p.addend + m * p.addend_stride + first, columns));
   }
   T* out = static_cast<T*>(p.out) + m * p.N + first;
-  if (rows == Isa::kLanes) {
+  if (columns == Isa::kLanes) {
     Isa::store(out, values);
   } else {
     T rounded[Isa::kLanes];
     Isa::store(rounded, values);
-    __builtin_memcpy(out, rounded, static_cast<std::size_t>(rows) * sizeof(T));
+    __builtin_memcpy(out, rounded, static_cast<std::size_t>(columns) * sizeof(T));
   }
 }
 
-template <typename Isa, typename X, typename B>
-void multiply(const RowProducts& p, std::int64_t begin, std::int64_t end) {
+template <typename Isa, typename T>
+void multiply(const RowProducts& p, const float* x, std::int64_t begin, std::int64_t end) {
+  const T* b = static_cast<const T*>(p.b.values);
   for (std::int64_t first = begin; first < end; first += Isa::kLanes) {
-    const std::int64_t rows = end - first < Isa::kLanes ? end - first : Isa::kLanes;
-    alignas(64) float sums[kMostRowProducts][Isa::kLanes];
-    __builtin_memset(sums, 0, static_cast<std::size_t>(p.M) * sizeof sums[0]);
-    for (std::int64_t k = 0; k < p.K; k += Isa::kLanes) {
-      const std::int64_t count = p.K - k < Isa::kLanes ? p.K - k : Isa::kLanes;
-      typename Isa::Vector columns[Isa::kLanes];
-      load_columns<Isa>(static_cast<const B*>(p.b.values) + first * p.b.stride + k, p.b.stride, rows, count, columns);
-      for (std::int64_t m = 0; m < p.M; ++m) {
-        add_products<Isa>(static_cast<const X*>(p.x.values) + m * p.x.stride + k, count, columns, sums[m]);
+    const std::int64_t columns = end - first < Isa::kLanes ? end - first : Isa::kLanes;
+    alignas(64) float sums[kMostRowProducts * Isa::kLanes];
+    __builtin_memset(sums, 0, static_cast<std::size_t>(p.M * Isa::kLanes) * sizeof(float));
+    for (std::int64_t k = 0; k < p.K; k += kBlock<Isa>) {
+      const std::int64_t count = p.K - k < kBlock<Isa> ? p.K - k : kBlock<Isa>;
+      typename Isa::Vector places[Isa::kLanes];
+      if (p.b_as_it_lies) {
+        load_side_by_side<Isa>(b + k * p.b.stride + first, p.b.stride, columns, count, places);
+      } else {
+        load_columns<Isa>(b + first * p.b.stride + k, p.b.stride, columns, count, places);
       }
+      add_products<Isa>(x + k / Isa::kPerStep * p.M, p.M, places, sums);
     }
     with_type(p.dtype, [&](auto type) {
-      for (std::int64_t m = 0; m < p.M; ++m) finish_row<Isa, decltype(type)>(p, first, rows, m, sums[m]);
+      for (std::int64_t m = 0; m < p.M; ++m) {
+        finish_row<Isa, decltype(type)>(p, first, columns, m, sums + m * Isa::kLanes);
+      }
     });
   }
 }
 
 template <typename Isa>
 void multiply_any(const RowProducts& p, std::int64_t begin, std::int64_t end) {
-  with_type(p.x.dtype, [&](auto x) {
-    with_type(p.b.dtype, [&](auto b) { multiply<Isa, decltype(x), decltype(b)>(p, begin, end); });
-  });
+  const std::int64_t blocks = (p.K + kBlock<Isa> - 1) / kBlock<Isa>;
+  const auto x = std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(blocks * p.M * Isa::kLanes));
+  arrange<Isa>(p, x.get());
+  with_type(p.b.dtype, [&](auto type) { multiply<Isa, decltype(type)>(p, x.get(), begin, end); });
 }
 
 }  // namespace

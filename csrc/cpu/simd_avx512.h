@@ -38,6 +38,12 @@ inline __m512i load_bytes(const void* from, std::int64_t count) {
   return _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1, from);
 }
 
+// The words of both halves in turn, for vpermw: word 2j is word j, word 2j + 1 is word 16 + j.
+inline __m512i words_in_turn() {
+  const __m512i j = _mm512_cvtepu8_epi32(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  return _mm512_or_si512(j, _mm512_slli_epi32(_mm512_add_epi32(j, _mm512_set1_epi32(16)), 16));
+}
+
 struct Sum {
   __m512 operator()(__m512 a, __m512 b) const { return a + b; }
 };

@@ -20,15 +20,24 @@ struct Case {
   std::int64_t M, N, K;
   DType x, b, out;
   std::int64_t beyond;  // numbers between one row and the next
+  DType compute = DType::Float32;
 };
 
-void check_case(const Case& c) {
-  const std::int64_t stride = c.K + c.beyond;
-  const Values x(c.x, (c.M - 1) * stride + c.K), b(c.b, (c.N - 1) * stride + c.K), bias(DType::Float32, c.N);
+// What a number is when it is multiplied.
+double rounded(double x, DType compute) {
+  return compute == DType::BFloat16 ? to_float(round_to<BFloat16>(static_cast<float>(x))) : x;
+}
+
+void check_case(const Case& c, bool b_as_it_lies) {
+  const std::int64_t stride = c.K + c.beyond, b_stride = b_as_it_lies ? c.N + c.beyond : stride;
+  const std::int64_t rows = b_as_it_lies ? c.K : c.N, row_length = b_as_it_lies ? c.N : c.K;
+  const Values x(c.x, (c.M - 1) * stride + c.K), b(c.b, (rows - 1) * b_stride + row_length), bias(DType::Float32, c.N);
   const auto multiply = [&](const float* addend, std::int64_t addend_stride, Values& out, std::int64_t part) {
     for (std::int64_t n = 0; n < c.N; n += part) {
       cpu::row_products({{x.bytes.data(), c.x, stride},
-                         {b.bytes.data(), c.b, stride},
+                         {b.bytes.data(), c.b, b_stride},
+                         b_as_it_lies,
+                         c.compute,
                          0.75f,
                          addend,
                          addend_stride,
@@ -40,13 +49,17 @@ void check_case(const Case& c) {
                         n, std::min(n + part, c.N));
     }
   };
+  const bool pairs = c.compute == DType::BFloat16 && cpu::path() == cpu::Path::Avx512Bf16;
+  const auto operand = [&](const Values& of, std::int64_t i) {
+    return rounded(of.exact[static_cast<std::size_t>(i)], pairs ? DType::BFloat16 : DType::Float32);
+  };
   const auto check = [&](const Values& out, double times) {
     for (std::int64_t m = 0; m < c.M; ++m) {
       for (std::int64_t n = 0; n < c.N; ++n) {
         double exact = 0, magnitude = 0;
         for (std::int64_t k = 0; k < c.K; ++k) {
-          const double term = 0.75 * times * x.exact[static_cast<std::size_t>(m * stride + k)] *
-                              b.exact[static_cast<std::size_t>(n * stride + k)];
+          const double term = 0.75 * times * operand(x, m * stride + k) *
+                              operand(b, b_as_it_lies ? k * b_stride + n : n * b_stride + k);
           exact += term;
           magnitude += std::fabs(term);
         }
@@ -71,6 +84,15 @@ void check_case(const Case& c) {
   }
 }
 
+// b both ways, in both kinds of products.
+void check_cases(Case c) {
+  for (const DType compute : {DType::Float32, DType::BFloat16}) {
+    c.compute = compute;
+    check_case(c, false);
+    check_case(c, true);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -89,18 +111,21 @@ int main() {
     }
     for (DType x : kAll) {
       for (DType b : kAll) {
-        for (DType out : kAll) check_case({3, 37, 45, x, b, out, 0});
+        for (DType out : kAll) check_cases({3, 37, 45, x, b, out, 0});
       }
     }
     // Less than a vector (of 8 or 16), whole ones, and one more, both of rows of b and of numbers in them.
     for (std::int64_t N : {1, 8, 15, 16, 17, 40}) {
-      for (std::int64_t K : {1, 7, 8, 16, 17, 100}) {
-        check_case({1, N, K, DType::BFloat16, DType::Float32, DType::Float32, 0});
-        check_case({2, N, K, DType::Float32, DType::BFloat16, DType::BFloat16, 3});
+      for (std::int64_t K : {1, 7, 8, 16, 17, 31, 33, 100}) {
+        check_cases({1, N, K, DType::BFloat16, DType::Float32, DType::Float32, 0});
+        check_cases({2, N, K, DType::Float32, DType::BFloat16, DType::BFloat16, 3});
       }
     }
-    check_case({cpu::kMostRowProducts, 33, 20, DType::BFloat16, DType::Float32, DType::BFloat16, 1});
-    check_case({1, 16, 4096, DType::BFloat16, DType::Float32, DType::BFloat16, 0});
+    for (std::int64_t M : {3, 4, 5, 7, 8, 9}) {  // tiles of rows, and what is left
+      check_cases({M, 20, 40, DType::BFloat16, DType::BFloat16, DType::Float32, 0});
+    }
+    check_cases({cpu::kMostRowProducts, 33, 20, DType::BFloat16, DType::Float32, DType::BFloat16, 1});
+    check_cases({1, 16, 4096, DType::BFloat16, DType::Float32, DType::BFloat16, 0});
   }
   return failures();
 }

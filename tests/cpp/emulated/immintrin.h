@@ -9,6 +9,10 @@
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
 
+#ifndef _MM_FROUND_NO_EXC
+#define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
+#endif
+
 #include <array>
 #include <bit>
 #include <cmath>
@@ -38,6 +42,15 @@ inline Register fused(Register a, Register b, Register c, float sign_a, float si
   auto out = x;
   for (std::size_t i = 0; i < out.size(); ++i) out[i] = std::fma(sign_a * x[i], y[i], sign_c * z[i]);
   return std::bit_cast<Register>(out);
+}
+
+// To the next float below, not the nearest: doubles hold the product, and the sum with its error.
+inline float fused_down(float a, float b, float c) {
+  const float nearest = std::fma(a, b, c);
+  const double product = double{a} * b, sum = product + c, part = sum - product;
+  const double error = (product - (sum - part)) + (c - part);
+  const bool above = nearest > sum || (nearest == sum && error < 0);
+  return above ? std::nextafter(nearest, -std::numeric_limits<float>::infinity()) : nearest;
 }
 
 // A sum as the compiler's reduce_add does it: the upper half onto the lower, until one lane is left.
@@ -139,6 +152,7 @@ inline __m256i _mm512_cvtps_ph(__m512 a, int) {
 #undef _mm256_fmadd_ps
 #undef _mm256_fnmadd_ps
 #undef _mm512_fmadd_ps
+#undef _mm512_fmadd_round_ps
 #undef _mm512_fmsub_ps
 #undef _mm512_fnmadd_ps
 #undef _mm512_mask_fmadd_ps
@@ -151,6 +165,12 @@ inline __m128 _mm_fmadd_ps(__m128 a, __m128 b, __m128 c) { return emulated::fuse
 inline __m256 _mm256_fmadd_ps(__m256 a, __m256 b, __m256 c) { return emulated::fused(a, b, c, 1, 1); }
 inline __m256 _mm256_fnmadd_ps(__m256 a, __m256 b, __m256 c) { return emulated::fused(a, b, c, -1, 1); }
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return emulated::fused(a, b, c, 1, 1); }
+inline __m512 _mm512_fmadd_round_ps(__m512 a, __m512 b, __m512 c, int) {  // down: the kernels know no other rounding
+  const auto x = emulated::lanes<float>(a), y = emulated::lanes<float>(b), z = emulated::lanes<float>(c);
+  auto out = x;
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = emulated::fused_down(x[i], y[i], z[i]);
+  return std::bit_cast<__m512>(out);
+}
 inline __m512 _mm512_fmsub_ps(__m512 a, __m512 b, __m512 c) { return emulated::fused(a, b, c, 1, -1); }
 inline __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return emulated::fused(a, b, c, -1, 1); }
 inline __m512 _mm512_mask_fmadd_ps(__m512 a, __mmask16 k, __m512 b, __m512 c) {
