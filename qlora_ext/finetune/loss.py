@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from .data import IGNORE
 
+CACHED = 2**19  # numbers in fp32 that a core's cache and a share of the last level hold
+
 
 def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, int]:
     """Summed cross entropy of a batch over its labelled tokens, in nats, and how many those are.
@@ -63,6 +65,20 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk
     return loss
 
 
+def _summed(logits: Tensor, labels: Tensor, d_logits: Tensor | None) -> Tensor:
+    """Summed cross entropy in float32, and its gradient to d_logits: on the CPU of as many rows as a cache holds."""
+    rows = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    loss = logits.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        log_probabilities = F.log_softmax(logits[part], dim=-1, dtype=torch.float32)
+        loss -= log_probabilities.gather(1, labels[part]).sum()
+        if d_logits is not None:  # probabilities, less one at the label; in the place of their logarithms
+            less = torch.full_like(labels[part], -1, dtype=torch.float32)
+            d_logits[part] = log_probabilities.exp_().scatter_add_(1, labels[part], less)
+    return loss
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -79,17 +95,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = hidden[start : start + chunk].detach().requires_grad_(wanted[0])
             with torch.set_grad_enabled(any(wanted)):
                 logits = head(rows)
-            target = labels[start : start + chunk, None]
-            log_probabilities = F.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            loss -= log_probabilities.gather(1, target).sum()
-            if not any(wanted):
+            d_logits = torch.empty_like(logits.detach()) if any(wanted) else None
+            loss += _summed(logits.detach(), labels[start : start + chunk, None], d_logits)
+            if d_logits is None:
                 continue
-            # The gradient of the logits: probabilities, less one at the label; in the place of their logarithms.
-            d_logits = log_probabilities.exp_().scatter_add_(
-                1, target, torch.full_like(target, -1, dtype=torch.float32)
-            )
             leaves = [tensor for tensor, w in zip([rows, *parameters], wanted, strict=True) if w]
-            found = iter(torch.autograd.grad(logits, leaves, d_logits.to(logits.dtype), allow_unused=True))
+            found = iter(torch.autograd.grad(logits, leaves, d_logits, allow_unused=True))
             for index, total in enumerate(grads):
                 if total is None or (grad := next(found)) is None:
                     continue
