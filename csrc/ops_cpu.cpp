@@ -131,7 +131,7 @@ class Cpu final : public Device {
     const int64_t M = out.size(0), N = out.size(1), K = a.values.size(1);
     const bool as_it_lies = b.values.stride(1) == 1;
     if (M <= cpu::kMostRowProducts && !masked && (as_it_lies || b.values.stride(0) == 1)) {
-      const Tensor x = a.values.contiguous();
+      const Tensor x = a.values.stride(1) == 1 ? a.values : a.values.contiguous();
       const cpu::RowProducts product{rows(x),
                                      rows(as_it_lies ? b.values : b.values.t()),
                                      as_it_lies,

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
     const Tensor mask = dropout_mask.empty() ? Tensor() : as_rows(dropout_mask[i]);
     added.push_back({device.mm({grad, {}}, {B[i], {}}, scaling[i], compute, at::kFloat), A[i], 1.0, mask});
   }
-  // Before the adapters' gradients, which read grad by columns: its rows are still where they were last read.
+  // Before the adapters' gradients: g has left grad's rows in the caches of the threads that read them again here.
   const Tensor grad_x =
       with_grad_x ? in_shape_of(multiply_dgrad(arguments, added), grad_arg) : at::empty({0}, grad.options());
   std::vector<Tensor> grad_A, grad_B;

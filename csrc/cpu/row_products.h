@@ -29,7 +29,7 @@ struct RowProducts {
   std::int64_t M, N, K;
 };
 
-constexpr std::int64_t kMostRowProducts = 32;  // rows of x; of more, matmul is faster
+constexpr std::int64_t kMostRowProducts = 32;  // rows of x; more are matmul's
 
 // Columns [begin, end) of out; each element gets the same roundings however they are cut. std::logic_error for more
 // rows or on the portable path, which has no such kernel.

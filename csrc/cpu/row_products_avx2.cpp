@@ -49,8 +49,8 @@ struct Avx2 {
   }
 
   template <typename T>
-  static Vector side_by_side(const T* from, std::int64_t) {
-    return load(from);
+  static Vector side_by_side(const T* row, const T*) {
+    return load(row);
   }
 
   static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }

@@ -27,8 +27,8 @@ struct Avx512 : Avx512Vectors {
   }
 
   template <typename T>
-  static Vector side_by_side(const T* from, std::int64_t) {
-    return load(from);
+  static Vector side_by_side(const T* row, const T*) {
+    return load(row);
   }
 };
 

@@ -36,8 +36,8 @@ struct Avx512Bf16 : Avx512Vectors {
 
   // The words of two rows in turn.
   template <typename T>
-  static Vector side_by_side(const T* from, std::int64_t stride) {
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(words_in_turn(), both(from, from + stride)));
+  static Vector side_by_side(const T* even, const T* odd) {
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(words_in_turn(), both(even, odd)));
   }
 
   static __m512i both(const BFloat16* even, const BFloat16* odd) {

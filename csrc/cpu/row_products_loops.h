@@ -8,12 +8,10 @@
 //   load          kLanes numbers of any dtype, or the first `count` of them with zeros behind
 //   store         kLanes numbers, rounded to the dtype
 //   places        kLanes places of a row, or of its first `count` numbers with zeros behind
-//   side_by_side  one place of each of kLanes columns, from kPerStep rows of b
+//   side_by_side  one place of each of kLanes columns: of two rows of b, or of one if kPerStep is 1
 //   transpose     kLanes vectors: the lanes of each become one of each
 //   product       of places, onto fp32 sums
 //   splat, add, multiply
-#include <memory>
-
 namespace qlora::cpu {
 namespace {
 
@@ -30,15 +28,15 @@ inline typename Isa::Vector first_places(const T* from, std::int64_t count) {
   return count == kBlock<Isa> ? Isa::places(from) : Isa::places(from, count);
 }
 
-// Places of x, a block of all rows after the other.
+// Places of x from k on, a block of all rows after the other.
 template <typename Isa>
-void arrange(const RowProducts& p, float* to) {
+void arrange(const RowProducts& p, std::int64_t k, std::int64_t depth, float* to) {
   with_type(p.x.dtype, [&](auto type) {
-    const auto* x = static_cast<const decltype(type)*>(p.x.values);
-    for (std::int64_t k = 0; k < p.K; k += kBlock<Isa>) {
-      const std::int64_t count = p.K - k < kBlock<Isa> ? p.K - k : kBlock<Isa>;
+    const auto* x = static_cast<const decltype(type)*>(p.x.values) + k;
+    for (std::int64_t at = 0; at < depth; at += kBlock<Isa>) {
+      const std::int64_t count = depth - at < kBlock<Isa> ? depth - at : kBlock<Isa>;
       for (std::int64_t m = 0; m < p.M; ++m, to += Isa::kLanes) {
-        Isa::store(to, first_places<Isa>(x + m * p.x.stride + k, count));
+        Isa::store(to, first_places<Isa>(x + m * p.x.stride + at, count));
       }
     }
   });
@@ -59,20 +57,21 @@ inline void load_columns(const T* from, std::int64_t stride, std::int64_t column
 template <typename Isa, typename T>
 inline void load_side_by_side(const T* from, std::int64_t stride, std::int64_t columns, std::int64_t count,
                               typename Isa::Vector (&places)[Isa::kLanes]) {
-  if (columns == Isa::kLanes && count == kBlock<Isa>) {
+  const auto load = [&](auto&& row) [[gnu::always_inline]] {
 #pragma GCC unroll 16
     for (std::int64_t i = 0; i < Isa::kLanes; ++i) {
-      places[i] = Isa::side_by_side(from + i * Isa::kPerStep * stride, stride);
+      places[i] = Isa::side_by_side(row(i * Isa::kPerStep), row((i + 1) * Isa::kPerStep - 1));
     }
-    return;
+  };
+  if (columns == Isa::kLanes && count == kBlock<Isa>) return load([&](std::int64_t k) { return from + k * stride; });
+  T copies[kBlock<Isa>][Isa::kLanes];  // of rows that are not whole
+  const T zeros[Isa::kLanes] = {};
+  const bool whole = columns == Isa::kLanes;
+  for (std::int64_t k = 0; k < count && !whole; ++k) {
+    __builtin_memset(copies[k], 0, sizeof copies[k]);
+    __builtin_memcpy(copies[k], from + k * stride, static_cast<std::size_t>(columns) * sizeof(T));
   }
-  T rows[kBlock<Isa>][Isa::kLanes] = {};
-  for (std::int64_t k = 0; k < count; ++k) {
-    __builtin_memcpy(rows[k], from + k * stride, static_cast<std::size_t>(columns) * sizeof(T));
-  }
-  for (std::int64_t i = 0; i < Isa::kLanes; ++i) {
-    places[i] = Isa::side_by_side(rows[i * Isa::kPerStep], Isa::kLanes);
-  }
+  load([&](std::int64_t k) { return k >= count ? zeros : whole ? from + k * stride : copies[k]; });
 }
 
 // A block's products with rows of x, onto their sums. Few rows have several chains of additions each, to keep the units
@@ -124,37 +123,72 @@ inline void finish_row(const RowProducts& p, std::int64_t first, std::int64_t co
   }
 }
 
+// A block of b, from k on, times the same of x, onto the sums of kLanes columns from `first` on, or fewer.
 template <typename Isa, typename T>
-void multiply(const RowProducts& p, const float* x, std::int64_t begin, std::int64_t end) {
-  const T* b = static_cast<const T*>(p.b.values);
-  for (std::int64_t first = begin; first < end; first += Isa::kLanes) {
-    const std::int64_t columns = end - first < Isa::kLanes ? end - first : Isa::kLanes;
-    alignas(64) float sums[kMostRowProducts * Isa::kLanes];
-    __builtin_memset(sums, 0, static_cast<std::size_t>(p.M * Isa::kLanes) * sizeof(float));
-    for (std::int64_t k = 0; k < p.K; k += kBlock<Isa>) {
-      const std::int64_t count = p.K - k < kBlock<Isa> ? p.K - k : kBlock<Isa>;
-      typename Isa::Vector places[Isa::kLanes];
-      if (p.b_as_it_lies) {
-        load_side_by_side<Isa>(b + k * p.b.stride + first, p.b.stride, columns, count, places);
-      } else {
-        load_columns<Isa>(b + first * p.b.stride + k, p.b.stride, columns, count, places);
+inline void add_block(const RowProducts& p, std::int64_t first, std::int64_t columns, std::int64_t k,
+                      std::int64_t count, const float* x, float* sums) {
+  const T* b = static_cast<const T*>(p.b.values) + (p.b_as_it_lies ? k * p.b.stride + first : first * p.b.stride + k);
+  typename Isa::Vector places[Isa::kLanes];
+  if (p.b_as_it_lies) {
+    load_side_by_side<Isa>(b, p.b.stride, columns, count, places);
+  } else {
+    load_columns<Isa>(b, p.b.stride, columns, count, places);
+  }
+  add_products<Isa>(x, p.M, places, sums);
+}
+
+// In rectangles of b that fit the caches: columns that lie side by side share lines, and x is packed where it is read.
+template <typename Isa, typename T>
+void multiply(const RowProducts& p, std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t kDepth = 256, kWidth = 512;
+  alignas(64) float x[kMostRowProducts * kDepth / Isa::kPerStep];
+  alignas(64) float sums[kMostRowProducts * kWidth];
+  for (std::int64_t left = begin; left < end; left += kWidth) {
+    const std::int64_t right = left + kWidth < end ? left + kWidth : end;
+    const auto each_columns = [&](auto&& handle) {
+      for (std::int64_t first = left; first < right; first += Isa::kLanes) {
+        handle(first, right - first < Isa::kLanes ? right - first : Isa::kLanes, sums + (first - left) * p.M);
       }
-      add_products<Isa>(x + k / Isa::kPerStep * p.M, p.M, places, sums);
+    };
+    each_columns([&](std::int64_t, std::int64_t, float* to) {
+      __builtin_memset(to, 0, static_cast<std::size_t>(p.M * Isa::kLanes) * sizeof(float));
+    });
+    for (std::int64_t k = 0; k < p.K; k += kDepth) {
+      const std::int64_t depth = p.K - k < kDepth ? p.K - k : kDepth;
+      arrange<Isa>(p, k, depth, x);
+      const auto each_block = [&](auto&& handle) {
+        for (std::int64_t at = 0; at < depth; at += kBlock<Isa>) {
+          handle(k + at, depth - at < kBlock<Isa> ? depth - at : kBlock<Isa>, x + at / Isa::kPerStep * p.M);
+        }
+      };
+      // In the order in which b lies.
+      if (p.b_as_it_lies) {
+        each_block([&](std::int64_t from, std::int64_t count, const float* of_x) {
+          each_columns([&](std::int64_t first, std::int64_t columns, float* to) {
+            add_block<Isa, T>(p, first, columns, from, count, of_x, to);
+          });
+        });
+      } else {
+        each_columns([&](std::int64_t first, std::int64_t columns, float* to) {
+          each_block([&](std::int64_t from, std::int64_t count, const float* of_x) {
+            add_block<Isa, T>(p, first, columns, from, count, of_x, to);
+          });
+        });
+      }
     }
     with_type(p.dtype, [&](auto type) {
-      for (std::int64_t m = 0; m < p.M; ++m) {
-        finish_row<Isa, decltype(type)>(p, first, columns, m, sums + m * Isa::kLanes);
-      }
+      each_columns([&](std::int64_t first, std::int64_t columns, const float* from) {
+        for (std::int64_t m = 0; m < p.M; ++m) {
+          finish_row<Isa, decltype(type)>(p, first, columns, m, from + m * Isa::kLanes);
+        }
+      });
     });
   }
 }
 
 template <typename Isa>
 void multiply_any(const RowProducts& p, std::int64_t begin, std::int64_t end) {
-  const std::int64_t blocks = (p.K + kBlock<Isa> - 1) / kBlock<Isa>;
-  const auto x = std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(blocks * p.M * Isa::kLanes));
-  arrange<Isa>(p, x.get());
-  with_type(p.b.dtype, [&](auto type) { multiply<Isa, decltype(type)>(p, x.get(), begin, end); });
+  with_type(p.b.dtype, [&](auto type) { multiply<Isa, decltype(type)>(p, begin, end); });
 }
 
 }  // namespace

@@ -28,10 +28,19 @@ double rounded(double x, DType compute) {
   return compute == DType::BFloat16 ? to_float(round_to<BFloat16>(static_cast<float>(x))) : x;
 }
 
+void spoil_between_rows(Values& of, std::int64_t rows, std::int64_t length, std::int64_t stride) {
+  for (std::int64_t row = 0; row + 1 < rows; ++row) {
+    for (std::int64_t i = row * stride + length; i < (row + 1) * stride; ++i) of.set(i, NAN);
+  }
+}
+
 void check_case(const Case& c, bool b_as_it_lies) {
   const std::int64_t stride = c.K + c.beyond, b_stride = b_as_it_lies ? c.N + c.beyond : stride;
   const std::int64_t rows = b_as_it_lies ? c.K : c.N, row_length = b_as_it_lies ? c.N : c.K;
-  const Values x(c.x, (c.M - 1) * stride + c.K), b(c.b, (rows - 1) * b_stride + row_length), bias(DType::Float32, c.N);
+  Values x(c.x, (c.M - 1) * stride + c.K), b(c.b, (rows - 1) * b_stride + row_length);
+  const Values bias(DType::Float32, c.N);
+  spoil_between_rows(x, c.M, c.K, stride);
+  spoil_between_rows(b, rows, row_length, b_stride);
   const auto multiply = [&](const float* addend, std::int64_t addend_stride, Values& out, std::int64_t part) {
     for (std::int64_t n = 0; n < c.N; n += part) {
       cpu::row_products({{x.bytes.data(), c.x, stride},
@@ -71,9 +80,12 @@ void check_case(const Case& c, bool b_as_it_lies) {
     }
   };
   const auto* added = reinterpret_cast<const float*>(bias.bytes.data());
-  Values out(c.out, c.M * c.N), cut(c.out, c.M * c.N);
+  constexpr std::int64_t kBehind = 16;
+  Values out(c.out, c.M * c.N + kBehind), cut = out;
+  const Values before = out;
   multiply(added, 0, out, c.N);
   check(out, 1);
+  for (std::int64_t i = c.M * c.N; i < c.M * c.N + kBehind; ++i) CHECK(out.read(i) == before.read(i));
   for (std::int64_t part : {std::int64_t{1}, std::int64_t{5}, std::int64_t{16}}) {
     multiply(added, 0, cut, part);
     CHECK(cut.bytes == out.bytes);
@@ -114,6 +126,9 @@ int main() {
         for (DType out : kAll) check_cases({3, 37, 45, x, b, out, 0});
       }
     }
+    check_cases({2, 5, 0, DType::BFloat16, DType::Float32, DType::Float32, 0});
+    check_cases({0, 5, 3, DType::BFloat16, DType::Float32, DType::Float32, 0});
+    check_cases({9, 530, 300, DType::BFloat16, DType::BFloat16, DType::Float32, 2});  // beyond a rectangle both ways
     // Less than a vector (of 8 or 16), whole ones, and one more, both of rows of b and of numbers in them.
     for (std::int64_t N : {1, 8, 15, 16, 17, 40}) {
       for (std::int64_t K : {1, 7, 8, 16, 17, 31, 33, 100}) {
