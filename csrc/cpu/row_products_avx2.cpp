@@ -38,21 +38,6 @@ struct Avx2 {
     return load8(values);
   }
 
-  template <typename T>
-  static Vector places(const T* from) {
-    return load(from);
-  }
-
-  template <typename T>
-  static Vector places(const T* from, std::int64_t count) {
-    return load(from, count);
-  }
-
-  template <typename T>
-  static Vector side_by_side(const T* row, const T*) {
-    return load(row);
-  }
-
   static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
 };
 

@@ -15,21 +15,6 @@ struct Avx512 : Avx512Vectors {
   static constexpr int kPerStep = 1;
 
   static Vector product(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
-
-  template <typename T>
-  static Vector places(const T* from) {
-    return load(from);
-  }
-
-  template <typename T>
-  static Vector places(const T* from, std::int64_t count) {
-    return load(from, count);
-  }
-
-  template <typename T>
-  static Vector side_by_side(const T* row, const T*) {
-    return load(row);
-  }
 };
 
 }  // namespace

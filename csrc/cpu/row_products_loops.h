@@ -7,8 +7,8 @@
 //   kRows         of x whose sums are in registers at the same time
 //   load          kLanes numbers of any dtype, or the first `count` of them with zeros behind
 //   store         kLanes numbers, rounded to the dtype
-//   places        kLanes places of a row, or of its first `count` numbers with zeros behind
-//   side_by_side  one place of each of kLanes columns: of two rows of b, or of one if kPerStep is 1
+//   places        if kPerStep is 2: kLanes places of a row, or of its first `count` numbers with zeros behind
+//   side_by_side  likewise: one place of each of kLanes columns, of two rows
 //   transpose     kLanes vectors: the lanes of each become one of each
 //   product       of places, onto fp32 sums
 //   splat, add, multiply
@@ -25,7 +25,11 @@ inline typename Isa::Vector load_first(const T* from, std::int64_t count) {
 
 template <typename Isa, typename T>
 inline typename Isa::Vector first_places(const T* from, std::int64_t count) {
-  return count == kBlock<Isa> ? Isa::places(from) : Isa::places(from, count);
+  if constexpr (Isa::kPerStep == 1) {
+    return load_first<Isa>(from, count);
+  } else {
+    return count == kBlock<Isa> ? Isa::places(from) : Isa::places(from, count);
+  }
 }
 
 // Places of x from k on, a block of all rows after the other.
@@ -60,7 +64,11 @@ inline void load_side_by_side(const T* from, std::int64_t stride, std::int64_t c
   const auto load = [&](auto&& row) [[gnu::always_inline]] {
 #pragma GCC unroll 16
     for (std::int64_t i = 0; i < Isa::kLanes; ++i) {
-      places[i] = Isa::side_by_side(row(i * Isa::kPerStep), row((i + 1) * Isa::kPerStep - 1));
+      if constexpr (Isa::kPerStep == 1) {
+        places[i] = Isa::load(row(i));
+      } else {
+        places[i] = Isa::side_by_side(row(2 * i), row(2 * i + 1));
+      }
     }
   };
   if (columns == Isa::kLanes && count == kBlock<Isa>) return load([&](std::int64_t k) { return from + k * stride; });
