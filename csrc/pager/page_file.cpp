@@ -104,6 +104,7 @@ void PageFile::read(std::int64_t offset, std::byte* memory, std::int64_t bytes) 
     if (length < 0 && errno == EINTR) continue;
     if (length < 0) fail("read", errno);
     if (length == 0) {
+      check_whole();  // which it was a moment ago
       fail("read at " + std::to_string(kHeaderBytes + offset) + ": expected " + std::to_string(bytes) + " bytes, got " +
                std::to_string(done),
            EIO);
