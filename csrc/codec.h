@@ -32,12 +32,12 @@ struct Slice {
 // --- 4-bit values -------------------------------------------------------------------------------------------------
 
 // What a block's weights are multiplied by before encoding; the floor keeps an all-zero block finite.
-QLORA_HOST_DEVICE inline float inverse_absmax(float absmax) {
+QLORA_HOST_DEVICE constexpr float inverse_absmax(float absmax) {
   return 1.0f / (absmax > 1e-38f || absmax != absmax ? absmax : 1e-38f);
 }
 
 // The code of a weight already multiplied by inverse_absmax. A value beyond [-1, 1] gets the end code, as if clamped.
-QLORA_HOST_DEVICE inline std::uint8_t encode(const Codebook& book, float x) {
+QLORA_HOST_DEVICE constexpr std::uint8_t encode(const Codebook& book, float x) {
   int rank = 0;
   for (int i = 0; i < kNumCodes - 1; ++i) rank += x > book.bound[i];
   return book.code_of_rank[rank];

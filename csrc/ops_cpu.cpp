@@ -42,11 +42,15 @@ class Cpu final : public Device {
                        const Tensor& nested_offset) const override {
     const int64_t n = absmax.numel();
     const auto* values = absmax.const_data_ptr<float>();
-    const float offset = cpu::absmax_offset(values, n);
+    const int64_t groups = nested_absmax.numel();
+    std::vector<double> sums(static_cast<size_t>(groups));
+    at::parallel_for(0, groups, kGrain / kNestedBlocksize,
+                     [&](int64_t begin, int64_t end) { cpu::sum_absmax(values, n, begin, end, sums.data()); });
+    const float offset = cpu::absmax_offset(sums.data(), groups, n);
     *nested_offset.data_ptr<float>() = offset;
     auto* bytes = codes.data_ptr<uint8_t>();
     auto* scales = nested_absmax.data_ptr<float>();
-    at::parallel_for(0, nested_absmax.numel(), kGrain / kNestedBlocksize, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, groups, kGrain / kNestedBlocksize, [&](int64_t begin, int64_t end) {
       cpu::quantize_absmax(values, n, offset, begin, end, bytes, scales);
     });
   }

@@ -35,8 +35,8 @@ def quantize_4bit(
     """
     _check_tensor("quantize_4bit", "weight", weight)
     packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, blocksize)
-    if not absmax.is_meta and not (finite := torch.isfinite(absmax)).all():
-        blocks = finite.flatten().logical_not().nonzero().flatten()
+    if absmax.numel() and not absmax.is_meta and not absmax.amax().isfinite():  # of NaN, too: the maximum is NaN
+        blocks = absmax.flatten().isfinite().logical_not().nonzero().flatten()
         raise ValueError(
             f"quantize_4bit: weight: expected finite values, got NaN or Inf in {len(blocks)} of {absmax.numel()} "
             f"blocks of {blocksize}, the first at element {int(blocks[0]) * blocksize}"

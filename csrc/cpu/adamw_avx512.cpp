@@ -8,7 +8,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #include "adamw_loops.h"
-#include "dynamic_lookup_avx512.h"
+#include "dynamic_codes_avx512.h"
 #include "simd_avx512.h"
 
 namespace qlora::cpu {
@@ -73,93 +73,7 @@ struct Avx512 {
   };
 
   template <bool kSigned>
-  struct Codes {
-    static constexpr std::int64_t kDecoded = 2, kEncoded = 64;
-    __m512i end, last;
-    __m512 scale, offset;
-
-    static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
-
-    // The 8 lines, and the first again 8 times.
-    static __m512i sixteen_lines(const void* lines) {
-      const __m256i eight = _mm256_loadu_si256(static_cast<const __m256i*>(lines));
-      return _mm512_inserti64x4(_mm512_broadcastd_epi32(_mm256_castsi256_si128(eight)), eight, 0);
-    }
-
-    Codes()
-        : end(sixteen_lines(kLines<kSigned>.end)),
-          last(sixteen_lines(kLines<kSigned>.last)),
-          scale(_mm512_castsi512_ps(sixteen_lines(kLines<kSigned>.scale))),
-          offset(_mm512_castsi512_ps(sixteen_lines(kLines<kSigned>.offset))) {}
-
-    void decode(const std::uint8_t* codes, V* values) const {
-      decode_dynamic<book()>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), values);
-    }
-
-    // 64 values.
-    [[gnu::always_inline]] void encode(const float* values, float inverse, std::uint8_t* codes) const {
-      __m512i bits[4], sum[4];
-      for (int i = 0; i < 4; ++i) {
-        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(values + 16 * i), _mm512_set1_ps(inverse));
-        bits[i] = _mm512_castps_si512(x);
-        sum[i] = sums_of(x);
-      }
-      const __m512i code[2] = {join(bits[0], sum[0], bits[1], sum[1]), join(bits[2], sum[2], bits[3], sum[3])};
-      const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packing works inside 128-bit lanes
-      _mm512_storeu_si512(codes, _mm512_permutexvar_epi64(order, _mm512_packus_epi16(code[0], code[1])));
-      // The least fractions; of the words beside them nothing is asked.
-      const __m512i least = _mm512_min_epu16(_mm512_min_epu16(sum[0], sum[1]), _mm512_min_epu16(sum[2], sum[3]));
-      if (__builtin_expect(sure(least) != 0xffff, 0)) {
-        search(values, inverse, ~(sure(sum[0]) | sure(sum[1]) << 16), codes);
-        search(values + 32, inverse, ~(sure(sum[2]) | sure(sum[3]) << 16), codes + 32);
-      }
-    }
-
-    static unsigned sure(__m512i sum) { return _mm512_test_epi32_mask(sum, _mm512_set1_epi32(Lines::kSureMask)); }
-
-    // Those whose bits are set, as the format says.
-    [[gnu::noinline]] static void search(const float* values, float inverse, unsigned chosen, std::uint8_t* codes) {
-      for (; chosen != 0; chosen &= chosen - 1) {
-        const int i = __builtin_ctz(chosen);
-        codes[i] = encode_dynamic(book().bound, values[i] * inverse);
-      }
-    }
-
-    // Of 32 values, from their bits and sums: codes, as words.
-    static __m512i join(__m512i bits0, __m512i sum0, __m512i bits1, __m512i sum1) {
-      if constexpr (kSigned) {
-        const __m512i ranks = upper_words(sum0, sum1), zero = _mm512_set1_epi16(127);
-        const __mmask32 negative = _mm512_movepi16_mask(upper_words(bits0, bits1));
-        return _mm512_mask_mov_epi16(_mm512_add_epi16(zero, ranks), negative, _mm512_sub_epi16(zero, ranks));
-      } else {
-        const __m512i zero = _mm512_setzero_si512();
-        return upper_words(_mm512_maskz_mov_epi32(_mm512_cmpgt_epi32_mask(bits0, zero), sum0),
-                           _mm512_maskz_mov_epi32(_mm512_cmpgt_epi32_mask(bits1, zero), sum1));
-      }
-    }
-
-    static __m512i upper_words(__m512i a, __m512i b) {
-      alignas(64) static constexpr std::uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                             23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                             45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-      return _mm512_permutex2var_epi16(a, _mm512_load_si512(kOdd), b);
-    }
-
-    // Rank and fraction, in fixed point.
-    [[gnu::always_inline]] __m512i sums_of(__m512 x) const {
-      const __m512 tiny = _mm512_castsi512_ps(_mm512_set1_epi32(Lines::kTiny));
-      constexpr int kLargestMagnitude = 0b1011;  // max(|x|, |tiny|), the sign cleared
-      const __m512 magnitude = kSigned ? _mm512_range_ps(x, tiny, kLargestMagnitude) : _mm512_max_ps(x, tiny);
-      const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(magnitude), 16);
-      __m512i line = _mm512_mulhi_epi16(upper, _mm512_set1_epi32(Lines::kLog));
-      const __m512i bits = _mm512_castps_si512(x), compared = kSigned ? _mm512_rol_epi32(bits, 1) : bits;
-      const __mmask16 beyond = _mm512_cmpgt_epi32_mask(compared, _mm512_permutexvar_epi32(line, end));
-      line = _mm512_mask_sub_epi32(line, beyond, line, _mm512_set1_epi32(-1));
-      const __m512 on_line =
-          _mm512_fmadd_ps(magnitude, _mm512_permutexvar_ps(line, scale), _mm512_permutexvar_ps(line, offset));
-      return _mm512_min_epi32(_mm512_cvtps_epi32(on_line), _mm512_permutexvar_epi32(line, last));
-    }
-  };
+  using Codes = DynamicCodes<kSigned>;
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 //   Largest         the largest magnitude of what it is given, by its bits: integers order floats of one sign, NaN last
 //   Codes<signed>   of the 8-bit states: decode codes to kDecoded V, encode kEncoded finite values
 #include "../adamw_update.h"
+#include "dynamic_codes_loops.h"
 
 namespace qlora::cpu {
 namespace {
@@ -39,27 +40,6 @@ void update_32bit(const B& block, float* exp_avg, float* exp_avg_sq) {
     block.update(i, m, v);
     Isa::store(exp_avg + i, m);
     Isa::store(exp_avg_sq + i, v);
-  }
-}
-
-// What the values of a block are encoded relative to: the largest of their magnitudes, by its bits.
-struct Scale {
-  std::uint32_t largest;
-  float absmax, inverse;
-
-  explicit Scale(std::uint32_t largest)
-      : largest(largest), absmax(__builtin_bit_cast(float, largest)), inverse(inverse_group_absmax(absmax)) {}
-  bool is_finite() const { return largest < 0x7f800000u; }
-};
-
-// Not inlined: one copy serves all dtypes of parameters and gradients, and keeps its constants in registers.
-template <typename Codes>
-[[gnu::noinline]] void encode_block(const Codes& codes, const float* values, std::int64_t count, const Scale& scale,
-                                    std::uint8_t* out) {
-  if (scale.is_finite()) {
-    for (std::int64_t i = 0; i < count; i += Codes::kEncoded) codes.encode(values + i, scale.inverse, out + i);
-  } else {
-    for (std::int64_t i = 0; i < count; ++i) out[i] = encode_dynamic(Codes::book().bound, values[i] * scale.inverse);
   }
 }
 

@@ -15,20 +15,25 @@ void quantize_4bit(const void* weight, DType dtype, std::int64_t n, std::int64_t
 // out[i - begin] = round_to_dtype(value[code i] * absmax of i's block), for elements [begin, end).
 void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
 
-// The mean of absmax[n] as the format defines it: groups of 256 summed in order in fp64, then the groups in order.
-float absmax_offset(const float* absmax, std::int64_t n);
+// The mean of absmax[n] as the format defines it: groups of 256 summed in order in fp64, then the groups in order. /
+// The sums of groups [begin, end), and the mean from those of all.
+void sum_absmax(const float* absmax, std::int64_t n, std::int64_t begin, std::int64_t end, double* sums);
+float absmax_offset(const double* sums, std::int64_t groups, std::int64_t n);
 
 // Groups [begin, end) of 256 of absmax[n]: codes[i] and nested_absmax[group].
 void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int64_t begin, std::int64_t end,
                      std::uint8_t* codes, float* nested_absmax);
 
-// The vector twins: whole blocks [begin, end) only; the portable code does a last, shorter block and odd borders. Of
-// quantize_absmax, the codes of n, a multiple of 16, in one group.
+// The vector twins: whole blocks or groups [begin, end) only; the portable code does a last, shorter one and odd
+// borders.
 void quantize_4bit_avx2(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
                         std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
 void quantize_4bit_avx512(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
                           std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
-void encode_absmax_avx512(const float* absmax, std::int64_t n, float offset, float inverse, std::uint8_t* codes);
+void quantize_absmax_avx2(const float* absmax, float offset, std::int64_t begin, std::int64_t end, std::uint8_t* codes,
+                          float* nested_absmax);
+void quantize_absmax_avx512(const float* absmax, float offset, std::int64_t begin, std::int64_t end,
+                            std::uint8_t* codes, float* nested_absmax);
 void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
 void dequantize_4bit_avx512(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
 

@@ -1,5 +1,6 @@
 // quantize_4bit for AVX512 (F, BW, DQ, VL): whole blocks. The codes of 32 values at once take a comparison and a
 // lookup.
+#include "bf16_codes.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -29,6 +30,20 @@ Values load32(const T* from) {
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   const __m512 first = load16(from), second = load16(from + 16);
   return {_mm512_permutex2var_ps(first, even, second), _mm512_permutex2var_ps(first, odd, second)};
+}
+
+// The 16 bytes of codes in 32 words: in each pair the even one, the low word, moves to the high nibble.
+inline __m128i bytes_of(__m512i codes) {
+  return _mm512_cvtepi32_epi8(_mm512_madd_epi16(codes, _mm512_set1_epi32(1 << 16 | 16)));
+}
+
+// The 64 bytes of 128 codes.
+inline __m512i bytes_of(const __m512i (&codes)[4]) {
+  const __m512i nibbles = _mm512_set1_epi16(1 << 8 | 16);
+  const __m512i low = _mm512_maddubs_epi16(_mm512_packus_epi16(codes[0], codes[1]), nibbles);
+  const __m512i high = _mm512_maddubs_epi16(_mm512_packus_epi16(codes[2], codes[3]), nibbles);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
 }
 
 // [-1, 1] in 32 bins, so narrow that no two bounds of a codebook are in one. A value is above all bounds of the bins
@@ -76,9 +91,7 @@ struct Encoder {
   __m128i operator()(Values x) const {
     const __m512i odd = _mm512_slli_epi32(place_of(x.odd), 16);
     const __m512i places = _mm512_mask_mov_epi16(odd, 0x55555555, place_of(x.even));
-    const __m512i codes = _mm512_permutex2var_epi16(code[0], places, code[1]);
-    // In each pair the even one, the low word, moves to the high nibble.
-    return _mm512_cvtepi32_epi8(_mm512_madd_epi16(codes, _mm512_set1_epi32(1 << 16 | 16)));
+    return bytes_of(_mm512_permutex2var_epi16(code[0], places, code[1]));
   }
 };
 
@@ -138,10 +151,53 @@ __m512 scaled(__m512 x, __m512 scale) {
 
 constexpr std::int64_t kTogether = 16;  // blocks: their absmax are found lane by lane
 
+// kTogether blocks by kBf16Codes. kVectors: of 32 weights of a block, of the 4 that are packed together.
+template <int kVectors>
+void encode_by_steps(const BFloat16* w, std::int64_t blocksize, const std::uint32_t* absmax, std::uint8_t* packed) {
+  for (std::int64_t block = 0; block < kTogether; block += 4 / kVectors) {
+    for (std::int64_t i = block * blocksize; i < (block + 4 / kVectors) * blocksize; i += 128) {
+      __m512i codes[4], positive{}, negative{}, lowest{};
+#pragma GCC unroll 4
+      for (int vector = 0; vector < 4; ++vector) {
+        if (vector % kVectors == 0) {
+          const std::uint32_t largest = absmax[block + vector / kVectors];
+          const std::uint16_t* entry = kBf16Codes[largest & 0x7f].data();
+          positive = _mm512_loadu_si512(entry), negative = _mm512_loadu_si512(entry + 32);
+          lowest = _mm512_set1_epi16(static_cast<std::int16_t>(largest - (kBf16Steps - 1)));
+        }
+        const __m512i x = _mm512_loadu_si512(w + i + 32 * vector);
+        const __m512i step = _mm512_subs_epu16(_mm512_and_si512(x, _mm512_set1_epi16(0x7fff)), lowest);
+        const __m512i key = _mm512_xor_si512(step, _mm512_srai_epi16(x, 15));
+        const __m512i bin = _mm512_srli_epi16(key, kBf16BinBits);
+        const __m512i sum = _mm512_add_epi16(key, _mm512_permutex2var_epi16(positive, bin, negative));
+        codes[vector] = _mm512_srli_epi16(sum, kBf16BinBits);
+      }
+      _mm512_storeu_si512(packed + i / 2, bytes_of(codes));
+    }
+  }
+}
+
+// False: kBf16Codes does not hold for all of them.
+inline bool encode_by_steps(const BFloat16* w, std::int64_t blocksize, __m512 absmax, std::uint8_t* packed) {
+  const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(absmax), 16);
+  const __m512i beyond = _mm512_sub_epi32(bits, _mm512_set1_epi32(kBf16AbsmaxBegin));
+  if (_mm512_cmpge_epu32_mask(beyond, _mm512_set1_epi32(kBf16AbsmaxEnd - kBf16AbsmaxBegin)) != 0) return false;
+  alignas(64) std::uint32_t largest[kTogether];
+  _mm512_store_si512(largest, bits);
+  const auto encode = blocksize == 32 ? encode_by_steps<1> : blocksize == 64 ? encode_by_steps<2> : encode_by_steps<4>;
+  encode(w, blocksize, largest, packed);
+  return true;
+}
+
+template <typename T>  // fp32 or fp16
+bool encode_by_steps(const T*, std::int64_t, __m512, std::uint8_t*) {
+  return false;
+}
+
 template <typename T>
-void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& book, std::int64_t begin,
+void quantize_blocks(const T* weight, std::int64_t blocksize, QuantType quant_type, std::int64_t begin,
                      std::int64_t end, std::uint8_t* packed, float* absmax) {
-  const Encoder encode(book);
+  const Encoder encode(codebook(quant_type));
   for (std::int64_t first = begin; first < end; first += kTogether) {
     const std::int64_t blocks = end - first < kTogether ? end - first : kTogether;
     __m512 largest[kTogether];
@@ -153,6 +209,11 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& bo
     const __m512 each = largest_float(_mm512_castps_si512(across_lanes(largest, Larger<T>{})), T{});
     alignas(64) float inverse[kTogether];
     _mm512_mask_storeu_ps(absmax + first, static_cast<__mmask16>((1u << blocks) - 1), each);
+    const std::int64_t begins = first * blocksize;
+    if (quant_type == QuantType::NF4 && blocks == kTogether &&
+        encode_by_steps(weight + begins, blocksize, each, packed + begins / 2)) {
+      continue;
+    }
     // inverse_absmax of each: a maximum with NaN is its second operand.
     _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(1e-38f), each)));
     for (std::int64_t block = 0; block < blocks; ++block) {
@@ -171,8 +232,7 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, const Codebook& bo
 void quantize_4bit_avx512(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
                           std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax) {
   with_type(dtype, [&](auto type) {
-    quantize_blocks(static_cast<const decltype(type)*>(weight), blocksize, codebook(quant_type), begin, end, packed,
-                    absmax);
+    quantize_blocks(static_cast<const decltype(type)*>(weight), blocksize, quant_type, begin, end, packed, absmax);
   });
 }
 

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/path.h"
+#include "double_quant.h"
 
 using namespace qlora;
 
@@ -98,15 +99,12 @@ void digest(const std::vector<T>& weight, DType dtype, QuantType quant_type, std
   add_dequantized({packed.data(), absmax.data(), nullptr, nullptr, quant_type, blocksize}, n, to.values);
   if (!double_quant) return;
 
-  const std::int64_t groups = (blocks + kNestedBlocksize - 1) / kNestedBlocksize;
-  std::vector<std::uint8_t> codes(absmax.size());
-  std::vector<float> nested(static_cast<std::size_t>(groups));
-  const float offset = cpu::absmax_offset(absmax.data(), blocks);
-  cpu::quantize_absmax(absmax.data(), blocks, offset, 0, groups, codes.data(), nested.data());
-  to.codes.add(codes);
-  to.nested_absmax.add(nested);
-  to.nested_absmax.add(std::vector<float>{offset});
-  const Packed4bit w{packed.data(), codes.data(), nested.data(), &offset, quant_type, blocksize};
+  const DoubleQuantized scales(absmax);
+  to.codes.add(scales.codes);
+  to.nested_absmax.add(scales.nested_absmax);
+  to.nested_absmax.add(std::vector<float>{scales.offset});
+  const Packed4bit w{packed.data(),  scales.codes.data(), scales.nested_absmax.data(),
+                     &scales.offset, quant_type,          blocksize};
   add_dequantized(w, n, to.double_quantized_values);
 }
 

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -13,6 +14,7 @@
 #include "cpu/linear_4bit.h"
 #include "cpu/matmul.h"
 #include "cpu/path.h"
+#include "double_quant.h"
 #include "values.h"
 
 using namespace qlora;
@@ -21,13 +23,13 @@ namespace {
 
 // A weight [N, K] with double quantization, and its decoded values.
 struct Weight {
-  std::vector<std::uint8_t> packed, codes;
-  std::vector<float> absmax, nested_absmax, decoded;
-  float offset = 0;
+  std::vector<std::uint8_t> packed;
+  std::vector<float> absmax, decoded;
+  std::optional<DoubleQuantized> scales;
   Packed4bit view{};
 
   Weight(std::int64_t N, std::int64_t K, std::int64_t blocksize, QuantType quant_type, bool double_quant) {
-    const std::int64_t n = N * K, blocks = n / blocksize, groups = (blocks + kNestedBlocksize - 1) / kNestedBlocksize;
+    const std::int64_t n = N * K, blocks = n / blocksize;
     const Values values(DType::Float32, n, 0.02f);
     packed.resize(static_cast<std::size_t>(n / 2));
     absmax.resize(static_cast<std::size_t>(blocks));
@@ -36,11 +38,9 @@ struct Weight {
                        absmax.data());
     view = {packed.data(), absmax.data(), nullptr, nullptr, quant_type, blocksize};
     if (double_quant) {
-      codes.resize(absmax.size());
-      nested_absmax.resize(static_cast<std::size_t>(groups));
-      offset = cpu::absmax_offset(absmax.data(), blocks);
-      cpu::quantize_absmax(absmax.data(), blocks, offset, 0, groups, codes.data(), nested_absmax.data());
-      view = {packed.data(), codes.data(), nested_absmax.data(), &offset, quant_type, blocksize};
+      scales.emplace(absmax);
+      view = {packed.data(),   scales->codes.data(), scales->nested_absmax.data(),
+              &scales->offset, quant_type,           blocksize};
     }
     cpu::dequantize_4bit(view, 0, n, DType::Float32, decoded.data());
   }

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/path.h"
+#include "double_quant.h"
 
 using namespace qlora;
 
@@ -57,16 +58,9 @@ void check(std::int64_t n, std::int64_t blocksize, DType dtype, QuantType quant_
   const Packed4bit w{expected.packed.data(), expected.absmax.data(), nullptr, nullptr, quant_type, blocksize};
   const auto expected_values = dequantize(w, n, dtype, n);
 
-  const auto groups = static_cast<std::size_t>((blocks + kNestedBlocksize - 1) / kNestedBlocksize);
-  std::vector<std::uint8_t> codes(expected.absmax.size());
-  std::vector<float> nested(groups);
-  const float offset = cpu::absmax_offset(expected.absmax.data(), blocks);
-  for (std::size_t group = 0; group < groups; ++group) {
-    const auto at = static_cast<std::int64_t>(group);
-    cpu::quantize_absmax(expected.absmax.data(), blocks, offset, at, at + 1, codes.data(), nested.data());
-  }
-  const Packed4bit double_quantized{
-      expected.packed.data(), codes.data(), nested.data(), &offset, quant_type, blocksize};
+  const DoubleQuantized scales(expected.absmax);
+  const Packed4bit double_quantized{expected.packed.data(), scales.codes.data(), scales.nested_absmax.data(),
+                                    &scales.offset,         quant_type,          blocksize};
   const auto expected_double = dequantize(double_quantized, n, dtype, n);
 
   for (const auto& path : cpu::path_names()) {
@@ -75,6 +69,12 @@ void check(std::int64_t n, std::int64_t blocksize, DType dtype, QuantType quant_
       const Quantized got = quantize(weight.data(), dtype, n, blocksize, quant_type, step);
       CHECK(got.packed == expected.packed);
       CHECK(std::memcmp(got.absmax.data(), expected.absmax.data(), got.absmax.size() * 4) == 0);
+    }
+    for (std::int64_t step : {1, 3}) {
+      const DoubleQuantized got(expected.absmax, step);
+      CHECK(got.codes == scales.codes);
+      CHECK(got.nested_absmax == scales.nested_absmax);
+      CHECK(got.offset == scales.offset);
     }
     for (std::int64_t step : {std::int64_t{7}, blocksize + 1, 3 * blocksize, n}) {
       CHECK(dequantize(w, n, dtype, step) == expected_values);

@@ -1,0 +1,50 @@
+// 8-bit codes of whole blocks, by the Codes of one path (dynamic_codes_avx2.h, dynamic_codes_avx512.h). A file of
+// kernels includes this inside its target region.
+#include "../codec.h"  // before a target region
+
+namespace qlora::cpu {
+namespace {
+
+// What the values of a block are encoded relative to: the largest of their magnitudes, by its bits.
+struct Scale {
+  std::uint32_t largest;
+  float absmax, inverse;
+
+  explicit Scale(std::uint32_t largest)
+      : largest(largest), absmax(__builtin_bit_cast(float, largest)), inverse(inverse_group_absmax(absmax)) {}
+  bool is_finite() const { return largest < 0x7f800000u; }
+};
+
+// Not inlined: one copy serves all dtypes of parameters and gradients, and keeps its constants in registers.
+template <typename Codes>
+[[gnu::noinline]] void encode_block(const Codes& codes, const float* values, std::int64_t count, const Scale& scale,
+                                    std::uint8_t* out) {
+  if (scale.is_finite()) {
+    for (std::int64_t i = 0; i < count; i += Codes::kEncoded) codes.encode(values + i, scale.inverse, out + i);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) out[i] = encode_dynamic(Codes::book().bound, values[i] * scale.inverse);
+  }
+}
+
+// Groups [begin, end) of absmax, whole ones: quantize_absmax.
+template <typename Codes>
+void quantize_groups(const float* absmax, float offset, std::int64_t begin, std::int64_t end, std::uint8_t* codes,
+                     float* nested_absmax) {
+  const Codes encoder;
+  for (std::int64_t group = begin; group < end; ++group) {
+    const std::int64_t first = group * kNestedBlocksize;
+    alignas(64) float differences[kNestedBlocksize];
+    std::uint32_t largest = 0;  // of |difference|, as bits: integers order floats of one sign, and NaN last
+    for (int i = 0; i < kNestedBlocksize; ++i) {
+      differences[i] = absmax[first + i] - offset;
+      const std::uint32_t magnitude = __builtin_bit_cast(std::uint32_t, differences[i]) & 0x7fffffffu;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const Scale scale(largest);
+    nested_absmax[group] = scale.absmax;
+    encode_block(encoder, differences, kNestedBlocksize, scale, codes + first);
+  }
+}
+
+}  // namespace
+}  // namespace qlora::cpu
