@@ -1,9 +1,11 @@
 """One training step of a language model: speed, peak memory and a profile of our QLoRA, PEFT + bitsandbytes, PEFT LoRA.
 
 A step is forward, loss, backward and AdamW on the adapters (r=8, all linear layers), batch 4 x 128 tokens, bf16. Ours
-is measured with transformers' own loss, with the loss by chunks (`finetune --loss-chunk`), and on request with compiled
-layers too (`finetune --compile`). Memory is the peak RSS of one child process for each, from the import of torch on.
-Then torch.profiler says where the time of a step goes (train_step_profile.jsonl; compiled layers have no parts to see).
+is measured as transformers makes the model, then with the options of `finetune` one after the other: the loss by chunks
+(`--loss-chunk`), eager attention (`--attention eager`), and on request compiled layers (`--compile`); the peers with
+eager attention, too, as it needs nothing of ours. Memory is the peak RSS of one child process for each, from the import
+of torch on. Then torch.profiler says where the time of a step goes (train_step_profile.jsonl; compiled layers have no
+parts to see).
 
 `--model` is a .gguf or a model folder (make demo leaves one in build/demo/model.gguf); without it a llama of the same
 shape with random weights is measured, which takes the same time.
@@ -17,6 +19,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import peers
@@ -31,17 +34,35 @@ from qlora_ext.finetune.compile import compile_layers
 from qlora_ext.finetune.loss import answer_loss
 from qlora_ext.finetune.report import peak_rss
 
-OURS = "qlora_ext QLoRA"
-CHUNKED, COMPILED = f"{OURS}, chunked loss", f"{OURS}, chunked loss, compiled"
 STEPS_OF_MEMORY, STEPS_OF_PROFILE = 3, 5
 
 
-def build(provider: str, model: nn.Module) -> nn.Module:
-    """The model under the method of this provider, in training mode; the model itself is used up."""
-    built = peers.METHODS[OURS if provider in (CHUNKED, COMPILED) else provider](model).train()
-    if provider == COMPILED:
-        compile_layers(built)
-    return built
+@dataclass(frozen=True)
+class Way:
+    """How a step is made: one of peers.METHODS, with options of `finetune`."""
+
+    method: str
+    chunked: bool = False
+    eager: bool = False  # attention
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        options = {"chunked loss": self.chunked, "eager attention": self.eager, "compiled": self.compiled}
+        return ", ".join([self.method, *(name for name, chosen in options.items() if chosen)])
+
+    def build(self, model: nn.Module) -> nn.Module:
+        """The model under this method, in training mode; the model itself is used up."""
+        if self.eager:
+            model.set_attn_implementation("eager")
+        built = peers.METHODS[self.method](model).train()
+        if self.compiled:
+            compile_layers(built)
+        return built
+
+
+OURS, *PEERS = peers.METHODS
+WAYS = [Way(OURS), Way(OURS, True), Way(OURS, True, True), Way(OURS, True, True, True)]
+WAYS += [Way(peer, eager=eager) for peer in PEERS for eager in (False, True)]
 
 
 def training_step(model: nn.Module, ids: torch.Tensor, chunk: int | None) -> Callable[[], float]:
@@ -77,7 +98,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--loss-chunk", type=int, default=128, help="tokens of a chunk of the loss (default: 128)")
-    parser.add_argument("--compile", action="store_true", help="ours with compiled layers, too")
+    parser.add_argument("--compile", action="store_true", help="ours with compiled layers, too: a minute more")
     parser.add_argument("--seconds", type=float, default=40, help="of measuring for each method")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and no record, to see that it runs")
     parser.add_argument("--only", help="print the peak memory of this provider after a few steps, and nothing else")
@@ -92,22 +113,28 @@ def main() -> None:
     model = smollm2.load(args.model, tiny=args.smoke)
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length))
-    chunks = {COMPILED: args.loss_chunk, CHUNKED: args.loss_chunk}
+    ways = {str(way): way for way in WAYS if args.compile or args.only or not way.compiled}
+
+    def step_of(way: Way, built: nn.Module) -> Callable[[], float]:
+        return training_step(built, ids, args.loss_chunk if way.chunked else None)
+
     if args.only:
-        step = training_step(build(args.only, model), ids, chunks.get(args.only))
+        way = ways[args.only]
+        step = step_of(way, way.build(model))
         for _ in range(STEPS_OF_MEMORY):
             step()
         print(json.dumps({"peak_rss_bytes": peak_rss()}))
         return
 
-    providers = [OURS, CHUNKED, *([COMPILED] if args.compile else []), *(set_of_peers := list(peers.METHODS)[1:])]
-    models = {provider: build(provider, copy.deepcopy(model)) for provider in providers}
-    steps = {provider: training_step(models[provider], ids, chunks.get(provider)) for provider in providers}
-    losses = {provider: step() for provider, step in steps.items()}
-    reference = losses[set_of_peers[-1]]
+    models = {name: way.build(copy.deepcopy(model)) for name, way in ways.items()}
+    steps = {name: step_of(way, models[name]) for name, way in ways.items()}
+    losses = {name: step() for name, step in steps.items()}
+    reference = losses[PEERS[-1]]
     # The adapters start at zero: all methods see about the same model.
     assert all(abs(loss - reference) < 0.1 * reference for loss in losses.values()), losses
-    assert abs(losses[CHUNKED] - losses[OURS]) < 1e-3 * reference, losses
+    assert all(abs(losses[name] - losses[OURS]) < 1e-3 * reference for name in ways if ways[name].method == OURS), (
+        losses
+    )
 
     same = {"bench": "train_step", "model": smollm2.name(args.model, tiny=args.smoke), "dtype": "bfloat16"}
     same |= {"batch": args.batch, "length": args.length}
@@ -115,15 +142,15 @@ def main() -> None:
     for provider, times in interleaved(steps, seconds=args.seconds).items():
         timed = percentiles(times)
         row = {"provider": provider, "tokens_per_s": args.batch * args.length / timed["p50"]}
-        row["loss_chunk"] = chunks.get(provider)
+        row["loss_chunk"] = args.loss_chunk if ways[provider].chunked else None
         if provider == OURS or not args.smoke:  # a child takes seconds to import all that it needs
             row["peak_rss_bytes"] = peak_memory(provider)
         rows.append(same | row | timed)
     record.write("train_step", rows, smoke=args.smoke)
 
     same["bench"], rows = "train_step_profile", []
-    for provider in providers:
-        if provider == COMPILED:
+    for provider, way in ways.items():
+        if way.compiled or (way.eager and way.method != OURS):
             continue
         mark_parts(models[provider])
         measured = [profiled(steps[provider]) for _ in range(STEPS_OF_PROFILE)]

@@ -169,11 +169,15 @@ def check_slowdown(rows: list[dict[str, Any]]) -> None:
 
 
 def check_train_step(rows: list[dict[str, Any]]) -> None:
-    """Both losses of ours are timed, memory comes from a child process, and the profile gives away all of a step."""
+    """All ways of ours are timed, memory comes from a child process, and the profile gives away all of a step."""
     timed = {row["provider"]: row for row in rows if row["bench"] == "train_step"}
     assert timed["qlora_ext QLoRA"]["peak_rss_bytes"] > 2**27  # torch alone is more
     assert timed["qlora_ext QLoRA, chunked loss"]["loss_chunk"] == 8
-    for provider in timed:
+    assert "qlora_ext QLoRA, chunked loss, eager attention" in timed
+    peers = [name for name in timed if name.startswith("PEFT")]
+    assert len(peers) == 4
+    assert sum(name.endswith(", eager attention") for name in peers) == 2
+    for provider in set(timed) - {name for name in peers if name.endswith(", eager attention")}:
         shares = {row["part"]: row["share"] for row in rows if "part" in row and row["provider"] == provider}
         assert len(shares) == 7
         assert all(share > 0 for share in shares.values()), shares

@@ -73,10 +73,13 @@ def test_run_from_data_to_report(method: str, arguments: dict[str, Any], capsys:
     assert lowest <= report["base_bits"] <= highest
 
 
-def test_chunked_loss_trains_as_the_whole_one(arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_chunked_loss_and_eager_attention_train_as_the_whole_one_and_sdpa(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
     assert cli.main(words(arguments)) == 0
     whole = json.loads((arguments["output"] / "report.json").read_text(encoding="utf-8"))
-    assert cli.main(words({**arguments, "output": tmp_path / "chunked", "loss-chunk": 2})) == 0
+    options = {"loss-chunk": 2, "attention": "eager"}
+    assert cli.main(words({**arguments, "output": tmp_path / "chunked", **options})) == 0
     chunked = json.loads((tmp_path / "chunked" / "report.json").read_text(encoding="utf-8"))
     assert chunked["arguments"]["loss_chunk"] == 2
     assert chunked["losses"] == pytest.approx(whole["losses"], rel=1e-3)
@@ -143,6 +146,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "lr": ({"lr": "inf"}, "argument --lr: expected a number above 0, got 'inf'"),
     "eval fraction": ({"eval-fraction": 1}, "argument --eval-fraction: expected a number from 0 to below 1"),
     "loss chunk": ({"loss-chunk": 0}, "argument --loss-chunk: expected a whole number above 0, got '0'"),
+    "attention": ({"attention": "none"}, "argument --attention: invalid choice: 'none'"),
+    "attention that is not there": ({"attention": "flash_attention_3"}, "error: --attention flash_attention_3: "),
     "steps and epochs": ({"epochs": 1}, "not allowed with argument"),
     "optimizer": ({"optimizer": "sgd"}, "argument --optimizer: invalid choice"),
     "size": ({"host-budget": "2GB"}, "argument --host-budget: expected bytes, as 512M, 2G or 536870912, got '2GB'"),

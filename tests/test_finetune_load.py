@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import qlora_ext
-from qlora_ext.finetune.load import compute_dtype, open_checkpoint
+from qlora_ext.finetune.load import compute_dtype, load_model, open_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,19 @@ def edit(folder: Path, **tensors: Tensor | None) -> None:
         if tensor is not None:
             stored[name.replace("__", ".")] = tensor
     save_file(stored, path)
+
+
+def test_attention_is_the_one_asked_for(tmp_path: Path) -> None:
+    """With the same result but for rounding."""
+    save_tiny_model(tmp_path)
+    ids = torch.arange(60).reshape(2, 30)
+    logits = []
+    for kind in ("sdpa", "eager"):
+        model = load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention=kind)
+        assert model.config._attn_implementation == kind
+        logits.append(model(ids).logits)
+    assert not torch.equal(*logits)
+    torch.testing.assert_close(*logits)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -84,6 +97,8 @@ def test_rearranged_architecture_loads_and_its_linears_are_quantized(tmp_path: P
     assert_same_model(load(tmp_path), saved)
     model = load(tmp_path, quantize=QUANTIZE)
     assert isinstance(model.model.layers[0].self_attn.q_proj, qlora_ext.Linear4bit)
+    eager = load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention="eager")
+    assert eager.config._attn_implementation == "eager"
 
 
 def test_unknown_missing_and_misshaped_tensors_are_named(tmp_path: Path) -> None:

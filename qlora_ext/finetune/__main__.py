@@ -10,6 +10,8 @@ from typing import Any
 
 from .optimizer import KINDS
 
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -61,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=_DTYPE_HELP)
     run.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
     run.add_argument("--loss-chunk", type=_positive, metavar="TOKENS", help=_CHUNK_HELP)
+    run.add_argument("--attention", choices=ATTENTIONS, help=_ATTENTION_HELP)
     run.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
     run.add_argument("--seed", type=int, default=0, help="of the split, the adapter, the order and the dropout")
     run.add_argument("--save-steps", type=_positive, default=100, help="steps between checkpoints; the last 2 are kept")
@@ -97,6 +100,10 @@ _DTYPE_HELP = "of the computation; auto: bf16 where the machine multiplies it na
 _CHUNK_HELP = (
     "make the output head's logits, and their gradients, for so many answer tokens at a time (128, say): less memory, "
     "the same loss; for models whose logits are the result of lm_head (default: all tokens of a batch at once)"
+)
+_ATTENTION_HELP = (
+    "transformers' implementation (default: its own choice for the model, mostly sdpa); eager is faster on CPU for "
+    "examples of up to 512 tokens, and takes memory for length x length weights of each head"
 )
 _COMPILE_HELP = (
     "torch.compile of the layers: fewer passes over memory, after a minute in the first step; needs g++ on CPU"

@@ -63,6 +63,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     quantize: dict[str, Any] | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, in eval mode.
 
@@ -71,16 +72,22 @@ def load_model(
         dtype: of every floating tensor that is not quantized, and of the computation.
         device: where the model goes.
         quantize: options of `qlora_ext.quantize_model`, or None to leave the linears as they are.
+        attention: one of transformers' implementations, None for its own choice.
 
-    Raises: ValueError naming the file and the tensor that is damaged, unknown, missing or mis-shaped.
+    Raises: ValueError naming the file and the tensor that is damaged, unknown, missing or mis-shaped, or an attention
+    that the model or the machine does not have.
     """
+    built: dict[str, Any] = {"dtype": dtype} | ({} if attention is None else {"attn_implementation": attention})
     # Parameters get no storage but buffers do: those that no checkpoint holds (rotary frequencies) are ready.
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(checkpoint.config(), dtype=dtype)
+        try:
+            model: Any = AutoModelForCausalLM.from_config(checkpoint.config(), **built)
+        except ImportError as error:  # the package of a flash_attention
+            raise ValueError(f"--attention {attention}: {error}") from error
     if get_model_conversion_mapping(model, add_legacy=False):
         # transformers rearranges this architecture's checkpoints while loading (fused experts, for one).
         model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=dtype, use_safetensors=True, local_files_only=True
+            checkpoint.path, use_safetensors=True, local_files_only=True, **built
         )
         if quantize is not None:
             _quantize(model, quantize)

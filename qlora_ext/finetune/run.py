@@ -59,7 +59,11 @@ def run(options: argparse.Namespace) -> int:
     data = dataclasses.replace(data, held_out=data.held_out[: options.eval_examples])
 
     model = load_model(
-        checkpoint, dtype=dtype if adapter else torch.float32, device=device, quantize=_quantization(options)
+        checkpoint,
+        dtype=dtype if adapter else torch.float32,
+        device=device,
+        quantize=_quantization(options),
+        attention=options.attention,
     )
     model.config._name_or_path = options.model
     transformers.set_seed(options.seed)  # the adapter starts the same on every base
