@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "huge_pages.h"
+
 namespace qlora {
 namespace {
 
@@ -34,8 +36,8 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight_arg, std::string q
   const QuantType type = checked_quant_type(kOp, quant_type);
   check_blocksize(kOp, blocksize);
   const Tensor weight = weight_arg.contiguous();
-  Tensor packed = at::empty(layout(weight, blocksize, 2), weight.options().dtype(at::kByte));
-  Tensor absmax = at::empty(layout(weight, blocksize, blocksize), weight.options().dtype(at::kFloat));
+  Tensor packed = new_result(layout(weight, blocksize, 2), weight.options().dtype(at::kByte));
+  Tensor absmax = new_result(layout(weight, blocksize, blocksize), weight.options().dtype(at::kFloat));
   device_for(weight).quantize_4bit(weight, dtype, type, blocksize, packed, absmax);
   return {packed, absmax};
 }
@@ -44,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg) {
   QLORA_CHECK_TYPE(absmax_arg.scalar_type() == at::kFloat, "quantize_absmax", "absmax", "dtype float32",
                    absmax_arg.scalar_type());
   const Tensor absmax = absmax_arg.contiguous();
-  Tensor codes = at::empty(absmax.sizes(), absmax.options().dtype(at::kByte));
+  Tensor codes = new_result(absmax.sizes(), absmax.options().dtype(at::kByte));
   Tensor nested_absmax = at::empty({ceil_div(absmax.numel(), kNestedBlocksize)}, absmax.options());
   Tensor nested_offset = at::empty({}, absmax.options());
   device_for(absmax).quantize_absmax(absmax, codes, nested_absmax, nested_offset);
@@ -60,7 +62,7 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
   QLORA_CHECK(!negative, kOp, "shape", "sizes of at least 0", shape);
   const int64_t n = c10::multiply_integers(shape);
   const Weight4bit w(kOp, n, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
-  Tensor out = at::empty(shape, packed.options().dtype(dtype));
+  Tensor out = new_result(shape, packed.options().dtype(dtype));
   device_for(out).dequantize_4bit(w.view, n, {0, 1, 0, n}, type, out);
   return out;
 }
@@ -167,10 +169,16 @@ Tensor check_bias(const char* op, const OptionalTensor& bias, const Tensor& x, i
   return bias->to(x.scalar_type());
 }
 
+Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor result = at::empty(sizes, options);
+  if (result.is_cpu() && result.nbytes() >= kHugePage) advise_huge_pages(result.data_ptr(), result.nbytes());
+  return result;
+}
+
 Tensor multiply(const LinearArguments& arguments, const Tensor& bias, LowRankList added) {
   const auto& [N, K, w, x] = arguments;
   const auto dtype = x.scalar_type();
-  Tensor y = at::empty({x.size(0), N}, x.options());
+  Tensor y = new_result({x.size(0), N}, x.options());
   const Device& device = device_for(x);
   if (y.numel() == 0) return y;
   if (device.fused_linear_4bit(x, w.view, bias, added, checked_dtype("linear_4bit", "x", dtype), y)) return y;
@@ -184,7 +192,7 @@ Tensor multiply(const LinearArguments& arguments, const Tensor& bias, LowRankLis
 Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added) {
   const auto& [N, K, w, grad] = arguments;
   const auto dtype = grad.scalar_type();
-  Tensor grad_x = at::empty({grad.size(0), K}, grad.options());
+  Tensor grad_x = new_result({grad.size(0), K}, grad.options());
   const Device& device = device_for(grad);
   if (grad_x.numel() == 0) return grad_x;
   if (device.fused_linear_4bit_dgrad(grad, w.view, added, checked_dtype("linear_4bit_dgrad", "grad", dtype), grad_x)) {

@@ -1,4 +1,4 @@
-// What the files of ops share: arguments once they are checked, and the products.
+// What the files of ops share: arguments once they are checked, results, and the products.
 #pragma once
 
 #include <torch/library.h>
@@ -26,6 +26,10 @@ LinearArguments check_dgrad(const char* op, const at::Tensor& grad, const at::Te
                             const std::string& quant_type, int64_t blocksize, int64_t in_features);
 // In the dtype of x; undefined if there is none.
 at::Tensor check_bias(const char* op, const OptionalTensor& bias, const at::Tensor& x, int64_t N);
+
+// A result to be filled: at::empty, on the CPU in huge pages if large, as with torch's THP_MEM_ALLOC_ENABLE=1. The
+// kernel of the system needs longer to give away as many small ones than most of ours to fill them.
+at::Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // rows @ W^T + bias + added: [M, N]; rows @ W + added: [M, K].
 at::Tensor multiply(const LinearArguments& arguments, const at::Tensor& bias, LowRankList added);

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import reference
@@ -204,3 +206,22 @@ BAD = {
 def test_errors(bad_call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         bad_call()
+
+
+def mapping_flags(address: int) -> list[str]:
+    """Of the mapping with this address, in /proc/self/smaps."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no mapping has {address:#x}")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages")
+def test_large_results_ask_for_huge_pages() -> None:
+    """ "hg": madvise(MADV_HUGEPAGE), whatever the system then does."""
+    packed, state = qlora_ext.quantize_4bit(torch.randn(4096, 4096))
+    weight = qlora_ext.dequantize_4bit(packed, state)
+    assert all("hg" in mapping_flags(tensor.data_ptr() + 2**22) for tensor in (packed, weight))

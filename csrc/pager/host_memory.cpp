@@ -4,12 +4,14 @@
 
 #include <new>
 
+#include "../huge_pages.h"
+
 namespace qlora::pager {
 namespace {
 
 // Pages of the pager lie in huge pages: a walk over memory in 4 KiB pages waits for their addresses. Those that are
 // multiples of a huge page begin at one; the system maps smaller ones side by side, where the kernel joins them.
-constexpr std::int64_t kHuge = 2 << 20;
+constexpr std::int64_t kHuge = kHugePage;
 
 }  // namespace
 
@@ -25,9 +27,7 @@ std::byte* allocate_host(std::int64_t bytes) {
     if (before != extra) ::munmap(memory + before + bytes, static_cast<std::size_t>(extra - before));
     memory += before;
   }
-#ifdef MADV_HUGEPAGE
-  ::madvise(memory, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);  // a wish: no error if it is not granted
-#endif
+  advise_huge_pages(memory, static_cast<std::size_t>(bytes));
   return memory;
 }
 

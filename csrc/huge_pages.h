@@ -1,0 +1,24 @@
+// Memory in huge pages, where the system gives them to who asks.
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qlora {
+
+constexpr std::size_t kHugePage = 2 << 20;
+
+// For the whole pages of memory that has not been written yet.
+inline void advise_huge_pages(void* memory, std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto address = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: no error if it is not granted
+#endif
+}
+
+}  // namespace qlora
