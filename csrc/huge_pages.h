@@ -11,8 +11,8 @@ namespace qlora {
 
 constexpr std::size_t kHugePage = 2 << 20;
 
-// For the whole pages of memory that has not been written yet.
-inline void advise_huge_pages(void* memory, std::size_t bytes) {
+// For the whole pages of memory, best before it is written; there must be one.
+inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
   const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
   const auto address = reinterpret_cast<std::uintptr_t>(memory);

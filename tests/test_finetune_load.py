@@ -41,8 +41,20 @@ def test_attention_is_the_one_asked_for(tmp_path: Path) -> None:
         model = load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention=kind)
         assert model.config._attn_implementation == kind
         logits.append(model(ids).logits)
-    assert not torch.equal(*logits)
     torch.testing.assert_close(*logits)
+
+
+def test_only_a_package_of_the_attention_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path)
+
+    def lacking(*_: Any, **__: Any) -> None:
+        raise ImportError("needs a package")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", lacking)
+    with pytest.raises(ImportError, match="needs a package"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="--attention eager: needs a package"):
+        load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention="eager")
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

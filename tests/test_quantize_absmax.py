@@ -13,7 +13,7 @@ def check(absmax: torch.Tensor) -> None:
     assert_same(quantize_absmax(absmax), reference.quantize_absmax(absmax))
 
 
-@pytest.mark.parametrize("shape", [(1000, 64), (3, 1001), (2, 3, 128), (256,), (257,), (1,), (), (0,), (0, 4)])
+@pytest.mark.parametrize("shape", [(1000, 64), (3, 1001), (2, 3, 128), (256,), (257,), (2047,), (1,), (), (0,), (0, 4)])
 def test_bytes_equal_reference(shape: tuple[int, ...], cpu_path: str) -> None:
     check(torch.rand(shape))
 
@@ -47,9 +47,10 @@ def test_group_without_spread_is_exact(cpu_path: str) -> None:
     assert nested_offset == absmax[0, 0]
 
 
-def test_offset_is_summed_in_fp64_in_order(cpu_path: str) -> None:
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_offset_is_summed_in_fp64_in_order(n: int, cpu_path: str) -> None:
     """In fp32, or in another order, 2^60 would swallow other values than it does here."""
-    absmax = torch.rand(1024, dtype=torch.float32)
+    absmax = torch.rand(n, dtype=torch.float32)
     absmax[300], absmax[900] = 2.0**60, -(2.0**60)
     check(absmax)
 

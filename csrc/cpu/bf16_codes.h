@@ -7,6 +7,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
 
 #include "../codec.h"
@@ -17,7 +18,7 @@ constexpr int kBf16Steps = 1024;
 constexpr int kBf16BinBits = 5;
 constexpr int kBf16Bins = 2 * kBf16Steps >> kBf16BinBits;
 
-// The bits of an absmax for which the codes hold: finite, no step of it is subnormal, nor the inverse.
+// The bits of an absmax for which the codes hold, with a margin: finite, no step of it is subnormal, nor the inverse.
 constexpr std::uint32_t kBf16AbsmaxBegin = 10 << 7, kBf16AbsmaxEnd = 250 << 7;
 
 // entry[mantissa of absmax][bin mod 64]: what must be added to a key for its code to stand above the lowest 5 bits.

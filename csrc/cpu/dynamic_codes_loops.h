@@ -15,7 +15,7 @@ struct Scale {
   bool is_finite() const { return largest < 0x7f800000u; }
 };
 
-// Not inlined: one copy serves all dtypes of parameters and gradients, and keeps its constants in registers.
+// Not inlined: one copy serves all that the optimizer is compiled for, and keeps its constants in registers.
 template <typename Codes>
 [[gnu::noinline]] void encode_block(const Codes& codes, const float* values, std::int64_t count, const Scale& scale,
                                     std::uint8_t* out) {

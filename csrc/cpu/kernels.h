@@ -15,9 +15,10 @@ void quantize_4bit(const void* weight, DType dtype, std::int64_t n, std::int64_t
 // out[i - begin] = round_to_dtype(value[code i] * absmax of i's block), for elements [begin, end).
 void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
 
-// The mean of absmax[n] as the format defines it: groups of 256 summed in order in fp64, then the groups in order. /
-// The sums of groups [begin, end), and the mean from those of all.
+// The sums of groups [begin, end) of 256 of absmax[n], in order, in fp64.
 void sum_absmax(const float* absmax, std::int64_t n, std::int64_t begin, std::int64_t end, double* sums);
+
+// The mean of absmax[n] as the format defines it: those sums of all groups added up in order.
 float absmax_offset(const double* sums, std::int64_t groups, std::int64_t n);
 
 // Groups [begin, end) of 256 of absmax[n]: codes[i] and nested_absmax[group].

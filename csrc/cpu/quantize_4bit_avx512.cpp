@@ -1,10 +1,12 @@
 // quantize_4bit for AVX512 (F, BW, DQ, VL): whole blocks. The codes of 32 values at once take a comparison and a
 // lookup.
-#include "bf16_codes.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "bf16_codes.h"
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
@@ -207,13 +209,13 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, QuantType quant_ty
       largest[i] = _mm512_castsi512_ps(largest_magnitudes(weight + block * blocksize, blocksize));
     }
     const __m512 each = largest_float(_mm512_castps_si512(across_lanes(largest, Larger<T>{})), T{});
-    alignas(64) float inverse[kTogether];
     _mm512_mask_storeu_ps(absmax + first, static_cast<__mmask16>((1u << blocks) - 1), each);
     const std::int64_t begins = first * blocksize;
     if (quant_type == QuantType::NF4 && blocks == kTogether &&
         encode_by_steps(weight + begins, blocksize, each, packed + begins / 2)) {
       continue;
     }
+    alignas(64) float inverse[kTogether];
     // inverse_absmax of each: a maximum with NaN is its second operand.
     _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(1e-38f), each)));
     for (std::int64_t block = 0; block < blocks; ++block) {

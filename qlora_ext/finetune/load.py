@@ -82,7 +82,9 @@ def load_model(
     with init_empty_weights(include_buffers=False):
         try:
             model: Any = AutoModelForCausalLM.from_config(checkpoint.config(), **built)
-        except ImportError as error:  # the package of a flash_attention
+        except ImportError as error:
+            if attention is None:
+                raise
             raise ValueError(f"--attention {attention}: {error}") from error
     if get_model_conversion_mapping(model, add_legacy=False):
         # transformers rearranges this architecture's checkpoints while loading (fused experts, for one).

@@ -31,8 +31,8 @@ struct Quantized {
 Quantized quantize(const std::vector<BFloat16>& weight, std::int64_t blocksize) {
   const auto n = static_cast<std::int64_t>(weight.size());
   const std::int64_t blocks = (n + blocksize - 1) / blocksize;
-  std::vector<std::uint8_t> packed(weight.size() / 2);
-  std::vector<float> absmax(static_cast<std::size_t>(blocks));
+  std::vector<std::uint8_t> packed(weight.size() / 2 + 64, 0xa5);  // what lies behind must stay as it is
+  std::vector<float> absmax(static_cast<std::size_t>(blocks) + 16, 3.0f);
   cpu::quantize_4bit(weight.data(), DType::BFloat16, n, blocksize, QuantType::NF4, 0, blocks, packed.data(),
                      absmax.data());
   return {packed, bits_of(absmax)};

@@ -90,6 +90,7 @@ int main() {
     for (QuantType quant_type : {QuantType::NF4, QuantType::FP4}) {
       for (std::int64_t blocksize : {32, 64, 256, 4096}) check(3 * 4096 + 4097, blocksize, dtype, quant_type);
       check(1, 64, dtype, quant_type);
+      check(2047 * 32, 32, dtype, quant_type);  // eight groups of absmax, the last of them short
     }
   }
   return failures();
