@@ -60,7 +60,9 @@ void update(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
 #if defined(__x86_64__)
   if (const Path chosen = path(); chosen != Path::Portable) {
     const std::int64_t whole = std::max(begin, std::min(end, task.slice->count / kAdamwBlock));
-    const auto vector_kernel = chosen == Path::Avx2 ? adamw_avx2 : adamw_avx512;
+    const auto vector_kernel = chosen == Path::Avx2     ? adamw_avx2
+                               : chosen == Path::Avx512 ? adamw_avx512
+                                                        : adamw_avx512_vbmi;
     vector_kernel(task, begin, whole);
     begin = whole;
   }

@@ -1,4 +1,4 @@
-// AdamW for AVX512 (F, BW, DQ, VL): whole blocks, 16 elements at a time.
+// AdamW for AVX512 (F, BW, DQ, VL): whole blocks.
 #include "adamw.h"
 #include "dynamic_codes.h"
 
@@ -7,76 +7,11 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
-#include "adamw_loops.h"
-#include "dynamic_codes_avx512.h"
-#include "simd_avx512.h"
+#include "dynamic_lookup_avx512.h"
+
+#include "adamw_avx512.h"
 
 namespace qlora::cpu {
-namespace {
-
-struct Avx512 {
-  using V = __m512;
-  static constexpr std::int64_t kLanes = 16;
-
-  static V splat(float x) { return _mm512_set1_ps(x); }
-  static V multiply(V a, V b) { return _mm512_mul_ps(a, b); }
-  static V add(V a, V b) { return _mm512_add_ps(a, b); }
-  static V subtract(V a, V b) { return _mm512_sub_ps(a, b); }
-  static V divide(V a, V b) { return _mm512_div_ps(a, b); }
-  static V sqrt(V a) { return _mm512_sqrt_ps(a); }
-
-  template <typename T>
-  static V load(const T* from) {
-    return load16(from);
-  }
-  template <typename T>
-  static void store(T* to, V x) {
-    store16(to, x);
-  }
-
-  struct Random {
-    __m512i low, high;  // halves of the key, the low ones with the elements' part
-
-    explicit Random(std::uint64_t block_key)
-        : low(_mm512_add_epi32(
-              _mm512_set1_epi32(static_cast<int>(block_key)),
-              _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                 _mm512_set1_epi32(static_cast<int>(kAdamwStride))))),
-          high(_mm512_set1_epi32(static_cast<int>(block_key >> 32))) {}
-
-    __m512i bits(std::int64_t i) const {
-      const auto offset = static_cast<int>(static_cast<std::uint32_t>(i) * kAdamwStride);
-      __m512i x = _mm512_add_epi32(low, _mm512_set1_epi32(offset));
-      x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
-      x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(kAdamwMix1)));
-      x = _mm512_xor_si512(x, high);
-      x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
-      x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(kAdamwMix2)));
-      return _mm512_srli_epi32(x, 16);
-    }
-  };
-
-  static void round(BFloat16* to, V x, const Random& random, std::int64_t i) {
-    const __m512i sum = _mm512_add_epi32(_mm512_castps_si512(x), random.bits(i));
-    const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
-                                                  _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
-  }
-
-  struct Largest {
-    __m512i largest;
-    Largest() : largest(_mm512_setzero_si512()) {}
-    void add(V x) {
-      largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
-    }
-    std::uint32_t bits() const { return _mm512_reduce_max_epu32(largest); }
-  };
-
-  template <bool kSigned>
-  using Codes = DynamicCodes<kSigned>;
-};
-
-}  // namespace
 
 void adamw_avx512(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
   update_slice<Avx512>(task, begin, end);

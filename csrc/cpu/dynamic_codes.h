@@ -1,5 +1,5 @@
 // How the vector kernels encode the 8-bit states of an optimizer, and absmax, without searches, and AVX2 decodes states
-// without lookups (AVX512: dynamic_lookup_avx512.h): by what the dynamic codebooks are made of. The results are those
+// without lookups (AVX512: dynamic_lookup_avx512*.h): by what the dynamic codebooks are made of. The results are those
 // of the codebooks, bit for bit.
 //
 // The rank of a magnitude is its number among the ascending ones of its codebook, from 0 at 0.

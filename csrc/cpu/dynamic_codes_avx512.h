@@ -1,13 +1,13 @@
 // The 8-bit codes of the dynamic codebooks for AVX512 (F, BW, DQ, VL): what dynamic_codes.h tells, in registers. A file
-// of kernels includes this inside its target region, after dynamic_codes.h.
-#include "dynamic_lookup_avx512.h"
+// of kernels includes this inside its target region, after dynamic_codes.h and dynamic_lookup_avx512.h or its twin for
+// VBMI.
 
 namespace qlora::cpu {
 namespace {
 
 template <bool kSigned>
 struct DynamicCodes {
-  static constexpr std::int64_t kDecoded = 2, kEncoded = 64;
+  static constexpr std::int64_t kDecoded = kLookedUp / 16, kEncoded = 64;
   __m512i end, last;
   __m512 scale, offset;
 
@@ -25,8 +25,8 @@ struct DynamicCodes {
         scale(_mm512_castsi512_ps(sixteen_lines(kLines<kSigned>.scale))),
         offset(_mm512_castsi512_ps(sixteen_lines(kLines<kSigned>.offset))) {}
 
-  void decode(const std::uint8_t* codes, __m512* values) const {
-    decode_dynamic<book()>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), values);
+  void decode(const std::uint8_t* codes, __m512 (&values)[kDecoded]) const {
+    decode_dynamic<book()>(_mm512_maskz_loadu_epi8(~0ull >> (64 - kLookedUp), codes), values);
   }
 
   // 64 values.

@@ -1,5 +1,6 @@
 // The values of 8-bit codes of a dynamic codebook, 32 at once: in halves, as registers hold tables for lookups of 64
-// words but of 32 floats only. A file of kernels includes this inside its target region.
+// words but of 32 floats only. With VBMI, dynamic_lookup_avx512_vbmi.h does the same faster. A file of kernels includes
+// one of the two inside its target region.
 #include "../codebook.h"  // before a target region
 
 namespace qlora::cpu {
@@ -30,11 +31,13 @@ inline __m512i look_up_words(const std::uint16_t* table, __m512i codes) {
                                  _mm512_mask_blend_epi16(bit6, among(128), among(192)));
 }
 
+constexpr int kLookedUp = 32;  // codes at once, in the lowest bytes
+
 template <const DynamicCodebook& kBook>
-inline void decode_dynamic(__m256i codes, __m512* values) {
+inline void decode_dynamic(__m512i codes, __m512 (&values)[kLookedUp / 16]) {
   static constexpr DynamicHalves kHalves = halve(kBook);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undone by unpacking
-  const __m512i words = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(codes, order));
+  const __m512i words = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(_mm512_castsi512_si256(codes), order));
   const __m512i low = look_up_words(kHalves.low, words), high = look_up_words(kHalves.high, words);
   values[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
   values[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));

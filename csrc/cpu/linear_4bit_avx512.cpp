@@ -7,6 +7,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
+#include "dynamic_lookup_avx512.h"
 #include "linear_4bit_tiles_avx512.h"
 
 namespace qlora::cpu {

@@ -1,7 +1,6 @@
 // What linear_4bit's AVX512 kernels, fp32 and bf16, share: sums of 16 lanes, absmax, and which of a chunk's absmax a
 // lane takes: that of the run of 32 weights that Isa::run_of_lane names. A file of kernels includes this inside its
-// target region.
-#include "dynamic_lookup_avx512.h"
+// target region, after dynamic_lookup_avx512.h or its twin for VBMI.
 #include "linear_4bit_loops.h"
 #include "simd_avx512.h"
 
@@ -15,7 +14,7 @@ struct SumsAvx512 {
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static Vector add_lanes(const Vector* x) { return across_lanes(x, Sum{}); }
 
-  // Of `count` blocks from `first` on; writes up to a multiple of 32.
+  // Of `count` blocks from `first` on; writes up to a multiple of kLookedUp.
   static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
     if (w.nested_absmax == nullptr) {
       const float* from = static_cast<const float*>(w.absmax) + first;
@@ -23,24 +22,22 @@ struct SumsAvx512 {
         _mm512_storeu_si512(absmax + i, load_bytes(from + i, 4 * (count - i)));
       return;
     }
-    for (std::int64_t i = 0; i < count; i += 32) {
-      const std::uint32_t present = count - i < 32 ? (1u << (count - i)) - 1 : ~0u;
-      const auto low = static_cast<__mmask16>(present), high = static_cast<__mmask16>(present >> 16);
-      const __m512i bytes = load_bytes(static_cast<const std::uint8_t*>(w.absmax) + first + i, count - i);
-      __m512 values[2];
-      decode_dynamic<kDynamicCodebook>(_mm512_castsi512_si256(bytes), values);
+    const __m512 offset = _mm512_set1_ps(*w.nested_offset);
+    for (std::int64_t i = 0; i < count; i += kLookedUp) {
+      const std::uint64_t present = first_bits(count - i < kLookedUp ? count - i : kLookedUp);
+      const __m512i codes = _mm512_maskz_loadu_epi8(present, static_cast<const std::uint8_t*>(w.absmax) + first + i);
+      __m512 values[kLookedUp / 16];
+      decode_dynamic<kDynamicCodebook>(codes, values);
       // Of one group, or of two.
       const std::int64_t group = (first + i) / kNestedBlocksize, rest = (group + 1) * kNestedBlocksize - (first + i);
-      const std::uint32_t of_next = rest < 32 ? ~0u << rest & present : 0;
+      const std::uint64_t of_next = present & ~first_bits(rest);
       const __m512 scale = _mm512_set1_ps(w.nested_absmax[group]);
       const __m512 next = _mm512_set1_ps(w.nested_absmax[of_next == 0 ? group : group + 1]);
-      const __m512 offset = _mm512_set1_ps(*w.nested_offset);
-      const auto decode = [&](__m512 value, __mmask16 mask, std::uint32_t of_next_half) {
-        const __m512 nested = _mm512_mask_blend_ps(static_cast<__mmask16>(of_next_half), scale, next);
-        return _mm512_maskz_add_ps(mask, _mm512_mul_ps(value, nested), offset);
-      };
-      _mm512_storeu_ps(absmax + i, decode(values[0], low, of_next));
-      _mm512_storeu_ps(absmax + i + 16, decode(values[1], high, of_next >> 16));
+      for (int j = 0; j < kLookedUp; j += 16) {
+        const __m512 nested = _mm512_mask_blend_ps(static_cast<__mmask16>(of_next >> j), scale, next);
+        const __m512 product = _mm512_mul_ps(values[j / 16], nested);
+        _mm512_storeu_ps(absmax + i + j, _mm512_maskz_add_ps(static_cast<__mmask16>(present >> j), product, offset));
+      }
     }
   }
 

@@ -1,13 +1,15 @@
-// linear_4bit for few rows, AVX512_BF16: 256 weights at a time. A word holds 4 codes; vpermw looks at the lowest 5 bits
-// of each, so that with the codes written twice, shifts alone bring them there. Two vectors of 128 weights exchange
-// every other 8 bytes first: a lane then has 16 products of one block to add up before it must be scaled, not 8.
+// linear_4bit for few rows, AVX512_BF16 and VBMI: 256 weights at a time. A word holds 4 codes; vpermw looks at the
+// lowest 5 bits of each, so that with the codes written twice, shifts alone bring them there. Two vectors of 128
+// weights exchange every other 8 bytes first: a lane then has 16 products of one block to add up before it must be
+// scaled, not 8.
 #include "linear_4bit.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")
 
+#include "dynamic_lookup_avx512_vbmi.h"
 #include "linear_4bit_tiles_avx512.h"
 
 namespace qlora::cpu {

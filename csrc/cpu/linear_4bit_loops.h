@@ -7,7 +7,7 @@
 //   kDType         of x as it is multiplied; Element is the type
 //   element        of a chunk of x that lies at place i
 //   Vector         fp32 sums; a lane's weights of a chunk are of one run of 32, so that they share an absmax
-//   decode_absmax  absmax of blocks as numbers; writes up to a multiple of 32
+//   decode_absmax  absmax of blocks as numbers; writes up to a multiple of 32, or of 64
 //   multiply       a chunk of W times the chunk of each row of x, each lane its own sum, not yet scaled
 //   copy_bytes     to a chunk, with zeros behind them
 //   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out; with zeros for lanes
@@ -21,7 +21,7 @@ constexpr std::int64_t kRowBlock = kFewRowsBorder;  // rows of W that meet a seg
 constexpr std::int64_t kRowsToL1 = 2;               // ahead, that are fetched
 constexpr std::int64_t kRowsToL2 = 4;               // likewise; straight to the L1 memory is read more slowly
 constexpr std::int64_t kMaxSegment = 4096;          // weights
-constexpr std::int64_t kAbsmaxBehind = 32;  // numbers that decode_absmax may write, or `scales` read, beyond the last
+constexpr std::int64_t kAbsmaxBehind = 64;  // numbers that decode_absmax may write, or `scales` read, beyond the last
 constexpr int kMostRows = 4;                // of x that are multiplied at once
 
 // Weights of a row that are multiplied at a time: their part of x, so many bytes a weight, stays in the L1, and a third

@@ -26,7 +26,7 @@ Path best_path() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return Path::Avx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? Path::Avx512Bf16 : Path::Avx512;
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") ? Path::Avx512Bf16 : Path::Avx512;
 #else
   return Path::Portable;
 #endif
@@ -69,7 +69,8 @@ std::vector<std::string> path_names() {
 
 bool multiplies_bf16() {
 #if defined(__x86_64__)
-  return best_path() == Path::Avx512Bf16;
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
 #else
   return true;  // not known: let torch decide
 #endif

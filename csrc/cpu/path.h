@@ -6,7 +6,8 @@
 
 namespace qlora::cpu {
 
-// Ascending: each path may use all that the ones before it may.
+// Ascending: each path may use all that the ones before it may. Avx512 is F, BW, DQ and VL; Avx512Bf16 adds BF16 and
+// VBMI, which all CPUs with BF16 have but for Cooper Lake.
 enum class Path : int { Portable = 0, Avx2 = 1, Avx512 = 2, Avx512Bf16 = 3 };
 
 Path path();

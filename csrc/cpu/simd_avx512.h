@@ -33,9 +33,13 @@ void store16(T* to, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round16(x, T{}));
 }
 
+inline std::uint64_t first_bits(std::int64_t count) {
+  return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
+}
+
 // `count` bytes, of which 64 count, and zeros behind them.
 inline __m512i load_bytes(const void* from, std::int64_t count) {
-  return _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1, from);
+  return _mm512_maskz_loadu_epi8(first_bits(count), from);
 }
 
 // The words of both halves in turn, for vpermw: word 2j is word j, word 2j + 1 is word 16 + j.
