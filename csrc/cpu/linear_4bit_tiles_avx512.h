@@ -107,11 +107,19 @@ void arrange_for_tiles(const void* x, DType dtype, std::int64_t rows, std::int64
   });
 }
 
-// Onto the sums of a tile of y, [kRows][kTileRows]: `count` weights of kTileRows rows of W times the same part of x.
+// kTileRows rows of W, so far from each other, and what is fetched meanwhile: the next tile's, likewise.
+struct TileOfW {
+  const std::uint8_t* packed;
+  std::int64_t stride;
+  const std::uint8_t* next;
+  std::int64_t next_stride;
+};
+
+// Onto the sums of a tile of y, [kRows][kTileRows]: `count` weights of each of W's rows times the same part of x.
 template <typename Isa, int kRows>
-[[gnu::noinline]] void multiply_tile(const Isa& isa, const typename Isa::Element* x, const std::uint8_t* packed,
-                                     std::int64_t row_bytes, std::int64_t count, std::int64_t blocksize,
-                                     const TileScales& scales, float* sums) {
+[[gnu::noinline]] void multiply_tile(const Isa& isa, const typename Isa::Element* x, const TileOfW& w,
+                                     std::int64_t count, std::int64_t blocksize, const float (*scales)[kTileRows],
+                                     float* sums) {
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(blocksize));
   const std::int64_t block = blocksize < kTileBlock ? blocksize : kTileBlock;
   for (std::int64_t at = 0; at < count; at += block) {
@@ -119,12 +127,10 @@ template <typename Isa, int kRows>
     for (auto& of_row : products) {
       for (auto& product : of_row) product = _mm512_setzero_ps();
     }
-    for (int row = kTileRows; row < 2 * kTileRows; ++row) {  // the next tile's
-      __builtin_prefetch(packed + at / 2 + row * row_bytes, 0, 2);
-    }
+    for (int row = 0; row < kTileRows; ++row) __builtin_prefetch(w.next + at / 2 + row * w.next_stride, 0, 2);
     for (std::int64_t run = at; run < at + block; run += kRun) {
       __m512i dwords[4];
-      load_columns(packed + run / 2, row_bytes, dwords);
+      load_columns(w.packed + run / 2, w.stride, dwords);
 #pragma GCC unroll 4
       for (int d = 0; d < 4; ++d) {
 #pragma GCC unroll 8
@@ -139,11 +145,25 @@ template <typename Isa, int kRows>
       }
     }
     asm volatile("" ::: "memory");  // the sums stay there: in registers, they would push the products out of them
-    const __m512 scale = _mm512_load_ps(scales.value[at >> shift]);
+    const __m512 scale = _mm512_load_ps(scales[at >> shift]);
     for (int m = 0; m < kRows; ++m) {
       float* sum = sums + m * kTileRows;
       _mm512_store_ps(sum, _mm512_fmadd_ps(products[m][0] + products[m][1], scale, _mm512_load_ps(sum)));
     }
+  }
+}
+
+// Calls multiply(w, at, part) for all of the `count` weights of the rows, parts of them one after the other. Rows that
+// are a multiple of 4 KB apart lie in the same few lines of the L1, which are needed four times each: copied first.
+template <typename Multiply>
+void each_part_of_tile(const std::uint8_t* packed, std::int64_t row_bytes, std::int64_t count, Multiply&& multiply) {
+  const std::uint8_t* next = packed + kTileRows * row_bytes;
+  if (row_bytes % 4096 != 0) return multiply({packed, row_bytes, next, row_bytes}, 0, count);
+  constexpr std::int64_t kBytes = 256;
+  alignas(64) std::uint8_t copy[kTileRows][kBytes + 64];
+  for (std::int64_t byte = 0; byte < count / 2; byte += kBytes) {
+    for (int row = 0; row < kTileRows; ++row) __builtin_memcpy(copy[row], packed + byte + row * row_bytes, kBytes);
+    multiply({copy[0], sizeof copy[0], next + byte, row_bytes}, 2 * byte, 2 * kBytes);
   }
 }
 
@@ -167,8 +187,11 @@ void multiply_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
       const std::int64_t count = p.K - k < kMaxSegment ? p.K - k : kMaxSegment;
       TileScales scales;
       scales.decode(p.w, first, p.K, k, count);
-      multiply_tile<Isa, kRows>(isa, x + k * kRows, p.w.packed + (first * p.K + k) / 2, p.K / 2, count, p.w.blocksize,
-                                scales, sums);
+      const std::uint8_t* packed = p.w.packed + (first * p.K + k) / 2;
+      each_part_of_tile(packed, p.K / 2, count, [&](const TileOfW& w, std::int64_t at, std::int64_t part) {
+        multiply_tile<Isa, kRows>(isa, x + (k + at) * kRows, w, part, p.w.blocksize, scales.value + at / p.w.blocksize,
+                                  sums);
+      });
     }
     const std::int64_t behind = first + kTileRows < end ? 0 : first + kTileRows - end;
     const auto lanes = static_cast<__mmask16>(0xffffu >> behind & 0xffffu << (row - first));
