@@ -13,7 +13,7 @@ CUDA_VENV := .venv-cuda
 DEMO := build/demo
 DEMO_FLAGS ?= --steps 60
 
-.PHONY: demo test lint bench ctest aarch64 cuda gpu clean
+.PHONY: demo test lint bench trainings ctest aarch64 cuda gpu clean
 
 demo: $(VENV)/.installed-finetune  ## fine-tune SmolLM2-135M-Instruct with QLoRA and print what it reached
 	$(BIN)/python examples/demo_data.py --output $(DEMO)
@@ -40,8 +40,11 @@ gpu: export PATH := $(USER_PATH)
 gpu:  ## on a machine with a GPU: build into the environment of PYTHON, all tests, compute-sanitizer, the CUDA benches
 	tools/gpu_suite.sh $(PYTHON)
 
-bench: $(VENV)/.installed-dev  ## all benchmarks into bench/results/, then the tables of README.md
+bench: $(VENV)/.installed-dev  ## all benchmarks but the trainings into bench/results/, then the tables of README.md
 	$(BIN)/python bench/report.py --run
+
+trainings: $(VENV)/.installed-dev  ## the demo with each method and each optimizer, likewise
+	$(BIN)/python bench/report.py --run trainings
 
 clean:
 	rm -rf build $(VENV) $(CUDA_VENV) qlora_ext/*.so *.egg-info

@@ -1,4 +1,4 @@
-"""Write the result tables of README.md and the plots from bench/results/; with --run, measure them all first.
+"""Write the result tables of README.md and the plots from bench/results/; with --run, measure first.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. `--check` changes nothing and fails if one is stale.
 """
@@ -16,22 +16,33 @@ import plots
 import record
 from tables import TABLES
 
+import qlora_ext._C as _C
+
 ROOT = Path(__file__).parent.parent
-RUNS = (
-    ["examples/demo_data.py", "--output", "build/demo"],
-    ["bench/bench_linear_4bit.py", "--dtype", "bf16", "fp32"],
-    ["bench/bench_linear_4bit_dgrad.py"],
-    ["bench/bench_lora_linear_4bit.py", "--mode", "cold", "--rows", "1", "16", "128", "512", "2048"],
-    ["bench/bench_quantize_4bit.py", "--dtype", "bf16", "fp32"],
-    ["bench/bench_dequantize_4bit.py", "--dtype", "bf16", "fp32"],
-    ["bench/quantization_error.py"],
-    ["bench/bench_train_step.py", "--model", "build/demo/model.gguf"],
-    ["bench/bench_generate.py"],
-    ["bench/bench_optimizer.py"],
-    ["bench/compare_methods.py"],
-    ["bench/compare_optimizers.py"],
-    ["bench/sass_report.py"],
-)
+DEMO_DATA = ["examples/demo_data.py", "--output", "build/demo"]
+MANY_ROWS = ["--rows", "16", "128", "512", "2048"]
+PATHS_OF_FP32 = ("avx2", "avx512")  # which torch is held to as well, where a better one multiplies bf16
+TRAININGS = (["bench/compare_methods.py"], ["bench/compare_optimizers.py"])
+
+
+def benches(cpu_paths: list[str]) -> list[list[str]]:
+    """Every bench but those that train: what `make bench` runs on a machine with these CPU paths, ascending."""
+    linear, few = "bench/bench_linear_4bit.py", ["--shapes", "4096x4096", "--rows", "1", "4", "16", "128", "512"]
+    best_has_bf16 = cpu_paths[-1] == "avx512_bf16"
+    fp32 = [path for path in cpu_paths[:-1] if path in PATHS_OF_FP32]
+    return [
+        [linear, "--dtype", "bf16", *([] if best_has_bf16 else ["fp32"])],
+        *([linear, "--dtype", "fp32", "--cpu-path", path, *few] for path in fp32),
+        ["bench/bench_linear_4bit_dgrad.py", *MANY_ROWS],
+        ["bench/bench_lora_linear_4bit.py", "--mode", "cold", "--rows", "1", *MANY_ROWS[1:]],
+        ["bench/bench_quantize_4bit.py", "--dtype", "bf16", "fp32"],
+        ["bench/bench_dequantize_4bit.py", "--dtype", "bf16", "fp32"],
+        ["bench/quantization_error.py"],
+        ["bench/bench_train_step.py", "--model", "build/demo/model.gguf", "--compile"],
+        ["bench/bench_generate.py"],
+        ["bench/bench_optimizer.py"],
+        ["bench/sass_report.py"],
+    ]
 
 
 def markdown(name: str) -> str:
@@ -57,11 +68,13 @@ def filled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="measure everything first; each bench says what it is at")
+    measured = "first measure: everything but trainings, or those; each bench says what it is at"
+    parser.add_argument("--run", nargs="?", const="benches", choices=["benches", "trainings"], help=measured)
     parser.add_argument("--check", action="store_true", help="only fail if a table is stale")
     args = parser.parse_args()
     if args.run:
-        for command in RUNS:
+        commands = benches(_C.cpu_paths()) if args.run == "benches" else TRAININGS
+        for command in (DEMO_DATA, *commands):
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     readme = ROOT / "README.md"
     text = readme.read_text()

@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Shape]] = {
     },
 }
 DEFAULT = ("4096x4096", "14336x4096")  # the second is gate_proj and up_proj of Llama 3 8B
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+ROWS = (1, 2, 3, 4, 8, 16, 32, 128, 512, 2048)
 
 
 def select(names: list[str]) -> list[Shape]:

@@ -18,6 +18,7 @@ import limits
 import options
 import plots
 import record
+import report
 import shapes
 import suite
 import tables
@@ -286,3 +287,12 @@ def test_a_machine_replaces_its_own_rows_only(tmp_path: Path, monkeypatch: pytes
     }
     record.replace("op", [second], every_machine=True)
     assert record.read("op") == [second]
+
+
+@pytest.mark.parametrize("best", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_no_bench_replaces_the_rows_of_another(best: str) -> None:
+    paths = ["portable", "avx2", "avx512", "avx512_bf16"]
+    runs = report.benches(paths[: paths.index(best) + 1])
+    rows = [(run[0], run[run.index("--cpu-path") + 1] if "--cpu-path" in run else best) for run in runs]
+    assert len(set(rows)) == len(rows)
+    assert all((report.ROOT / script).exists() for script, *_ in [*runs, *report.TRAININGS, report.DEMO_DATA])
