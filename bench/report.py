@@ -31,8 +31,8 @@ def benches(cpu_paths: list[str]) -> list[list[str]]:
     best_has_bf16 = cpu_paths[-1] == "avx512_bf16"
     fp32 = [path for path in cpu_paths[:-1] if path in PATHS_OF_FP32]
     return [
-        [linear, "--dtype", "bf16", *([] if best_has_bf16 else ["fp32"])],
         *([linear, "--dtype", "fp32", "--cpu-path", path, *few] for path in fp32),
+        [linear, "--dtype", "bf16", *([] if best_has_bf16 else ["fp32"])],
         ["bench/bench_linear_4bit_dgrad.py", *MANY_ROWS],
         ["bench/bench_lora_linear_4bit.py", "--mode", "cold", "--rows", "1", *MANY_ROWS[1:]],
         ["bench/bench_quantize_4bit.py", "--dtype", "bf16", "fp32"],
@@ -46,8 +46,9 @@ def benches(cpu_paths: list[str]) -> list[list[str]]:
 
 
 def markdown(name: str) -> str:
-    """The table and the plots of one result, for each machine that has it, with its versions and commit."""
-    parts = [_of_machine(name, machine, rows) for machine, rows in record.by_machine(record.read(name)).items()]
+    """The table and the plots of one result, for each machine that has it, the last first, with versions and commit."""
+    machines = list(record.by_machine(record.read(name)).items())
+    parts = [_of_machine(name, machine, rows) for machine, rows in reversed(machines)]
     return "\n".join(parts) or "\n(not measured yet)\n"
 
 

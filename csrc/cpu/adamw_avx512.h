@@ -70,5 +70,4 @@ struct Avx512 {
 };
 
 }  // namespace
-
 }  // namespace qlora::cpu
