@@ -21,18 +21,21 @@ import qlora_ext._C as _C
 ROOT = Path(__file__).parent.parent
 DEMO_DATA = ["examples/demo_data.py", "--output", "build/demo"]
 MANY_ROWS = ["--rows", "16", "128", "512", "2048"]
-PATHS_OF_FP32 = ("avx2", "avx512")  # which torch is held to as well, where a better one multiplies bf16
+VECTOR_PATHS = (
+    "avx2",
+    "avx512",
+)  # fp32 is measured on those below the one in use, too, torch held to their instructions
 TRAININGS = (["bench/compare_methods.py"], ["bench/compare_optimizers.py"])
 
 
 def benches(cpu_paths: list[str]) -> list[list[str]]:
-    """Every bench but those that train: what `make bench` runs on a machine with these CPU paths, ascending."""
+    """Every bench but those that train: what `make bench` runs with these CPU paths, of which the last is in use."""
     linear, few = "bench/bench_linear_4bit.py", ["--shapes", "4096x4096", "--rows", "1", "4", "16", "128", "512"]
-    best_has_bf16 = cpu_paths[-1] == "avx512_bf16"
-    fp32 = [path for path in cpu_paths[:-1] if path in PATHS_OF_FP32]
+    has_bf16 = cpu_paths[-1] == "avx512_bf16"
+    fp32 = [path for path in cpu_paths[:-1] if path in VECTOR_PATHS]
     return [
         *([linear, "--dtype", "fp32", "--cpu-path", path, *few] for path in fp32),
-        [linear, "--dtype", "bf16", *([] if best_has_bf16 else ["fp32"])],
+        [linear, "--dtype", "bf16", *([] if has_bf16 else ["fp32"])],
         ["bench/bench_linear_4bit_dgrad.py", *MANY_ROWS],
         ["bench/bench_lora_linear_4bit.py", "--mode", "cold", "--rows", "1", *MANY_ROWS[1:]],
         ["bench/bench_quantize_4bit.py", "--dtype", "bf16", "fp32"],
@@ -74,7 +77,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only fail if a table is stale")
     args = parser.parse_args()
     if args.run:
-        commands = benches(_C.cpu_paths()) if args.run == "benches" else TRAININGS
+        paths = _C.cpu_paths()
+        in_use = paths[: paths.index(_C.cpu_path()) + 1]
+        commands = benches(in_use) if args.run == "benches" else TRAININGS
         for command in (DEMO_DATA, *commands):
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     readme = ROOT / "README.md"

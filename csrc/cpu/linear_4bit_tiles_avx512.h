@@ -154,7 +154,8 @@ template <typename Isa, int kRows>
 }
 
 // Calls multiply(w, at, part) for all of the `count` weights of the rows, parts of them one after the other. Rows that
-// are a multiple of 4 KB apart lie in the same few lines of the L1, which are needed four times each: copied first.
+// are a multiple of 4 KB apart lie in the same set of the L1, and each of their lines is needed four times: copied
+// first.
 template <typename Multiply>
 void each_part_of_tile(const std::uint8_t* packed, std::int64_t row_bytes, std::int64_t count, Multiply&& multiply) {
   const std::uint8_t* next = packed + kTileRows * row_bytes;

@@ -26,7 +26,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve "auto", "bf16" or "fp32"; "auto" is bfloat16 where the device multiplies it natively."""
+    """Resolve "auto", "bf16" or "fp32"; "auto" is bfloat16 where the kernels of the device multiply it natively."""
     if name == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)

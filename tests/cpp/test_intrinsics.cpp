@@ -229,7 +229,7 @@ void check_floats(Random& random) {
 
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512bf16,avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 void check_bf16(Random& random) {
   const auto a = random.lanes<BFloat16>(), b = random.lanes<BFloat16>();
@@ -245,6 +245,19 @@ void check_bf16(Random& random) {
               [&](int i) { return round_to<BFloat16>(flush(i < 16 ? low.at[i] : high.at[i - 16])); }));
 }
 
+void check_byte_lookups(Random& random) {
+  const auto bytes = random.lanes<std::uint8_t>(), more_bytes = random.lanes<std::uint8_t>();
+  const auto byte_index = random.lanes<std::uint8_t>();
+  const __m512i looked_up = _mm512_permutex2var_epi8(whole(bytes), whole(byte_index), whole(more_bytes));
+  CHECK(holds(stored<std::uint8_t>(looked_up), [&](int i) {
+    const int at = byte_index.at[i] % 128;
+    return at < 64 ? bytes.at[at] : more_bytes.at[at - 64];
+  }));
+  const std::uint64_t upper = _mm512_movepi8_mask(whole(byte_index));
+  CHECK(holds(stored<std::uint8_t>(_mm512_mask_blend_epi8(upper, whole(bytes), whole(more_bytes))),
+              [&](int i) { return byte_index.at[i] >> 7 != 0 ? more_bytes.at[i] : bytes.at[i]; }));
+}
+
 #pragma GCC pop_options
 
 }  // namespace
@@ -257,7 +270,10 @@ int main() {
         check_moves(random);
         check_floats(random);
       }
-      if (path == "avx512_bf16") check_bf16(random);
+      if (path == "avx512_bf16") {
+        check_bf16(random);
+        check_byte_lookups(random);
+      }
     }
   }
   return failures();

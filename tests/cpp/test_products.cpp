@@ -28,9 +28,11 @@ struct Weight {
   std::optional<DoubleQuantized> scales;
   Packed4bit view{};
 
-  Weight(std::int64_t N, std::int64_t K, std::int64_t blocksize, QuantType quant_type, bool double_quant) {
-    const std::int64_t n = N * K, blocks = n / blocksize;
-    const Values values(DType::Float32, n, 0.02f);
+  Weight(std::int64_t N, std::int64_t K, std::int64_t blocksize, QuantType quant_type, bool double_quant)
+      : Weight(Values(DType::Float32, N * K, 0.02f), N * K, blocksize, quant_type, double_quant) {}
+
+  Weight(const Values& values, std::int64_t n, std::int64_t blocksize, QuantType quant_type, bool double_quant) {
+    const std::int64_t blocks = n / blocksize;
     packed.resize(static_cast<std::size_t>(n / 2));
     absmax.resize(static_cast<std::size_t>(blocks));
     decoded.resize(static_cast<std::size_t>(n));
@@ -132,6 +134,34 @@ void check_neighbours(std::int64_t M, DType dtype) {
   cpu::arrange_x(x.bytes.data(), dtype, M, N, K, arranged.get());
   cpu::linear_4bit({arranged.get(), w.view, nullptr, 0, y.bytes.data(), M, N, K, dtype}, 0, N);
   for (std::int64_t i = 0; i < M * N; ++i) CHECK(std::isfinite(y.read(i)) == (i % N != kBad));
+}
+
+// Each block begins with its largest weight, whose code is 1. Of a row of x that is 1 there and 0 elsewhere y is absmax
+// itself, so that one of another block or group is seen. Groups of 256 blocks begin within rows of W.
+void check_absmax(std::int64_t M, std::int64_t blocks_of_row, DType dtype) {
+  constexpr std::int64_t N = 18, kBlock = 64;
+  if (M > cpu::most_few_rows(dtype)) return;
+  const std::int64_t K = blocks_of_row * kBlock;
+  Values values(DType::Float32, N * K, 0.1f);
+  for (std::int64_t block = 0; block < N * blocks_of_row; ++block) {
+    values.set(block * kBlock, static_cast<float>((1 + block % 7) * (1 + 10 * (block / kNestedBlocksize % 3))));
+  }
+  const Weight w(values, N * K, kBlock, QuantType::NF4, true);
+  const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, N, K) + 63) / 64 * 64;
+  const std::unique_ptr<void, decltype(&std::free)> arranged(std::aligned_alloc(64, static_cast<std::size_t>(bytes)),
+                                                             std::free);
+  for (std::int64_t first = 0; first < blocks_of_row; first += M) {
+    Values x(dtype, M * K, 0.0f), y(dtype, M * N);
+    const auto block = [&](std::int64_t m) { return std::min(first + m, blocks_of_row - 1); };
+    for (std::int64_t m = 0; m < M; ++m) x.set(m * K + block(m) * kBlock, 1.0f);
+    cpu::arrange_x(x.bytes.data(), dtype, M, N, K, arranged.get());
+    cpu::linear_4bit({arranged.get(), w.view, nullptr, 0, y.bytes.data(), M, N, K, dtype}, 0, N);
+    Values absmax(dtype, 1);
+    for (std::int64_t i = 0; i < M * N; ++i) {
+      absmax.set(0, w.decoded[static_cast<std::size_t>(i % N * K + block(i / N) * kBlock)]);
+      CHECK_EQ(y.read(i), absmax.read(0));
+    }
+  }
 }
 
 // All of out, in rectangles of at most so many rows, a multiple of their border, and columns.
@@ -249,7 +279,11 @@ int main() {
             std::tuple{12, 18, 8192, 128}, std::tuple{13, 5, 544, 32}, std::tuple{16, 66, 192, 64},
             std::tuple{31, 35, 96, 32}}) {
         // With double quantization, groups of 256 blocks begin within a row of the fourth.
-        check_few_rows(M, N, K, blocksize, dtype, quant_type, M % 2 == 1 || M == 4);
+        check_few_rows(M, N, K, blocksize, dtype, quant_type, M % 2 == 1 || M == 4 || M == 12);
+      }
+      if (dtype != DType::Float16) {  // rows of one segment, and of two
+        for (std::int64_t M : {1, 5}) check_absmax(M, 37, dtype);
+        for (std::int64_t M : {3, 8}) check_absmax(M, 67, dtype);
       }
       // N of unfinished panels and odd; K of unfinished depths (of 256); M of every unfinished tile.
       for (std::int64_t M = 1; M <= 13; ++M) {
