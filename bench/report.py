@@ -21,10 +21,8 @@ import qlora_ext._C as _C
 ROOT = Path(__file__).parent.parent
 DEMO_DATA = ["examples/demo_data.py", "--output", "build/demo"]
 MANY_ROWS = ["--rows", "16", "128", "512", "2048"]
-VECTOR_PATHS = (
-    "avx2",
-    "avx512",
-)  # fp32 is measured on those below the one in use, too, torch held to their instructions
+# fp32 is measured on those below the path in use, too, with torch held to their instructions.
+VECTOR_PATHS = ("avx2", "avx512")
 TRAININGS = (["bench/compare_methods.py"], ["bench/compare_optimizers.py"])
 
 

@@ -48,6 +48,12 @@ struct Weight {
   }
 };
 
+// What arrange_x fills.
+std::unique_ptr<void, decltype(&std::free)> room_for_x(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K) {
+  const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, N, K) + 63) / 64 * 64;
+  return {std::aligned_alloc(64, static_cast<std::size_t>(bytes)), std::free};
+}
+
 // How far a result may be from the exact one, whose terms' absolute values add up to `magnitude`: the sum's rounding in
 // fp32 (or of factors in bf16), and the rounding of the result.
 double allowed(DType operands, DType out, double magnitude, double exact) {
@@ -62,9 +68,7 @@ void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t
   const Weight w(N, K, blocksize, quant_type, double_quant);
   const Values x(dtype, M * K), addend(DType::Float32, M * N);
   Values y(dtype, M * N), in_parts(dtype, M * N);
-  const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, N, K) + 63) / 64 * 64;
-  const std::unique_ptr<void, decltype(&std::free)> arranged(std::aligned_alloc(64, static_cast<std::size_t>(bytes)),
-                                                             std::free);
+  const auto arranged = room_for_x(dtype, M, N, K);
   cpu::arrange_x(x.bytes.data(), dtype, M, N, K, arranged.get());
   const auto* added = reinterpret_cast<const float*>(addend.bytes.data());
   for (const std::int64_t stride : {std::int64_t{0}, N}) {
@@ -99,8 +103,7 @@ void check_mean() {
   const Weight w(N, K, 64, QuantType::NF4, true);
   Values x(DType::BFloat16, K), y(DType::BFloat16, N);
   for (std::int64_t k = 0; k < K; ++k) x.set(k, 1.0f);
-  const std::unique_ptr<void, decltype(&std::free)> arranged(
-      std::aligned_alloc(64, static_cast<std::size_t>(cpu::arranged_bytes(DType::BFloat16, 1, N, K))), std::free);
+  const auto arranged = room_for_x(DType::BFloat16, 1, N, K);
   cpu::arrange_x(x.bytes.data(), DType::BFloat16, 1, N, K, arranged.get());
   cpu::linear_4bit({arranged.get(), w.view, nullptr, 0, y.bytes.data(), 1, N, K, DType::BFloat16}, 0, N);
   double error = 0, plain_error = 0, largest = 0;
@@ -128,9 +131,7 @@ void check_neighbours(std::int64_t M, DType dtype) {
   }
   const Values x(dtype, M * K);
   Values y(dtype, M * N);
-  const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, N, K) + 63) / 64 * 64;
-  const std::unique_ptr<void, decltype(&std::free)> arranged(std::aligned_alloc(64, static_cast<std::size_t>(bytes)),
-                                                             std::free);
+  const auto arranged = room_for_x(dtype, M, N, K);
   cpu::arrange_x(x.bytes.data(), dtype, M, N, K, arranged.get());
   cpu::linear_4bit({arranged.get(), w.view, nullptr, 0, y.bytes.data(), M, N, K, dtype}, 0, N);
   for (std::int64_t i = 0; i < M * N; ++i) CHECK(std::isfinite(y.read(i)) == (i % N != kBad));
@@ -147,9 +148,7 @@ void check_absmax(std::int64_t M, std::int64_t blocks_of_row, DType dtype) {
     values.set(block * kBlock, static_cast<float>((1 + block % 7) * (1 + 10 * (block / kNestedBlocksize % 3))));
   }
   const Weight w(values, N * K, kBlock, QuantType::NF4, true);
-  const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, N, K) + 63) / 64 * 64;
-  const std::unique_ptr<void, decltype(&std::free)> arranged(std::aligned_alloc(64, static_cast<std::size_t>(bytes)),
-                                                             std::free);
+  const auto arranged = room_for_x(dtype, M, N, K);
   for (std::int64_t first = 0; first < blocks_of_row; first += M) {
     Values x(dtype, M * K, 0.0f), y(dtype, M * N);
     const auto block = [&](std::int64_t m) { return std::min(first + m, blocks_of_row - 1); };
