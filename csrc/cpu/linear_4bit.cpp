@@ -19,7 +19,7 @@ const FewRowsKernel* kernel_for([[maybe_unused]] DType dtype, [[maybe_unused]] s
     case Path::Portable:
       break;
     case Path::Avx2:
-      return &few_rows_avx2(M, N);
+      return &few_rows_avx2(dtype);
     case Path::Avx512Bf16:
       if (dtype == DType::BFloat16) return &few_rows_avx512_bf16(M, N);
       [[fallthrough]];
@@ -60,7 +60,7 @@ std::int64_t l1_bytes() {
 std::int64_t most_few_rows(DType dtype) {
   if (kernel_for(dtype, 1, 1) == nullptr) return 0;
   if (dtype == DType::BFloat16 && multiplies_matrices()) return 8;
-  return path() == Path::Avx2 ? 16 : 32;
+  return path() == Path::Avx2 ? 8 : 32;
 }
 
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K) {

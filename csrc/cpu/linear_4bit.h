@@ -45,8 +45,8 @@ struct FewRowsKernel {
   void (*multiply)(const FewRows& product, std::int64_t begin, std::int64_t end);
 };
 
-// For M rows of x in all, and N of W.
-const FewRowsKernel& few_rows_avx2(std::int64_t M, std::int64_t N);
+// For x of this dtype. / For M rows of x in all, and N of W.
+const FewRowsKernel& few_rows_avx2(DType dtype);
 const FewRowsKernel& few_rows_avx512(std::int64_t M, std::int64_t N);
 const FewRowsKernel& few_rows_avx512_bf16(std::int64_t M, std::int64_t N);
 

@@ -1,4 +1,4 @@
-// linear_4bit for few rows, AVX2 and FMA: 64 weights of 32 bytes at a time, in fp32.
+// linear_4bit for few rows, AVX2 and FMA: 64 weights of 32 bytes at a time, multiplied in fp32.
 #include "linear_4bit.h"
 
 #if defined(__x86_64__)
@@ -27,22 +27,60 @@ struct LanesAvx2 {
   }
 };
 
+// The values of 32 codes, one a byte: expanded, value i of vector q is that of byte place(q, i).
+struct CodesFp32 {
+  Planes planes;
+
+  explicit CodesFp32(QuantType quant_type) : planes(quant_type) {}
+
+  static constexpr int place(int q, int i) { return 16 * (i / 4) + 4 * q + i % 4; }
+
+  void expand(__m256i codes, __m256 (&values)[4]) const { cpu::expand(planes, codes, values); }
+};
+
+// As bf16, which is half of the lookups, and as exact as x.
+struct CodesBf16 {
+  __m256i low, high;
+
+  explicit CodesBf16(QuantType quant_type) {
+    std::uint8_t bytes[2][kNumCodes];
+    for (int code = 0; code < kNumCodes; ++code) {
+      const unsigned bits = round_code<BFloat16>(quant_type, code, codebook(quant_type).value[code]).bits;
+      bytes[0][code] = static_cast<std::uint8_t>(bits);
+      bytes[1][code] = static_cast<std::uint8_t>(bits >> 8);
+    }
+    low = load_plane(bytes[0]);
+    high = load_plane(bytes[1]);
+  }
+
+  static constexpr int place(int q, int i) { return 16 * (i / 4) + 8 * (q / 2) + 2 * (i % 4) + q % 2; }
+
+  void expand(__m256i codes, __m256 (&values)[4]) const {
+    const __m256i lows = _mm256_shuffle_epi8(low, codes), highs = _mm256_shuffle_epi8(high, codes);
+    const __m256i words[2] = {_mm256_unpacklo_epi8(lows, highs), _mm256_unpackhi_epi8(lows, highs)};
+    for (int i = 0; i < 2; ++i) {
+      values[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(words[i], 16));
+      values[2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(words[i], _mm256_set1_epi32(-0x10000)));
+    }
+  }
+};
+
+template <typename Codes>
 struct Avx2 {
   static constexpr std::int64_t kChunk = 64;
+  static constexpr int kMostRows = 8;
   static constexpr int kRowsOfW = 1;
   static constexpr DType kDType = DType::Float32;
   using Element = float;
   using Lanes = LanesAvx2;
   using Vector = __m256;
 
-  Planes planes;
+  Codes codes;
 
-  explicit Avx2(QuantType quant_type) : planes(codebook(quant_type).value) {}
+  explicit Avx2(QuantType quant_type) : codes(quant_type) {}
 
-  static constexpr int element(int i) {
-    const int low = i / 32, q = i / 8 % 4, lane = i / 4 % 2, byte = 16 * lane + 4 * q + i % 4;
-    return 2 * byte + low;
-  }
+  // First those of the bytes' high nibbles, then those of the low ones.
+  static constexpr int element(int i) { return 2 * Codes::place(i / 8 % 4, i % 8) + i / 32; }
 
   static Vector zero() { return _mm256_setzero_ps(); }
 
@@ -50,9 +88,9 @@ struct Avx2 {
   void multiply(const std::uint8_t* packed, std::int64_t, const float* x, Vector (&products)[kRowsOfW][kRows]) const {
     const __m256i nibble = _mm256_set1_epi8(0xf);
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    __m256 high[4], low[4];  // of the bytes' high nibbles (even elements) and low ones, as `expand` orders them
-    expand(planes, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), high);
-    expand(planes, _mm256_and_si256(bytes, nibble), low);
+    __m256 high[4], low[4];
+    codes.expand(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), high);
+    codes.expand(_mm256_and_si256(bytes, nibble), low);
     for (int m = 0; m < kRows; ++m, x += kChunk) {
       Vector even = _mm256_mul_ps(high[0], _mm256_load_ps(x));
       Vector odd = _mm256_mul_ps(low[0], _mm256_load_ps(x + 32));
@@ -92,7 +130,9 @@ struct Avx2 {
 
 }  // namespace
 
-const FewRowsKernel& few_rows_avx2(std::int64_t, std::int64_t) { return kAlongRows<Avx2>; }
+const FewRowsKernel& few_rows_avx2(DType dtype) {
+  return dtype == DType::BFloat16 ? kAlongRows<Avx2<CodesBf16>> : kAlongRows<Avx2<CodesFp32>>;
+}
 
 }  // namespace qlora::cpu
 

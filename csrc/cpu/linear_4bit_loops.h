@@ -2,6 +2,7 @@
 // region, so that everything here is compiled for it.
 //
 // Isa has
+//   kMostRows      rows of x that are multiplied at once
 //   kRowsOfW       rows of W that are multiplied by x as it is loaded once
 //   kChunk         weights of each that are decoded at a time
 //   kDType         of x as it is multiplied; Element is the type
@@ -22,7 +23,6 @@ constexpr std::int64_t kRowsToL1 = 2;               // ahead, that are fetched
 constexpr std::int64_t kRowsToL2 = 4;               // likewise; straight to the L1 memory is read more slowly
 constexpr std::int64_t kMaxSegment = 4096;          // weights
 constexpr std::int64_t kAbsmaxBehind = 64;  // numbers that decode_absmax may write, or `scales` read, beyond the last
-constexpr int kMostRows = 4;                // of x that are multiplied at once
 
 // Weights of a row that are multiplied at a time: their part of x, so many bytes a weight, stays in the L1, and a third
 // of that is left for W.
@@ -111,7 +111,7 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
 }
 
 // The y of kRowBlock rows of W, or of the `rows` that there are.
-template <typename Isa, int kRows, typename T>
+template <typename Isa, int kRows>
 void finish_rows(const FewRows& p, std::int64_t first, std::int64_t rows,
                  const typename Isa::Vector (&sums)[kRows][kRowBlock]) {
   constexpr std::int64_t kLanes = sizeof(typename Isa::Vector) / 4;
@@ -121,15 +121,18 @@ void finish_rows(const FewRows& p, std::int64_t first, std::int64_t rows,
       const typename Isa::Vector total = Isa::add_lanes(sums[m] + row);
       __builtin_memcpy(totals + row, &total, sizeof total);
     }
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const std::int64_t n = first + row;
-      const float added = p.addend == nullptr ? 0.0f : p.addend[m * p.addend_stride + n];
-      static_cast<T*>(p.y)[m * p.N + n] = round_to<T>(totals[row] + added);
-    }
+    with_type(p.dtype, [&](auto type) {
+      using T = decltype(type);
+      for (std::int64_t row = 0; row < rows; ++row) {
+        const std::int64_t n = first + row;
+        const float added = p.addend == nullptr ? 0.0f : p.addend[m * p.addend_stride + n];
+        static_cast<T*>(p.y)[m * p.N + n] = round_to<T>(totals[row] + added);
+      }
+    });
   }
 }
 
-template <typename Isa, int kRows, typename T>
+template <typename Isa, int kRows>
 void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
   const std::int64_t longest = segment(kRows * static_cast<std::int64_t>(sizeof(typename Isa::Element)));
   const Isa isa(p.w.quant_type);
@@ -153,7 +156,7 @@ void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
         multiply_segment<Isa, kRows>(isa, lanes, w, p.K / 2, shift, x, count, sums, row);
       }
     }
-    finish_rows<Isa, kRows, T>(p, first, rows, sums);
+    finish_rows<Isa, kRows>(p, first, rows, sums);
   }
 }
 
@@ -191,19 +194,16 @@ void arrange_rows(const void* x, DType dtype, std::int64_t rows, std::int64_t K,
   });
 }
 
-template <typename Isa>
+template <typename Isa, int kRows = Isa::kMostRows>
 void multiply_few_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
-  with_type(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    static_assert(kMostRows == 4);
-    constexpr void (*kKernels[])(const FewRows&, std::int64_t, std::int64_t) = {
-        multiply_rows<Isa, 1, T>, multiply_rows<Isa, 2, T>, multiply_rows<Isa, 3, T>, multiply_rows<Isa, 4, T>};
-    kKernels[p.M - 1](p, begin, end);
-  });
+  if constexpr (kRows > 1) {
+    if (p.M < kRows) return multiply_few_rows<Isa, kRows - 1>(p, begin, end);
+  }
+  multiply_rows<Isa, kRows>(p, begin, end);
 }
 
 template <typename Isa>
-constexpr FewRowsKernel kAlongRows{Isa::kChunk, Isa::kDType, kMostRows, arrange_rows<Isa>, multiply_few_rows<Isa>};
+constexpr FewRowsKernel kAlongRows{Isa::kChunk, Isa::kDType, Isa::kMostRows, arrange_rows<Isa>, multiply_few_rows<Isa>};
 
 }  // namespace
 }  // namespace qlora::cpu

@@ -46,52 +46,53 @@ struct Avx2 {
     for (int q = 0; q < 2; ++q) _mm256_storeu_ps(to + kColumns + 8 * q, load8(odd + 8 * q));
   }
 
-  // The weights of 16 codes of row r of the panel (low lane) and of row r + 1 (high lane), whose scales are so too.
-  static void store_weights(const Planes& planes, __m256i codes, const __m256 (&scale)[4], float* to) {
+  // Two rows of 16 columns, from their codes: in each half of the register 8 of the first row and 8 of the second, in
+  // the lower half columns 0-3 and 8-11. Both rows have their scales by 8 columns.
+  static void store_weights(const Planes& planes, __m256i codes, const __m256 (&scales)[2][2], float* to,
+                            std::int64_t second_row) {
     __m256 values[4];
     expand(planes, codes, values);
-    for (int q = 0; q < 4; ++q) values[q] = _mm256_mul_ps(values[q], scale[q]);
-    _mm256_storeu_ps(to, _mm256_permute2f128_ps(values[0], values[1], 0x20));
-    _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(values[2], values[3], 0x20));
-    _mm256_storeu_ps(to + 16, _mm256_permute2f128_ps(values[0], values[1], 0x31));
-    _mm256_storeu_ps(to + 24, _mm256_permute2f128_ps(values[2], values[3], 0x31));
+    for (int row = 0; row < 2; ++row, to += second_row) {
+      for (int q = 0; q < 2; ++q) _mm256_storeu_ps(to + 8 * q, _mm256_mul_ps(values[2 * row + q], scales[row][q]));
+    }
   }
 
   // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side.
-  static void fill_weight_transposed(const float* values, const MatmulScratch& s, std::int64_t column,
+  static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t column,
                                      std::int64_t depth) {
-    const Planes planes(values);
-    const __m128i nibble = _mm_set1_epi8(0xf);
+    const Planes planes(quant_type);
+    const __m256i nibble = _mm256_set1_epi8(0xf);
     for (std::int64_t r = 0; r < depth; r += 32) {
-      __m256 absmax[4];
-      for (int q = 0; q < 4; ++q) {
-        const float* from = s.absmax + r / kStep * kDepth + column + 4 * q;
-        absmax[q] = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
-      }
-      __m128i bytes[16];
+      const float* absmax = s.absmax + r / kStep * kDepth + column;
+      const __m256 low_columns = _mm256_loadu_ps(absmax), high_columns = _mm256_loadu_ps(absmax + 8);
+      const __m256 scales[2][2] = {{low_columns, high_columns}, {low_columns, high_columns}};
+      __m256i bytes[8];  // each of two steps of two rows
       transpose_bytes(s.packed + column * kStagedBytes + r / 2, kStagedBytes, bytes);
-      for (int i = 0; i < 16; ++i) {
-        const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes[i], 4), nibble);
-        const __m128i low = _mm_and_si128(bytes[i], nibble);
-        store_weights(planes, _mm256_set_m128i(low, high), absmax, s.panel + (r + 2 * i) * kColumns);
+      for (int i = 0; i < 8; ++i) {
+        float* to = s.panel + (r + 4 * i) * kColumns;
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), nibble);
+        store_weights(planes, high, scales, to, 2 * kColumns);
+        store_weights(planes, _mm256_and_si256(bytes[i], nibble), scales, to + kColumns, 2 * kColumns);
       }
     }
   }
 
   // Two of W's rows at a time, 8 bytes of each; after the last of an odd number comes one of zeros.
-  static void fill_weight(const float* values, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
-    const Planes planes(values);
+  static void fill_weight(QuantType quant_type, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
+    const Planes planes(quant_type);
     const __m128i nibble = _mm_set1_epi8(0xf);
+    const __m128i even_words_first = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
     for (std::int64_t r = 0; r < depth; r += 2) {
       const std::uint8_t* first = s.packed + r * kStagedBytes + column / 2;
-      const __m128i bytes = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)),
-                                               _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first + kStagedBytes)));
+      const __m128i rows = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)),
+                                              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first + kStagedBytes)));
+      const __m128i bytes = _mm_shuffle_epi8(rows, even_words_first);
       const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
       const __m128i low = _mm_and_si128(bytes, nibble);
       const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(high, low), _mm_unpacklo_epi8(high, low));
       const float* absmax = s.absmax + column / kStep * kDepth + r;
-      const __m256 scale = _mm256_set_m128(_mm_set1_ps(absmax[1]), _mm_set1_ps(absmax[0]));
-      store_weights(planes, codes, {scale, scale, scale, scale}, s.panel + r * kColumns);
+      const __m256 scale = _mm256_broadcast_ss(absmax), next = _mm256_broadcast_ss(absmax + 1);
+      store_weights(planes, codes, {{scale, scale}, {next, next}}, s.panel + r * kColumns, kColumns);
     }
   }
 

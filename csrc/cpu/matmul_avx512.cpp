@@ -42,9 +42,9 @@ struct Avx512 {
   }
 
   // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side.
-  static void fill_weight_transposed(const float* values, const MatmulScratch& s, std::int64_t column,
+  static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t column,
                                      std::int64_t depth) {
-    const __m512 table = _mm512_loadu_ps(values);
+    const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
     for (std::int64_t half = 0; half < kColumns; half += 16) {
       for (std::int64_t r = 0; r < depth; r += 32) {
         const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + column + half);
@@ -60,8 +60,8 @@ struct Avx512 {
     }
   }
 
-  static void fill_weight(const float* values, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
-    const __m512 table = _mm512_loadu_ps(values);
+  static void fill_weight(QuantType quant_type, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
+    const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
     for (std::int64_t half = 0; half < kColumns; half += 16) {
       const float* absmax = s.absmax + (column + half) / kStep * kDepth;
       const std::uint8_t* packed = s.packed + (column + half) / 2;

@@ -57,9 +57,9 @@ struct Avx512Bf16 {
   }
 
   // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side: each byte is a pair.
-  static void fill_weight_transposed(const float* values, const MatmulScratch& s, std::int64_t column,
+  static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t column,
                                      std::int64_t depth) {
-    const __m512 table = _mm512_loadu_ps(values);
+    const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
     const __m512i interleave = words_in_turn();
     for (std::int64_t half = 0; half < kColumns; half += 16) {
       for (std::int64_t r = 0; r < depth; r += 32) {
@@ -78,8 +78,8 @@ struct Avx512Bf16 {
 
   // 16 bytes of two of W's rows at a time: even columns are the high nibbles. After the last of an odd number of rows
   // comes one with an absmax of 0.
-  static void fill_weight(const float* values, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
-    const __m512 table = _mm512_loadu_ps(values);
+  static void fill_weight(QuantType quant_type, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
+    const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
     const float* absmax = s.absmax + column / kStep * kDepth;
     const std::uint8_t* packed = s.packed + column / 2;
     const auto decode = [&](const std::uint8_t* bytes, float scale, __m512& even, __m512& odd) {

@@ -155,30 +155,37 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
   });
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of the weight [*, K], to one place. Up to a panel's
-// width of rows more have an absmax of 0.
+// A part of the weight [*, K] is staged: rows [row, row + rows), columns [column, column + columns). Its absmax, and up
+// to a panel's width of zeros, for rows beyond.
+inline void stage_absmax(const Packed4bit& w, std::int64_t K, std::int64_t row, std::int64_t rows, std::int64_t column,
+                         std::int64_t columns, const MatmulScratch& s) {
+  const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
+  const std::int64_t end = smaller(rows + kMatmulColumnBorder, kDepth);
+  float* to = s.absmax;
+  for (std::int64_t at = column; at < column + columns; at += kStep, to += kDepth) {
+    if (at > column && K % w.blocksize == 0 && at % w.blocksize != 0) {  // the block before goes on, in all rows
+      __builtin_memcpy(to, to - kDepth, static_cast<std::size_t>(end) * sizeof(float));
+      continue;
+    }
+    for (std::int64_t i = 0; i < rows; ++i) to[i] = block_absmax(w, ((row + i) * K + at) >> shift);
+    for (std::int64_t i = rows; i < end; ++i) to[i] = 0.0f;
+  }
+}
+
 inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::int64_t rows, std::int64_t column,
                   std::int64_t columns, const MatmulScratch& s) {
-  const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
-  const std::int64_t steps = (columns + kStep - 1) / kStep;
   constexpr std::int64_t kRowsAhead = 8;
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const std::int64_t first = (row + i) * K + column;
-    const std::uint8_t* from = w.packed + first / 2;
+  const std::uint8_t* from = w.packed + (row * K + column) / 2;
+  for (std::int64_t i = 0; i < rows; ++i, from += K / 2) {
     std::uint8_t* to = s.packed + i * kStagedBytes;
-    for (std::int64_t byte = 0; byte < columns / 2; byte += 16) __builtin_memcpy(to + byte, from + byte, 16);
-    for (std::int64_t byte = 0; byte < columns / 2; byte += 64) __builtin_prefetch(from + kRowsAhead * K / 2 + byte);
-    for (std::int64_t step = 0; step < steps;) {
-      const std::int64_t block = (first + step * kStep) >> shift;
-      const std::int64_t steps_end = smaller(steps, (((block + 1) << shift) - first) / kStep);
-      const float absmax = block_absmax(w, block);
-      for (; step < steps_end; ++step) s.absmax[step * kDepth + i] = absmax;
+    std::int64_t byte = 0;
+    for (; byte + 64 <= columns / 2; byte += 64) {
+      __builtin_memcpy(to + byte, from + byte, 64);
+      __builtin_prefetch(from + kRowsAhead * K / 2 + byte);
     }
+    for (; byte < columns / 2; byte += 16) __builtin_memcpy(to + byte, from + byte, 16);
   }
-  for (std::int64_t step = 0; step < steps; ++step) {
-    for (std::int64_t i = rows; i < smaller(rows + kMatmulColumnBorder, kDepth); ++i)
-      s.absmax[step * kDepth + i] = 0.0f;
-  }
+  stage_absmax(w, K, row, rows, column, columns, s);
 }
 
 inline void add_masked(const float* from, const bool* mask, std::int64_t mask_stride, std::int64_t rows,
@@ -216,9 +223,9 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t r, s
     if (term.kind == Term::Kind::Dense) {
       fill_dense<Isa>(term, r, depth, column + j, smaller(Isa::kColumns, columns - j), s.panel);
     } else if (term.kind == Term::Kind::Weight) {
-      Isa::fill_weight(codebook(term.w.quant_type).value, s, j, depth);
+      Isa::fill_weight(term.w.quant_type, s, j, depth);
     } else {
-      Isa::fill_weight_transposed(codebook(term.w.quant_type).value, s, j, depth);
+      Isa::fill_weight_transposed(term.w.quant_type, s, j, depth);
     }
     multiply_rows<Isa>(x, rows, s.panel, steps_of<Isa>(depth), sums + j);
   }

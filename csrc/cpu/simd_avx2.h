@@ -62,19 +62,30 @@ inline void transpose(__m256 (&x)[8]) {
   }
 }
 
-// The fp32 codebook by bytes, lowest first, for vpshufb.
+// The values of a codebook by bytes, lowest first, for vpshufb.
+struct PlaneBytes {
+  std::uint8_t byte[4][kNumCodes];
+};
+
+constexpr PlaneBytes planes_of(const Codebook& book) {
+  PlaneBytes planes{};
+  for (int code = 0; code < kNumCodes; ++code) {
+    const auto bits = __builtin_bit_cast(std::uint32_t, book.value[code]);
+    for (int i = 0; i < 4; ++i) planes.byte[i][code] = static_cast<std::uint8_t>(bits >> 8 * i);
+  }
+  return planes;
+}
+
+inline __m256i load_plane(const std::uint8_t (&bytes)[kNumCodes]) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
 struct Planes {
+  static constexpr PlaneBytes kBytes[] = {planes_of(codebook(QuantType::NF4)), planes_of(codebook(QuantType::FP4))};
   __m256i plane[4];
 
-  explicit Planes(const float* values) {
-    std::uint8_t bytes[4][kNumCodes];
-    for (int code = 0; code < kNumCodes; ++code) {
-      const auto bits = __builtin_bit_cast(std::uint32_t, values[code]);
-      for (int i = 0; i < 4; ++i) bytes[i][code] = static_cast<std::uint8_t>(bits >> 8 * i);
-    }
-    for (int i = 0; i < 4; ++i) {
-      plane[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[i])));
-    }
+  explicit Planes(QuantType quant_type) {
+    for (int i = 0; i < 4; ++i) plane[i] = load_plane(kBytes[static_cast<int>(quant_type)].byte[i]);
   }
 };
 
