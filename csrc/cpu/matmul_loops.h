@@ -54,7 +54,6 @@ template <typename Isa, typename T>
 void interleave(const Matrix& m, const Lines& lines, float scale, std::int64_t depth, std::int64_t to_stride,
                 float* to) {
   constexpr std::int64_t kElements = Isa::kLanes * Isa::kPerStep;
-  constexpr std::int64_t kAhead = 4 * 64 / sizeof(T);
   const bool as_they_lie = lines.stride == 1 && m.mask == nullptr && scale == 1.0f;
   for (std::int64_t at = 0; at < depth; at += kElements) {
     const std::int64_t count = smaller(kElements, depth - at);
@@ -63,7 +62,7 @@ void interleave(const Matrix& m, const Lines& lines, float scale, std::int64_t d
       const std::int64_t first = lines.first + line * lines.line_stride + at * lines.stride;
       if (as_they_lie) {
         const T* from = static_cast<const T*>(m.values) + first;
-        __builtin_prefetch(from + kAhead);
+        __builtin_prefetch(from + lines.count * lines.line_stride);  // the lines after these come next
         if (count == kElements) return Isa::places(from);
         T elements[kElements] = {};
         __builtin_memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
