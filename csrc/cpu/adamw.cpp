@@ -62,7 +62,7 @@ void update(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
     const std::int64_t whole = std::max(begin, std::min(end, task.slice->count / kAdamwBlock));
     const auto vector_kernel = chosen == Path::Avx2     ? adamw_avx2
                                : chosen == Path::Avx512 ? adamw_avx512
-                                                        : adamw_avx512_vbmi;
+                                                        : adamw_avx512_bf16;
     vector_kernel(task, begin, whole);
     begin = whole;
   }

@@ -19,6 +19,6 @@ struct AdamwTask {
 // The vector twins of the portable code: blocks [begin, end) of the slice, all of them whole.
 void adamw_avx2(const AdamwTask& task, std::int64_t begin, std::int64_t end);
 void adamw_avx512(const AdamwTask& task, std::int64_t begin, std::int64_t end);
-void adamw_avx512_vbmi(const AdamwTask& task, std::int64_t begin, std::int64_t end);
+void adamw_avx512_bf16(const AdamwTask& task, std::int64_t begin, std::int64_t end);
 
 }  // namespace qlora::cpu

@@ -14,22 +14,23 @@ namespace qlora::cpu {
 namespace {
 
 // A block's parameters and gradients.
-template <typename Isa, typename P, typename G>
+template <typename Isa, typename P, typename G, bool kStochastic>
 struct Block {
   P* param;
   const G* grad;
   std::int64_t count;
   const AdamwFactors* factors;
-  const typename Isa::Random* random;  // null: round to nearest
+  typename Isa::Random random;  // of stochastic rounding
 
   // Elements i ...
   void update(std::int64_t i, typename Isa::V& m, typename Isa::V& v) const {
     typename Isa::V p = Isa::load(param + i);
     adamw_update<Isa>(*factors, Isa::load(grad + i), p, m, v);
-    if constexpr (std::is_same_v<P, BFloat16>) {
-      if (random != nullptr) return Isa::round(param + i, p, *random, i);
+    if constexpr (kStochastic) {
+      Isa::round(param + i, p, random, i);
+    } else {
+      Isa::store(param + i, p);
     }
-    Isa::store(param + i, p);
   }
 };
 
@@ -56,6 +57,7 @@ void update_8bit(const B& block, const typename Isa::template Codes<true>& codes
     typename Isa::V m[kDecoded], v[kDecoded];
     codes_m.decode(exp_avg + i, m);
     codes_v.decode(exp_avg_sq + i, v);
+#pragma GCC unroll 4
     for (int j = 0; j < kDecoded; ++j) {
       const std::int64_t at = i + j * Isa::kLanes;
       m[j] = Isa::multiply(m[j], old_m);
@@ -75,7 +77,7 @@ void update_8bit(const B& block, const typename Isa::template Codes<true>& codes
 }
 
 // Blocks [begin, end) of the slice.
-template <typename Isa, typename P, typename G>
+template <typename Isa, typename P, typename G, bool kStochastic>
 void update_blocks(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
   const AdamwSlice& slice = *task.slice;
   const bool is_8bit = slice.exp_avg_absmax != nullptr;
@@ -84,10 +86,10 @@ void update_blocks(const AdamwTask& task, std::int64_t begin, std::int64_t end) 
   for (std::int64_t block = begin; block < end; ++block) {
     const std::int64_t at = block * kAdamwBlock;
     const std::int64_t left = slice.count - at;
-    const typename Isa::Random random(adamw_block_key(task.key, (slice.first + at) / kAdamwBlock));
-    const Block<Isa, P, G> elements{static_cast<P*>(slice.param) + at, static_cast<const G*>(slice.grad) + at,
-                                    left < kAdamwBlock ? left : kAdamwBlock, &task.factors,
-                                    task.stochastic_rounding ? &random : nullptr};
+    const Block<Isa, P, G, kStochastic> elements{
+        static_cast<P*>(slice.param) + at, static_cast<const G*>(slice.grad) + at,
+        left < kAdamwBlock ? left : kAdamwBlock, &task.factors,
+        typename Isa::Random(adamw_block_key(task.key, (slice.first + at) / kAdamwBlock))};
     if (is_8bit) {
       update_8bit<Isa>(elements, codes_m, codes_v, static_cast<std::uint8_t*>(slice.exp_avg) + at,
                        static_cast<std::uint8_t*>(slice.exp_avg_sq) + at, slice.exp_avg_absmax + block,
@@ -101,8 +103,14 @@ void update_blocks(const AdamwTask& task, std::int64_t begin, std::int64_t end) 
 template <typename Isa>
 void update_slice(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
   with_type(task.slice->param_dtype, [&](auto param) {
-    with_type(task.slice->grad_dtype,
-              [&](auto grad) { update_blocks<Isa, decltype(param), decltype(grad)>(task, begin, end); });
+    with_type(task.slice->grad_dtype, [&](auto grad) {
+      using P = decltype(param);
+      using G = decltype(grad);
+      if constexpr (std::is_same_v<P, BFloat16>) {
+        if (task.stochastic_rounding) return update_blocks<Isa, P, G, true>(task, begin, end);
+      }
+      update_blocks<Isa, P, G, false>(task, begin, end);
+    });
   });
 }
 

@@ -60,15 +60,11 @@ struct DynamicCodes {
 
   // Of 32 values, from their bits and sums: codes, as words.
   static __m512i join(__m512i bits0, __m512i sum0, __m512i bits1, __m512i sum1) {
-    if constexpr (kSigned) {
-      const __m512i ranks = upper_words(sum0, sum1), zero = _mm512_set1_epi16(127);
-      const __mmask32 negative = _mm512_movepi16_mask(upper_words(bits0, bits1));
-      return _mm512_mask_mov_epi16(_mm512_add_epi16(zero, ranks), negative, _mm512_sub_epi16(zero, ranks));
-    } else {
-      const __m512i zero = _mm512_setzero_si512();
-      return upper_words(_mm512_maskz_mov_epi32(_mm512_cmpgt_epi32_mask(bits0, zero), sum0),
-                         _mm512_maskz_mov_epi32(_mm512_cmpgt_epi32_mask(bits1, zero), sum1));
-    }
+    const __m512i ranks = upper_words(sum0, sum1);
+    if constexpr (!kSigned) return ranks;
+    const __m512i zero = _mm512_set1_epi16(127);
+    const __mmask32 negative = _mm512_movepi16_mask(upper_words(bits0, bits1));
+    return _mm512_mask_mov_epi16(_mm512_add_epi16(zero, ranks), negative, _mm512_sub_epi16(zero, ranks));
   }
 
   static __m512i upper_words(__m512i a, __m512i b) {
@@ -90,7 +86,13 @@ struct DynamicCodes {
     line = _mm512_mask_sub_epi32(line, beyond, line, _mm512_set1_epi32(-1));
     const __m512 on_line =
         _mm512_fmadd_ps(magnitude, _mm512_permutexvar_ps(line, scale), _mm512_permutexvar_ps(line, offset));
-    return _mm512_min_epi32(_mm512_cvtps_epi32(on_line), _mm512_permutexvar_epi32(line, last));
+    const __m512i sum = _mm512_cvtps_epi32(on_line), most = _mm512_permutexvar_epi32(line, last);
+    if constexpr (kSigned) {
+      return _mm512_min_epi32(sum, most);
+    } else {  // 0 has rank 0, and is sure of it
+      const __m512i zero = _mm512_setzero_si512(), half = _mm512_set1_epi32(1 << (Lines::kFractionBits - 1));
+      return _mm512_mask_min_epi32(half, _mm512_cmpgt_epi32_mask(bits, zero), sum, most);
+    }
   }
 };
 

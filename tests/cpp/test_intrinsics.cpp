@@ -241,6 +241,16 @@ void check_bf16(Random& random) {
   CHECK(holds(stored(_mm512_dpbf16_ps(floats(low), pairs_a, pairs_b)), expected));
   CHECK(holds(stored<BFloat16>(__builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(floats(low)))),
               [&](int i) { return round_to<BFloat16>(flush(low.at[i])); }));
+  auto special = low;
+  special.at[0] = std::bit_cast<float>(0x7f800001u), special.at[1] = std::bit_cast<float>(0xffc00000u);
+  special.at[2] = std::bit_cast<float>(0x007fffffu), special.at[3] = std::bit_cast<float>(0x80000001u);
+  special.at[4] = 0.0f, special.at[5] = std::bit_cast<float>(0x00800000u), special.at[6] = -0.0f;
+  special.at[7] = std::numeric_limits<float>::infinity();
+  const unsigned rounded_otherwise = _mm512_fpclass_ps_mask(floats(special), 0x01 | 0x20 | 0x80);
+  for (int i = 0; i < 16; ++i) {
+    const int kind = std::fpclassify(special.at[i]);
+    CHECK((rounded_otherwise >> i & 1) == (kind == FP_NAN || kind == FP_SUBNORMAL));
+  }
   CHECK(holds(stored<BFloat16>(__builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(floats(high), floats(low)))),
               [&](int i) { return round_to<BFloat16>(flush(i < 16 ? low.at[i] : high.at[i - 16])); }));
 }

@@ -105,6 +105,18 @@ inline Register narrow_all(Register result, Source low, High... high) {
   return std::bit_cast<Register>(to);
 }
 
+// vfpclassps, as far as it is asked for.
+inline std::uint16_t classify(__m512 a, int classes) {
+  std::uint16_t mask = 0;
+  for (std::size_t i = 0; i < 16; ++i) {
+    const float x = lanes<float>(a)[i];
+    const bool quiet = std::bit_cast<std::uint32_t>(x) >> 22 & 1;
+    const int of_x = x != x ? (quiet ? 0x01 : 0x80) : std::fpclassify(x) == FP_SUBNORMAL ? 0x20 : 0;
+    mask |= static_cast<std::uint16_t>(((of_x & classes) != 0) << i);
+  }
+  return mask;
+}
+
 }  // namespace emulated
 
 // --- What SIMDe lacks ---------------------------------------------------------------------------------------------
@@ -119,6 +131,7 @@ inline Register narrow_all(Register result, Source low, High... high) {
 #undef _mm512_cvtne2ps_pbh
 #undef _mm512_cvtps_ph
 #undef _mm512_cvtss_f32
+#undef _mm512_fpclass_ps_mask
 #undef _mm512_maskz_loadu_epi8
 #undef _mm512_reduce_add_ps
 
@@ -137,6 +150,7 @@ inline __m512i _mm512_maskz_loadu_epi8(std::uint64_t k, const void* from) {  // 
   for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = k >> i & 1 ? static_cast<const std::uint8_t*>(from)[i] : 0;
   return std::bit_cast<__m512i>(bytes);
 }
+inline std::uint16_t _mm512_fpclass_ps_mask(__m512 a, int classes) { return emulated::classify(a, classes); }
 inline float _mm512_cvtss_f32(__m512 a) { return emulated::lanes<float>(a)[0]; }
 inline float _mm512_reduce_add_ps(__m512 a) { return emulated::reduce_add<float>(a); }
 
