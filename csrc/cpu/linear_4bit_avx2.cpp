@@ -38,7 +38,7 @@ struct CodesFp32 {
   void expand(__m256i codes, __m256 (&values)[4]) const { cpu::expand(planes, codes, values); }
 };
 
-// As bf16, which is half of the lookups, and as exact as x.
+// Rounded to bf16, as x is: half of the lookups.
 struct CodesBf16 {
   __m256i low, high;
 

@@ -62,7 +62,6 @@ void interleave(const Matrix& m, const Lines& lines, float scale, std::int64_t d
       const std::int64_t first = lines.first + line * lines.line_stride + at * lines.stride;
       if (as_they_lie) {
         const T* from = static_cast<const T*>(m.values) + first;
-        __builtin_prefetch(from + lines.count * lines.line_stride);  // the lines after these come next
         if (count == kElements) return Isa::places(from);
         T elements[kElements] = {};
         __builtin_memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
@@ -162,7 +161,7 @@ inline void stage_absmax(const Packed4bit& w, std::int64_t K, std::int64_t row, 
   const std::int64_t end = smaller(rows + kMatmulColumnBorder, kDepth);
   float* to = s.absmax;
   for (std::int64_t at = column; at < column + columns; at += kStep, to += kDepth) {
-    if (at > column && K % w.blocksize == 0 && at % w.blocksize != 0) {  // the block before goes on, in all rows
+    if (at > column && at % w.blocksize != 0) {  // the block before goes on: rows are whole blocks
       __builtin_memcpy(to, to - kDepth, static_cast<std::size_t>(end) * sizeof(float));
       continue;
     }
@@ -177,11 +176,9 @@ inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::in
   const std::uint8_t* from = w.packed + (row * K + column) / 2;
   for (std::int64_t i = 0; i < rows; ++i, from += K / 2) {
     std::uint8_t* to = s.packed + i * kStagedBytes;
+    for (std::int64_t byte = 0; byte < columns / 2; byte += 64) __builtin_prefetch(from + kRowsAhead * K / 2 + byte);
     std::int64_t byte = 0;
-    for (; byte + 64 <= columns / 2; byte += 64) {
-      __builtin_memcpy(to + byte, from + byte, 64);
-      __builtin_prefetch(from + kRowsAhead * K / 2 + byte);
-    }
+    for (; byte + 64 <= columns / 2; byte += 64) __builtin_memcpy(to + byte, from + byte, 64);
     for (; byte < columns / 2; byte += 16) __builtin_memcpy(to + byte, from + byte, 16);
   }
   stage_absmax(w, K, row, rows, column, columns, s);
