@@ -17,10 +17,10 @@ namespace {
 struct Avx512Bf16 : Avx512 {
   using Avx512::store;
 
-  // One instruction in place of eight, which is right for all but subnormals and NaN.
+  // By one instruction, in place of eight: subnormals and NaN are not what it rounds as the format does.
   static void store(BFloat16* to, V x) {
-    constexpr int kQuietNan = 0x01, kSubnormal = 0x20;
-    if (__builtin_expect(_mm512_fpclass_ps_mask(x, kQuietNan | kSubnormal) != 0, 0)) {
+    constexpr int kQuietNan = 0x01, kSubnormal = 0x20, kSignalingNan = 0x80;
+    if (__builtin_expect(_mm512_fpclass_ps_mask(x, kQuietNan | kSubnormal | kSignalingNan) != 0, 0)) {
       return store16(to, x);
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));

@@ -38,7 +38,7 @@ struct CodesFp32 {
   void expand(__m256i codes, __m256 (&values)[4]) const { cpu::expand(planes, codes, values); }
 };
 
-// Rounded to bf16, as x is: half of the lookups.
+// In bf16, as x is: half of the lookups.
 struct CodesBf16 {
   __m256i low, high;
 

@@ -8,7 +8,7 @@
 //   kDType         of x as it is multiplied; Element is the type
 //   element        of a chunk of x that lies at place i
 //   Vector         fp32 sums; a lane's weights of a chunk are of one run of 32, so that they share an absmax
-//   decode_absmax  absmax of blocks as numbers; writes up to a multiple of 32, or of 64
+//   decode_absmax  absmax of blocks as numbers; writes up to a multiple of 64, or less
 //   multiply       a chunk of W times the chunk of each row of x, each lane its own sum, not yet scaled
 //   copy_bytes     to a chunk, with zeros behind them
 //   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out; with zeros for lanes
@@ -19,8 +19,8 @@ namespace {
 
 constexpr std::int64_t kRun = 32;                   // the smallest blocksize
 constexpr std::int64_t kRowBlock = kFewRowsBorder;  // rows of W that meet a segment of x while it is in L1
-constexpr std::int64_t kRowsToL1 = 2;               // ahead, that are fetched
-constexpr std::int64_t kRowsToL2 = 4;               // likewise; straight to the L1 memory is read more slowly
+constexpr std::int64_t kBytesToL1 = 4096;           // ahead, that are fetched
+constexpr std::int64_t kBytesToL2 = 8192;           // likewise; straight to the L1 memory is read more slowly
 constexpr std::int64_t kMaxSegment = 4096;          // weights
 constexpr std::int64_t kAbsmaxBehind = 64;  // numbers that decode_absmax may write, or `scales` read, beyond the last
 
@@ -80,10 +80,19 @@ template <typename Isa, int kRows>
       [&](const float* absmax) { return lanes.scales(absmax, count / kRun); }, sum);
 }
 
-// `count` weights of each of the rows; those ahead of them, row_bytes apart, are fetched meanwhile.
+// How far apart a row of a segment lies from the one that will be met so many bytes later.
+struct Ahead {
+  std::int64_t to_l1, to_l2;
+
+  Ahead(std::int64_t segment_bytes, std::int64_t row_bytes)
+      : to_l1((kBytesToL1 + segment_bytes - 1) / segment_bytes * row_bytes),
+        to_l2((kBytesToL2 + segment_bytes - 1) / segment_bytes * row_bytes) {}
+};
+
+// `count` weights of each of the rows; those ahead of them are fetched meanwhile.
 template <typename Isa, int kRows>
 inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, RowsOfW w, std::int64_t row_bytes,
-                             int shift, const typename Isa::Element* x, std::int64_t count,
+                             const Ahead& ahead, int shift, const typename Isa::Element* x, std::int64_t count,
                              typename Isa::Vector (&sums)[kRows][kRowBlock], std::int64_t row) {
   constexpr int kRowsOfW = Isa::kRowsOfW;
   typename Isa::Vector sum[kRowsOfW][kRows];
@@ -93,18 +102,25 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
   const auto at = [&](std::int64_t k) {
     return RowsOfW{w.packed + k / 2, w.stride, w.absmax + (k >> shift), w.absmax_stride};
   };
-  std::int64_t k = 0;
-  for (; k + Isa::kChunk <= count; k += Isa::kChunk) {
+  const auto fetch_ahead = [&](std::int64_t k) {
     for (int r = 0; r < kRowsOfW; ++r) {
+      const std::uint8_t* chunk = w.packed + k / 2 + r * row_bytes;
       for (std::int64_t byte = 0; byte < Isa::kChunk / 2; byte += 64) {
-        __builtin_prefetch(w.packed + k / 2 + byte + (kRowsToL2 + r) * row_bytes, 0, 2);
-        __builtin_prefetch(w.packed + k / 2 + byte + (kRowsToL1 + r) * row_bytes, 0, 3);
+        __builtin_prefetch(chunk + byte + ahead.to_l2, 0, 2);
+        __builtin_prefetch(chunk + byte + ahead.to_l1, 0, 3);
       }
     }
+  };
+  std::int64_t k = 0;
+  for (; k + Isa::kChunk <= count; k += Isa::kChunk) {
+    fetch_ahead(k);
     multiply_chunk<Isa, kRows>(
         isa, at(k), x + k * kRows, [&](const float* absmax) { return lanes.scales(absmax); }, sum);
   }
-  if (k < count) multiply_end<Isa, kRows>(isa, lanes, at(k), x + k * kRows, count - k, sum);
+  if (k < count) {
+    fetch_ahead(k);
+    multiply_end<Isa, kRows>(isa, lanes, at(k), x + k * kRows, count - k, sum);
+  }
   for (int r = 0; r < kRowsOfW; ++r) {
     for (int m = 0; m < kRows; ++m) sums[m][row + r] = sum[r][m];
   }
@@ -147,13 +163,14 @@ void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = 0; k < p.K; k += longest) {
       const std::int64_t count = p.K - k < longest ? p.K - k : longest;
       const std::int64_t blocks = (count + p.w.blocksize - 1) >> shift;
+      const Ahead ahead(count / 2, p.K / 2);
       float absmax[kRowBlock * (kMaxSegment / kRun) + kAbsmaxBehind];
       decode_absmax_of_rows<Isa>(p.w, first, rows, p.K, k, count, absmax);
       const auto* x = static_cast<const typename Isa::Element*>(p.x) + k * kRows;
       for (std::int64_t row = 0; row < rows; row += Isa::kRowsOfW) {
         RowsOfW w{p.w.packed + ((first + row) * p.K + k) / 2, p.K / 2, absmax + row * blocks, blocks};
         if (row + Isa::kRowsOfW > rows) w.stride = w.absmax_stride = 0;  // the last row is its own neighbour
-        multiply_segment<Isa, kRows>(isa, lanes, w, p.K / 2, shift, x, count, sums, row);
+        multiply_segment<Isa, kRows>(isa, lanes, w, p.K / 2, ahead, shift, x, count, sums, row);
       }
     }
     finish_rows<Isa, kRows>(p, first, rows, sums);

@@ -66,7 +66,7 @@ struct Avx2 {
       const float* absmax = s.absmax + r / kStep * kDepth + column;
       const __m256 low_columns = _mm256_loadu_ps(absmax), high_columns = _mm256_loadu_ps(absmax + 8);
       const __m256 scales[2][2] = {{low_columns, high_columns}, {low_columns, high_columns}};
-      __m256i bytes[8];  // each of two steps of two rows
+      __m256i bytes[8];  // each of four of the panel's rows: two columns of bytes
       transpose_bytes(s.packed + column * kStagedBytes + r / 2, kStagedBytes, bytes);
       for (int i = 0; i < 8; ++i) {
         float* to = s.panel + (r + 4 * i) * kColumns;

@@ -246,10 +246,15 @@ void check_bf16(Random& random) {
   special.at[2] = std::bit_cast<float>(0x007fffffu), special.at[3] = std::bit_cast<float>(0x80000001u);
   special.at[4] = 0.0f, special.at[5] = std::bit_cast<float>(0x00800000u), special.at[6] = -0.0f;
   special.at[7] = std::numeric_limits<float>::infinity();
-  const unsigned rounded_otherwise = _mm512_fpclass_ps_mask(floats(special), 0x01 | 0x20 | 0x80);
+  const unsigned quiet = _mm512_fpclass_ps_mask(floats(special), 0x01),
+                 subnormal = _mm512_fpclass_ps_mask(floats(special), 0x20);
+  const unsigned signaling = _mm512_fpclass_ps_mask(floats(special), 0x80);
   for (int i = 0; i < 16; ++i) {
-    const int kind = std::fpclassify(special.at[i]);
-    CHECK((rounded_otherwise >> i & 1) == (kind == FP_NAN || kind == FP_SUBNORMAL));
+    const bool is_nan = special.at[i] != special.at[i],
+               is_quiet = std::bit_cast<std::uint32_t>(special.at[i]) >> 22 & 1;
+    CHECK((quiet >> i & 1) == (is_nan && is_quiet));
+    CHECK((signaling >> i & 1) == (is_nan && !is_quiet));
+    CHECK((subnormal >> i & 1) == (std::fpclassify(special.at[i]) == FP_SUBNORMAL));
   }
   CHECK(holds(stored<BFloat16>(__builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(floats(high), floats(low)))),
               [&](int i) { return round_to<BFloat16>(flush(i < 16 ? low.at[i] : high.at[i - 16])); }));
