@@ -1,22 +1,10 @@
 // The values of 8-bit codes of a dynamic codebook for AVX512 with VBMI, 64 at once: byte by byte, as two registers hold
 // a table for lookups of 128 bytes. A file of kernels includes this inside its target region.
 #include "../codebook.h"  // before a target region
+#include "value_bytes.h"
 
 namespace qlora::cpu {
 namespace {
-
-struct DynamicBytes {
-  alignas(64) std::uint8_t byte[4][kNumDynamicCodes];
-};
-
-constexpr DynamicBytes bytes_of(const DynamicCodebook& book) {
-  DynamicBytes bytes{};
-  for (int code = 0; code < kNumDynamicCodes; ++code) {
-    const auto bits = __builtin_bit_cast(std::uint32_t, book.value[code]);
-    for (int i = 0; i < 4; ++i) bytes.byte[i][code] = static_cast<std::uint8_t>(bits >> 8 * i);
-  }
-  return bytes;
-}
 
 inline __m512i look_up_bytes(const std::uint8_t* table, __m512i codes) {
   const auto among = [&](int first) {  // 128 of the bytes
@@ -29,7 +17,7 @@ constexpr int kLookedUp = 64;  // codes at once
 
 template <const DynamicCodebook& kBook>
 inline void decode_dynamic(__m512i codes, __m512 (&values)[kLookedUp / 16]) {
-  static constexpr DynamicBytes kBytes = bytes_of(kBook);
+  static constexpr ValueBytes<kNumDynamicCodes> kBytes = bytes_of(kBook.value);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // undone by unpacking
   const __m512i ordered = _mm512_permutexvar_epi32(order, codes);
   __m512i bytes[4];

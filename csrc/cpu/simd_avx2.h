@@ -1,5 +1,7 @@
 // What the AVX2 kernels share: loads and stores of 8 numbers of any dtype, and the lookup of fp32 codes. A file of
 // kernels includes this inside its target region.
+#include "value_bytes.h"  // made by the compiler, so in any region
+
 namespace qlora::cpu {
 namespace {
 
@@ -62,26 +64,14 @@ inline void transpose(__m256 (&x)[8]) {
   }
 }
 
-// The values of a codebook by bytes, lowest first, for vpshufb.
-struct PlaneBytes {
-  std::uint8_t byte[4][kNumCodes];
-};
-
-constexpr PlaneBytes planes_of(const Codebook& book) {
-  PlaneBytes planes{};
-  for (int code = 0; code < kNumCodes; ++code) {
-    const auto bits = __builtin_bit_cast(std::uint32_t, book.value[code]);
-    for (int i = 0; i < 4; ++i) planes.byte[i][code] = static_cast<std::uint8_t>(bits >> 8 * i);
-  }
-  return planes;
-}
-
 inline __m256i load_plane(const std::uint8_t (&bytes)[kNumCodes]) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
 }
 
+// A codebook's values by bytes, for vpshufb.
 struct Planes {
-  static constexpr PlaneBytes kBytes[] = {planes_of(codebook(QuantType::NF4)), planes_of(codebook(QuantType::FP4))};
+  static constexpr ValueBytes<kNumCodes> kBytes[] = {bytes_of(codebook(QuantType::NF4).value),
+                                                     bytes_of(codebook(QuantType::FP4).value)};
   __m256i plane[4];
 
   explicit Planes(QuantType quant_type) {
