@@ -1,9 +1,9 @@
 """One training step of a language model: speed, peak memory and a profile of our QLoRA, PEFT + bitsandbytes, PEFT LoRA.
 
 A step is forward, loss, backward and AdamW on the adapters (r=8, all linear layers), batch 4 x 128 tokens, bf16. Ours
-is measured as transformers makes the model, then with the options of `finetune` one after the other: the loss by chunks
-(`--loss-chunk`), eager attention (`--attention eager`), and on request compiled layers (`--compile`); the peers with
-eager attention, too, as it needs nothing of ours. Memory is the peak RSS of one child process for each, from the import
+is measured as transformers makes the model, then as `finetune` does one after the other: the loss by chunks (its
+default), eager attention (`--attention eager`), and on request compiled layers (`--compile`); the peers with eager
+attention, too, as it needs nothing of ours. Memory is the peak RSS of one child process for each, from the import
 of torch on. Then torch.profiler says where the time of a step goes (train_step_profile.jsonl; compiled layers have no
 parts to see).
 
@@ -31,7 +31,7 @@ from timing import interleaved, percentiles
 from torch import nn
 
 from qlora_ext.finetune.compile import compile_layers
-from qlora_ext.finetune.loss import answer_loss
+from qlora_ext.finetune.loss import CHUNK_ON_CPU, answer_loss
 from qlora_ext.finetune.report import peak_rss
 
 STEPS_OF_MEMORY, STEPS_OF_PROFILE = 3, 5
@@ -97,7 +97,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", help="a .gguf or a model folder; none: random weights in SmolLM2-135M's shape")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--loss-chunk", type=int, default=128, help="tokens of a chunk of the loss (default: 128)")
+    parser.add_argument("--loss-chunk", type=int, default=CHUNK_ON_CPU, help="tokens (default: finetune's)")
     parser.add_argument("--compile", action="store_true", help="ours with compiled layers, too: a minute more")
     parser.add_argument("--seconds", type=float, default=40, help="of measuring for each method")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and no record, to see that it runs")

@@ -69,6 +69,7 @@ def test_run_from_data_to_report(method: str, arguments: dict[str, Any], capsys:
     assert (output / "report.png").stat().st_size > 1000
     assert (output / "adapter_model.safetensors").exists() == (method != "full")
     assert (output / "model.safetensors").exists() == (method == "full")
+    assert report["loss_chunk"] == (None if method == "full" else 256)
     lowest, highest = {"qlora": (4.12, 4.16), "lora": (16, 32), "full": (32, 32)}[method]
     assert lowest <= report["base_bits"] <= highest
 
@@ -76,12 +77,13 @@ def test_run_from_data_to_report(method: str, arguments: dict[str, Any], capsys:
 def test_chunked_loss_and_eager_attention_train_as_the_whole_one_and_sdpa(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert cli.main(words(arguments)) == 0
+    assert cli.main(words({**arguments, "loss-chunk": 0})) == 0
     whole = json.loads((arguments["output"] / "report.json").read_text(encoding="utf-8"))
+    assert whole["loss_chunk"] is None
     options = {"loss-chunk": 2, "attention": "eager"}
     assert cli.main(words({**arguments, "output": tmp_path / "chunked", **options})) == 0
     chunked = json.loads((tmp_path / "chunked" / "report.json").read_text(encoding="utf-8"))
-    assert chunked["arguments"]["loss_chunk"] == 2
+    assert chunked["loss_chunk"] == 2
     assert chunked["losses"] == pytest.approx(whole["losses"], rel=1e-3)
     assert chunked["held_out_loss_after"] == pytest.approx(whole["held_out_loss_after"], rel=1e-3)
 
@@ -145,7 +147,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"steps": "-1"}, "argument --steps: expected a whole number above 0, got '-1'"),
     "lr": ({"lr": "inf"}, "argument --lr: expected a number above 0, got 'inf'"),
     "eval fraction": ({"eval-fraction": 1}, "argument --eval-fraction: expected a number from 0 to below 1"),
-    "loss chunk": ({"loss-chunk": 0}, "argument --loss-chunk: expected a whole number above 0, got '0'"),
+    "loss chunk": ({"loss-chunk": -1}, "argument --loss-chunk: expected a whole number, 0 or more, got '-1'"),
     "attention": ({"attention": "none"}, "argument --attention: invalid choice: 'none'"),
     "attention that is not there": ({"attention": "flash_attention_3"}, "error: --attention flash_attention_3: "),
     "steps and epochs": ({"epochs": 1}, "not allowed with argument"),

@@ -18,7 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreT
 import qlora_ext
 from qlora_ext.finetune.data import IGNORE, Dataset, Example, PadToLongest
 from qlora_ext.finetune.evaluate import held_out_loss
-from qlora_ext.finetune.loss import answer_loss, check_head, chunked_cross_entropy
+from qlora_ext.finetune.loss import answer_loss, check_head, chunked_cross_entropy, suitable_chunk
 from qlora_ext.finetune.train import Outcome, Schedule, train
 
 VOCABULARY = 258
@@ -178,6 +178,7 @@ def test_head_of_a_llama_is_accepted(method: str) -> None:
     check_head(model)
     assert model.training
     assert not model.lm_head._forward_hooks
+    assert suitable_chunk(model) == (256 if method == "qlora" else None), "a head that trains has its logits at once"
 
 
 def test_head_whose_logits_are_capped_is_refused() -> None:
@@ -185,6 +186,7 @@ def test_head_whose_logits_are_capped_is_refused() -> None:
     model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=32))
     with pytest.raises(ValueError, match="--loss-chunk: Gemma2ForCausalLM: expected the result of lm_head as logits"):
         check_head(model)
+    assert suitable_chunk(model) is None
 
 
 def test_head_of_another_name_is_refused() -> None:

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--warmup", type=_not_negative, default=0.03, help="steps, or a share of all steps if below 1")
     run.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=_DTYPE_HELP)
     run.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    run.add_argument("--loss-chunk", type=_positive, metavar="TOKENS", help=_CHUNK_HELP)
+    run.add_argument("--loss-chunk", type=_count, metavar="TOKENS", help=_CHUNK_HELP)
     run.add_argument("--attention", choices=ATTENTIONS, help=_ATTENTION_HELP)
     run.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
     run.add_argument("--seed", type=int, default=0, help="of the split, the adapter, the order and the dropout")
@@ -98,8 +98,9 @@ def parser() -> argparse.ArgumentParser:
 
 _DTYPE_HELP = "of the computation; auto: bf16 where the machine multiplies it natively (adapters are always fp32)"
 _CHUNK_HELP = (
-    "make the output head's logits, and their gradients, for so many answer tokens at a time (128, say): less memory, "
-    "the same loss; for models whose logits are the result of lm_head (default: all tokens of a batch at once)"
+    "make the output head's logits, and their gradients, for so many answer tokens at a time: less memory, the same "
+    "loss; for models whose logits are the result of lm_head; 0: all of a batch at once (default: 256 on a CPU, 1024 "
+    "on a GPU, and 0 where the head trains or the model changes its result)"
 )
 _ATTENTION_HELP = (
     "transformers' implementation (default: its own choice for the model, mostly sdpa); eager is faster on CPU for "

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .data import IGNORE
 
 CACHED = 2**19  # numbers in fp32 that a core's cache and a share of the last level hold
+CHUNK_ON_CPU, CHUNK_ON_GPU = 256, 1024  # tokens: as fast as all at once, or faster (bench/NOTES.md; a GPU: estimated)
 
 
 def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, int]:
@@ -117,6 +118,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *parameters = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
         return hidden, None, None, None, None, *parameters
+
+
+def suitable_chunk(model: PreTrainedModel) -> int | None:
+    """Tokens whose logits should exist together, for little memory at no cost in time; None: all.
+
+    All of them for a head that `check_head` refuses, and for one that trains: each chunk would add to the gradient of
+    the whole head.
+    """
+    try:
+        check_head(model)
+    except ValueError:
+        return None
+    head: nn.Module = model.get_output_embeddings()
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    return CHUNK_ON_CPU if model.device.type == "cpu" else CHUNK_ON_GPU
 
 
 @torch.no_grad()

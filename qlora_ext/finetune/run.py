@@ -19,7 +19,7 @@ from .compile import compile_layers
 from .data import IGNORE, PadToLongest, load_data
 from .evaluate import held_out_loss, sample_answers
 from .load import compute_dtype, load_model, open_checkpoint
-from .loss import check_head
+from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice
 from .report import composition, peak_rss, table, write
 from .train import Schedule, total_steps, train
@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
         qlora_ext.add_adapter(model, _lora_config(options))
     if options.loss_chunk:
         check_head(model)
+    chunk = suitable_chunk(model) if options.loss_chunk is None else options.loss_chunk or None
     if options.compile:
         _say(f"{compile_layers(model)} layers to compile: the first step takes a minute")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -84,15 +85,14 @@ def run(options: argparse.Namespace) -> int:
     def evaluate() -> tuple[float | None, list[str]]:
         loss = None
         if data.held_out:
-            how = {"autocast": autocast, "chunk": options.loss_chunk}
-            loss = held_out_loss(model, data.held_out, collate, options.batch_size, **how)
+            loss = held_out_loss(model, data.held_out, collate, options.batch_size, autocast=autocast, chunk=chunk)
         return loss, sample_answers(model, tokenizer, shown, autocast=autocast)
 
     figures = composition(model, adapter=adapter)
     loss_before, answers_before = evaluate()
     if loss_before is not None:
         _say(f"held-out loss before: {loss_before:.4f}")
-    schedule = _schedule(options, len(data.train))
+    schedule = _schedule(options, len(data.train), chunk)
     outcome = train(
         model,
         tokenizer,
@@ -114,6 +114,7 @@ def run(options: argparse.Namespace) -> int:
         "method": options.method,
         **figures,
         "dtype": str(dtype).removeprefix("torch."),
+        "loss_chunk": chunk,
         "gradient_bytes": outcome.gradient_bytes,
         "optimizer_bytes": outcome.optimizer.state_bytes,
         "optimizer": {"kind": options.optimizer, **dataclasses.asdict(outcome.optimizer)},
@@ -211,7 +212,7 @@ def _lora_config(options: argparse.Namespace) -> qlora_ext.LoraConfig:
     )
 
 
-def _schedule(options: argparse.Namespace, examples: int) -> Schedule:
+def _schedule(options: argparse.Namespace, examples: int, loss_chunk: int | None) -> Schedule:
     steps = options.steps or total_steps(examples, options.epochs, options.batch_size, options.accumulate)
     return Schedule(
         steps=steps,
@@ -224,7 +225,7 @@ def _schedule(options: argparse.Namespace, examples: int) -> Schedule:
         save_steps=options.save_steps,
         seed=options.seed,
         gradient_checkpointing=options.gradient_checkpointing,
-        loss_chunk=options.loss_chunk,
+        loss_chunk=loss_chunk,
         optimizer=OptimizerChoice(options.optimizer, options.device_budget, options.host_budget, options.page_file),
     )
 
