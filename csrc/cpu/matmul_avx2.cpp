@@ -58,16 +58,15 @@ struct Avx2 {
   }
 
   // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side.
-  static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t column,
-                                     std::int64_t depth) {
+  static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t depth) {
     const Planes planes(quant_type);
     const __m256i nibble = _mm256_set1_epi8(0xf);
     for (std::int64_t r = 0; r < depth; r += 32) {
-      const float* absmax = s.absmax + r / kStep * kDepth + column;
+      const float* absmax = s.absmax + r / kStep * kDepth;
       const __m256 low_columns = _mm256_loadu_ps(absmax), high_columns = _mm256_loadu_ps(absmax + 8);
       const __m256 scales[2][2] = {{low_columns, high_columns}, {low_columns, high_columns}};
       __m256i bytes[8];  // each of four of the panel's rows: two columns of bytes
-      transpose_bytes(s.packed + column * kStagedBytes + r / 2, kStagedBytes, bytes);
+      transpose_bytes(s.packed + r / 2, kStagedBytes, bytes);
       for (int i = 0; i < 8; ++i) {
         float* to = s.panel + (r + 4 * i) * kColumns;
         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), nibble);

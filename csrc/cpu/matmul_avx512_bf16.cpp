@@ -57,15 +57,14 @@ struct Avx512Bf16 {
   }
 
   // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side: each byte is a pair.
-  static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t column,
-                                     std::int64_t depth) {
+  static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t depth) {
     const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
     const __m512i interleave = words_in_turn();
     for (std::int64_t half = 0; half < kColumns; half += 16) {
       for (std::int64_t r = 0; r < depth; r += 32) {
-        const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + column + half);
+        const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + half);
         __m128i bytes[16];
-        transpose_bytes(s.packed + (column + half) * kStagedBytes + r / 2, kStagedBytes, bytes);
+        transpose_bytes(s.packed + half * kStagedBytes + r / 2, kStagedBytes, bytes);
         float* to = s.panel + r / 2 * kColumns + half;
         for (int i = 0; i < 16; ++i, to += kColumns) {
           const __m512i low = _mm512_cvtepu8_epi32(bytes[i]), high = _mm512_srli_epi32(low, 4);

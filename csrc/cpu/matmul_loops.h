@@ -16,7 +16,7 @@
 //   store, store_first     a Vector, or its first so many lanes
 //   store_panel_rows       dense values, two rows of the panel
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
-//   fill_weight_transposed the panel, from W[J, R]: W's rows are the panel's columns
+//   fill_weight_transposed the panel, from W[J, R], of which a panel is staged: W's rows are the panel's columns
 //   multiply_tile<rows>    so many rows of x @ panel, some steps, onto their sums
 //   store_row              sums + bias, rounded
 namespace qlora::cpu {
@@ -153,12 +153,12 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
   });
 }
 
-// A part of the weight [*, K] is staged: rows [row, row + rows), columns [column, column + columns). Its absmax, and up
-// to a panel's width of zeros, for rows beyond.
+// A part of the weight [*, K] is staged: rows [row, row + rows), columns [column, column + columns). Its absmax, and
+// zeros for rows beyond, to the width of whole panels.
 inline void stage_absmax(const Packed4bit& w, std::int64_t K, std::int64_t row, std::int64_t rows, std::int64_t column,
                          std::int64_t columns, const MatmulScratch& s) {
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
-  const std::int64_t end = smaller(rows + kMatmulColumnBorder, kDepth);
+  const std::int64_t end = (rows + kMatmulColumnBorder - 1) / kMatmulColumnBorder * kMatmulColumnBorder;
   float* to = s.absmax;
   for (std::int64_t at = column; at < column + columns; at += kStep, to += kDepth) {
     if (at > column && at % w.blocksize != 0) {  // the block before goes on: rows are whole blocks
@@ -167,6 +167,15 @@ inline void stage_absmax(const Packed4bit& w, std::int64_t K, std::int64_t row, 
     }
     for (std::int64_t i = 0; i < rows; ++i) to[i] = block_absmax(w, ((row + i) * K + at) >> shift);
     for (std::int64_t i = rows; i < end; ++i) to[i] = 0.0f;
+  }
+}
+
+// For a later stage(), to the L2.
+inline void fetch(const Packed4bit& w, std::int64_t K, std::int64_t row, std::int64_t rows, std::int64_t column,
+                  std::int64_t columns) {
+  const std::uint8_t* from = w.packed + (row * K + column) / 2;
+  for (std::int64_t i = 0; i < rows; ++i, from += K / 2) {
+    for (std::int64_t byte = 0; byte < columns / 2; byte += 64) __builtin_prefetch(from + byte, 0, 2);
   }
 }
 
@@ -212,16 +221,19 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t r, s
                       std::int64_t rows, std::int64_t column, std::int64_t columns, const MatmulScratch& s,
                       float* sums) {
   if (term.kind == Term::Kind::Weight) stage(term.w, product.J, r, depth, column, columns, s);
-  if (term.kind == Term::Kind::WeightTransposed) {
-    stage(term.w, term.R, column, columns, r, depth, s);
-  }
   for (std::int64_t j = 0; j < columns; j += Isa::kColumns) {
     if (term.kind == Term::Kind::Dense) {
       fill_dense<Isa>(term, r, depth, column + j, smaller(Isa::kColumns, columns - j), s.panel);
     } else if (term.kind == Term::Kind::Weight) {
       Isa::fill_weight(term.w.quant_type, s, j, depth);
+      fetch(term.w, product.J, r + j, smaller(Isa::kColumns, depth - j), column + columns,
+            smaller(kMaxColumns, product.J - column - columns));
     } else {
-      Isa::fill_weight_transposed(term.w.quant_type, s, j, depth);
+      // A panel's rows at a time: of so few, copies stay in the L1.
+      stage(term.w, term.R, column + j, smaller(Isa::kColumns, columns - j), r, depth, s);
+      Isa::fill_weight_transposed(term.w.quant_type, s, depth);
+      const std::int64_t next = column + j + Isa::kColumns;
+      fetch(term.w, term.R, next, smaller(Isa::kColumns, product.J - next), r, depth);
     }
     multiply_rows<Isa>(x, rows, s.panel, steps_of<Isa>(depth), sums + j);
   }
