@@ -103,6 +103,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a tiny model and no record, to see that it runs")
     parser.add_argument("--only", help="print the peak memory of this provider after a few steps, and nothing else")
     args = parser.parse_args()
+    if args.loss_chunk < 1:
+        parser.error(f"--loss-chunk: expected at least 1, got {args.loss_chunk}")
     if args.smoke:
         args.batch, args.length, args.loss_chunk, args.seconds = 2, 16, 8, 0.1
     return args

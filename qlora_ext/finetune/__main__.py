@@ -99,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
 _DTYPE_HELP = "of the computation; auto: bf16 where the machine multiplies it natively (adapters are always fp32)"
 _CHUNK_HELP = (
     "make the output head's logits, and their gradients, for so many answer tokens at a time: less memory, the same "
-    "loss; for models whose logits are the result of lm_head; 0: all of a batch at once (default: 256 on a CPU, 1024 "
-    "on a GPU, and 0 where the head trains or the model changes its result)"
+    "loss; 0: all of a batch at once; for models whose logits are the result of lm_head (default: 256 on a CPU, 1024 "
+    "on a GPU, and 0 for other models and for a head that trains)"
 )
 _ATTENTION_HELP = (
     "transformers' implementation (default: its own choice for the model, mostly sdpa); eager is faster on CPU for "
