@@ -7,7 +7,7 @@ namespace qlora::cpu {
 
 constexpr std::int64_t kDepth = 256;       // of the reduction
 constexpr std::int64_t kMaxRows = 516;     // of x, whole tiles: what a decoded weight is used for at most
-constexpr std::int64_t kMaxColumns = 256;  // of out, whose weights are staged at a time
+constexpr std::int64_t kMaxColumns = 256;  // of out, whose sums lie together
 static_assert(kMaxRows % kMatmulRowBorder == 0);
 // In floats. No power of two: rows would meet in a few sets of the cache.
 constexpr std::int64_t kSumStride = kMaxColumns + 16;
