@@ -14,12 +14,14 @@ namespace {
 
 // Of a chunk of 64 weights, the upper 4 lanes have the second half.
 struct LanesAvx2 {
-  std::int64_t second;  // 1: its absmax is the next one; 0: it is the same
+  __m256i of_pair;  // in the upper lanes 1 if their absmax is the next one, 0 if it is the same
 
-  explicit LanesAvx2(std::int64_t blocksize) : second(kRun / blocksize) {}
+  explicit LanesAvx2(std::int64_t blocksize)
+      : of_pair(_mm256_set_m128i(_mm_set1_epi32(static_cast<int>(kRun / blocksize)), _mm_setzero_si128())) {}
 
   __m256 scales(const float* absmax) const {
-    return _mm256_set_m128(_mm_set1_ps(absmax[second]), _mm_set1_ps(absmax[0]));
+    const __m256d pair = _mm256_broadcast_sd(reinterpret_cast<const double*>(absmax));
+    return _mm256_permutevar_ps(_mm256_castpd_ps(pair), of_pair);
   }
 
   __m256 scales(const float* absmax, std::int64_t) const {  // of the one run that can be left
@@ -118,12 +120,20 @@ struct Avx2 {
                          _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
   }
 
-  // Absmax of `count` blocks from `first` on as numbers, and zeros up to a multiple of 8.
+  // One number after the other: a vector of them would wait for a gather, or for scalars to reach the L1.
   static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
-    for (std::int64_t i = 0; i < count; i += 8) {
-      float decoded[8] = {};
-      for (std::int64_t j = 0; j < 8 && i + j < count; ++j) decoded[j] = block_absmax(w, first + i + j);
-      __builtin_memcpy(absmax + i, decoded, sizeof decoded);
+    if (w.nested_absmax == nullptr) {
+      __builtin_memcpy(absmax, static_cast<const float*>(w.absmax) + first, static_cast<std::size_t>(count) * 4);
+      return;
+    }
+    const auto* codes = static_cast<const std::uint8_t*>(w.absmax);
+    const float offset = *w.nested_offset;
+    for (std::int64_t i = 0; i < count;) {
+      const std::int64_t group = (first + i) / kNestedBlocksize, rest = (group + 1) * kNestedBlocksize - first;
+      const float scale = w.nested_absmax[group];
+      for (const std::int64_t end = rest < count ? rest : count; i < end; ++i) {
+        absmax[i] = decode_dynamic(kDynamicCodebook.value[codes[first + i]], scale, offset);
+      }
     }
   }
 };

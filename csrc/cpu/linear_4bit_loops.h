@@ -19,6 +19,7 @@ namespace {
 
 constexpr std::int64_t kRun = 32;                   // the smallest blocksize
 constexpr std::int64_t kRowBlock = kFewRowsBorder;  // rows of W that meet a segment of x while it is in L1
+constexpr std::int64_t kLine = 64;                  // bytes of a cache line
 constexpr std::int64_t kBytesToL1 = 4096;           // ahead, that are fetched
 constexpr std::int64_t kBytesToL2 = 8192;           // likewise; straight to the L1 memory is read more slowly
 constexpr std::int64_t kMaxSegment = 4096;          // weights
@@ -102,25 +103,29 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
   const auto at = [&](std::int64_t k) {
     return RowsOfW{w.packed + k / 2, w.stride, w.absmax + (k >> shift), w.absmax_stride};
   };
+  constexpr std::int64_t kBytes = Isa::kChunk / 2 < kLine ? kLine : Isa::kChunk / 2;  // of each row at a time
   const auto fetch_ahead = [&](std::int64_t k) {
     for (int r = 0; r < kRowsOfW; ++r) {
       const std::uint8_t* chunk = w.packed + k / 2 + r * row_bytes;
-      for (std::int64_t byte = 0; byte < Isa::kChunk / 2; byte += 64) {
+      for (std::int64_t byte = 0; byte < kBytes; byte += kLine) {
         __builtin_prefetch(chunk + byte + ahead.to_l2, 0, 2);
         __builtin_prefetch(chunk + byte + ahead.to_l1, 0, 3);
       }
     }
   };
-  std::int64_t k = 0;
-  for (; k + Isa::kChunk <= count; k += Isa::kChunk) {
-    fetch_ahead(k);
+  const auto multiply = [&](std::int64_t k) [[gnu::always_inline]] {
     multiply_chunk<Isa, kRows>(
         isa, at(k), x + k * kRows, [&](const float* absmax) { return lanes.scales(absmax); }, sum);
-  }
-  if (k < count) {
+  };
+  std::int64_t k = 0;
+  for (; k + 2 * kBytes <= count; k += 2 * kBytes) {
     fetch_ahead(k);
-    multiply_end<Isa, kRows>(isa, lanes, at(k), x + k * kRows, count - k, sum);
+#pragma GCC unroll 2
+    for (std::int64_t chunk = 0; chunk < 2 * kBytes; chunk += Isa::kChunk) multiply(k + chunk);
   }
+  if (k < count) fetch_ahead(k);
+  for (; k + Isa::kChunk <= count; k += Isa::kChunk) multiply(k);
+  if (k < count) multiply_end<Isa, kRows>(isa, lanes, at(k), x + k * kRows, count - k, sum);
   for (int r = 0; r < kRowsOfW; ++r) {
     for (int m = 0; m < kRows; ++m) sums[m][row + r] = sum[r][m];
   }
