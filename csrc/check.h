@@ -5,6 +5,7 @@
 #include <ATen/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -50,12 +51,20 @@ inline void check_blocksize(const char* op, int64_t blocksize) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A 4-bit tensor argument, checked to hold exactly n elements; it keeps the contiguous tensors that `view` points into.
+// Whether a tensor of a 4-bit weight has rows of so many numbers, or is flat: all in one dimension.
+inline bool has_rows(const at::Tensor& tensor, int64_t row) {
+  const auto sizes = tensor.sizes();
+  return tensor.numel() <= 1 || sizes.back() == row ||
+         std::any_of(sizes.begin(), sizes.end(), [&](int64_t size) { return size == tensor.numel(); });
+}
+
+// A 4-bit tensor argument, checked to hold exactly n elements in rows of `width`; it keeps the contiguous tensors that
+// `view` points into.
 struct Weight4bit {
   at::Tensor packed, absmax, nested_absmax, nested_offset;
   Packed4bit view;
 
-  Weight4bit(const char* op, int64_t n, const at::Tensor& packed_arg, const at::Tensor& absmax_arg,
+  Weight4bit(const char* op, int64_t n, int64_t width, const at::Tensor& packed_arg, const at::Tensor& absmax_arg,
              const OptionalTensor& nested_absmax_arg, const OptionalTensor& nested_offset_arg,
              const std::string& quant_type, int64_t blocksize) {
     const QuantType type = checked_quant_type(op, quant_type);
@@ -77,6 +86,12 @@ struct Weight4bit {
                 std::to_string(num_blocks) + " values for " + std::to_string(n) + " elements in blocks of " +
                     std::to_string(blocksize),
                 absmax_arg.numel());
+    for (const auto& [what, tensor, per] :
+         {std::tuple{"packed", &packed_arg, int64_t{2}}, std::tuple{"absmax", &absmax_arg, blocksize}}) {
+      const int64_t row = width / per;
+      QLORA_CHECK(has_rows(*tensor, row), op, what, "shape [..., " + std::to_string(row) + "] or flat",
+                  tensor->sizes());
+    }
     packed = packed_arg.contiguous();
     absmax = absmax_arg.contiguous();
     view = {packed.data_ptr<uint8_t>(), absmax.data_ptr(), nullptr, nullptr, type, blocksize};

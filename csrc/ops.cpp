@@ -61,7 +61,8 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
   const bool negative = std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; });
   QLORA_CHECK(!negative, kOp, "shape", "sizes of at least 0", shape);
   const int64_t n = c10::multiply_integers(shape);
-  const Weight4bit w(kOp, n, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  const Weight4bit w(kOp, n, shape.empty() ? 1 : shape.back(), packed, absmax, nested_absmax, nested_offset, quant_type,
+                     blocksize);
   Tensor out = new_result(shape, packed.options().dtype(dtype));
   device_for(out).dequantize_4bit(w.view, n, {0, 1, 0, n}, type, out);
   return out;
@@ -149,7 +150,7 @@ LinearArguments check_linear(const char* op, const Tensor& x, const Tensor& pack
                              const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                              const std::string& quant_type, int64_t blocksize, int64_t out_features) {
   const int64_t K = inner_size(op, "x", x, packed, "out_features", out_features);
-  Weight4bit w(op, out_features * K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  Weight4bit w(op, out_features * K, K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
   return {out_features, K, std::move(w), as_rows(x)};
 }
 
@@ -157,7 +158,7 @@ LinearArguments check_dgrad(const char* op, const Tensor& grad, const Tensor& pa
                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                             const std::string& quant_type, int64_t blocksize, int64_t in_features) {
   const int64_t N = inner_size(op, "grad", grad, packed, "in_features", in_features);
-  Weight4bit w(op, N * in_features, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  Weight4bit w(op, N * in_features, in_features, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
   return {N, in_features, std::move(w), as_rows(grad)};
 }
 

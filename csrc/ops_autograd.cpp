@@ -4,10 +4,12 @@
 // training step of a small model (bench/NOTES.md).
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -109,6 +111,18 @@ Tensor bias_grad(const AutogradContext* ctx, const Tensor& grad_rows) {
   return at::sum(grad_rows, at::IntArrayRef{0}, false, at::kFloat).to(dtype);
 }
 
+// Gradients that are asked for with a graph of their own get one that raises: without it, second derivatives would be
+// zero.
+variable_list once_differentiable(const std::string& op, variable_list grads) {
+  if (!at::GradMode::is_enabled()) return grads;
+  for (Tensor& grad : grads) {
+    if (grad.defined()) grad = grad.detach().requires_grad_();
+  }
+  const auto node = std::make_shared<torch::autograd::DelayedError>(
+      op + ": second derivatives: expected none to be taken, as there are none", static_cast<int64_t>(grads.size()));
+  return (*node)(std::move(grads));
+}
+
 struct Linear4bit : torch::autograd::Function<Linear4bit> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, const Weight& w,
                         const c10::SymInt& out_features) {
@@ -124,9 +138,10 @@ struct Linear4bit : torch::autograd::Function<Linear4bit> {
     const Weight w = Weight::saved(ctx, ctx->get_saved_variables());
     const bool has_bias = ctx->saved_data.count("bias_dtype") > 0;
     variable_list out(4);
+    at::AutoDispatchBelowADInplaceOrView below;
     if (ctx->needs_input_grad(0)) out[0] = call_dgrad(grads[0], w, ctx->saved_data.at("in_features").toSymInt());
     if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
-    return out;
+    return once_differentiable("linear_4bit", std::move(out));
   }
 };
 
@@ -169,6 +184,7 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     variable_list out(2 + 2 * count + 3);
     if (!grads[0].defined()) return out;
 
+    at::AutoDispatchBelowADInplaceOrView below;
     const auto [grad_x, grad_A, grad_B] =
         call_lora_backward(grads[0], saved[4], saved[5], w, A, B, scaling, masks, ctx->needs_input_grad(0));
     if (ctx->needs_input_grad(0)) out[0] = grad_x;
@@ -180,7 +196,7 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
       first += r;
     }
     if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
-    return out;
+    return once_differentiable("lora_linear_4bit", std::move(out));
   }
 };
 

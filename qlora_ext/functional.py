@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -28,12 +30,14 @@ def quantize_4bit(
         state: the QuantState that reads it, on weight's device.
 
     Raises:
-        TypeError: weight is no tensor or of another dtype.
+        TypeError: an argument of the wrong kind, or a weight of another dtype.
         ValueError: quant_type or blocksize is none of the above, or weight holds NaN or Inf.
 
     Source: QLoRA, arXiv 2305.14314, section 3; the bytes are bitsandbytes'.
     """
-    _check_tensor("quantize_4bit", "weight", weight)
+    _check_type("quantize_4bit", "weight", weight, Tensor)
+    _check_type("quantize_4bit", "quant_type", quant_type, str)
+    _check_type("quantize_4bit", "blocksize", blocksize, Integral)
     packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, blocksize)
     if absmax.numel() and not absmax.is_meta and not absmax.amax().isfinite():  # of NaN, too: the maximum is NaN
         blocks = absmax.flatten().isfinite().logical_not().nonzero().flatten()
@@ -64,9 +68,11 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
-    _check_tensor("dequantize_4bit", "packed", packed)
-    _check_state("dequantize_4bit", state)
-    weight: Tensor = ops.dequantize_4bit(packed, *_weight_arguments(state), state.shape, dtype or state.dtype)
+    _check_type("dequantize_4bit", "packed", packed, Tensor)
+    _check_type("dequantize_4bit", "state", state, QuantState)
+    dtype = state.dtype if dtype is None else dtype
+    _check_type("dequantize_4bit", "dtype", dtype, torch.dtype)
+    weight: Tensor = ops.dequantize_4bit(packed, *_weight_arguments(state), state.shape, dtype)
     return weight
 
 
@@ -88,8 +94,10 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     Source: QLoRA, arXiv 2305.14314, equation 5.
     """
-    _check_tensor("linear_4bit", "packed", packed)
-    _check_tensor("linear_4bit", "x", x)
+    _check_type("linear_4bit", "packed", packed, Tensor)
+    _check_type("linear_4bit", "x", x, Tensor)
+    if bias is not None:
+        _check_type("linear_4bit", "bias", bias, Tensor)
     x = cast_as_autocast(x)
     out_features = matrix_shape("linear_4bit", state, x)[0]
     y: Tensor = ops.linear_4bit(x, packed, *_weight_arguments(state), out_features, bias)
@@ -110,8 +118,8 @@ def cast_as_autocast(x: Tensor) -> Tensor:
 
 def matrix_shape(op: str, state: QuantState, x: Tensor) -> tuple[int, int]:
     """(out, in) of a 4-bit matrix that x[..., in] is to be multiplied with."""
-    _check_tensor(op, "x", x)
-    _check_state(op, state)
+    _check_type(op, "x", x, Tensor)
+    _check_type(op, "state", state, QuantState)
     if len(state.shape) != 2:
         raise ValueError(f"{op}: state.shape: expected [out, in], got {list(state.shape)}")
     if x.dim() == 0 or x.shape[-1] != state.shape[1]:
@@ -123,11 +131,15 @@ def _weight_arguments(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor 
     return state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize
 
 
-def _check_tensor(op: str, what: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {what}: expected a torch.Tensor, got {type(value).__name__}")
+_KINDS = {
+    Tensor: "a torch.Tensor",
+    QuantState: "a QuantState",
+    torch.dtype: "a torch.dtype",
+    str: "a str",
+    Integral: "an int",
+}
 
 
-def _check_state(op: str, state: object) -> None:
-    if not isinstance(state, QuantState):
-        raise TypeError(f"{op}: state: expected a QuantState, got {type(state).__name__}")
+def _check_type(op: str, what: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{op}: {what}: expected {_KINDS[kind]}, got {type(value).__name__}")

@@ -35,8 +35,9 @@ class Linear4bit(nn.Module):
         nested_absmax, nested_offset: float32 buffers [ceil(num_blocks/256)] and 0-d, or None.
         bias: [out] or None.
 
-    `load_state_dict` takes this layer's own tensors, or a float `weight` [out, in], which it quantizes. A float cast
-    (`.half()`, `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
+    `load_state_dict` takes this layer's own tensors, or a float `weight` [out, in], which it quantizes. The bytes do
+    not say their quant_type, but the metadata of a state_dict does: another one is refused. A float cast (`.half()`,
+    `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
     """
 
     weight: nn.Parameter
@@ -205,7 +206,14 @@ class Linear4bit(nn.Module):
         super()._apply(keeping_dtype(fn, self._storage().values()), recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["quant_type"] = self.quant_type
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         weight = state_dict.get(prefix + "weight")
         if isinstance(weight, Tensor) and weight.is_floating_point():
             try:
@@ -214,6 +222,9 @@ class Linear4bit(nn.Module):
                 raise type(error)(f"Linear4bit: {prefix}weight: {error}") from error
             # The scales were made here: to the rest of the loading they are neither missing nor different.
             state_dict = dict(state_dict) | {prefix + name: own for name, own in self._storage().items()}
+        elif local_metadata.get("quant_type", self.quant_type) != self.quant_type:
+            other = local_metadata["quant_type"]
+            raise ValueError(f"Linear4bit: {prefix}weight: expected quant_type {self.quant_type!r}, got {other!r}")
         for name, own in self._storage().items():
             given = state_dict.get(prefix + name)
             if not isinstance(given, Tensor):
@@ -223,7 +234,7 @@ class Linear4bit(nn.Module):
             if given.shape != own.shape:
                 expected = list(own.shape)
                 raise ValueError(f"Linear4bit: {prefix}{name}: expected shape {expected}, got {list(given.shape)}")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -194,6 +194,29 @@ BAD = {
         ValueError,
         "linear_4bit.*bias.*9",
     ),
+    "blocksize-type": (lambda: qlora_ext.quantize_4bit(normal(64), blocksize="64"), TypeError, "blocksize.*int.*str"),
+    "quant-type-type": (lambda: qlora_ext.quantize_4bit(normal(64), quant_type=4), TypeError, "quant_type.*str.*int"),
+    "dtype-type": (lambda: qlora_ext.dequantize_4bit(*quantized(), "float16"), TypeError, "dtype.*torch.dtype.*str"),
+    "linear-bias-type": (
+        lambda: qlora_ext.linear_4bit(normal(3, 128), *quantized(), [0.0] * 8),
+        TypeError,
+        "linear_4bit.*bias.*Tensor.*list",
+    ),
+    "packed-transposed": (
+        lambda: qlora_ext.linear_4bit(normal(3, 128), quantized()[0].t(), quantized()[1]),
+        ValueError,
+        r"linear_4bit: packed: expected shape \[..., 64\] or flat, got \[64, 8\]",
+    ),
+    "packed-other-rows": (
+        lambda: qlora_ext.dequantize_4bit(quantized()[0].view(16, 32), quantized()[1]),
+        ValueError,
+        "dequantize_4bit: packed",
+    ),
+    "absmax-transposed": (
+        lambda: with_wrong_state(absmax=quantized()[1].absmax.t()),
+        ValueError,
+        r"absmax: expected shape \[..., 2\] or flat",
+    ),
     "linear-vector": (
         lambda: qlora_ext.linear_4bit(normal(3, 128), *qlora_ext.quantize_4bit(normal(128))),
         ValueError,
@@ -206,6 +229,15 @@ BAD = {
 def test_errors(bad_call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         bad_call()
+
+
+def test_flat_weights_are_read() -> None:
+    """As bitsandbytes has them, in a column or, as its matmul_4bit takes them, in a row."""
+    packed, state = quantized()
+    expected = qlora_ext.dequantize_4bit(packed, state)
+    flat = dataclasses.replace(state, absmax=state.absmax.flatten())
+    for shape in ((-1,), (-1, 1), (1, -1)):
+        assert qlora_ext.dequantize_4bit(packed.view(shape), flat).equal(expected)
 
 
 def mapping_flags(address: int) -> list[str]:

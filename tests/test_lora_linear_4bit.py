@@ -232,3 +232,18 @@ def test_opcheck(dropout: bool, dtype: torch.dtype) -> None:
     mask = [torch.rand(2, 5, 128) > 0.3 for _ in a] if dropout else []
     q = quantized_normal((24, 128), "nf4", 64, double_quant=True)
     torch.library.opcheck(lora_linear_4bit.default, (x, *q, 24, bias, a, b, scaling, mask))
+
+
+@pytest.mark.parametrize("op", ["linear_4bit", "lora_linear_4bit"])
+def test_second_derivatives_raise(op: str) -> None:
+    """Without their own node they would be zero, as if the gradient were a constant."""
+    x, (a, b, scaling) = normal(3, 256).requires_grad_(), adapters((8,), 48, 256)
+    if op == "linear_4bit":
+        y = linear_4bit(x, *WEIGHT, 48, None).square()
+    else:
+        y = lora_linear_4bit(x, *WEIGHT, 48, None, [a[0].requires_grad_()], b, scaling, [])[0]
+    (grad_x,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert_same(grad_x.detach(), expected)
+    with pytest.raises(RuntimeError, match=f"{op}: second derivatives"):
+        grad_x.square().sum().backward()
