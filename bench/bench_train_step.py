@@ -1,9 +1,9 @@
 """One training step of a language model: speed, peak memory and a profile of our QLoRA, PEFT + bitsandbytes, PEFT LoRA.
 
 A step is forward, loss, backward and AdamW on the adapters (r=8, all linear layers), batch 4 x 128 tokens, bf16. Ours
-is measured as transformers makes the model, then as `finetune` does one after the other: the loss by chunks (its
-default), eager attention (`--attention eager`), and on request compiled layers (`--compile`); the peers with eager
-attention, too, as it needs nothing of ours. Memory is the peak RSS of one child process for each, from the import
+is measured as transformers makes the model, then, one after the other, as `finetune` does for such examples: the loss
+by chunks, eager attention; and on request with compiled layers (its `--compile`). The peers with eager attention, too,
+as it needs nothing of ours. Memory is the peak RSS of one child process for each, from the import
 of torch on. Then torch.profiler says where the time of a step goes (train_step_profile.jsonl; compiled layers have no
 parts to see).
 

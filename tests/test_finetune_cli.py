@@ -1,20 +1,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from finetune_command import arguments as arguments
+from finetune_command import data as data
+from finetune_command import model as model
+from finetune_command import words
 from tiny_model import one_thread as one_thread
-from tiny_model import save_tiny_model
 from transformers import LlamaForCausalLM
 
 import qlora_ext
@@ -22,32 +20,6 @@ from qlora_ext.finetune import __main__ as cli
 from qlora_ext.finetune.load import load_model, open_checkpoint
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"say {i}", "response": "aaaa"}) + "\n" for i in range(30)))
-    return path
-
-
-@pytest.fixture
-def arguments(model: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
-    short = {"steps": 3, "batch-size": 4, "samples": 2, "eval-examples": 2, "lr": 1e-2}
-    return {"model": model, "data": data, "method": "qlora", "output": tmp_path / "out", **short}
-
-
-def words(arguments: dict[str, Any]) -> list[str]:
-    """{"steps": 3, "resume": True} -> ["--steps", "3", "--resume"]; None leaves an option out."""
-    pairs = [(f"--{name}", value) for name, value in arguments.items() if value is not None]
-    return [word for name, value in pairs for word in ([name] if value is True else [name, str(value)])]
 
 
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
@@ -77,13 +49,13 @@ def test_run_from_data_to_report(method: str, arguments: dict[str, Any], capsys:
 def test_chunked_loss_and_eager_attention_train_as_the_whole_one_and_sdpa(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert cli.main(words({**arguments, "loss-chunk": 0})) == 0
+    assert cli.main(words({**arguments, "loss-chunk": 0, "attention": "sdpa"})) == 0
     whole = json.loads((arguments["output"] / "report.json").read_text(encoding="utf-8"))
-    assert whole["loss_chunk"] is None
+    assert (whole["loss_chunk"], whole["attention"]) == (None, "sdpa")
     options = {"loss-chunk": 2, "attention": "eager"}
     assert cli.main(words({**arguments, "output": tmp_path / "chunked", **options})) == 0
     chunked = json.loads((tmp_path / "chunked" / "report.json").read_text(encoding="utf-8"))
-    assert chunked["loss_chunk"] == 2
+    assert (chunked["loss_chunk"], chunked["attention"]) == (2, "eager")
     assert chunked["losses"] == pytest.approx(whole["losses"], rel=1e-3)
     assert chunked["held_out_loss_after"] == pytest.approx(whole["held_out_loss_after"], rel=1e-3)
 
@@ -127,14 +99,18 @@ def test_peft_reads_the_adapter(model: Path, arguments: dict[str, Any]) -> None:
     assert config["base_model_name_or_path"] == str(model)
 
 
-def test_plain_text_and_no_held_out_part(arguments: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("length", "attention"), [(128, "eager"), (129, "sdpa")])
+def test_plain_text_and_no_held_out_part(
+    length: int, attention: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
     text = tmp_path / "book.txt"
-    text.write_text("It was a dark and stormy night. " * 40 + "The end.")
-    options = {"data": text, "eval-fraction": 0, "eval-examples": None, "max-length": 64, "batch-size": 2}
+    text.write_text("It was a dark and stormy night. " * 80 + "The end.")
+    options = {"data": text, "eval-fraction": 0, "max-length": length, "dtype": "bf16", "steps": 1}
     assert cli.main(words({**arguments, **options})) == 0
     report = json.loads((arguments["output"] / "report.json").read_text(encoding="utf-8"))
     assert report["held_out_loss_before"] is None
     assert report["samples"][0]["prompt"]
+    assert report["attention"] == (attention if not torch.cuda.is_available() else "sdpa")
 
 
 PAGED = {"optimizer": "paged_adamw32"}
@@ -198,80 +174,6 @@ def test_bad_line_of_data_is_named(
     bad.write_text("")
     assert cli.main(words({**arguments, "data": bad})) == 2
     assert f"error: {bad}: the file is empty" in capsys.readouterr().err
-
-
-def test_earlier_run_is_not_mixed_with_a_new_one(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(words(arguments)) == 0
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(words(arguments))
-    assert "holds an earlier run: add --resume or --overwrite" in capsys.readouterr().err
-    assert cli.main(words({**arguments, "steps": 1, "overwrite": True})) == 0
-    assert [path.name for path in arguments["output"].glob("checkpoint-*")] == ["checkpoint-1"]
-
-
-@pytest.mark.parametrize("change", [{"seed": 5}, {"method": "lora"}, {"r": 4}, {"blocksize": 32}, PAGED], ids=str)
-def test_resume_refuses_another_run(
-    change: dict[str, Any], arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(words(arguments)) == 0
-    before = (arguments["output"] / "run.json").read_bytes()
-    assert cli.main(words({**arguments, **change, "steps": 6, "resume": True})) == 2
-    last_line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"--{next(iter(change))}: expected" in last_line
-    assert (arguments["output"] / "run.json").read_bytes() == before
-    assert not (arguments["output"] / "checkpoint-6").exists()
-
-
-def test_a_run_from_before_there_was_a_choice_of_optimizers_resumes(arguments: dict[str, Any]) -> None:
-    assert cli.main(words(arguments)) == 0
-    file = arguments["output"] / "run.json"
-    noted = json.loads(file.read_text())
-    assert noted.pop("optimizer") == "adamw"
-    file.write_text(json.dumps(noted))
-    assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 0
-
-
-def test_foreign_adapter_in_the_checkpoint_is_named(
-    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(words(arguments)) == 0
-    adapter = arguments["output"] / "checkpoint-3" / "adapter_model.safetensors"
-    adapter.write_bytes(adapter.read_bytes()[:-50])
-    assert cli.main(words({**arguments, "steps": 6, "resume": True})) == 2
-    last_line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: " in last_line
-    assert "adapter_model.safetensors" in last_line
-    adapter.write_bytes(adapter.read_bytes()[:-50])
-    assert cli.main(words({**arguments, "steps": 6, "resume": True, "r": 4})) == 2
-
-
-def test_ctrl_c_saves_and_resume_ends_as_an_uninterrupted_run(arguments: dict[str, Any], tmp_path: Path) -> None:
-    arguments |= {"steps": 150, "lora-dropout": 0.1}
-    command = [sys.executable, "-m", "qlora_ext.finetune", *words({**arguments, "save-steps": 10})]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, text=True, stdout=-1, stderr=-1) as child:
-        deadline = time.monotonic() + 60
-        while not list(arguments["output"].glob("checkpoint-*")):
-            assert child.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
-    assert child.returncode == 130, err
-    assert "with --resume goes on from here" in err
-    assert "Traceback" not in err
-    assert (arguments["output"] / "adapter_model.safetensors").exists()
-    assert not (arguments["output"] / "report.json").exists()
-
-    assert cli.main(words({**arguments, "resume": True})) == 0
-    resumed = json.loads((arguments["output"] / "report.json").read_text())
-    assert resumed["tokens"] > 0
-    arguments["output"] = tmp_path / "whole"
-    assert cli.main(words(arguments)) == 0
-    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
-    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
-    assert resumed["tokens"] < whole["tokens"]
-    assert resumed["held_out_loss_after"] == pytest.approx(whole["held_out_loss_after"], abs=1e-6)
 
 
 def test_ctrl_c_outside_the_training_loop(

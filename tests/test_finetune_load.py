@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import qlora_ext
-from qlora_ext.finetune.load import compute_dtype, load_model, open_checkpoint
+from qlora_ext.finetune.load import compute_dtype, load_model, open_checkpoint, suitable_attention
 
 CPU = torch.device("cpu")
 
@@ -44,6 +44,13 @@ def test_attention_is_the_one_asked_for(tmp_path: Path) -> None:
     torch.testing.assert_close(*logits)
 
 
+def test_attention_for_short_examples() -> None:
+    assert suitable_attention(torch.bfloat16, CPU, 128) == "eager"
+    assert suitable_attention(torch.bfloat16, CPU, 129) is None
+    assert suitable_attention(torch.float32, CPU, 128) is None
+    assert suitable_attention(torch.bfloat16, torch.device("cuda"), 128) is None
+
+
 def test_only_a_package_of_the_attention_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_model(tmp_path)
 
@@ -51,10 +58,11 @@ def test_only_a_package_of_the_attention_is_called_so(tmp_path: Path, monkeypatc
         raise ImportError("needs a package")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", lacking)
-    with pytest.raises(ImportError, match="needs a package"):
-        load(tmp_path)
-    with pytest.raises(ValueError, match="--attention eager: needs a package"):
-        load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention="eager")
+    for kind in (None, "eager"):  # which need none
+        with pytest.raises(ImportError, match="needs a package"):
+            load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention=kind)
+    with pytest.raises(ValueError, match="--attention flash_attention_2: needs a package"):
+        load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention="flash_attention_2")
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

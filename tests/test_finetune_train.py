@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_ext.finetune.data import IGNORE, PadToLongest
 from qlora_ext.finetune.evaluate import held_out_loss, sample_answers
 from qlora_ext.finetune.load import load_model, open_checkpoint
-from qlora_ext.finetune.train import newest_checkpoint, total_steps
+from qlora_ext.finetune.train import Schedule, _arguments, newest_checkpoint, total_steps
 
 STATE_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}
@@ -202,3 +202,11 @@ def test_sample_answers_are_greedy_and_stop_at_a_special_token() -> None:
         model.lm_head.bias.zero_()
         model.lm_head.bias[TOKENIZER.eos_token_id] = 1
     assert sample_answers(model, TOKENIZER, DATA.held_out[:2]) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "expected"), [(1, 0.03, 0), (1, 0, 0), (3, 0.9, 2), (100, 0.03, 3), (2, 5, 5)]
+)
+def test_a_share_of_warmup_leaves_a_step_to_train(steps: int, warmup: float, expected: int, tmp_path: Path) -> None:
+    schedule = Schedule(steps=steps, warmup=warmup)
+    assert _arguments(schedule, tmp_path, torch.device("cpu"), autocast=False).get_warmup_steps(steps) == expected

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         **required,
     )
     top.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
-    top.add_argument("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --output")
+    top.add_argument("--overwrite", action="store_true", help="replace an earlier run, or a model, in --output")
 
     run = top.add_argument_group("training")
     length = run.add_mutually_exclusive_group()
@@ -103,8 +103,9 @@ _CHUNK_HELP = (
     "on a GPU, and 0 for other models and for a head that trains)"
 )
 _ATTENTION_HELP = (
-    "transformers' implementation (default: its own choice for the model, mostly sdpa); eager is faster on CPU for "
-    "examples of up to 512 tokens, and takes memory for length x length weights of each head"
+    "transformers' implementation; in bf16 on a CPU eager is faster for examples of up to 512 tokens, and keeps length "
+    "x length weights of each head in memory (default: eager in bf16 on a CPU if no example is longer than 128 "
+    "tokens, and otherwise transformers' own choice for the model, mostly sdpa)"
 )
 _COMPILE_HELP = (
     "torch.compile of the layers: fewer passes over memory, after a minute in the first step; needs g++ on CPU"
@@ -134,6 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--resume: no checkpoint in {options.output}")
     if earlier and not (options.resume or options.overwrite):
         command.error(f"--output {options.output} holds an earlier run: add --resume or --overwrite")
+    if options.output.resolve() == Path(options.model).resolve():
+        command.error(f"--output {options.output}: expected another folder than --model, which it would overwrite")
+    foreign = any(options.output.glob("*.safetensors")) and not (options.output / "run.json").exists()
+    if foreign and not (options.resume or options.overwrite):
+        command.error(f"--output {options.output} holds a model or an adapter: add --overwrite")
     _check_paging(command, options)
 
     from .run import run  # here, because transformers takes seconds and --help should not

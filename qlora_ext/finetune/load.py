@@ -23,6 +23,7 @@ from .checkpoint import Folder
 from .gguf_file import GgufFile
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+EAGER_ON_CPU = 128  # tokens, in bf16: faster than torch's kernel up to 512, but its memory grows (bench/NOTES.md)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -34,6 +35,12 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
             native = "avx512_bf16" in _C.cpu_paths()
         name = "bf16" if native else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def suitable_attention(dtype: torch.dtype, device: torch.device, longest: int) -> str | None:
+    """The attention that trains fastest on examples of at most `longest` tokens; None is transformers' own choice."""
+    fits = device.type == "cpu" and dtype == torch.bfloat16 and longest <= EAGER_ON_CPU
+    return "eager" if fits else None
 
 
 def open_checkpoint(source: str) -> Folder | GgufFile:
@@ -83,7 +90,7 @@ def load_model(
         try:
             model: Any = AutoModelForCausalLM.from_config(checkpoint.config(), **built)
         except ImportError as error:
-            if attention is None:
+            if attention in (None, "eager"):  # which need no package
                 raise
             raise ValueError(f"--attention {attention}: {error}") from error
     if get_model_conversion_mapping(model, add_legacy=False):

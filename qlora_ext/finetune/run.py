@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -18,16 +19,18 @@ from qlora_ext.info import built_for_cuda, describe
 from .compile import compile_layers
 from .data import IGNORE, PadToLongest, load_data
 from .evaluate import held_out_loss, sample_answers
-from .load import compute_dtype, load_model, open_checkpoint
+from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice
 from .report import composition, peak_rss, table, write
-from .train import Schedule, total_steps, train
+from .train import Schedule, newest_checkpoint, total_steps, train
 
-# What --resume must not change: the base, the examples and their split, the adapter, and the optimizer.
+# What --resume must not change: the base, the examples and their split, the adapter, the optimizer and its schedule.
 SAME_RUN = (
-    *("model", "data", "method", "seed", "eval_fraction", "max_length", "chat", "optimizer"),
-    *("quant_type", "blocksize", "no_double_quant", "r", "lora_alpha", "target_modules", "use_rslora"),
+    *("model", "data", "method", "seed", "eval_fraction", "max_length", "chat"),
+    *("optimizer", "lr", "schedule", "warmup"),
+    *("quant_type", "blocksize", "no_double_quant"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
 )
 
 
@@ -42,6 +45,9 @@ def run(options: argparse.Namespace) -> int:
     if options.page_file is not None and options.host_budget is None:
         _say("--page-file: stays empty, as host memory holds all states: --host-budget limits it")
 
+    same = _what_stays(options)
+    if options.resume:
+        _check_same_run(options.output, same)
     checkpoint = open_checkpoint(options.model)
     tokenizer = checkpoint.tokenizer()
     data = load_data(
@@ -56,6 +62,11 @@ def run(options: argparse.Namespace) -> int:
         f"{len(data.train)} examples to train on, {len(data.held_out)} held out ({data.duplicates} duplicates removed, "
         f"{data.truncated} truncated to {options.max_length} tokens, {data.dropped} dropped with no answer left)"
     )
+    steps = options.steps or total_steps(len(data.train), options.epochs, options.batch_size, options.accumulate)
+    if options.resume and _is_done(options.output, steps):
+        _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
+        return 0
+    longest = max(len(example.input_ids) for example in (*data.train, *data.held_out))
     data = dataclasses.replace(data, held_out=data.held_out[: options.eval_examples])
 
     model = load_model(
@@ -63,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=dtype if adapter else torch.float32,
         device=device,
         quantize=_quantization(options),
-        attention=options.attention,
+        attention=options.attention or suitable_attention(dtype, device, longest),
     )
     model.config._name_or_path = options.model
     transformers.set_seed(options.seed)  # the adapter starts the same on every base
@@ -75,7 +86,10 @@ def run(options: argparse.Namespace) -> int:
     if options.compile:
         _say(f"{compile_layers(model)} layers to compile: the first step takes a minute")
     options.output.mkdir(parents=True, exist_ok=True)
-    _check_same_run(options)
+    if not options.resume:
+        beside = options.output / "run.tmp"
+        beside.write_text(json.dumps(same, indent=2) + "\n")
+        os.replace(beside, options.output / "run.json")
     for name in ("report.json", "report.png"):  # of an earlier run
         (options.output / name).unlink(missing_ok=True)
 
@@ -92,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     loss_before, answers_before = evaluate()
     if loss_before is not None:
         _say(f"held-out loss before: {loss_before:.4f}")
-    schedule = _schedule(options, len(data.train), chunk)
+    schedule = _schedule(options, steps, chunk)
     outcome = train(
         model,
         tokenizer,
@@ -114,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
         "method": options.method,
         **figures,
         "dtype": str(dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
         "loss_chunk": chunk,
         "gradient_bytes": outcome.gradient_bytes,
         "optimizer_bytes": outcome.optimizer.state_bytes,
@@ -167,21 +182,28 @@ def _device(method: str) -> torch.device:
     return torch.device("cuda")
 
 
-def _check_same_run(options: argparse.Namespace) -> None:
-    """With --resume the split and the base must be those of the run that is resumed; else note what they are."""
-    file = options.output / "run.json"
+def _what_stays(options: argparse.Namespace) -> dict[str, str]:
     same = {name: str(getattr(options, name)) for name in SAME_RUN}
-    if not options.resume:
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(same, indent=2) + "\n")
-        os.replace(beside, file)
-        return
-    before = {"optimizer": "adamw", **json.loads(file.read_text())} if file.exists() else same  # once the only one
+    return {**same, "data_sha256": hashlib.sha256(options.data.read_bytes()).hexdigest()}
+
+
+def _check_same_run(output: Path, same: dict[str, str]) -> None:
+    """Refuse what differs from the run in `output`, as far as that noted it: earlier versions noted less."""
+    file = output / "run.json"
+    before = {"optimizer": "adamw", **json.loads(file.read_text())} if file.exists() else same
     for name, value in same.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"--resume: --{name.replace('_', '-')}: expected {before.get(name)!r} as before, got {value!r}"
-            )
+        if before.get(name, value) != value:
+            option = "--data: sha256" if name == "data_sha256" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume: {option}: expected {before[name]!r} as before, got {value!r}")
+
+
+def _is_done(output: Path, steps: int) -> bool:
+    """Whether all steps are made and reported."""
+    checkpoint = newest_checkpoint(output)
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    if done > steps:
+        raise ValueError(f"--resume: --steps: expected at least the {done} that are done, got {steps}")
+    return done == steps and (output / "report.json").exists()
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -212,8 +234,7 @@ def _lora_config(options: argparse.Namespace) -> qlora_ext.LoraConfig:
     )
 
 
-def _schedule(options: argparse.Namespace, examples: int, loss_chunk: int | None) -> Schedule:
-    steps = options.steps or total_steps(examples, options.epochs, options.batch_size, options.accumulate)
+def _schedule(options: argparse.Namespace, steps: int, loss_chunk: int | None) -> Schedule:
     return Schedule(
         steps=steps,
         batch_size=options.batch_size,

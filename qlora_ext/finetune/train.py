@@ -149,7 +149,7 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
         gradient_accumulation_steps=schedule.accumulate,
         learning_rate=schedule.lr,
         lr_scheduler_type="constant_with_warmup" if schedule.kind == "constant" else schedule.kind,
-        warmup_steps=schedule.warmup,
+        warmup_steps=_warmup_steps(schedule),
         optim="adamw_torch",
         seed=schedule.seed,
         bf16=autocast,
@@ -171,6 +171,13 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else Trainer wraps the model in DataParallel, which its docs advise against
     return arguments
+
+
+def _warmup_steps(schedule: Schedule) -> int:
+    """A share leaves at least one step: the first of a warmup has a learning rate of 0."""
+    if schedule.warmup >= 1:
+        return int(schedule.warmup)
+    return min(math.ceil(schedule.warmup * schedule.steps), schedule.steps - 1)
 
 
 class _Trainer(Trainer):

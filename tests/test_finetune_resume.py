@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_command import arguments as arguments
+from finetune_command import data as data
+from finetune_command import model as model
+from finetune_command import words
+from tiny_model import one_thread as one_thread
+
+from qlora_ext.finetune import __main__ as cli
+
+
+def test_earlier_run_is_not_mixed_with_a_new_one(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words(arguments)) == 0
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words(arguments))
+    assert "holds an earlier run: add --resume or --overwrite" in capsys.readouterr().err
+    assert cli.main(words({**arguments, "steps": 1, "overwrite": True})) == 0
+    assert [path.name for path in arguments["output"].glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+CHANGES: list[dict[str, Any]] = [
+    *({"seed": 5}, {"method": "lora"}, {"r": 4}, {"blocksize": 32}, {"optimizer": "paged_adamw32"}),
+    *({"lr": 1e-3}, {"schedule": "cosine"}, {"warmup": 2}, {"lora-dropout": 0.5}),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_resume_refuses_another_run(
+    change: dict[str, Any], arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(arguments)) == 0
+    before = (arguments["output"] / "run.json").read_bytes()
+    assert cli.main(words({**arguments, **change, "steps": 6, "resume": True})) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--{next(iter(change))}: expected" in last_line
+    assert (arguments["output"] / "run.json").read_bytes() == before
+    assert not (arguments["output"] / "checkpoint-6").exists()
+
+
+def test_resume_refuses_other_data_of_the_same_name(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = arguments["data"].read_text().splitlines(keepends=True)
+    arguments["data"] = tmp_path / "copy.jsonl"
+    arguments["data"].write_text("".join(lines))
+    assert cli.main(words(arguments)) == 0
+    arguments["data"].write_text("".join(lines[:20]))
+    assert cli.main(words({**arguments, "steps": 6, "resume": True})) == 2
+    assert "error: --resume: --data: sha256: expected '" in capsys.readouterr().err
+
+
+def test_resume_of_a_finished_run_leaves_its_report(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(arguments)) == 0
+    report = arguments["output"] / "report.json"
+    before = report.read_bytes()
+    assert cli.main(words({**arguments, "resume": True})) == 0
+    assert "step 3 of 3 was done before" in capsys.readouterr().err
+    assert cli.main(words({**arguments, "steps": 2, "resume": True})) == 2
+    assert "--steps: expected at least the 3 that are done, got 2" in capsys.readouterr().err
+    assert report.read_bytes() == before
+    report.unlink()  # as when a run ends between the last step and its report
+    assert cli.main(words({**arguments, "resume": True})) == 0
+    assert report.exists()
+
+
+def test_a_model_is_not_overwritten(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {**arguments, "model": tmp_path / "own", "method": "full"}
+    shutil.copytree(arguments["model"], own["model"])
+    for output, reason in {"own": "expected another folder than --model", "other": "add --overwrite"}.items():
+        if output == "other":
+            shutil.copytree(own["model"], tmp_path / output)
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(words({**own, "output": tmp_path / output}))
+        assert reason in capsys.readouterr().err
+    assert cli.main(words({**own, "output": tmp_path / "other", "overwrite": True})) == 0
+
+
+def test_a_run_that_noted_less_resumes(arguments: dict[str, Any]) -> None:
+    assert cli.main(words(arguments)) == 0
+    file = arguments["output"] / "run.json"
+    noted = json.loads(file.read_text())
+    for name in ("optimizer", "lr", "data_sha256"):  # of versions that had no choice, or did not look
+        del noted[name]
+    file.write_text(json.dumps(noted))
+    assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 0
+
+
+def test_foreign_adapter_in_the_checkpoint_is_named(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(arguments)) == 0
+    adapter = arguments["output"] / "checkpoint-3" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-50])
+    assert cli.main(words({**arguments, "steps": 6, "resume": True})) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in last_line
+    assert "adapter_model.safetensors" in last_line
+    adapter.write_bytes(adapter.read_bytes()[:-50])
+    assert cli.main(words({**arguments, "steps": 6, "resume": True, "r": 4})) == 2
+
+
+def test_ctrl_c_saves_and_resume_ends_as_an_uninterrupted_run(arguments: dict[str, Any], tmp_path: Path) -> None:
+    arguments |= {"steps": 150, "lora-dropout": 0.1}
+    command = [sys.executable, "-m", "qlora_ext.finetune", *words({**arguments, "save-steps": 10})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, text=True, stdout=-1, stderr=-1) as child:
+        deadline = time.monotonic() + 60
+        while not list(arguments["output"].glob("checkpoint-*")):
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "with --resume goes on from here" in err
+    assert "Traceback" not in err
+    assert (arguments["output"] / "adapter_model.safetensors").exists()
+    assert not (arguments["output"] / "report.json").exists()
+
+    assert cli.main(words({**arguments, "resume": True})) == 0
+    resumed = json.loads((arguments["output"] / "report.json").read_text())
+    assert resumed["tokens"] > 0
+    arguments["output"] = tmp_path / "whole"
+    assert cli.main(words(arguments)) == 0
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    assert resumed["tokens"] < whole["tokens"]
+    assert resumed["held_out_loss_after"] == pytest.approx(whole["held_out_loss_after"], abs=1e-6)
