@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qlora_ext import _C
 from qlora_ext.optim_files import find_states, save_states
 from qlora_ext.optim_state import Held, Saved, checked_state, like_parameter, local_shard, state_forms
-from qlora_ext.optim_step import check, check_dtype, checked_gradient, checked_hyper
+from qlora_ext.optim_step import check, check_dtype, check_options, checked_gradient, checked_hyper
 from qlora_ext.paged_parameters import PagedParameters, Update
 
 
@@ -31,10 +30,10 @@ class PagedAdamW(Optimizer):
     Args:
         params: parameters, named parameters or groups, as for every torch optimizer: float32, float16 or bfloat16, on
             the CPU or CUDA devices, with gradients of any of these dtypes. Of a DTensor, the local shard is updated.
-        lr, betas, eps, weight_decay: as for torch.optim.AdamW; also per group, like `maximize`.
+        lr, betas, eps, weight_decay: as for torch.optim.AdamW; also per group, as is `maximize` and nothing else.
         state_bits: 32; or 8: blocks of 256 elements with one fp32 absmax each, in the nearest codes of the dynamic
             codebooks. Parameters under 4096 elements have 32-bit states.
-        page_bytes: size of a page, a multiple of 4096.
+        page_bytes: size of a page, a multiple of 4096, at most 2**30.
         device_budget: bytes of memory of each CUDA device for states; None: no limit. If it does not hold all, the
             others stream through three pages of it (or three pages, if it is less).
         host_budget: bytes of host memory for states, of each device (of a CUDA device, pinned: for what its own memory
@@ -84,13 +83,15 @@ class PagedAdamW(Optimizer):
         seed: int = 0,
         maximize: bool = False,
     ) -> None:
-        check(state_bits in (8, 32), "state_bits", "8 or 32", state_bits)
-        whole_pages = isinstance(page_bytes, int) and page_bytes > 0 and page_bytes % _C.MIN_PAGE_BYTES == 0
-        check(whole_pages, "page_bytes", f"a positive multiple of {_C.MIN_PAGE_BYTES}", page_bytes)
-        for name, budget in (("device_budget", device_budget), ("host_budget", host_budget)):
-            valid = budget is None or (isinstance(budget, int) and 0 <= budget < 1 << 63)
-            check(valid, name, "a number of bytes, 0 or more, or None", budget)
-        check(isinstance(seed, int) and 0 <= seed < 1 << 64, "seed", "an integer from 0 to 2**64 - 1", seed)
+        check_options(
+            state_bits=state_bits,
+            page_bytes=page_bytes,
+            device_budget=device_budget,
+            host_budget=host_budget,
+            page_file=page_file,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+        )
         self._rounding = (stochastic_rounding, seed)
         file = os.path.realpath(page_file) if page_file else None
         self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
@@ -182,8 +183,8 @@ class PagedAdamW(Optimizer):
         """Load what `state_dict()` of this class or of torch.optim.AdamW gave, straight into pages.
 
         Raises:
-            ValueError: groups or states that are not for these parameters and this state_bits; the optimizer is then
-                as it was.
+            TypeError, ValueError: groups or states that are not for these parameters and this state_bits; the optimizer
+                is then as it was.
             OSError, or ValueError for the budgets: there is no room for the states. The old ones are gone by then, and
                 nothing but to load again, or `release()`, is possible.
         """

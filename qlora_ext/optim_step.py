@@ -2,47 +2,99 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_ext import _C
 from qlora_ext.optim_state import local_shard
 
 Hyper = tuple[float, float, float, float, float, bool]  # lr, beta1, beta2, eps, weight_decay, maximize
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_PAGE_BYTES = 1 << 30
+
+# Options of the optimizer as a whole: their types, what is expected, and whether a value of these types is that.
+_Option = tuple[tuple[type, ...], str, Callable[[Any], bool]]
+_BUDGET: _Option = (
+    (int, type(None)),
+    "a number of bytes, 0 or more, or None",
+    lambda given: given is None or 0 <= given < 1 << 63,
+)
+_OPTIONS: dict[str, _Option] = {
+    "state_bits": ((int,), "8 or 32", lambda given: given in (8, 32)),
+    "page_bytes": (
+        (int,),
+        f"a multiple of {_C.MIN_PAGE_BYTES} from {_C.MIN_PAGE_BYTES} to {_MAX_PAGE_BYTES}",
+        lambda given: 0 < given <= _MAX_PAGE_BYTES and given % _C.MIN_PAGE_BYTES == 0,
+    ),
+    "device_budget": _BUDGET,
+    "host_budget": _BUDGET,
+    "page_file": ((str, os.PathLike, type(None)), "a path or None", lambda given: True),
+    "stochastic_rounding": ((bool,), "a bool", lambda given: True),
+    "seed": ((int,), "an integer from 0 to 2**64 - 1", lambda given: 0 <= given < 1 << 64),
+}
 
 
-def check(condition: bool, what: str, expected: object, got: object) -> None:
-    """Raises ValueError if the condition does not hold."""
+def check(condition: bool, what: str, expected: object, got: object, error: type[Exception] = ValueError) -> None:
+    """Raises the error if the condition does not hold."""
     if not condition:
-        raise refusal(what, expected, got)
+        raise refusal(what, expected, got, error)
 
 
-def refusal(what: str, expected: object, got: object) -> ValueError:
+def refusal(what: str, expected: object, got: object, error: type[Exception] = ValueError) -> Exception:
     """What `check` raises. What is checked of every parameter at every step raises it itself: `check` would have the
     message made even where all is well."""
-    return ValueError(f"PagedAdamW: {what}: expected {expected}, got {got!r}")
+    return error(f"PagedAdamW: {what}: expected {expected}, got {got!r}")
 
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:
     """Raises TypeError if it is no dtype of parameters and gradients."""
-    if dtype not in _DTYPES:
-        raise TypeError(f"PagedAdamW: {what}: expected dtype float32, float16 or bfloat16, got {dtype}")
+    check(dtype in _DTYPES, what, "dtype float32, float16 or bfloat16", dtype, TypeError)
+
+
+def check_options(**options: Any) -> None:
+    """Raises TypeError or ValueError if one of these options of the optimizer as a whole is not what it has to be."""
+    for name, given in options.items():
+        types, expected, valid = _OPTIONS[name]
+        has_type = isinstance(given, types) and (bool in types or not isinstance(given, bool))
+        check(has_type, name, expected, given, TypeError)
+        check(valid(given), name, expected, given)
 
 
 def checked_hyper(group: dict[str, Any]) -> Hyper:
     """The hyperparameters of a group."""
     missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
     check(not missing, "param_groups", "groups of AdamW", f"one without {', '.join(missing)}")
+    foreign = [name for name in _OPTIONS if name in group]
+    check(not foreign, "param_groups", "options of a group", f"{', '.join(foreign)} of the whole optimizer")
     check(not group.get("amsgrad"), "amsgrad", "False", group.get("amsgrad"))
-    lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
-    beta1, beta2 = map(float, group["betas"])
+    lr, eps, weight_decay = (_number(name, group[name]) for name in ("lr", "eps", "weight_decay"))
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check(value >= 0, name, "0 or more", value)
-    check(0 <= beta1 < 1 and 0 <= beta2 < 1, "betas", "two numbers from 0 to below 1", group["betas"])
-    return lr, beta1, beta2, eps, weight_decay, bool(group.get("maximize"))
+    decoupled = group.get("decoupled_weight_decay", True)  # False: a group of torch.optim.Adam
+    check(decoupled or weight_decay == 0, "decoupled_weight_decay", "True, or weight_decay 0", decoupled)
+    betas, two = group["betas"], "two numbers from 0 to below 1"
+    check(isinstance(betas, Sequence), "betas", two, betas, TypeError)
+    check(len(betas) == 2, "betas", two, betas)
+    beta1, beta2 = (_number("betas", beta) for beta in betas)
+    check(0 <= beta1 < 1 and 0 <= beta2 < 1, "betas", two, betas)
+    maximize = group.get("maximize", False)
+    check(isinstance(maximize, bool), "maximize", "a bool", maximize, TypeError)
+    return lr, beta1, beta2, eps, weight_decay, maximize
+
+
+def _number(what: str, given: Any) -> float:
+    """As a float, what can be one, like a tensor of one element; but no str."""
+    try:
+        return math.fsum((given,))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise refusal(what, "a number", given, kind) from error
 
 
 def checked_gradient(index: int, p: Any) -> Tensor:

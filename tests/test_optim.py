@@ -221,26 +221,6 @@ def test_nan_stays_in_its_element_or_block(options: dict[str, Any]) -> None:
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "lr: expected 0 or more, got -1.0"),
-        ({"betas": (0.9, 1.0)}, "betas: expected two numbers from 0 to below 1"),
-        ({"eps": float("nan")}, "eps: expected 0 or more, got nan"),
-        ({"state_bits": 16}, "state_bits: expected 8 or 32, got 16"),
-        ({"page_bytes": 1000}, "page_bytes: expected a positive multiple of 4096, got 1000"),
-        ({"host_budget": -1}, "host_budget: expected a number of bytes"),
-        ({"device_budget": 1 << 20}, "device_budget: expected None for states on the CPU"),
-        ({"seed": -1}, "seed: expected an integer"),
-        ({"host_budget": 0}, "expected room for .* pages of 1048576 bytes, got room for 0"),
-    ],
-    ids=str,
-)
-def test_bad_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"PagedAdamW: .*{message}"):
-        PagedAdamW(parameters(), **options)
-
-
 def test_bad_parameters_and_gradients_change_nothing() -> None:
     params = parameters()
     optimizer = PagedAdamW(params, lr=LR)
