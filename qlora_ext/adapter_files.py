@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,12 +24,14 @@ from qlora_ext.adapters import (
     named_layers,
     set_adapter,
 )
-from qlora_ext.lora import LoraConfig
+from qlora_ext.layer_names import is_named, unwrapped
+from qlora_ext.lora import LoraConfig, check_name, check_regex
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
+_PEFTS_DEFAULTS = {"r": 8, "lora_alpha": 8}
 # Fields of PEFT's config that would change what the adapter computes, and the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
@@ -53,7 +56,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     """Write an adapter as `peft.PeftModel.from_pretrained` reads it, into `folder` itself (made if it is not there).
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters. One of torch.compile or data parallelism is saved as the plain model is.
         folder: gets adapter_model.safetensors (float32, keys base_model.model.<layer>.lora_A.weight [r, in] and
             .lora_B.weight [out, r]) and adapter_config.json. Each is written beside and then renamed.
         name: of the adapter; it is not part of the files.
@@ -73,10 +76,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     for layer_name, layer in layers.items():
         for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             tensors[f"{_PREFIX}{layer_name}.{part}.weight"] = table[name].detach().contiguous()
-    model_config = getattr(model, "config", None)
+    plain = unwrapped(model)
+    model_config = getattr(plain, "config", None)
     described = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "task_type": "CAUSAL_LM" if type(plain).__name__.endswith("ForCausalLM") else None,
         "base_model_name_or_path": getattr(model_config, "_name_or_path", None) or None,
         "inference_mode": True,
         "bias": "none",
@@ -97,20 +101,22 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     """Read an adapter that `save_adapter` or PEFT wrote, activate it and freeze all else.
 
     Args:
-        model: a model with the layers that the adapter is for.
+        model: a model with the layers that the adapter is for, perhaps one of torch.compile or data parallelism.
         folder: with adapter_config.json and adapter_model.safetensors.
         name: to give it. If there is an adapter of this name its weights are replaced, else it is added.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is truncated or foreign, is no LoRA adapter, uses what is not supported here (by name), or
-            does not fit the model. The model is then as it was.
+        TypeError, ValueError: no adapter can have this name.
+        ValueError: a file is truncated or foreign, is no LoRA adapter, uses what is not supported here (by name), lacks
+            tensors of a layer that its config targets, or does not fit the model. The model is then as it was.
 
     Source: PEFT's checkpoint format.
     """
     check_not_merged("load_adapter", model)
+    check_name("load_adapter", name)
     folder = Path(folder)
-    config = _read_config(folder / CONFIG_FILE)
+    config, demands = _read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     layers = linear_layers(model)
     weights: dict[str, dict[str, Tensor]] = {}
@@ -130,6 +136,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
                     f"load_adapter: {folder / WEIGHTS_FILE}: {layer_name}.{part}: expected shape {list(shape)}, "
                     f"got {'no tensor' if got is None else list(got.shape)}"
                 )
+    targets = [layer_name for layer_name in named_layers(model, config.target_modules) if demands(layer_name)]
+    bare = [layer_name for layer_name in targets if layer_name not in weights]
+    if bare:
+        raise ValueError(
+            f"load_adapter: {folder / WEIGHTS_FILE}: {bare[0]}: expected tensors as for every layer that {CONFIG_FILE} "
+            f"targets, got none (for {len(bare)} of {len(targets)} layers)"
+        )
     existing = {n: layer.lora_A[name].shape[0] for n, layer in lora_layers(model) if name in layer.configs}
     given = {layer_name: config.rank(layer_name) for layer_name in weights}
     if existing and existing != given:
@@ -146,11 +159,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     set_adapter(model, name)
 
 
-def _short_names(model: nn.Module, layer_names: list[str]) -> list[str]:
-    """The last parts of the names, if these mean exactly the same layers in this model; else the names themselves."""
-    last_parts = {name.rsplit(".", 1)[-1] for name in layer_names}
-    meant = {name for name in linear_layers(model) if name.rsplit(".", 1)[-1] in last_parts}
-    return sorted(last_parts) if meant == set(layer_names) else sorted(layer_names)
+def _short_names(model: nn.Module, layer_names: list[str]) -> str | list[str]:
+    """What means exactly these layers in this model: the last parts of their names, the names, or a regex of them."""
+    for names in ({name.rsplit(".", 1)[-1] for name in layer_names}, layer_names):
+        if set(named_layers(model, list(names))) == set(layer_names):
+            return sorted(names)
+    return "|".join(re.escape(name) for name in sorted(layer_names))
 
 
 def _write_all(writers: dict[Path, Callable[[Path], object]]) -> None:
@@ -166,7 +180,8 @@ def _write_all(writers: dict[Path, Callable[[Path], object]]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read_config(path: Path) -> LoraConfig:
+def _read_config(path: Path) -> tuple[LoraConfig, Callable[[str], bool]]:
+    """The config, and whether it demands tensors of a layer of this name that its target_modules match."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
@@ -179,9 +194,40 @@ def _read_config(path: Path) -> LoraConfig:
             raise ValueError(f"load_adapter: {path}: {key}: expected {neutral[0]!r}, got {given[key]!r} (unsupported)")
     known = {f.name: given[f.name] for f in fields(LoraConfig) if given.get(f.name) is not None}
     try:
-        return LoraConfig(**known)
+        return LoraConfig(**_PEFTS_DEFAULTS | known), _demands(given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_adapter: {path}: {error}") from error
+
+
+def _demands(given: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether this config of PEFT's demands tensors of a layer of this name that its target_modules match."""
+    targets, exclude = given.get("target_modules"), given.get("exclude_modules")
+    excluded, patterns = _listed(given, "exclude_modules", str), _listed(given, "layers_pattern", str)
+    indexes = _listed(given, "layers_to_transform", int)
+    blocks = [rf"(?:.*?\.)?{pattern}\.(?P<index>\d+)\." for pattern in patterns]
+
+    def demands(name: str) -> bool:
+        if targets is None:  # PEFT goes by the kind of model
+            return False
+        if re.fullmatch(exclude, name) if isinstance(exclude, str) else is_named(name, excluded):
+            return False
+        if not indexes or isinstance(targets, str) or name in targets:
+            return True
+        matches = (re.match(block, name) for block in blocks or [r".*?\.[^.]*\.(?P<index>\d+)\."])
+        return next((int(match["index"]) in indexes for match in matches if match), False)
+
+    return demands
+
+
+def _listed(given: dict[str, Any], key: str, kind: type) -> list[Any]:
+    """A field that may hold several, one alone, or nothing."""
+    value = given.get(key)
+    values = [] if value in (None, "") else value if isinstance(value, list) else [value]
+    if not all(isinstance(each, kind) for each in values):
+        raise ValueError(f"{key}: expected {kind.__name__} or a list of {kind.__name__}, got {value!r}")
+    for each in values if kind is str else []:
+        check_regex(key, each)
+    return values
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from qlora_ext.layer_names import children, is_named, is_pattern_of, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraConfig, LoraLinear, dense_linear
+from qlora_ext.lora import LoraConfig, LoraLinear, check_name, dense_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 AnyLinear = nn.Linear | Linear4bit | LoraLinear
@@ -40,10 +41,13 @@ def quantize_model(
         The same model.
 
     Raises:
+        TypeError: skip is no str and no list of them.
         ValueError: there is no layer to quantize, or one holds NaN or Inf (named; the ones before it are quantized).
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
+    if not isinstance(skip, Iterable):
+        raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -52,7 +56,7 @@ def quantize_model(
 
     def convert(name: str, module: nn.Module) -> nn.Module:
         # A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's.
-        if type(module) is not nn.Linear or _is_named(name, skip) or owners[id(module.weight)] > 1:
+        if type(module) is not nn.Linear or is_named(name, skip) or owners[id(module.weight)] > 1:
             return module
         try:
             return Linear4bit.from_linear(module, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
@@ -68,18 +72,22 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     """Attach a new adapter to the linear layers that config.target_modules names, activate it and freeze all else.
 
     Args:
-        model: any module whose layers are nn.Linear, Linear4bit or, with other adapters on them, LoraLinear.
+        model: any module whose layers are nn.Linear, Linear4bit or, with other adapters on them, LoraLinear. Names in
+            one of torch.compile or data parallelism, whole or in parts, are those of the plain model.
         config: the LoraConfig.
-        name: of the adapter; no dots.
+        name: of the adapter; no dots, and no attribute of nn.ParameterDict.
 
     Raises:
-        ValueError: there is an adapter of this name; a name in target_modules matches no linear layer; merged adapters.
+        TypeError: config is no LoraConfig, or name no str.
+        ValueError: there is an adapter of this name, or none can have it; a name in target_modules matches no linear
+            layer, or a key of rank_pattern or alpha_pattern none of those; merged adapters.
 
     Source: LoRA, arXiv 2106.09685, section 4.
     """
     check_not_merged("add_adapter", model)
-    if name in adapter_names(model):
-        raise ValueError(f"add_adapter: name: expected a name not in {adapter_names(model)}, got {name!r}")
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"add_adapter: config: expected a qlora_ext.LoraConfig, got {type(config)}")
+    check_name("add_adapter", name, adapter_names(model))
     attach(model, dict.fromkeys(target_modules(model, config), config), name)
     set_adapter(model, name)
 
@@ -176,7 +184,7 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """(name, layer) of each LoraLinear in the model."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+    return ((name, module) for name, module in plain_modules(model) if isinstance(module, LoraLinear))
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -188,7 +196,7 @@ def linear_layers(model: nn.Module) -> dict[str, AnyLinear]:
     """The layers by name that can carry an adapter; those inside a LoraLinear are not counted."""
     found = {}
     inside: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         if name and id(module) not in inside and isinstance(module, (AnyLinear, *CLOSED)):
             if isinstance(module, AnyLinear):
                 found[name] = module
@@ -200,16 +208,19 @@ def target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     """The names of the linear layers that config.target_modules means in this model.
 
     Raises:
-        ValueError: it, or one of its names, matches none.
+        ValueError: it, or one of its names, matches none; a key of rank_pattern or alpha_pattern matches none of them.
     """
-    layers = linear_layers(model)
     wanted = config.target_modules
+    for target in [[name] for name in wanted] if isinstance(wanted, list) else [wanted]:
+        if not named_layers(model, target):
+            last_parts = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})) or "none"
+            expected = f"expected names of linear layers (here, by their last parts: {last_parts})"
+            raise ValueError(f"add_adapter: target_modules: {expected}, got {target!r}")
     names = named_layers(model, wanted)
-    for target in wanted if isinstance(wanted, list) else []:
-        if not any(_is_named(name, [target]) for name in names):
-            raise ValueError(f"add_adapter: target_modules: {_expected_linear(layers)}, got {target!r}")
-    if not names:
-        raise ValueError(f"add_adapter: target_modules: {_expected_linear(layers)}, got {wanted!r}")
+    for what in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, what):
+            if not any(is_pattern_of(key, name) for name in names):
+                raise ValueError(f"add_adapter: {what}: expected names of layers with the adapter, got {key!r}")
     return names
 
 
@@ -221,7 +232,7 @@ def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
         return [name for name in layers if name not in head]
     if isinstance(wanted, str):
         return [name for name in layers if re.fullmatch(wanted, name)]
-    return [name for name in layers if _is_named(name, wanted)]
+    return [name for name in layers if is_named(name, wanted)]
 
 
 def attach(model: nn.Module, configs: dict[str, LoraConfig], name: str) -> None:
@@ -253,40 +264,33 @@ def _replace(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -
 
     def visit(prefix: str, parent: nn.Module) -> None:
         nonlocal changed
-        for child_name, child in list(parent._modules.items()):  # named_children names a shared child once
-            if child is None:
-                continue
+        for key, name, child in list(children(parent, prefix)):
             if id(child) not in converted:
-                name = f"{prefix}.{child_name}" if prefix else child_name
-                converted[id(child)] = convert(name, child)
+                converted[id(child)] = child if is_wrapper(child) else convert(name, child)
                 if converted[id(child)] is child and not isinstance(child, (AnyLinear, *CLOSED)):
                     visit(name, child)
-            changed += converted[id(child)] is not child
-            setattr(parent, child_name, converted[id(child)])
+            if converted[id(child)] is not child:
+                changed += 1
+                setattr(parent, key, converted[id(child)])
+                if key == "_orig_mod":  # torch.compile's module has looked up what to call
+                    parent._initialize()  # type: ignore[operator]
 
     visit("", model)
     return changed
 
 
-def _is_named(name: str, wanted: Iterable[str]) -> bool:
-    return any(name == full or name.endswith("." + full) for full in wanted)
-
-
 def _output_head(model: nn.Module, layers: dict[str, AnyLinear]) -> set[str]:
     """The layers that make logits, by name, and those that share their weight."""
-    get_head = getattr(model, "get_output_embeddings", lambda: None)
-    heads = {id(get_head())} | {id(layer) for name, layer in layers.items() if _is_named(name, ["lm_head"])}
+    get_head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)
+    heads = {id(unwrapped(head)) for head in [get_head()] if head is not None} | {
+        id(layer) for name, layer in layers.items() if is_named(name, ["lm_head"])
+    }
     weights = {id(layer.weight) for layer in layers.values() if id(layer) in heads and isinstance(layer, nn.Linear)}
     return {
         name
         for name, layer in layers.items()
         if id(layer) in heads or (isinstance(layer, nn.Linear) and id(layer.weight) in weights)
     }
-
-
-def _expected_linear(layers: dict[str, AnyLinear]) -> str:
-    last_parts = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    return f"expected names of linear layers (here, by their last parts: {', '.join(last_parts) or 'none'})"
 
 
 def check_not_merged(op: str, model: nn.Module) -> None:

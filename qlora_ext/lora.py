@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_ext.functional import cast_as_autocast
+from qlora_ext.layer_names import is_pattern_of
 from qlora_ext.linear import Linear4bit, keeping_dtype
 
 Number = TypeVar("Number", int, float)
@@ -49,9 +50,9 @@ class LoraConfig:
             if not isinstance(pattern := getattr(self, what), dict):
                 raise TypeError(f"LoraConfig: {what}: expected a dict, got {pattern!r}")
             for key in pattern:
-                _check_regex(what, key)
+                check_regex(what, key)
         if isinstance(self.target_modules, str):
-            _check_regex("target_modules", self.target_modules)
+            check_regex("target_modules", self.target_modules)
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"LoraConfig: use_rslora: expected a bool, got {self.use_rslora!r}")
         for what, r in [("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())]:
@@ -81,7 +82,7 @@ class LoraConfig:
         return _by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
 
 
-def _check_regex(what: str, pattern: str) -> None:
+def check_regex(what: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
@@ -89,7 +90,7 @@ def _check_regex(what: str, pattern: str) -> None:
 
 
 def _by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
-    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+    return next((value for key, value in pattern.items() if is_pattern_of(key, name)), default)
 
 
 class LoraLinear(nn.Module):
@@ -145,15 +146,14 @@ class LoraLinear(nn.Module):
         """Add an adapter, inactive; A as nn.Linear starts, B zero, so that the layer computes what it did.
 
         Args:
-            name: of the adapter; no dots.
+            name: of the adapter; no dots, and no attribute of nn.ParameterDict.
             config: its LoraConfig.
             module_name: this layer's name in its model, for rank_pattern and alpha_pattern.
 
         Raises:
-            ValueError: there is an adapter of this name, or the name holds a dot.
+            TypeError, ValueError: the name is no str, is not as above, or there is an adapter of it.
         """
-        if name in self.configs or not name or "." in name:
-            raise ValueError(f"LoraLinear: name: expected a new adapter name without dots, got {name!r}")
+        check_name("LoraLinear", name, self.configs)
         r = config.rank(module_name)
         device = self.base_layer.weight.device
         A = torch.empty(r, self.in_features, dtype=torch.float32, device=device)
@@ -236,3 +236,12 @@ def dense_linear(weight: Tensor, like: nn.Linear | Linear4bit) -> nn.Linear:
     linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     linear.register_parameter("bias", like.bias)
     return linear.train(like.training)
+
+
+def check_name(op: str, name: str, taken: Container[str] = ()) -> None:
+    """Raise TypeError or ValueError unless a new adapter can have this name."""
+    if not isinstance(name, str):
+        raise TypeError(f"{op}: name: expected a str, got {name!r}")
+    if name in taken or not name or "." in name or hasattr(nn.ParameterDict(), name):
+        expected = "a new adapter name without dots that is no attribute of nn.ParameterDict"
+        raise ValueError(f"{op}: name: expected {expected}, got {name!r}")

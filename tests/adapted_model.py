@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from layers import randomize_adapters, state_bytes
 from tiny_model import tiny_config
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import LlamaForCausalLM
 
 from qlora_ext import LoraConfig, LoraLinear, add_adapter, quantize_model
 
 TOKENS = torch.arange(12).view(2, 6)
+
+
+def with_compiled(name: str) -> Callable[[nn.Module], nn.Module]:
+    """What puts torch.compile's module in the place of the one of this name."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        model.set_submodule(name, torch.compile(model.get_submodule(name), backend="eager"))
+        return model
+
+    return wrap
+
+
+def distributed_data_parallel(model: nn.Module) -> nn.Module:
+    """Of one process, which no other test then is part of."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    finally:
+        distributed.destroy_process_group()
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled-block": with_compiled("model.layers.0"),
+    "compiled-linear": with_compiled("model.layers.0.self_attn.q_proj"),
+    "data-parallel": nn.DataParallel,
+    "distributed": distributed_data_parallel,
+    "several": lambda model: nn.DataParallel(torch.compile(with_compiled("model.layers.1")(model), backend="eager")),
+}
+by_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 
 
 def base_model() -> LlamaForCausalLM:

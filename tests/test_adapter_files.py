@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_model import base_model, logits, trainable, with_adapter
-from layers import randomize_adapters, state_bytes
+from adapted_model import base_model, by_wrapper, logits, trainable, with_adapter
+from layers import names_of, randomize_adapters, state_bytes
 from reference import assert_same
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from qlora_ext import (
     LoraConfig,
+    LoraLinear,
     adapter_files,
     add_adapter,
     load_adapter,
@@ -70,6 +72,30 @@ def test_the_config_names_model_and_task(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
     assert (config["task_type"], config["peft_type"], config["inference_mode"]) == ("CAUSAL_LM", "LORA", True)
+
+
+@by_wrapper
+def test_a_wrapped_model_is_saved_as_the_plain_one(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model = with_adapter(r=4, lora_alpha=3)
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(wrap(copy.deepcopy(model)), tmp_path / "wrapped")
+    for file in (CONFIG, WEIGHTS):
+        assert (tmp_path / "wrapped" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_names_that_mean_more_layers_are_saved_as_a_regex(tmp_path: Path) -> None:
+    """ "proj" alone would mean the head too."""
+
+    class Model(nn.ModuleDict):
+        def get_output_embeddings(self) -> nn.Module:
+            return self["head"]["proj"]
+
+    model, loaded = (Model({"proj": nn.Linear(8, 8), "head": nn.ModuleDict({"proj": nn.Linear(8, 8)})}) for _ in "12")
+    add_adapter(model, LoraConfig())
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == "proj"
+    load_adapter(loaded, tmp_path)
+    assert names_of(loaded, LoraLinear) == {"proj"}
 
 
 def test_saving_an_unknown_adapter(tmp_path: Path) -> None:
@@ -131,6 +157,28 @@ def test_two_adapters_are_loaded_side_by_side(tmp_path: Path) -> None:
         for each in (model, loaded):
             set_adapter(each, names)
         assert_same(logits(loaded), logits(model))
+
+
+@by_wrapper
+def test_a_wrapped_model_loads_as_the_plain_one(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model = with_adapter(r=4)
+    save_adapter(model, tmp_path)
+    loaded = wrap(base_model())
+    assert (logits(loaded) != logits(model)).any()  # and what is compiled is compiled without adapters
+    load_adapter(loaded, tmp_path)
+    assert_same(logits(loaded), logits(model))
+    load_adapter(loaded, tmp_path)  # into the existing one
+
+
+def test_a_config_without_targets_goes_where_the_tensors_are(tmp_path: Path) -> None:
+    """PEFT then goes by the kind of model."""
+    model = with_adapter(target_modules=["q_proj"])
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"target_modules": None}))
+    loaded = base_model()
+    load_adapter(loaded, tmp_path)
+    assert names_of(loaded, LoraLinear) == names_of(model, LoraLinear)
 
 
 def test_a_loaded_adapter_is_the_active_one_and_trains(tmp_path: Path) -> None:

@@ -108,7 +108,10 @@ def test_files_hold_what_pefts_hold(fields: dict[str, Any], tmp_path: Path) -> N
     "fields",
     [
         {"layers_to_transform": [1]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "model.layers.0.self_attn.k_proj", "v_proj"]},
         {"exclude_modules": ["layers.0.self_attn.q_proj", "lm_head"]},
+        {"exclude_modules": r".*\.1\..*"},
         {"target_modules": ["q_proj", "c_attn"]},  # a list for many kinds of models
     ],
     ids=str,
@@ -125,6 +128,20 @@ def test_pefts_choice_of_layers_survives_loading_and_saving(fields: dict[str, An
     layers = names_of(theirs.base_model.model, peft.tuners.lora.Linear)
     assert names_of(again.base_model.model, peft.tuners.lora.Linear) == layers
     torch.testing.assert_close(logits(again), logits(theirs))
+
+
+@pytest.mark.parametrize("missing", [{"lora_alpha"}, {"r", "lora_alpha"}], ids=str)
+@pytest.mark.parametrize("null", [True, False], ids=["null", "missing"])
+def test_what_a_config_leaves_out_is_as_in_peft(missing: set[str], null: bool, tmp_path: Path) -> None:
+    base = MODELS["head"]()
+    defaults = {key: getattr(peft.LoraConfig(), key) for key in missing}
+    theirs = pefts_adapter(base, target_modules=["q_proj"], **({"r": 4} | defaults))
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    kept = {key: value for key, value in config.items() if key not in missing}
+    (tmp_path / CONFIG).write_text(json.dumps(kept | (dict.fromkeys(missing) if null else {})))
+    load_adapter(base, tmp_path)
+    torch.testing.assert_close(logits(base), logits(theirs))
 
 
 class Ambiguous(nn.Module):

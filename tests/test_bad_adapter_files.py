@@ -57,6 +57,11 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil(folder / "touched")))
 
 
+def only_q_proj_of_layer_0(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({key: tensors[key] for key in (A, B)}, folder / WEIGHTS)
+
+
 def cut(length: int) -> Callable[[Path], object]:
     return lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:length])
 
@@ -131,9 +136,33 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "a-rank": (change_tensors({A: WIDE[:1]}), ValueError, rf"{WEIGHTS}.*{Q_PROJ}.lora_A.*\[4, 64\].*\[1, 64\]"),
     "b-transposed": (change_tensors({B: WIDE}), ValueError, rf"{WEIGHTS}.*{Q_PROJ}.lora_B.*\[64, 4\].*\[4, 64\]"),
     "no-b": (change_tensors({}, drop=(B,)), ValueError, f"{WEIGHTS}.*{Q_PROJ}.lora_B.*no tensor"),
+    "layer-without-tensors": (change_tensors({}, drop=(A, B)), ValueError, f"{WEIGHTS}.*{Q_PROJ}.* 1 of 14 layers"),
+    "layers-without-tensors": (only_q_proj_of_layer_0, ValueError, f"{WEIGHTS}.*layers.0.*k_proj.* 13 of 14 layers"),
+    "exclude-modules": (change_config(exclude_modules=5), ValueError, f"{CONFIG}.*exclude_modules.*5"),
+    "exclude-modules-regex": (change_config(exclude_modules="("), ValueError, rf"{CONFIG}.*exclude_modules.*'\('"),
+    "layers-to-transform": (
+        change_config(layers_to_transform="all"),
+        ValueError,
+        f"{CONFIG}.*layers_to_transform.*'all'",
+    ),
+    "layers-pattern": (
+        change_config(layers_to_transform=[0, 1], layers_pattern=["("]),
+        ValueError,
+        rf"{CONFIG}.*layers_pattern.*\(",
+    ),
     "integers": (change_tensors({A: WIDE.long()}), ValueError, f"{WEIGHTS}.*{Q_PROJ}.lora_A.*int64"),
     **{key: (change_config(**{key: value}), ValueError, f"{CONFIG}.*{key}") for key, value in UNSUPPORTED.items()},
 }
+
+
+@pytest.mark.parametrize(("name", "error"), [("keys", ValueError), ("a.b", ValueError), (1, TypeError)], ids=str)
+def test_a_wrong_adapter_name_changes_nothing(name: Any, error: type[Exception], tmp_path: Path) -> None:
+    save_adapter(with_adapter(r=4), tmp_path)
+    model = with_adapter(r=4)
+    before = everything(model)
+    with pytest.raises(error, match=f"load_adapter: name: expected.*{name!r}"):
+        load_adapter(model, tmp_path, name)
+    assert everything(model) == before
 
 
 @pytest.mark.parametrize("name", ["default", "new"], ids=["existing", "new"])

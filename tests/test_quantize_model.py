@@ -163,3 +163,8 @@ def test_skip_may_be_one_name() -> None:
     quantize_model(model, skip="lm_head")
     assert type(model["lm_head"]) is nn.Linear
     assert isinstance(model["body"], Linear4bit)
+
+
+def test_skip_must_be_names() -> None:
+    with pytest.raises(TypeError, match="quantize_model: skip: expected names of layers, got None"):
+        quantize_model(nn.Sequential(nn.Linear(64, 8)), skip=None)
