@@ -5,7 +5,6 @@
 #include <ATen/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -51,11 +50,10 @@ inline void check_blocksize(const char* op, int64_t blocksize) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether a tensor of a 4-bit weight has rows of so many numbers, or is flat: all in one dimension.
-inline bool has_rows(const at::Tensor& tensor, int64_t row) {
-  const auto sizes = tensor.sizes();
-  return tensor.numel() <= 1 || sizes.back() == row ||
-         std::any_of(sizes.begin(), sizes.end(), [&](int64_t size) { return size == tensor.numel(); });
+// Whether the numbers of a 4-bit weight's tensor are in the weight's order: it is contiguous, has one dimension, or a
+// part of the columns of rows that are. What was transposed is none of these.
+inline bool is_in_order(const at::Tensor& tensor, int64_t row) {
+  return tensor.is_contiguous() || tensor.dim() == 1 || (tensor.size(-1) == row && tensor.stride(-1) == 1);
 }
 
 // A 4-bit tensor argument, checked to hold exactly n elements in rows of `width`; it keeps the contiguous tensors that
@@ -88,9 +86,8 @@ struct Weight4bit {
                 absmax_arg.numel());
     for (const auto& [what, tensor, per] :
          {std::tuple{"packed", &packed_arg, int64_t{2}}, std::tuple{"absmax", &absmax_arg, blocksize}}) {
-      const int64_t row = width / per;
-      QLORA_CHECK(has_rows(*tensor, row), op, what, "shape [..., " + std::to_string(row) + "] or flat",
-                  tensor->sizes());
+      QLORA_CHECK(is_in_order(*tensor, width / per), op, what,
+                  "a contiguous tensor or rows of " + std::to_string(width / per), tensor->strides());
     }
     packed = packed_arg.contiguous();
     absmax = absmax_arg.contiguous();

@@ -4,12 +4,11 @@
 // training step of a small model (bench/NOTES.md).
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <initializer_list>
-#include <memory>
+#include <iterator>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -111,16 +110,31 @@ Tensor bias_grad(const AutogradContext* ctx, const Tensor& grad_rows) {
   return at::sum(grad_rows, at::IntArrayRef{0}, false, at::kFloat).to(dtype);
 }
 
-// Gradients that are asked for with a graph of their own get one that raises: without it, second derivatives would be
-// zero.
-variable_list once_differentiable(const std::string& op, variable_list grads) {
-  if (!at::GradMode::is_enabled()) return grads;
-  for (Tensor& grad : grads) {
-    if (grad.defined()) grad = grad.detach().requires_grad_();
+// Gradients as they are, with a node from what they depend on: without it, second derivatives would be zero.
+struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList grads, at::TensorList /*inputs*/,
+                               const std::string& op) {
+    ctx->saved_data["op"] = op;
+    variable_list same;
+    for (const Tensor& grad : grads) same.push_back(grad.detach());
+    return same;
   }
-  const auto node = std::make_shared<torch::autograd::DelayedError>(
-      op + ": second derivatives: expected none to be taken, as there are none", static_cast<int64_t>(grads.size()));
-  return (*node)(std::move(grads));
+
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
+    TORCH_CHECK(false, ctx->saved_data.at("op").toStringRef(), ": second derivatives: expected none, got one");
+  }
+};
+
+variable_list once_differentiable(const std::string& op, variable_list grads, at::TensorList inputs) {
+  if (!at::GradMode::is_enabled()) return grads;  // no create_graph
+  variable_list defined;
+  std::copy_if(grads.begin(), grads.end(), std::back_inserter(defined), [](const Tensor& t) { return t.defined(); });
+  const variable_list same = OnceDifferentiable::apply(at::TensorList(defined), inputs, op);
+  auto next = same.begin();
+  for (Tensor& grad : grads) {
+    if (grad.defined()) grad = *next++;
+  }
+  return grads;
 }
 
 struct Linear4bit : torch::autograd::Function<Linear4bit> {
@@ -138,10 +152,12 @@ struct Linear4bit : torch::autograd::Function<Linear4bit> {
     const Weight w = Weight::saved(ctx, ctx->get_saved_variables());
     const bool has_bias = ctx->saved_data.count("bias_dtype") > 0;
     variable_list out(4);
-    at::AutoDispatchBelowADInplaceOrView below;
-    if (ctx->needs_input_grad(0)) out[0] = call_dgrad(grads[0], w, ctx->saved_data.at("in_features").toSymInt());
-    if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
-    return once_differentiable("linear_4bit", std::move(out));
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      if (ctx->needs_input_grad(0)) out[0] = call_dgrad(grads[0], w, ctx->saved_data.at("in_features").toSymInt());
+      if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
+    }
+    return once_differentiable("linear_4bit", std::move(out), grads);
   }
 };
 
@@ -184,19 +200,24 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     variable_list out(2 + 2 * count + 3);
     if (!grads[0].defined()) return out;
 
-    at::AutoDispatchBelowADInplaceOrView below;
-    const auto [grad_x, grad_A, grad_B] =
-        call_lora_backward(grads[0], saved[4], saved[5], w, A, B, scaling, masks, ctx->needs_input_grad(0));
-    if (ctx->needs_input_grad(0)) out[0] = grad_x;
-    int64_t first = 0;
-    for (size_t i = 0; i < count; ++i) {
-      const int64_t r = A[i].size(0);
-      out[2 + i] = grad_A.narrow(0, first, r).to(A[i].scalar_type());
-      out[first_B + i] = grad_B.narrow(0, first, r).t().contiguous().to(B[i].scalar_type());
-      first += r;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const auto [grad_x, grad_A, grad_B] =
+          call_lora_backward(grads[0], saved[4], saved[5], w, A, B, scaling, masks, ctx->needs_input_grad(0));
+      if (ctx->needs_input_grad(0)) out[0] = grad_x;
+      int64_t first = 0;
+      for (size_t i = 0; i < count; ++i) {
+        const int64_t r = A[i].size(0);
+        out[2 + i] = grad_A.narrow(0, first, r).to(A[i].scalar_type());
+        out[first_B + i] = grad_B.narrow(0, first, r).t().contiguous().to(B[i].scalar_type());
+        first += r;
+      }
+      if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
     }
-    if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
-    return once_differentiable("lora_linear_4bit", std::move(out));
+    variable_list inputs{grads[0], saved[4]};
+    inputs.insert(inputs.end(), A.begin(), A.end());
+    inputs.insert(inputs.end(), B.begin(), B.end());
+    return once_differentiable("lora_linear_4bit", std::move(out), inputs);
   }
 };
 

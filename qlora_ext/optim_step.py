@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _BUDGET: _Option = (
     lambda given: given is None or 0 <= given < 1 << 63,
 )
 _OPTIONS: dict[str, _Option] = {
-    "state_bits": ((int,), "8 or 32", lambda given: given in (8, 32)),
+    "state_bits": ((Integral,), "8 or 32", lambda given: given in (8, 32)),
     "page_bytes": (
         (int,),
         f"a multiple of {_C.MIN_PAGE_BYTES} from {_C.MIN_PAGE_BYTES} to {_MAX_PAGE_BYTES}",
@@ -34,7 +35,7 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "device_budget": _BUDGET,
     "host_budget": _BUDGET,
-    "page_file": ((str, os.PathLike, type(None)), "a path or None", lambda given: True),
+    "page_file": ((str, bytes, os.PathLike, type(None)), "a path or None", lambda given: True),
     "stochastic_rounding": ((bool,), "a bool", lambda given: True),
     "seed": ((int,), "an integer from 0 to 2**64 - 1", lambda given: 0 <= given < 1 << 64),
 }
@@ -79,13 +80,12 @@ def checked_hyper(group: dict[str, Any]) -> Hyper:
     decoupled = group.get("decoupled_weight_decay", True)  # False: a group of torch.optim.Adam
     check(decoupled or weight_decay == 0, "decoupled_weight_decay", "True, or weight_decay 0", decoupled)
     betas, two = group["betas"], "two numbers from 0 to below 1"
-    check(isinstance(betas, Sequence), "betas", two, betas, TypeError)
-    check(len(betas) == 2, "betas", two, betas)
-    beta1, beta2 = (_number("betas", beta) for beta in betas)
-    check(0 <= beta1 < 1 and 0 <= beta2 < 1, "betas", two, betas)
-    maximize = group.get("maximize", False)
-    check(isinstance(maximize, bool), "maximize", "a bool", maximize, TypeError)
-    return lr, beta1, beta2, eps, weight_decay, maximize
+    check(isinstance(betas, Iterable), "betas", two, betas, TypeError)
+    both = [_number("betas", beta) for beta in betas]
+    check(len(both) == 2 and all(0 <= beta < 1 for beta in both), "betas", two, betas)
+    maximize = group.get("maximize")
+    check(maximize in (None, False, True), "maximize", "a bool", maximize, TypeError)
+    return lr, both[0], both[1], eps, weight_decay, bool(maximize)
 
 
 def _number(what: str, given: Any) -> float:

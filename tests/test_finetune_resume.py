@@ -71,9 +71,10 @@ def test_resume_of_a_finished_run_leaves_its_report(
     assert cli.main(words({**arguments, "steps": 2, "resume": True})) == 2
     assert "--steps: expected at least the 3 that are done, got 2" in capsys.readouterr().err
     assert report.read_bytes() == before
-    report.unlink()  # as when a run ends between the last step and its report
-    assert cli.main(words({**arguments, "resume": True})) == 0
-    assert report.exists()
+    for lost in (report, arguments["output"] / "adapter_model.safetensors"):  # as when a run ends after the last step
+        lost.unlink()
+        assert cli.main(words({**arguments, "resume": True})) == 0
+        assert lost.exists()
 
 
 def test_a_model_is_not_overwritten(
@@ -81,13 +82,31 @@ def test_a_model_is_not_overwritten(
 ) -> None:
     own = {**arguments, "model": tmp_path / "own", "method": "full"}
     shutil.copytree(arguments["model"], own["model"])
-    for output, reason in {"own": "expected another folder than --model", "other": "add --overwrite"}.items():
-        if output == "other":
-            shutil.copytree(own["model"], tmp_path / output)
+    shutil.copytree(own["model"], tmp_path / "other")
+    for output, overwrite, reason in (
+        ("own", True, "expected a folder without --model"),
+        ("", True, "expected a folder without --model"),
+        ("other", None, "holds a model or an adapter: add --overwrite"),
+    ):
         with pytest.raises(SystemExit, match="2"):
-            cli.main(words({**own, "output": tmp_path / output}))
+            cli.main(words({**own, "output": tmp_path / output, "overwrite": overwrite}))
         assert reason in capsys.readouterr().err
     assert cli.main(words({**own, "output": tmp_path / "other", "overwrite": True})) == 0
+
+
+def test_what_replaces_a_run_is_not_resumed_from_it(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    assert cli.main(words(arguments)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_ext.finetune.run.train", interrupted)
+        assert cli.main(words({**arguments, "seed": 1, "overwrite": True})) == 130
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words({**arguments, "seed": 1, "resume": True}))
+    assert "--resume: no checkpoint" in capsys.readouterr().err
 
 
 def test_a_run_that_noted_less_resumes(arguments: dict[str, Any]) -> None:
@@ -98,6 +117,7 @@ def test_a_run_that_noted_less_resumes(arguments: dict[str, Any]) -> None:
         del noted[name]
     file.write_text(json.dumps(noted))
     assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 0
+    assert set(noted) < set(json.loads(file.read_text()))
 
 
 def test_foreign_adapter_in_the_checkpoint_is_named(

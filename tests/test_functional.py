@@ -148,8 +148,8 @@ def test_weight_that_is_not_finite(double_quant: bool, bad: float) -> None:
         qlora_ext.quantize_4bit(weight, double_quant=double_quant)
 
 
-def quantized() -> tuple[torch.Tensor, qlora_ext.QuantState]:
-    return qlora_ext.quantize_4bit(normal(8, 128))
+def quantized(rows: int = 8) -> tuple[torch.Tensor, qlora_ext.QuantState]:
+    return qlora_ext.quantize_4bit(normal(rows, 128))
 
 
 def with_wrong_state(**changes: object) -> torch.Tensor:
@@ -203,19 +203,14 @@ BAD = {
         "linear_4bit.*bias.*Tensor.*list",
     ),
     "packed-transposed": (
-        lambda: qlora_ext.linear_4bit(normal(3, 128), quantized()[0].t(), quantized()[1]),
+        lambda: qlora_ext.linear_4bit(normal(3, 128), quantized(64)[0].t(), quantized(64)[1]),
         ValueError,
-        r"linear_4bit: packed: expected shape \[..., 64\] or flat, got \[64, 8\]",
-    ),
-    "packed-other-rows": (
-        lambda: qlora_ext.dequantize_4bit(quantized()[0].view(16, 32), quantized()[1]),
-        ValueError,
-        "dequantize_4bit: packed",
+        r"linear_4bit: packed: expected a contiguous tensor or rows of 64, got \[1, 64\]",
     ),
     "absmax-transposed": (
         lambda: with_wrong_state(absmax=quantized()[1].absmax.t()),
         ValueError,
-        r"absmax: expected shape \[..., 2\] or flat",
+        r"dequantize_4bit: absmax: expected a contiguous tensor or rows of 2",
     ),
     "linear-vector": (
         lambda: qlora_ext.linear_4bit(normal(3, 128), *qlora_ext.quantize_4bit(normal(128))),
@@ -231,13 +226,22 @@ def test_errors(bad_call: Callable[[], object], error: type[Exception], message:
         bad_call()
 
 
-def test_flat_weights_are_read() -> None:
-    """As bitsandbytes has them, in a column or, as its matmul_4bit takes them, in a row."""
+def test_weights_of_any_shape_in_order_are_read() -> None:
+    """Flat, in a column as bitsandbytes has them, in a row as its matmul_4bit takes them, or some columns of rows."""
     packed, state = quantized()
     expected = qlora_ext.dequantize_4bit(packed, state)
-    flat = dataclasses.replace(state, absmax=state.absmax.flatten())
-    for shape in ((-1,), (-1, 1), (1, -1)):
-        assert qlora_ext.dequantize_4bit(packed.view(shape), flat).equal(expected)
+    columns = torch.zeros(8, 100, dtype=torch.uint8)[:, 10:74]
+    for same in (
+        packed.flatten(),
+        packed.view(-1, 1),
+        packed.view(-1, 1).t(),
+        packed.view(16, 32),
+        columns.copy_(packed),
+    ):
+        assert qlora_ext.dequantize_4bit(same, state).equal(expected)
+    for shape in ((1024,), (4, 256), (2, 4, 128)):
+        viewed = qlora_ext.dequantize_4bit(packed, dataclasses.replace(state, shape=torch.Size(shape)))
+        assert viewed.equal(expected.view(shape))
 
 
 def mapping_flags(address: int) -> list[str]:

@@ -239,11 +239,24 @@ def test_second_derivatives_raise(op: str) -> None:
     """Without their own node they would be zero, as if the gradient were a constant."""
     x, (a, b, scaling) = normal(3, 256).requires_grad_(), adapters((8,), 48, 256)
     if op == "linear_4bit":
-        y = linear_4bit(x, *WEIGHT, 48, None).square()
+        y, other = linear_4bit(x, *WEIGHT, 48, None).square(), x
     else:
-        y = lora_linear_4bit(x, *WEIGHT, 48, None, [a[0].requires_grad_()], b, scaling, [])[0]
+        y, other = lora_linear_4bit(x, *WEIGHT, 48, None, [a[0].requires_grad_()], b, scaling, [])[0], a[0]
     (grad_x,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
     assert_same(grad_x.detach(), expected)
-    with pytest.raises(RuntimeError, match=f"{op}: second derivatives"):
-        grad_x.square().sum().backward()
+    penalty = grad_x.square().sum()
+    for second in (
+        lambda: penalty.backward(retain_graph=True),
+        lambda: penalty.backward(inputs=[other], retain_graph=True),
+        lambda: torch.autograd.grad(penalty + y.sum(), other, retain_graph=True),
+    ):
+        with pytest.raises(RuntimeError, match=f"{op}: second derivatives: expected none"):
+            second()
+
+
+def test_the_second_derivative_of_a_linear_function_is_none() -> None:
+    """Nothing raises where there is nothing to be told."""
+    x = normal(3, 256).requires_grad_()
+    (grad_x,) = torch.autograd.grad(linear_4bit(x, *WEIGHT, 48, None).sum(), x, create_graph=True)
+    assert not grad_x.requires_grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import bits, parameters, set_gradients, state_bits, take_steps
@@ -60,14 +61,12 @@ def test_bad_values(options: dict[str, Any], message: str) -> None:
         ({"betas": 0.9}, f"{TWO}, got 0.9"),
         ({"betas": (None, 0.9)}, "betas: expected a number, got None"),
         ({"maximize": "False"}, "maximize: expected a bool, got 'False'"),
-        ({"maximize": 0}, "maximize: expected a bool, got 0"),
         ({"stochastic_rounding": "False"}, "stochastic_rounding: expected a bool, got 'False'"),
         ({"state_bits": 8.0}, "state_bits: expected 8 or 32, got 8.0"),
         ({"page_bytes": 4096.0}, f"{PAGE}, got 4096.0"),
         ({"host_budget": 1e9}, "host_budget: expected a number of bytes, 0 or more, or None, got 1000000000.0"),
         ({"device_budget": True}, "device_budget: expected a number of bytes, 0 or more, or None, got True"),
         ({"page_file": 0}, "page_file: expected a path or None, got 0"),
-        ({"page_file": b"pages"}, "page_file: expected a path or None, got b'pages'"),
         ({"seed": None}, "seed: expected an integer from 0 to .*, got None"),
     ],
     ids=str,
@@ -82,7 +81,7 @@ def test_limits_and_numbers_of_any_kind_are_taken() -> None:
     extremes = {"page_bytes": 1 << 30, "host_budget": (1 << 63) - 1, "seed": (1 << 64) - 1}
     optimizer = PagedAdamW(params, lr=torch.tensor(0.25), betas=[0, torch.tensor(0.5)], eps=1, **extremes)
     take_steps(params, optimizer, range(2))
-    take_steps(plain, PagedAdamW(plain, lr=0.25, betas=(0.0, 0.5), eps=1.0), range(2))
+    take_steps(plain, PagedAdamW(plain, lr=0.25, betas=np.array([0.0, 0.5]), eps=1.0, maximize=0), range(2))
     assert bits(params) == bits(plain)
 
 

@@ -135,11 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--resume: no checkpoint in {options.output}")
     if earlier and not (options.resume or options.overwrite):
         command.error(f"--output {options.output} holds an earlier run: add --resume or --overwrite")
-    if options.output.resolve() == Path(options.model).resolve():
-        command.error(f"--output {options.output}: expected another folder than --model, which it would overwrite")
-    foreign = any(options.output.glob("*.safetensors")) and not (options.output / "run.json").exists()
-    if foreign and not (options.resume or options.overwrite):
+    if any(options.output.glob("*.safetensors")) and not (options.resume or options.overwrite):
         command.error(f"--output {options.output} holds a model or an adapter: add --overwrite")
+    model = Path(options.model)
+    if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
+        command.error(f"--output {options.output}: expected a folder without --model, which it would overwrite")
     _check_paging(command, options)
 
     from .run import run  # here, because transformers takes seconds and --help should not

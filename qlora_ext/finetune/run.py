@@ -23,7 +23,7 @@ from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice
 from .report import composition, peak_rss, table, write
-from .train import Schedule, newest_checkpoint, total_steps, train
+from .train import Schedule, discard_checkpoints, newest_checkpoint, total_steps, train
 
 # What --resume must not change: the base, the examples and their split, the adapter, the optimizer and its schedule.
 SAME_RUN = (
@@ -87,9 +87,10 @@ def run(options: argparse.Namespace) -> int:
         _say(f"{compile_layers(model)} layers to compile: the first step takes a minute")
     options.output.mkdir(parents=True, exist_ok=True)
     if not options.resume:
-        beside = options.output / "run.tmp"
-        beside.write_text(json.dumps(same, indent=2) + "\n")
-        os.replace(beside, options.output / "run.json")
+        discard_checkpoints(options.output)  # before run.json says that it is another run
+    beside = options.output / "run.tmp"
+    beside.write_text(json.dumps(same, indent=2) + "\n")
+    os.replace(beside, options.output / "run.json")
     for name in ("report.json", "report.png"):  # of an earlier run
         (options.output / name).unlink(missing_ok=True)
 
@@ -198,12 +199,12 @@ def _check_same_run(output: Path, same: dict[str, str]) -> None:
 
 
 def _is_done(output: Path, steps: int) -> bool:
-    """Whether all steps are made and reported."""
+    """Whether all steps are made, saved and reported."""
     checkpoint = newest_checkpoint(output)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if done > steps:
         raise ValueError(f"--resume: --steps: expected at least the {done} that are done, got {steps}")
-    return done == steps and (output / "report.json").exists()
+    return done == steps and any(output.glob("*.safetensors")) and (output / "report.json").exists()
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:

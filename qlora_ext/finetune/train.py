@@ -75,6 +75,12 @@ def newest_checkpoint(output: Path) -> Path | None:
     return Path(found) if found else None
 
 
+def discard_checkpoints(output: Path) -> None:
+    """Delete the checkpoints of an earlier run."""
+    for stale in output.glob("checkpoint-*"):
+        shutil.rmtree(stale)
+
+
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -98,9 +104,9 @@ def train(
     checkpoint = newest_checkpoint(output)
     if resume and checkpoint is None:
         raise ValueError(f"{output}: expected a checkpoint to resume from, got none")
-    for pattern in [STAGING] if resume else [STAGING, "checkpoint-*"]:
-        for stale in output.glob(pattern):
-            shutil.rmtree(stale)
+    shutil.rmtree(output / STAGING, ignore_errors=True)
+    if not resume:
+        discard_checkpoints(output)
 
     arguments = _arguments(schedule, output, model.device, autocast)
     trainer = _Trainer(model, tokenizer, data, arguments, schedule, adapter=adapter, autocast=autocast)
