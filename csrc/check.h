@@ -5,6 +5,7 @@
 #include <ATen/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -50,10 +51,12 @@ inline void check_blocksize(const char* op, int64_t blocksize) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether the numbers of a 4-bit weight's tensor are in the weight's order: it is contiguous, has one dimension, or a
-// part of the columns of rows that are. What was transposed is none of these.
+// Whether the numbers of a 4-bit weight's tensor are in the weight's order: those of a contiguous one are, of any other
+// if it has the weight's rows, or is flat. What was transposed has other rows, but for a square.
 inline bool is_in_order(const at::Tensor& tensor, int64_t row) {
-  return tensor.is_contiguous() || tensor.dim() == 1 || (tensor.size(-1) == row && tensor.stride(-1) == 1);
+  const auto sizes = tensor.sizes();
+  return tensor.is_contiguous() || sizes.back() == row ||
+         std::any_of(sizes.begin(), sizes.end(), [&](int64_t size) { return size == tensor.numel(); });
 }
 
 // A 4-bit tensor argument, checked to hold exactly n elements in rows of `width`; it keeps the contiguous tensors that
@@ -87,7 +90,7 @@ struct Weight4bit {
     for (const auto& [what, tensor, per] :
          {std::tuple{"packed", &packed_arg, int64_t{2}}, std::tuple{"absmax", &absmax_arg, blocksize}}) {
       QLORA_CHECK(is_in_order(*tensor, width / per), op, what,
-                  "a contiguous tensor or rows of " + std::to_string(width / per), tensor->strides());
+                  "a contiguous tensor or rows of " + std::to_string(width / per), tensor->sizes());
     }
     packed = packed_arg.contiguous();
     absmax = absmax_arg.contiguous();

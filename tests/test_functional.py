@@ -148,8 +148,8 @@ def test_weight_that_is_not_finite(double_quant: bool, bad: float) -> None:
         qlora_ext.quantize_4bit(weight, double_quant=double_quant)
 
 
-def quantized(rows: int = 8) -> tuple[torch.Tensor, qlora_ext.QuantState]:
-    return qlora_ext.quantize_4bit(normal(rows, 128))
+def quantized() -> tuple[torch.Tensor, qlora_ext.QuantState]:
+    return qlora_ext.quantize_4bit(normal(8, 128))
 
 
 def with_wrong_state(**changes: object) -> torch.Tensor:
@@ -203,9 +203,9 @@ BAD = {
         "linear_4bit.*bias.*Tensor.*list",
     ),
     "packed-transposed": (
-        lambda: qlora_ext.linear_4bit(normal(3, 128), quantized(64)[0].t(), quantized(64)[1]),
+        lambda: qlora_ext.linear_4bit(normal(3, 128), quantized()[0].t(), quantized()[1]),
         ValueError,
-        r"linear_4bit: packed: expected a contiguous tensor or rows of 64, got \[1, 64\]",
+        r"linear_4bit: packed: expected a contiguous tensor or rows of 64, got \[64, 8\]",
     ),
     "absmax-transposed": (
         lambda: with_wrong_state(absmax=quantized()[1].absmax.t()),
