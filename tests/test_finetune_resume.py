@@ -84,8 +84,8 @@ def test_a_model_is_not_overwritten(
     shutil.copytree(arguments["model"], own["model"])
     shutil.copytree(own["model"], tmp_path / "other")
     for output, overwrite, reason in (
-        ("own", True, "expected a folder without --model"),
-        ("", True, "expected a folder without --model"),
+        ("own", True, "expected a folder that does not hold --model"),
+        ("", True, "expected a folder that does not hold --model"),
         ("other", None, "holds a model or an adapter: add --overwrite"),
     ):
         with pytest.raises(SystemExit, match="2"):

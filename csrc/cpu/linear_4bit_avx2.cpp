@@ -123,7 +123,8 @@ struct Avx2 {
   // One number after the other: a vector of them would wait for a gather, or for scalars to reach the L1.
   static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
     if (w.nested_absmax == nullptr) {
-      __builtin_memcpy(absmax, static_cast<const float*>(w.absmax) + first, static_cast<std::size_t>(count) * 4);
+      __builtin_memcpy(absmax, static_cast<const float*>(w.absmax) + first,
+                       static_cast<std::size_t>(count) * sizeof(float));
       return;
     }
     const auto* codes = static_cast<const std::uint8_t*>(w.absmax);

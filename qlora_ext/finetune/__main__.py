@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--output {options.output} holds a model or an adapter: add --overwrite")
     model = Path(options.model)
     if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
-        command.error(f"--output {options.output}: expected a folder without --model, which it would overwrite")
+        command.error(f"--output {options.output}: expected a folder that does not hold --model")
     _check_paging(command, options)
 
     from .run import run  # here, because transformers takes seconds and --help should not

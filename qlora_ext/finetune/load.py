@@ -23,7 +23,7 @@ from .checkpoint import Folder
 from .gguf_file import GgufFile
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-EAGER_ON_CPU = 128  # tokens, in bf16: faster than torch's kernel up to 512, but its memory grows (bench/NOTES.md)
+EAGER_ON_CPU = 128  # tokens, in bf16: faster than torch's kernel up to 512, but for memory (bench/NOTES.md)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -38,7 +38,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def suitable_attention(dtype: torch.dtype, device: torch.device, longest: int) -> str | None:
-    """The attention that trains fastest on examples of at most `longest` tokens; None is transformers' own choice."""
+    """The attention to train with on examples of at most `longest` tokens; None is transformers' own choice."""
     fits = device.type == "cpu" and dtype == torch.bfloat16 and longest <= EAGER_ON_CPU
     return "eager" if fits else None
 

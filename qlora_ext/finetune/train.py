@@ -104,7 +104,8 @@ def train(
     checkpoint = newest_checkpoint(output)
     if resume and checkpoint is None:
         raise ValueError(f"{output}: expected a checkpoint to resume from, got none")
-    shutil.rmtree(output / STAGING, ignore_errors=True)
+    if (output / STAGING).exists():
+        shutil.rmtree(output / STAGING)
     if not resume:
         discard_checkpoints(output)
 
