@@ -40,7 +40,7 @@ gpu: export PATH := $(USER_PATH)
 gpu:  ## on a machine with a GPU: build into the environment of PYTHON, all tests, compute-sanitizer, the CUDA benches
 	tools/gpu_suite.sh $(PYTHON)
 
-bench: $(VENV)/.installed-dev  ## all benchmarks but the trainings into bench/results/, then the tables of README.md
+bench: $(VENV)/.installed-dev  ## all benchmarks but the trainings into bench/results/, then the tables of README.md and bench/RESULTS.md
 	$(BIN)/python bench/report.py --run
 
 trainings: $(VENV)/.installed-dev  ## the demo with each method and each optimizer, likewise

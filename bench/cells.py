@@ -1,4 +1,4 @@
-"""What a table of README.md consists of."""
+"""What a table of results consists of."""
 
 from __future__ import annotations
 

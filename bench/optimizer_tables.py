@@ -1,4 +1,4 @@
-"""The tables of README.md on PagedAdamW."""
+"""The tables of the results on PagedAdamW."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def machine(row: dict[str, Any]) -> str:
-    """What a result was measured on, as far as its speed depends on it: one line for README."""
+    """What a result was measured on, as far as its speed depends on it: one line for a table."""
     return f"{row['cpu']}, {row['threads']} threads, {row['cpu_path']}" + (f", {row['gpu']}" if "gpu" in row else "")
 
 

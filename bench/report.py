@@ -1,6 +1,7 @@
-"""Write the result tables of README.md and the plots from bench/results/; with --run, measure first.
+"""Write the tables of RESULTS.md, of README.md and the plots from bench/results/; with --run, measure first.
 
-A table stands between `<!-- results: NAME -->` and `<!-- end -->`. `--check` changes nothing and fails if one is stale.
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`: in RESULTS.md one for every machine and CPU path,
+in README.md a single one. `--check` changes nothing and fails if a table is stale.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from tables import TABLES
 import qlora_ext._C as _C
 
 ROOT = Path(__file__).parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "bench" / "RESULTS.md"
+PATHS = ("portable", "avx2", "avx512", "avx512_bf16")  # of the CPU, each with the instructions of those before
 DEMO_DATA = ["examples/demo_data.py", "--output", "build/demo"]
 MANY_ROWS = ["--rows", "16", "128", "512", "2048"]
 # fp32 is measured on those below the path in use, too, with torch held to their instructions.
-VECTOR_PATHS = ("avx2", "avx512")
+VECTOR_PATHS = PATHS[1:-1]
 TRAININGS = (["bench/compare_methods.py"], ["bench/compare_optimizers.py"])
 
 
@@ -46,26 +49,32 @@ def benches(cpu_paths: list[str]) -> list[list[str]]:
     ]
 
 
-def markdown(name: str) -> str:
-    """The table and the plots of one result, for each machine that has it, the last first, with versions and commit."""
-    machines = list(record.by_machine(record.read(name)).items())
-    parts = [_of_machine(name, machine, rows) for machine, rows in reversed(machines)]
+def markdown(name: str, document: Path) -> str:
+    """The tables and plots of one result, with versions and commit: in RESULTS of each machine, the last first.
+
+    In README of the machine measured last, of those whose CPU path does most.
+    """
+    machines = list(reversed(record.by_machine(record.read(name)).items()))
+    if document == README:
+        machines = sorted(machines, key=lambda each: PATHS.index(each[1][0]["cpu_path"]), reverse=True)[:1]
+    parts = [_of_machine(name, machine, rows, document) for machine, rows in machines]
     return "\n".join(parts) or "\n(not measured yet)\n"
 
 
-def _of_machine(name: str, machine: str, rows: list[dict[str, Any]]) -> str:
+def _of_machine(name: str, machine: str, rows: list[dict[str, Any]], document: Path) -> str:
     head, *body = TABLES[name](rows)
     lines = ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body]]
     versions = ", ".join(f"{package} {version}" for package, version in rows[0]["versions"].items() if version)
     where = f"{machine}; {versions}; commit {rows[0]['commit']}, {rows[0]['date']}"
-    shown = "".join(f"\n![{path.stem}](bench/results/{path.name})\n" for path in plots.paths(name, rows))
+    images = [path.relative_to(document.parent) for path in plots.paths(name, rows)]
+    shown = "".join(f"\n![{image.stem}]({image})\n" for image in images)
     return "\n" + "\n".join(lines) + f"\n{shown}\n<sub>bench/results/{name}.jsonl: {where}</sub>\n"
 
 
-def filled(text: str) -> str:
-    """README's text with each table made anew."""
+def filled(document: Path) -> str:
+    """The document's text with each table made anew."""
     pattern = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + markdown(match[2]) + match[3], text)
+    return pattern.sub(lambda match: match[1] + markdown(match[2], document) + match[3], document.read_text())
 
 
 def main() -> None:
@@ -80,14 +89,14 @@ def main() -> None:
         commands = benches(in_use) if args.run == "benches" else TRAININGS
         for command in (DEMO_DATA, *commands):
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
     if args.check:
-        sys.exit(0 if filled(text) == text else "README.md: its tables are stale; run bench/report.py")
+        stale = [document.name for document in (README, RESULTS) if filled(document) != document.read_text()]
+        sys.exit(f"{' and '.join(stale)}: stale tables; run bench/report.py" if stale else 0)
     for name in TABLES:
         for rows in record.by_machine(record.read(name)).values():
             plots.draw(name, rows)
-    readme.write_text(filled(text))
+    for document in (README, RESULTS):
+        document.write_text(filled(document))
 
 
 if __name__ == "__main__":

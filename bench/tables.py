@@ -1,4 +1,4 @@
-"""The tables of README.md, each from the rows of one file in bench/results/."""
+"""The tables of the results, each from the rows of one file in bench/results/."""
 
 from __future__ import annotations
 

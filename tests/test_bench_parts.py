@@ -18,7 +18,6 @@ import limits
 import options
 import plots
 import record
-import report
 import shapes
 import suite
 import tables
@@ -273,26 +272,3 @@ def test_plots_are_drawn_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names = "linear_4bit-bfloat16-avx2-family25-model17", "quantization_error", "optimizer_paging-avx2"
     assert set(drawn) == {f"{name}.png" for name in names}
     assert all(size < 100_000 for size in drawn.values())
-
-
-def test_a_machine_replaces_its_own_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    first, second = ({"cpu": cpu, "threads": 2, "cpu_path": "avx2", "p50": 1.0} for cpu in ("one", "two"))
-    record.replace("op", [first])
-    record.replace("op", [second])
-    record.replace("op", [second | {"p50": 2.0}])
-    assert record.by_machine(record.read("op")) == {
-        "one, 2 threads, avx2": [first],
-        "two, 2 threads, avx2": [second | {"p50": 2.0}],
-    }
-    record.replace("op", [second], every_machine=True)
-    assert record.read("op") == [second]
-
-
-@pytest.mark.parametrize("best", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_no_bench_replaces_the_rows_of_another(best: str) -> None:
-    paths = ["portable", "avx2", "avx512", "avx512_bf16"]
-    runs = report.benches(paths[: paths.index(best) + 1])
-    rows = [(run[0], run[run.index("--cpu-path") + 1] if "--cpu-path" in run else best) for run in runs]
-    assert len(set(rows)) == len(rows)
-    assert all((report.ROOT / script).exists() for script, *_ in [*runs, *report.TRAININGS, report.DEMO_DATA])

@@ -1,4 +1,4 @@
-"""README.md: its examples run, the paths it names exist, its tables are those of bench/results/."""
+"""README.md: its examples run, the paths it names exist; its tables and RESULTS.md's are those of bench/results/."""
 
 from __future__ import annotations
 
