@@ -23,11 +23,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+def _same_device(op: str, first: Tensor, **others: Tensor | list[Tensor] | None) -> None:
     """A meta tensor among real ones reaches these functions instead of a kernel: that is an error, not a shape."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"{op}: {name}: expected device {first.device}, got {tensor.device}")
+    for name, given in others.items():
+        for tensor in given if isinstance(given, list) else [given]:
+            if tensor is not None and tensor.device != first.device:
+                raise ValueError(f"{op}: {name}: expected device {first.device}, got {tensor.device}")
 
 
 @torch.library.register_fake("qlora_ext::quantize_4bit")
@@ -113,10 +114,7 @@ def _(
     dropout_mask: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    _same_device("lora_linear_4bit", x, packed=packed, **scales, bias=bias)
-    for name, tensors in (("A", A), ("B", B), ("dropout_mask", dropout_mask)):
-        for tensor in tensors:
-            _same_device("lora_linear_4bit", x, **{name: tensor})
+    _same_device("lora_linear_4bit", x, packed=packed, **scales, bias=bias, A=A, B=B, dropout_mask=dropout_mask)
     y = x.new_empty([*x.shape[:-1], out_features])
     return y, x.new_empty([prod(x.shape[:-1]), sum(a.shape[0] for a in A)])
 
@@ -139,10 +137,8 @@ def _(
     with_grad_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    _same_device("lora_linear_4bit_backward", grad, x=x, xA=xA, packed=packed, **scales)
-    for name, tensors in (("A", A), ("B", B), ("dropout_mask", dropout_mask)):
-        for tensor in tensors:
-            _same_device("lora_linear_4bit_backward", grad, **{name: tensor})
+    adapters = {"A": A, "B": B, "dropout_mask": dropout_mask}
+    _same_device("lora_linear_4bit_backward", grad, x=x, xA=xA, packed=packed, **scales, **adapters)
     ranks = sum(a.shape[0] for a in A)
     grad_x = grad.new_empty([*grad.shape[:-1], x.shape[-1]] if with_grad_x else [0])
     grad_A, grad_B = (grad.new_empty([ranks, size], dtype=torch.float32) for size in (x.shape[-1], grad.shape[-1]))

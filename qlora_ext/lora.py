@@ -50,9 +50,9 @@ class LoraConfig:
             if not isinstance(pattern := getattr(self, what), dict):
                 raise TypeError(f"LoraConfig: {what}: expected a dict, got {pattern!r}")
             for key in pattern:
-                check_regex(what, key)
+                check_regex(f"LoraConfig: {what}", key)
         if isinstance(self.target_modules, str):
-            check_regex("target_modules", self.target_modules)
+            check_regex("LoraConfig: target_modules", self.target_modules)
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"LoraConfig: use_rslora: expected a bool, got {self.use_rslora!r}")
         for what, r in [("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())]:
@@ -62,9 +62,9 @@ class LoraConfig:
             ("lora_alpha", self.lora_alpha),
             *(("alpha_pattern", a) for a in self.alpha_pattern.values()),
         ]:
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            if not _is_number(alpha) or not math.isfinite(alpha):
                 raise ValueError(f"LoraConfig: {what}: expected a finite number, got {alpha!r}")
-        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoraConfig: lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}")
         names = self.target_modules
         if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
@@ -82,11 +82,18 @@ class LoraConfig:
         return _by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
 
 
-def check_regex(what: str, pattern: str) -> None:
+def check_regex(what: str, pattern: object) -> None:
+    """Raises TypeError or ValueError, which begins with `what`, if the pattern is no regular expression in a str."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{what}: expected a regular expression, got {pattern!r}")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"LoraConfig: {what}: expected a regular expression, got {pattern!r} ({error})") from error
+        raise ValueError(f"{what}: expected a regular expression, got {pattern!r} ({error})") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
@@ -164,7 +171,7 @@ class LoraLinear(nn.Module):
         self.configs[name] = config
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter."""
+        """Remove an adapter; KeyError if there is none of this name."""
         for table in (self.lora_A, self.lora_B, self.scaling, self.configs):
             del table[name]
         self.active_adapters = [active for active in self.active_adapters if active != name]

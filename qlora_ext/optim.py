@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qlora_ext.optim_checks import check, check_dtype, check_options, checked_gradient, checked_hyper
 from qlora_ext.optim_files import find_states, save_states
 from qlora_ext.optim_state import Held, Saved, checked_state, like_parameter, local_shard, state_forms
-from qlora_ext.optim_step import check, check_dtype, check_options, checked_gradient, checked_hyper
 from qlora_ext.paged_parameters import PagedParameters, Update
 
 

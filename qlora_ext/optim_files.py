@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from qlora_ext.optim_checks import checked_hyper
 from qlora_ext.optim_state import Saved, state_forms
-from qlora_ext.optim_step import checked_hyper
 from qlora_ext.paged_parameters import PagedParameters
 from qlora_ext.state_file import read_header, write_state_file
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qlora_ext import _C
+from qlora_ext.optim_checks import Hyper
 from qlora_ext.optim_state import PARTS, Saved, local_shard, state_forms, state_width
-from qlora_ext.optim_step import Hyper
 
 _CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
 

@@ -32,7 +32,7 @@ OPS = (
 LAYERS = (
     *("_C", "_ops", "quant_state", "functional", "linear"),
     *("layer_names", "lora", "adapters", "adapter_files"),
-    *("optim_state", "optim_step", "state_file", "paged_parameters", "optim_files", "optim", "__init__", "info"),
+    *("optim_state", "optim_checks", "state_file", "paged_parameters", "optim_files", "optim", "__init__", "info"),
 )
 ECOSYSTEM = {"transformers", "peft", "bitsandbytes", "accelerate", "gguf", "tokenizers", "matplotlib", "tqdm"}
 

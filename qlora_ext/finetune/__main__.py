@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qlora_ext import LoraConfig
+
 from .optimizer import KINDS
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
@@ -83,10 +85,14 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--samples", type=_count, default=3, help="sample answers, before and after")
 
     adapter = top.add_argument_group("adapter (qlora, lora)")
-    adapter.add_argument("--r", type=_positive, default=8, help="rank")
-    adapter.add_argument("--lora-alpha", type=_positive_float, default=16, help="scale: alpha / r")
-    adapter.add_argument("--lora-dropout", type=_fraction, default=0.0, help="of the adapter's input")
-    adapter.add_argument("--target-modules", default="all-linear", help="all-linear, names with commas, or a regex")
+    adapter.add_argument("--r", type=_positive, default=LoraConfig.r, help="rank")
+    adapter.add_argument("--lora-alpha", type=_positive_float, default=LoraConfig.lora_alpha, help="scale: alpha / r")
+    adapter.add_argument(
+        "--lora-dropout", type=_fraction, default=LoraConfig.lora_dropout, help="of the adapter's input"
+    )
+    adapter.add_argument(
+        "--target-modules", default=LoraConfig.target_modules, help="all-linear, names with commas, or a regex"
+    )
     adapter.add_argument("--use-rslora", action="store_true", help="scale by alpha / sqrt(r)")
 
     base = top.add_argument_group("4-bit base (qlora)")

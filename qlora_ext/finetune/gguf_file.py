@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from .checkpoint import StoredTensor
+from .model_folder import StoredTensor
 
 CHUNK = 1 << 20  # elements decoded at a time: the decoder's temporaries are several times as large
 

@@ -19,8 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 import qlora_ext
 from qlora_ext import _C
 
-from .checkpoint import Folder
 from .gguf_file import GgufFile
+from .model_folder import ModelFolder
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 EAGER_ON_CPU = 128  # tokens, in bf16: faster than torch's kernel up to 512, but for memory (bench/NOTES.md)
@@ -43,7 +43,7 @@ def suitable_attention(dtype: torch.dtype, device: torch.device, longest: int) -
     return "eager" if fits else None
 
 
-def open_checkpoint(source: str) -> Folder | GgufFile:
+def open_checkpoint(source: str) -> ModelFolder | GgufFile:
     """Find a model: a Hugging Face folder, a llama-architecture .gguf file, or a hub name (fetched).
 
     Raises: FileNotFoundError; ValueError when it is not a model of a kind that is read here.
@@ -61,11 +61,11 @@ def open_checkpoint(source: str) -> Folder | GgufFile:
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise FileNotFoundError(f"{source}: no such folder, and not fetched from the hub ({reason})") from error
-    return Folder(path)
+    return ModelFolder(path)
 
 
 def load_model(
-    checkpoint: Folder | GgufFile,
+    checkpoint: ModelFolder | GgufFile,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -116,7 +116,7 @@ def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
 
 def _stream(
     model: PreTrainedModel,
-    checkpoint: Folder | GgufFile,
+    checkpoint: ModelFolder | GgufFile,
     device: torch.device,
     quantize: dict[str, Any] | None,
 ) -> None:

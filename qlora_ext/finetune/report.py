@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def table(report: dict[str, Any]) -> str:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """Write report.json and report.png (loss curve; memory of each part) into `folder`."""
-    _replace(folder / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    replace(folder / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     figure = Figure(figsize=(11, 4), layout="constrained")
     curve, memory = figure.subplots(1, 2)
 
@@ -124,9 +125,9 @@ def write(report: dict[str, Any], folder: Path) -> None:
     memory.invert_yaxis()
     memory.set(xlabel="MiB", title="memory")
 
-    partial = folder / ".report.png"
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, folder / "report.png")
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    replace(folder / "report.png", drawn.getvalue())
 
 
 def _states_line(optimizer: dict[str, Any]) -> str:
@@ -140,7 +141,8 @@ def _states_line(optimizer: dict[str, Any]) -> str:
     return line
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then rename it: it is never half written."""
     partial = path.with_name("." + path.name)
     partial.write_bytes(content)
     os.replace(partial, path)

@@ -22,7 +22,7 @@ from .evaluate import held_out_loss, sample_answers
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice
-from .report import composition, peak_rss, table, write
+from .report import composition, peak_rss, replace, table, write
 from .train import Schedule, discard_checkpoints, newest_checkpoint, total_steps, train
 
 # What --resume must not change: the base, the examples and their split, the adapter, the optimizer and its schedule.
@@ -88,9 +88,7 @@ def run(options: argparse.Namespace) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     if not options.resume:
         discard_checkpoints(options.output)  # before run.json says that it is another run
-    beside = options.output / "run.tmp"
-    beside.write_text(json.dumps(same, indent=2) + "\n")
-    os.replace(beside, options.output / "run.json")
+    replace(options.output / "run.json", (json.dumps(same, indent=2) + "\n").encode())
     for name in ("report.json", "report.png"):  # of an earlier run
         (options.output / name).unlink(missing_ok=True)
 

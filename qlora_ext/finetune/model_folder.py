@@ -20,7 +20,7 @@ class StoredTensor(NamedTuple):
     read: Callable[[torch.dtype | None], Tensor]
 
 
-class Folder:
+class ModelFolder:
     """Reads config.json, model.safetensors or its shards, and the tokenizer; pickled weights are refused."""
 
     def __init__(self, path: Path) -> None:
