@@ -38,6 +38,9 @@ class Linear4bit(nn.Module):
     `load_state_dict` takes this layer's own tensors, or a float `weight` [out, in], which it quantizes. The bytes do
     not say their quant_type, but the metadata of a state_dict does: another one is refused. A float cast (`.half()`,
     `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, by name.
     """
 
     weight: nn.Parameter
@@ -165,7 +168,7 @@ class Linear4bit(nn.Module):
         return op(x, *self._tensors(), self.quant_type, self.blocksize, self.out_features, self.bias, *more)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [out, in] in `dtype` (None: self.dtype)."""
+        """The weight [out, in] in `dtype` (None: self.dtype); TypeError if it is no float32, float16 or bfloat16."""
         return functional.dequantize_4bit(self.weight, self.state, dtype)
 
     def extra_repr(self) -> str:

@@ -113,6 +113,9 @@ class LoraLinear(nn.Module):
         scaling, configs: by adapter name.
         active_adapters: names of those that count.
         merged_base: while merged, a layer of the same kind with W0 + the active updates; base_layer stays untouched.
+
+    Raises:
+        TypeError: base_layer is another module.
     """
 
     def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
