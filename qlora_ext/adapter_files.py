@@ -15,22 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_ext.adapters import (
-    attach,
-    check_has_adapter,
-    check_not_merged,
-    linear_layers,
-    lora_layers,
-    named_layers,
-    set_adapter,
-)
+from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, set_adapter
 from qlora_ext.layer_names import is_named, unwrapped
-from qlora_ext.lora import LoraConfig, check_name, check_regex
+from qlora_ext.linear import Linear4bit
+from qlora_ext.lora import LoraConfig, LoraLinear, check_name, check_regex
+from qlora_ext.model_layers import AnyLinear, linear_layers, lora_layers, named_layers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
+_PARTS = ("lora_A", "lora_B", "base_layer")
 _PEFTS_DEFAULTS = {"r": 8, "lora_alpha": 8}
 # Fields of PEFT's config that would change what the adapter computes, and the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -119,10 +114,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     config, demands = _read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     layers = linear_layers(model)
+    if any(parameter.is_meta for layer in layers.values() for parameter in layer.parameters()):
+        raise ValueError("load_adapter: model: expected linear layers with values, got some on the meta device")
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer_name, part = _parse_key(key, layers, folder)
-        weights.setdefault(layer_name, {})[part] = tensor
+        if part == "base_layer":
+            _check_base(layer_name, layers[layer_name], tensor, folder)
+        else:
+            weights.setdefault(layer_name, {})[part] = tensor
     for layer_name, parts in weights.items():
         layer, r = layers[layer_name], config.rank(layer_name)
         for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
@@ -145,8 +145,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         )
     existing = {n: layer.lora_A[name].shape[0] for n, layer in lora_layers(model) if name in layer.configs}
     given = {layer_name: config.rank(layer_name) for layer_name in weights}
-    if existing and existing != given:
-        raise ValueError(f"load_adapter: name: expected ranks {existing} of adapter {name!r}, got {given}")
+    if existing:
+        for layer_name in sorted(existing.keys() | given.keys()):
+            before, now = existing.get(layer_name, "none"), given.get(layer_name, "none")
+            if before != now:
+                raise ValueError(
+                    f"load_adapter: name: {layer_name}: expected {name!r} to have rank {before}, got {now}"
+                )
     if not existing:
         attach(model, dict.fromkeys(weights, config), name)
     with torch.no_grad():
@@ -156,6 +161,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
                 layer.lora_B[name].copy_(weights[layer_name]["lora_B"])
                 layer.configs[name] = config
                 layer.scaling[name] = config.scaling(layer_name)
+    model.requires_grad_(False)
     set_adapter(model, name)
 
 
@@ -244,9 +250,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _parse_key(key: str, layers: dict[str, Any], folder: Path) -> tuple[str, str]:
-    """(layer name, lora_A or lora_B) of a key base_model.model.<layer>.lora_A.weight."""
+    """(layer name, lora_A, lora_B or base_layer) of a key base_model.model.<layer>.lora_A.weight."""
     layer_name, _, part = key.removesuffix(".weight").removeprefix(_PREFIX).rpartition(".")
-    if not key.startswith(_PREFIX) or not key.endswith(".weight") or part not in ("lora_A", "lora_B"):
+    if not key.startswith(_PREFIX) or not key.endswith(".weight") or part not in _PARTS:
         expected = f"keys {_PREFIX}<layer>.lora_A.weight and .lora_B.weight"
         raise ValueError(f"load_adapter: {folder / WEIGHTS_FILE}: expected {expected}, got {key!r}")
     if layer_name not in layers:
@@ -254,3 +260,15 @@ def _parse_key(key: str, layers: dict[str, Any], folder: Path) -> tuple[str, str
             f"load_adapter: {folder / WEIGHTS_FILE}: {key}: expected a linear layer of the model, got none"
         )
     return layer_name, part
+
+
+def _check_base(name: str, layer: AnyLinear, tensor: Tensor, folder: Path) -> None:
+    """PEFT writes the weight of an output head beside its adapter: nothing new, unless the head was resized."""
+    base = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    weight = base.dequantize() if isinstance(base, Linear4bit) else base.weight
+    if isinstance(base, Linear4bit) and tensor.shape == weight.shape and tensor.is_floating_point():
+        tensor = base.with_weight(tensor.to(weight)).dequantize()
+    if tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight):
+        raise ValueError(
+            f"load_adapter: {folder / WEIGHTS_FILE}: {name}.base_layer: expected the model's own weight, got another"
+        )

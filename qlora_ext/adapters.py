@@ -5,20 +5,17 @@ Saving and loading them is in adapter_files.py.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
 
-from qlora_ext.layer_names import children, is_named, is_pattern_of, is_wrapper, plain_modules, unwrapped
-from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraConfig, LoraLinear, check_name, dense_linear
+from qlora_ext.layer_names import is_named, is_pattern_of, unwrapped
+from qlora_ext.linear import Linear4bit, dense, is_hooked
+from qlora_ext.lora import LoraConfig, LoraLinear, check_name
+from qlora_ext.model_layers import adapter_names, linear_layers, lora_layers, named_layers, replace_layers
 
 Model = TypeVar("Model", bound=nn.Module)
-AnyLinear = nn.Linear | Linear4bit | LoraLinear
-# They hand the weights of their linear layers to kernels of their own.
-CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def quantize_model(
@@ -33,8 +30,8 @@ def quantize_model(
 
     Args:
         model: any module, on any device ("meta" too).
-        skip: names of layers to leave as they are: whole names, or last parts. A layer whose weight is tied to another
-            module's is left too.
+        skip: names of layers to leave as they are: whole names, or last parts. Left too are layers whose weight is tied
+            to another module's, and those that a transformers model keeps in float32 (T5's wo).
         quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
     Returns:
@@ -42,7 +39,8 @@ def quantize_model(
 
     Raises:
         TypeError: skip is no str and no list of them.
-        ValueError: there is no layer to quantize, or one holds NaN or Inf (named; the ones before it are quantized).
+        ValueError: there is no layer to quantize, or one holds NaN or Inf, or has hooks or a forward that is not its
+            class's (named; the ones before it are quantized).
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
@@ -54,17 +52,24 @@ def quantize_model(
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
 
+    kept_in_fp32 = getattr(unwrapped(model), "_keep_in_fp32_modules", None) or ()
+
     def convert(name: str, module: nn.Module) -> nn.Module:
         # A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's.
-        if type(module) is not nn.Linear or is_named(name, skip) or owners[id(module.weight)] > 1:
+        if type(module) is not nn.Linear or is_named(name, skip) or owners.get(id(module.weight)) != 1:
             return module
+        if not set(kept_in_fp32).isdisjoint(name.split(".")):
+            return module
+        _check_not_hooked("quantize_model", name, module)
         try:
             return Linear4bit.from_linear(module, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
         except (TypeError, ValueError) as error:
             raise type(error)(f"quantize_model: {name}: {error}") from error
 
-    if _replace(model, convert) == 0:
-        raise ValueError(f"quantize_model: model: expected an nn.Linear in it that is not in skip={skip}, got none")
+    if replace_layers(model, convert) == 0:
+        others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"}
+        got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
+        raise ValueError(f"quantize_model: model: expected an nn.Linear in it that is not in skip={skip}, got {got}")
     return model
 
 
@@ -89,29 +94,34 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
         raise TypeError(f"add_adapter: config: expected a qlora_ext.LoraConfig, got {type(config)}")
     check_name("add_adapter", name, adapter_names(model))
     attach(model, dict.fromkeys(target_modules(model, config), config), name)
+    model.requires_grad_(False)
     set_adapter(model, name)
 
 
 def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     """Choose which adapters count, and train; the others stay attached, frozen. None: the base alone.
 
+    What else trains in the model, if anything, goes on training.
+
     Args:
         model: a model with adapters.
         name: one name, several (their updates add up), or None.
 
     Raises:
+        TypeError: name is no str, no list of them and not None.
         ValueError: there is no adapter of such a name; merged adapters.
     """
     check_not_merged("set_adapter", model)
+    if name is not None and not isinstance(name, Iterable):
+        raise TypeError(f"set_adapter: name: expected a str, a list of them or None, got {name!r}")
     names = [] if name is None else [name] if isinstance(name, str) else list(dict.fromkeys(name))
     for wanted in names:
         check_has_adapter("set_adapter", model, wanted)
-    model.requires_grad_(False)
     for _, layer in lora_layers(model):
         layer.active_adapters = [n for n in names if n in layer.configs]
-        for active in layer.active_adapters:
-            layer.lora_A[active].requires_grad_(True)
-            layer.lora_B[active].requires_grad_(True)
+        for each in layer.configs:
+            layer.lora_A[each].requires_grad_(each in layer.active_adapters)
+            layer.lora_B[each].requires_grad_(each in layer.active_adapters)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -130,7 +140,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             module.delete_adapter(name)
         return module if module.configs else module.base_layer
 
-    _replace(model, remove)
+    replace_layers(model, remove)
 
 
 def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
@@ -144,15 +154,18 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
             this cannot be undone.
 
     Raises:
-        ValueError: no adapter is active (with dequantize there need be none); merged adapters.
+        TypeError: an active adapter's base has a weight in a form of others' (bitsandbytes' layers).
+        ValueError: no adapter is active (with dequantize there need be none); merged adapters; NaN or Inf; with
+            dequantize a layer with hooks, which would be lost. The model is then as it was.
 
     Source: LoRA, arXiv 2106.09685, section 4.1 ("no additional inference latency").
     """
     check_not_merged("merge_adapter", model)
-    for name, layer in lora_layers(model):  # before any layer is touched
-        if layer.active_adapters and not layer.merged_weight().to(layer.dtype).isfinite().all():
-            adapters = ", ".join(layer.active_adapters)
-            raise ValueError(f"merge_adapter: {name}: expected finite values with {adapters}, got NaN or Inf")
+    for name, layer in linear_layers(model).items():  # before any layer is touched
+        if dequantize and isinstance(layer, (LoraLinear, Linear4bit)):
+            _check_not_hooked("merge_adapter", name, layer)
+        if isinstance(layer, LoraLinear) and layer.active_adapters:
+            _check_mergeable(name, layer)
     if not dequantize:
         active = [layer for _, layer in lora_layers(model) if layer.active_adapters]
         if not active:
@@ -163,10 +176,10 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
 
     def to_dense(_: str, module: nn.Module) -> nn.Module:
         if isinstance(module, LoraLinear):
-            return dense_linear(module.merged_weight(), module.base_layer)
-        return dense_linear(module.dequantize(), module) if isinstance(module, Linear4bit) else module
+            return dense(module.base_layer, module.merged_weight())
+        return dense(module, module.dequantize()) if isinstance(module, Linear4bit) else module
 
-    _replace(model, to_dense)
+    replace_layers(model, to_dense)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -180,28 +193,6 @@ def unmerge_adapter(model: nn.Module) -> None:
         raise ValueError("unmerge_adapter: model: expected merged adapters, got none")
     for layer in merged:
         layer.unmerge()
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """(name, layer) of each LoraLinear in the model."""
-    return ((name, module) for name, module in plain_modules(model) if isinstance(module, LoraLinear))
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """The names of all adapters in the model."""
-    return sorted({name for _, layer in lora_layers(model) for name in layer.configs})
-
-
-def linear_layers(model: nn.Module) -> dict[str, AnyLinear]:
-    """The layers by name that can carry an adapter; those inside a LoraLinear are not counted."""
-    found = {}
-    inside: set[int] = set()
-    for name, module in plain_modules(model):
-        if name and id(module) not in inside and isinstance(module, (AnyLinear, *CLOSED)):
-            if isinstance(module, AnyLinear):
-                found[name] = module
-            inside.update(id(child) for child in module.modules())
-    return found
 
 
 def target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -224,17 +215,6 @@ def target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     return names
 
 
-def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
-    """The names of the linear layers that `wanted`, a LoraConfig's target_modules, matches; perhaps none."""
-    layers = linear_layers(model)
-    if wanted == "all-linear":
-        head = _output_head(model, layers)
-        return [name for name in layers if name not in head]
-    if isinstance(wanted, str):
-        return [name for name in layers if re.fullmatch(wanted, name)]
-    return [name for name in layers if is_named(name, wanted)]
-
-
 def attach(model: nn.Module, configs: dict[str, LoraConfig], name: str) -> None:
     """Wrap the layers that are keys of `configs` in LoraLinear where they are not yet, and add an inactive adapter."""
 
@@ -245,52 +225,28 @@ def attach(model: nn.Module, configs: dict[str, LoraConfig], name: str) -> None:
         layer.add_adapter(name, configs[module_name], module_name)
         return layer
 
-    _replace(model, wrap)
+    replace_layers(model, wrap)
+
+
+def _check_not_hooked(op: str, name: str, module: nn.Module) -> None:
+    if is_hooked(module):
+        raise ValueError(f"{op}: {name}: expected no hooks, and its class's forward, got a layer that has them")
+
+
+def _check_mergeable(name: str, layer: LoraLinear) -> None:
+    try:
+        weight = layer.merged_weight()
+    except TypeError as error:
+        raise TypeError(f"merge_adapter: {name}: {error}") from error
+    if not weight.to(layer.dtype).isfinite().all():
+        adapters = ", ".join(layer.active_adapters)
+        raise ValueError(f"merge_adapter: {name}: expected finite values with {adapters}, got NaN or Inf")
 
 
 def check_has_adapter(op: str, model: nn.Module, name: str) -> None:
     """Raise ValueError unless the model has an adapter of this name."""
     if name not in adapter_names(model):
         raise ValueError(f"{op}: name: expected one of {adapter_names(model)}, got {name!r}")
-
-
-def _replace(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> int:
-    """Put convert(name, module) in the place of each module below `model`; returns how many changed.
-
-    What convert gives is not entered again, and a module that stands in several places is converted once.
-    """
-    converted: dict[int, nn.Module] = {}
-    changed = 0
-
-    def visit(prefix: str, parent: nn.Module) -> None:
-        nonlocal changed
-        for key, name, child in list(children(parent, prefix)):
-            if id(child) not in converted:
-                converted[id(child)] = child if is_wrapper(child) else convert(name, child)
-                if converted[id(child)] is child and not isinstance(child, (AnyLinear, *CLOSED)):
-                    visit(name, child)
-            if converted[id(child)] is not child:
-                changed += 1
-                setattr(parent, key, converted[id(child)])
-                if key == "_orig_mod":  # torch.compile's module has looked up what to call
-                    parent._initialize()  # type: ignore[operator]
-
-    visit("", model)
-    return changed
-
-
-def _output_head(model: nn.Module, layers: dict[str, AnyLinear]) -> set[str]:
-    """The layers that make logits, by name, and those that share their weight."""
-    get_head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)
-    heads = {id(unwrapped(head)) for head in [get_head()] if head is not None} | {
-        id(layer) for name, layer in layers.items() if is_named(name, ["lm_head"])
-    }
-    weights = {id(layer.weight) for layer in layers.values() if id(layer) in heads and isinstance(layer, nn.Linear)}
-    return {
-        name
-        for name, layer in layers.items()
-        if id(layer) in heads or (isinstance(layer, nn.Linear) and id(layer.weight) in weights)
-    }
 
 
 def check_not_merged(op: str, model: nn.Module) -> None:

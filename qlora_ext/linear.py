@@ -250,3 +250,27 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Cal
         return tensor.to(moved.device) if id(tensor) in ids and moved.dtype != tensor.dtype else moved
 
     return apply
+
+
+def dense(layer: nn.Linear | Linear4bit, weight: Tensor) -> nn.Linear:
+    """The layer with this float weight [out, in], frozen, in its dtype; a 4-bit or parametrized one as nn.Linear."""
+    if isinstance(layer, nn.Linear) and "weight" in layer._parameters:
+        linear, dtype = copy.copy(layer), layer.weight.dtype  # a subclass may compute in its own way
+        linear._parameters = layer._parameters.copy()
+    else:
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
+        linear.register_parameter("bias", layer.bias)
+        dtype = layer.dtype if isinstance(layer, Linear4bit) else layer.weight.dtype
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return linear
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its class says: hooks, or a forward of its own, as accelerate gives it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

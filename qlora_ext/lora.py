@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_names import is_pattern_of
-from qlora_ext.linear import Linear4bit, keeping_dtype
+from qlora_ext.linear import Linear4bit, dense, is_hooked, keeping_dtype
 
 Number = TypeVar("Number", int, float)
 
@@ -28,7 +28,8 @@ class LoraConfig:
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: probability, in training, that an input element does not reach A.
         target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
-            match; or "all-linear": every linear layer but the output head and what is tied to it.
+            match; or "all-linear": every linear layer but the output head, what is tied to it, and subclasses of
+            nn.Linear, which may compute anything.
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
         rank_pattern, alpha_pattern: other r or lora_alpha for some layers: {name, or regular expression for its last
             dotted parts: value}.
@@ -187,10 +188,13 @@ class LoraLinear(nn.Module):
             return y
         A, B = self._active("lora_A"), self._active("lora_B")
         scaling, masks = self._dropout(x)
-        if isinstance(base, Linear4bit):
+        if isinstance(base, Linear4bit) and not is_hooked(base):
             return base.forward_with_adapters(x, A, B, scaling, masks)
         x = cast_as_autocast(x)
         y = base(x)
+        if not isinstance(y, Tensor):
+            expected = f"a tensor from {type(base).__name__}'s forward"
+            raise TypeError(f"LoraLinear: base_layer: expected {expected}, got {type(y).__name__}")
         for i, (a, b) in enumerate(zip(A, B, strict=True)):
             low_rank = F.linear(x * masks[i] if masks else x, a.to(x.dtype))
             y = y + F.linear(low_rank, (b * scaling[i]).to(x.dtype))
@@ -213,12 +217,48 @@ class LoraLinear(nn.Module):
         masks = [torch.empty_like(x, dtype=torch.bool).bernoulli_(k) for k in keep]
         return [s / k for s, k in zip(scaling, keep, strict=True)], masks
 
+    @property
+    def weight(self) -> Tensor:
+        """W0 + the updates of the active adapters in the base's dtype, [out, in], for models that read it; dense bases.
+
+        It is made anew each time, with gradients for the adapters.
+        """
+        if isinstance(self.base_layer, Linear4bit):
+            raise AttributeError("LoraLinear: weight: expected a dense base_layer, got Linear4bit")
+        base = self.base_layer if self.merged_base is None else self.merged_base
+        if self.merged or not self.active_adapters:
+            return base.weight
+        return self._updated(base.weight.float()).to(base.weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's, [out]."""
+        return self.base_layer.bias
+
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W0 + the updates of the active adapters, float32 [out, in]."""
+        """W0 + the updates of the active adapters, float32 [out, in].
+
+        Raises:
+            TypeError: the base has a weight in a form of its own, or a forward that is not its class's.
+        """
         base = self.base_layer
-        weight = base.dequantize(torch.float32) if isinstance(base, Linear4bit) else base.weight.detach().float()
+        if "forward" in base.__dict__:  # of accelerate's hooks: it would go on computing with the base's weight
+            raise TypeError(
+                f"LoraLinear: base_layer: expected the forward of its class, {type(base).__name__}, got another"
+            )
+        if isinstance(base, Linear4bit):
+            return self._updated(base.dequantize(torch.float32))
+        weight = base.weight.detach()
+        if not weight.is_floating_point() or tuple(weight.shape) != (self.out_features, self.in_features):
+            expected = f"a float weight {[self.out_features, self.in_features]} to merge into"
+            got = f"{type(base).__name__}'s {weight.dtype} {list(weight.shape)}"
+            raise TypeError(f"LoraLinear: base_layer: expected {expected}, got {got}")
+        return self._updated(weight.float())
+
+    def _updated(self, weight: Tensor) -> Tensor:
         for name in self.active_adapters:
-            weight = weight.addmm(self.lora_B[name].detach(), self.lora_A[name].detach(), alpha=self.scaling[name])
+            weight = weight.addmm(self.lora_B[name], self.lora_A[name], alpha=self.scaling[name])
         return weight
 
     def merge(self) -> None:
@@ -228,7 +268,7 @@ class LoraLinear(nn.Module):
         """
         base = self.base_layer
         weight = self.merged_weight()
-        self.merged_base = base.with_weight(weight) if isinstance(base, Linear4bit) else dense_linear(weight, base)
+        self.merged_base = base.with_weight(weight) if isinstance(base, Linear4bit) else dense(base, weight)
 
     def unmerge(self) -> None:
         """Compute with the base and its adapters again."""
@@ -237,15 +277,6 @@ class LoraLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
         super()._apply(keeping_dtype(fn, [*self.lora_A.values(), *self.lora_B.values()]), recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def dense_linear(weight: Tensor, like: nn.Linear | Linear4bit) -> nn.Linear:
-    """A frozen nn.Linear with this float weight [out, in], in the dtype of `like` and with its bias."""
-    linear = nn.Linear(like.in_features, like.out_features, bias=False, device="meta")
-    dtype = like.dtype if isinstance(like, Linear4bit) else like.weight.dtype
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    linear.register_parameter("bias", like.bias)
-    return linear.train(like.training)
 
 
 def check_name(op: str, name: str, taken: Container[str] = ()) -> None:

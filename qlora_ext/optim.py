@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch.optim import Optimizer
 
 from qlora_ext.optim_checks import check, check_dtype, check_options, checked_gradient, checked_hyper
 from qlora_ext.optim_files import find_states, save_states
-from qlora_ext.optim_state import Held, Saved, checked_state, like_parameter, local_shard, state_forms
-from qlora_ext.paged_parameters import PagedParameters, Update
+from qlora_ext.optim_state import Saved, checked_state, held, like_parameter, local_shard, state_forms
+from qlora_ext.paged_parameters import PagedParameters, Update, in_turn
 
 
 class PagedAdamW(Optimizer):
@@ -41,9 +42,8 @@ class PagedAdamW(Optimizer):
             pages, if it is less).
         page_file: path of a file for what the budgets do not hold, on a disk of this machine. Its space is reserved
             when parameters are added. It is deleted at the end: it is scratch space, not a checkpoint.
-        stochastic_rounding: round bfloat16 parameters up or down by chance, so that updates smaller than half their
-            last bit count on average. Chance depends on (seed, step, parameter, element) alone.
-        seed: of that chance.
+        stochastic_rounding, seed: round bfloat16 parameters up or down by chance, so that updates smaller than half
+            their last bit count on average. Chance depends on (seed, step, parameter, element) alone.
         maximize: go up the gradient.
 
     States exist from the first gradient on. They are in no tensors: `optimizer.state` has an empty dict for each
@@ -51,7 +51,7 @@ class PagedAdamW(Optimizer):
     gradient makes NaN of its element as in torch, in 8-bit states of its block of 256; under torch.amp.GradScaler such
     a step is left out whole. What raises before a step begins has changed nothing. A step that loses its page file
     half-way raises, and so does every later one: some parameters are then a step ahead of others, and a checkpoint has
-    to be loaded.
+    to be loaded. Several threads may use an optimizer: one waits for the other.
 
     Raises:
         TypeError: a parameter, gradient or option of the wrong kind.
@@ -92,6 +92,7 @@ class PagedAdamW(Optimizer):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
         )
+        self.turn = threading.RLock()
         self._rounding = (stochastic_rounding, seed)
         file = os.path.realpath(page_file) if page_file else None
         self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
@@ -99,6 +100,7 @@ class PagedAdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
 
+    @in_turn
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time, as to every torch optimizer; room for its states is reserved at once.
 
@@ -119,15 +121,14 @@ class PagedAdamW(Optimizer):
             self._forget_removed()
             raise
 
+    @in_turn
     def remove_param_group(self, index: int) -> None:
-        """Remove the group at this index of `param_groups`, and free the states of its parameters.
-
-        What is taken out of `param_groups` in another way is freed at the next step.
-        """
+        """Remove the group at this index of `param_groups`, and its states: of groups removed otherwise, at a step."""
         del self.param_groups[index]
         self._forget_removed()
 
     @torch.no_grad()
+    @in_turn
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
 
@@ -160,6 +161,7 @@ class PagedAdamW(Optimizer):
                     local.copy_(update.local)
         return loss
 
+    @in_turn
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters and states, as tensors in host memory: of 32-bit states, what torch.optim.AdamW loads.
 
@@ -179,6 +181,7 @@ class PagedAdamW(Optimizer):
         finally:
             self.state = defaultdict(dict, {p: {} for p, _ in self._with_states()})
 
+    @in_turn
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` of this class or of torch.optim.AdamW gave, straight into pages.
 
@@ -188,11 +191,7 @@ class PagedAdamW(Optimizer):
             OSError, or ValueError for the budgets: there is no room for the states. The old ones are gone by then, and
                 nothing but to load again, or `release()`, is possible.
         """
-
-        def hold(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            return given | {"state": {key: Held(entry) for key, entry in given["state"].items()}}
-
-        last = self.register_load_state_dict_pre_hook(hold)
+        last = self.register_load_state_dict_pre_hook(lambda _, given: held(given))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -212,6 +211,7 @@ class PagedAdamW(Optimizer):
             "PagedAdamW: expected state_dict() or save_states(), got a call to pickle or copy it: pages cannot be"
         )
 
+    @in_turn
     def save_states(self, path: str | os.PathLike[str]) -> None:
         """Write hyperparameters and states to a safetensors file, page by page.
 
@@ -226,6 +226,7 @@ class PagedAdamW(Optimizer):
         self._forget_removed()
         save_states(Path(path), self.param_groups, self._paged)
 
+    @in_turn
     def load_states(self, path: str | os.PathLike[str]) -> None:
         """Read what `save_states` wrote, straight into pages; hyperparameters become those of the file, too.
 
@@ -238,6 +239,7 @@ class PagedAdamW(Optimizer):
             saved, groups = find_states(file, self.param_groups, self._paged.state_bits)
             self._restore(saved, groups, file.fileno())
 
+    @in_turn
     def release(self) -> None:
         """Free all states, and delete the page file: at the end of a training, whoever still refers to the optimizer.
 

@@ -38,6 +38,11 @@ class Held:
         self.entry = entry
 
 
+def held(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict with each parameter's state in a Held."""
+    return state_dict | {"state": {key: Held(entry) for key, entry in state_dict["state"].items()}}
+
+
 def local_shard(tensor: Tensor) -> Tensor:
     """What this process has of a DTensor; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

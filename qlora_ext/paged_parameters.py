@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,19 @@ from qlora_ext import _C
 from qlora_ext.optim_checks import Hyper
 from qlora_ext.optim_state import PARTS, Saved, local_shard, state_forms, state_width
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 _CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
+
+
+def in_turn(method: Method) -> Method:
+    """For methods of an optimizer with a lock `turn`: a thread waits until no other is in one of them."""
+
+    @wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.turn:
+            return method(self, *args, **kwargs)
+
+    return cast("Method", alone)
 
 
 class Update(NamedTuple):

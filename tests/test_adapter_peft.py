@@ -19,7 +19,7 @@ from tiny_model import tiny_config
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from qlora_ext import LoraConfig, LoraLinear, add_adapter, load_adapter, save_adapter
+from qlora_ext import LoraConfig, LoraLinear, add_adapter, load_adapter, quantize_model, save_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODELS = {
@@ -184,3 +184,32 @@ def test_pefts_other_kinds_are_refused(fields: dict[str, Any], tmp_path: Path) -
     with pytest.raises(ValueError, match=f"{CONFIG}.*{next(iter(fields))}"):
         load_adapter(base, tmp_path)
     assert repr(base) == before
+
+
+def test_pefts_output_head_comes_with_its_weight(tmp_path: Path) -> None:
+    theirs = MODELS["head"]()
+    base = copy.deepcopy(theirs)
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    randomize_adapters(model)
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
+    ours = copy.deepcopy(base)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(model))
+    quantized = quantize_model(copy.deepcopy(base), skip=())
+    load_adapter(quantized, tmp_path)
+    for other in (base, quantize_model(copy.deepcopy(base), skip=())):
+        with torch.no_grad():
+            other.lm_head.weight[0, 0] += 1
+        with pytest.raises(ValueError, match=r"lm_head.base_layer: expected the model's own weight, got another"):
+            load_adapter(other, tmp_path)
+
+
+def test_no_adapter_is_loaded_into_layers_without_values(tmp_path: Path) -> None:
+    model = MODELS["head"]()
+    add_adapter(model, LoraConfig(r=2))
+    save_adapter(model, tmp_path)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(tiny_config(tie_word_embeddings=False))
+    with pytest.raises(ValueError, match=r"load_adapter: model: expected linear layers with values.*meta"):
+        load_adapter(empty, tmp_path)

@@ -1,0 +1,92 @@
+"""The linear layers of a model: which there are, which of them a name means, and exchanging them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from qlora_ext.layer_names import children, is_named, is_wrapper, plain_modules, unwrapped
+from qlora_ext.linear import Linear4bit
+from qlora_ext.lora import LoraLinear
+
+AnyLinear = nn.Linear | Linear4bit | LoraLinear
+# They hand the weights of their linear layers to kernels of their own.
+CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """(name, layer) of each LoraLinear in the model."""
+    return ((name, module) for name, module in plain_modules(model) if isinstance(module, LoraLinear))
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters in the model."""
+    return sorted({name for _, layer in lora_layers(model) for name in layer.configs})
+
+
+def linear_layers(model: nn.Module) -> dict[str, AnyLinear]:
+    """The layers by name that can carry an adapter; those inside a LoraLinear are not counted."""
+    found = {}
+    inside: set[int] = set()
+    for name, module in plain_modules(model):
+        if name and id(module) not in inside and isinstance(module, (AnyLinear, *CLOSED)):
+            if isinstance(module, AnyLinear):
+                found[name] = module
+            inside.update(id(child) for child in module.modules())
+    return found
+
+
+def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
+    """The names of the linear layers that `wanted`, a LoraConfig's target_modules, matches; perhaps none."""
+    layers = linear_layers(model)
+    if wanted == "all-linear":
+        head = _output_head(model, layers)
+        # A subclass may return anything, as routers of experts do.
+        foreign = {n for n, layer in layers.items() if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear}
+        return [name for name in layers if name not in head | foreign]
+    if isinstance(wanted, str):
+        return [name for name in layers if re.fullmatch(wanted, name)]
+    return [name for name in layers if is_named(name, wanted)]
+
+
+def replace_layers(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> int:
+    """Put convert(name, module) in the place of each module below `model`; returns how many changed.
+
+    What convert gives is not entered again, and a module that stands in several places is converted once.
+    """
+    return _replace_below(model, "", convert, {})
+
+
+def _replace_below(
+    parent: nn.Module, prefix: str, convert: Callable[[str, nn.Module], nn.Module], converted: dict[int, nn.Module]
+) -> int:
+    changed = 0
+    for key, name in [(key, name) for key, name, _ in children(parent, prefix)]:  # no child is kept alive here
+        child = parent._modules[key]
+        assert child is not None
+        if id(child) not in converted:
+            converted[id(child)] = child if is_wrapper(child) else convert(name, child)
+            if converted[id(child)] is child and not isinstance(child, (AnyLinear, *CLOSED)):
+                changed += _replace_below(child, name, convert, converted)
+        if converted[id(child)] is not child:
+            changed += 1
+            setattr(parent, key, converted[id(child)])
+            if key == "_orig_mod":  # torch.compile's module has looked up what to call
+                parent._initialize()  # type: ignore[operator]
+    return changed
+
+
+def _output_head(model: nn.Module, layers: dict[str, AnyLinear]) -> set[str]:
+    """The layers that make logits, by name, and those that share their weight."""
+    get_head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)
+    heads = {id(unwrapped(head)) for head in [get_head()] if head is not None} | {
+        id(layer) for name, layer in layers.items() if is_named(name, ["lm_head"])
+    }
+    weights = {id(layer.weight) for layer in layers.values() if id(layer) in heads and isinstance(layer, nn.Linear)}
+    return {
+        name
+        for name, layer in layers.items()
+        if id(layer) in heads or (isinstance(layer, nn.Linear) and id(layer.weight) in weights)
+    }
