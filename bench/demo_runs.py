@@ -34,7 +34,7 @@ def run(method: str, options: argparse.Namespace, output: Path, *more: str) -> d
     command += ["--steps", str(steps), "--batch-size", str(batch), "--schedule", "constant", "--r", "8"]
     command += ["--lr", str(LEARNING_RATE[method]), "--samples", "0", "--seed", str(options.seed), *more]
     if options.smoke:
-        command += ["--eval-examples", "8"]
+        command += ["--eval-examples", "2"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     made = {"model": "SmolLM2-135M-Instruct", "data": "chatterbot-corpus"}
     made |= {"batch": batch, "lr": LEARNING_RATE[method], "seed": options.seed}
