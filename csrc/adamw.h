@@ -48,7 +48,7 @@ struct AdamwOptions {
 };
 
 // The number of blocks of 256 elements of a slice (the last may be shorter), and in all slices.
-inline std::int64_t adamw_blocks(const AdamwSlice& slice) { return (slice.count + kAdamwBlock - 1) / kAdamwBlock; }
+inline std::int64_t adamw_blocks(const AdamwSlice& slice) { return ceil_div(slice.count, kAdamwBlock); }
 inline std::int64_t adamw_blocks(const AdamwSlice* slices, std::int64_t n) {
   std::int64_t blocks = 0;
   for (std::int64_t i = 0; i < n; ++i) blocks += adamw_blocks(slices[i]);

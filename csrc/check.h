@@ -49,8 +49,6 @@ inline void check_blocksize(const char* op, int64_t blocksize) {
               blocksize);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Whether the numbers of a 4-bit weight's tensor are in the weight's order: those of a contiguous one are, of any other
 // if it has the weight's rows, or is flat. What was transposed has other rows, but for a square.
 inline bool is_in_order(const at::Tensor& tensor, int64_t row) {

@@ -10,6 +10,7 @@
 
 #include "codebook.h"
 #include "dtype.h"
+#include "integers.h"
 
 namespace qlora {
 
@@ -31,9 +32,11 @@ struct Slice {
 
 // --- 4-bit values -------------------------------------------------------------------------------------------------
 
-// What a block's weights are multiplied by before encoding; the floor keeps an all-zero block finite.
+constexpr float kMinAbsmax = 1e-38f;  // keeps the inverse of an all-zero block's finite
+
+// What a block's weights are multiplied by before encoding.
 QLORA_HOST_DEVICE constexpr float inverse_absmax(float absmax) {
-  return 1.0f / (absmax > 1e-38f || absmax != absmax ? absmax : 1e-38f);
+  return 1.0f / (absmax > kMinAbsmax || absmax != absmax ? absmax : kMinAbsmax);
 }
 
 // The code of a weight already multiplied by inverse_absmax. A value beyond [-1, 1] gets the end code, as if clamped.
@@ -51,6 +54,9 @@ QLORA_HOST_DEVICE inline std::uint8_t unpack(const std::uint8_t* packed, std::in
   const std::uint8_t byte = packed[element / 2];
   return element % 2 == 0 ? byte >> 4 : byte & 0xf;
 }
+
+// Where the code of element i lies in a little-endian word of bytes.
+QLORA_HOST_DEVICE constexpr int nibble_shift(int i) { return i % 2 == 0 ? 4 * i + 4 : 4 * i - 4; }
 
 template <typename T>
 QLORA_HOST_DEVICE T decode(const Codebook& book, std::uint8_t code, float absmax) {

@@ -1,8 +1,9 @@
 // The kernel launchers: raw pointers, a stream, no torch.
 //
 // A launcher enqueues its kernels on `stream` of the current device and returns at once: it neither allocates nor
-// waits, so it can be captured into a CUDA graph. It returns what cudaGetLastError says of its launches. Whatever sizes
-// it takes may be 0: then it launches nothing.
+// waits, so it can be captured into a CUDA graph. It returns the first error of its calls, or cudaErrorInvalidValue for
+// a dtype or a product that it does not take. Sizes may be 0, but for a product's: then it launches nothing, but for
+// quantize_absmax, which writes an offset of 0.
 #pragma once
 
 #include <cuda_runtime_api.h>

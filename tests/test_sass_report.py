@@ -35,11 +35,11 @@ struct Config {
   static constexpr int kSharedBytes = kTableBytes + 512;
   static constexpr int kColumnTiles = 1;
   static constexpr bool kSmallBlocks = false;
-  static constexpr int kBlocksPerSm = kPlant == kSpill ? 16 : 2;
+  static constexpr int kCtasPerSm = kPlant == kSpill ? 16 : 2;
 };
 
 template <typename C>
-__global__ void __launch_bounds__(128, C::kBlocksPerSm)
+__global__ void __launch_bounds__(128, C::kCtasPerSm)
     linear_4bit_kernel(const std::uint8_t* packed, const uint4* x, float4* y, int steps) {
   extern __shared__ __align__(16) char table[];
   const std::uint32_t lane4 = threadIdx.x % 32 * 4;

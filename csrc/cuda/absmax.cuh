@@ -28,7 +28,7 @@ struct AbsmaxReader {
         run_length(w.nested_absmax == nullptr ? 4 : 16) {}
 
   // The run of the row that begins with block `first`, as far as it lies in [begin, end), which lies in the row;
-  // nothing else is read, since another block of threads reads it.
+  // nothing else is read, since another CTA reads it.
   __device__ AbsmaxRun read(std::int64_t row, int first, int begin, int end) const {
     AbsmaxRun run{};
     begin = max(begin, first);

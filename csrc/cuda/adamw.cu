@@ -1,4 +1,5 @@
-// AdamW for a page: all its slices in one launch. What is computed, and in which roundings: csrc/adamw.h.
+// AdamW for all the slices of a call, whole parameters' or those of many pages, in one launch. What is computed, and in which roundings:
+// csrc/adamw.h.
 //
 // A warp takes a block of 256 elements, which it finds in the table of slices; a lane has two groups of 4.
 #include <type_traits>
@@ -17,7 +18,7 @@ struct Entry {
   AdamwFactors factors;
   std::int64_t first_block;  // counted through all slices
   std::uint64_t key;         // adamw_key
-  bool in_groups;            // all pointers are on the border that a group of 4 needs
+  bool in_groups;            // all pointers are on the boundary that a group of 4 needs
 };
 
 bool is_in_groups(const AdamwSlice& slice) {
@@ -266,7 +267,7 @@ cudaError_t launch_adamw(const void* table, std::int64_t n, std::int64_t blocks,
                          cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   constexpr std::int64_t kPerCta = kThreads / kWarp;
-  const auto ctas = static_cast<unsigned>((blocks + kPerCta - 1) / kPerCta);
+  const auto ctas = static_cast<unsigned>(ceil_div(blocks, kPerCta));
   adamw_kernel<<<ctas, kThreads, 0, stream>>>(static_cast<const Entry*>(table), n, blocks, options);
   return cudaGetLastError();
 }

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
     float x[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const int shift = kGroup == 1 ? 0 : i % 2 == 0 ? 4 * i + 4 : 4 * i - 4;
+      const int shift = kGroup == 1 ? 0 : nibble_shift(i);
       x[i] = value_of[codes[j] >> shift & 0xfu] * absmax[j];
     }
     store(x, place + j * kStep);
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int kGroup>
 cudaError_t launch(const Packed4bit& w, const Region& region, T* out, cudaStream_t stream) {
   constexpr std::int64_t kStrip = kGroups * kWarp * kGroup, kPerCta = kThreads / kWarp;
-  const std::int64_t strips = region.rows * ((region.width - region.width % kGroup + kStrip - 1) / kStrip);
-  const auto ctas = static_cast<unsigned>((strips + kPerCta - 1) / kPerCta);
+  const std::int64_t strips = region.rows * ceil_div(region.width - region.width % kGroup, kStrip);
+  const auto ctas = static_cast<unsigned>(ceil_div(strips, kPerCta));
   const int blocksize_log2 = std::countr_zero(static_cast<std::uint64_t>(w.blocksize));
   dequantize_4bit_kernel<T, kGroup><<<ctas, kThreads, 0, stream>>>(w, blocksize_log2, region, out);
   return cudaGetLastError();

@@ -24,7 +24,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kQuantum = 64;  // weights of a row between two scalings; the K of a slot of x
-constexpr int kUnitK = 1024;  // the most that is dealt out to the blocks at once: 16 absmax codes of a row, one read
+constexpr int kUnitK = 1024;  // the most that is dealt out to the CTAs at once: 16 absmax codes of a row, one read
 
 // kColumnTiles: of 8 rows of x. kSmallBlocks: blocksize 32.
 template <typename T_, int kColumnTiles_, bool kSmallBlocks_>
@@ -46,7 +46,7 @@ struct Config {
   static constexpr int kStepK = kStepQuanta * kQuantum;
   static constexpr int kStageSlots = 8 * kColumnTiles * kStepQuanta;
   static constexpr int kStages = kSlots / kStageSlots < 4 ? kSlots / kStageSlots : 4;
-  static constexpr int kBlocksPerSm = kColumnTiles <= 2 ? 2 : 1;
+  static constexpr int kCtasPerSm = kColumnTiles <= 2 ? 2 : 1;
   // Shared memory: the pair table with x in its slots, the dynamic codebook, 32 scales of each row.
   static constexpr int kCodebookAt = kTableBytes;
   static constexpr int kScalesAt = kCodebookAt + 4 * kNumDynamicCodes;
@@ -54,7 +54,7 @@ struct Config {
 };
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
     linear_4bit_kernel(const __grid_constant__ ProductArguments args) {
   using T = typename C::T;
   extern __shared__ __align__(16) char shared[];
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
       compute(step, std::false_type{});
     }
 
-    // --- the tile's sum: written if this block has all of it, else put together by the last block ---
+    // --- the tile's sum: written if this CTA has all of it, else put together by the last CTA ---
     const auto* bias = static_cast<const T*>(args.bias);
     auto* y = static_cast<T*>(args.out);
     auto write = [&](int m, int n, float value) {
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
         }
       }
     };
-    const int contributors = split.last_block(tile) - split.first_block(tile) + 1;
+    const int contributors = split.last_cta(tile) - split.first_cta(tile) + 1;
     if (contributors == 1) {
       for_each_sum([&](int m, int row, float value) { write(m, tile * C::kTileRows + row, value); });
     } else {
@@ -310,15 +310,15 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm)
 
 template <typename C>
 Split split_of(const Product4bit& p, const DeviceLimits& limits) {
-  const Work work = {.tiles = (p.N + C::kTileRows - 1) / C::kTileRows,
-                     .steps = (p.K + C::kStepK - 1) / C::kStepK,
+  const Work work = {.tiles = ceil_div(p.N, C::kTileRows),
+                     .steps = ceil_div(p.K, C::kStepK),
                      .layers = 1,
                      .most_unit_steps = kUnitK / C::kStepK,
                      // No two units share an absmax: the kernel knows those of a unit as whole blocks.
                      .least_unit_steps = std::max<std::int64_t>(p.w.blocksize / C::kStepK, 1),
                      .tile_values = p.M * C::kTileRows,
                      .weight_bytes = p.N * p.K / 2};
-  return make_split(work, resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm));
+  return make_split(work, resident_ctas(limits, C::kSharedBytes, C::kCtasPerSm));
 }
 
 // Calls body with the Config of the product.

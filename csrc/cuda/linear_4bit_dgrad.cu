@@ -25,7 +25,7 @@ namespace qlora::cuda {
 namespace {
 
 constexpr int kGroup = 16;  // rows of W in one mma
-constexpr int kUnitN = 64;  // the most that is dealt out to the blocks at once
+constexpr int kUnitN = 64;  // the most that is dealt out to the CTAs at once
 constexpr int kStepN = 32;  // the least: less would be over before the first weights are there
 
 // kLaneBytes: of a row of W that a lane reads, 4 or 8. kLaneBlocks: absmax blocks that the lanes of a warp reach over,
@@ -43,7 +43,7 @@ struct Config {
   static constexpr int kChunkN = kTileM <= 32 ? 256 : 128;
   static constexpr int kAhead = kLaneBlocks == 2 ? 2 : 4;  // groups whose weights are loaded ahead
   static constexpr int kUnroll = kColumnTiles == 1 ? kUnitN / kGroup : kColumnTiles == 2 ? 2 : 1;
-  static constexpr int kBlocksPerSm = kWarps == 8 && kLaneBytes * kColumnTiles <= 8 ? 2 : 1;
+  static constexpr int kCtasPerSm = kWarps == 8 && kLaneBytes * kColumnTiles <= 8 ? 2 : 1;
   // grad lies in the slots of the table: as fp32, which is scaled at once, where there is room. A unit is a group's 16
   // values.
   using Staged = std::conditional_t<std::is_same_v<T, BFloat16> && kLaneBytes == 8, float, T>;
@@ -68,7 +68,7 @@ __device__ __forceinline__ std::uint32_t low_nibbles(std::uint32_t a, std::uint3
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
+__global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     linear_4bit_dgrad_kernel(const __grid_constant__ ProductArguments args) {
   using T = typename C::T;
   constexpr bool kScaleWeights = std::is_same_v<T, Half>;
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
       for (; unit < units; ++unit) compute(chunk_n, unit, std::false_type{});
     }
 
-    // --- the tile's sum: written if this block has all of it, else put together by the last block ---
+    // --- the tile's sum: written if this CTA has all of it, else put together by the last CTA ---
     auto* grad_x = static_cast<T*>(args.out) + static_cast<std::int64_t>(first_m) * args.K;
     auto write = [&](int m, int k, float even, float odd) {
       *reinterpret_cast<std::uint32_t*>(grad_x + static_cast<std::int64_t>(m) * args.K + k) = pack_pair(even, odd, T{});
@@ -265,14 +265,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
         }
       }
     };
-    const int contributors = split.last_block(tile) - split.first_block(tile) + 1;
+    const int contributors = split.last_cta(tile) - split.first_cta(tile) + 1;
     if (contributors == 1) {
       for_each_sum([&](int m, int k, float even, float odd) { write(m, tile * C::kTileK + k, even, odd); });
     } else {
       const std::int64_t tile_values = static_cast<std::int64_t>(min(args.M, C::kTileM)) * C::kTileK;
-      const float* partials =
-          args.partials + static_cast<std::int64_t>(blockIdx.y) * split.partial_slots() * tile_values;
-      float* partial = const_cast<float*>(partials) + split.partial_slot(blockIdx.x, tile) * tile_values;
+      float* partials = args.partials + static_cast<std::int64_t>(blockIdx.y) * split.partial_slots() * tile_values;
+      float* partial = partials + split.partial_slot(blockIdx.x, tile) * tile_values;
       for_each_sum([&](int m, int k, float even, float odd) {
         *reinterpret_cast<float2*>(partial + m * C::kTileK + k) = make_float2(even, odd);
       });
@@ -291,7 +290,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
 
 template <typename C>
 int tiles_m(const Product4bit& p) {
-  return static_cast<int>((p.M + C::kTileM - 1) / C::kTileM);
+  return static_cast<int>(ceil_div(p.M, C::kTileM));
 }
 
 // Of a layer: all have the partial sums of the first, the last may use fewer.
@@ -302,14 +301,14 @@ std::int64_t tile_values(const Product4bit& p) {
 
 template <typename C>
 Split split_of(const Product4bit& p, const DeviceLimits& limits) {
-  const Work work = {.tiles = (p.K + C::kTileK - 1) / C::kTileK,
-                     .steps = (p.N + kStepN - 1) / kStepN,
+  const Work work = {.tiles = ceil_div(p.K, C::kTileK),
+                     .steps = ceil_div(p.N, kStepN),
                      .layers = tiles_m<C>(p),
                      .most_unit_steps = kUnitN / kStepN,
                      .least_unit_steps = 1,
                      .tile_values = tile_values<C>(p),
                      .weight_bytes = p.N * p.K / 2};
-  return make_split(work, resident_blocks(limits, C::kSharedBytes, C::kBlocksPerSm));
+  return make_split(work, resident_ctas(limits, C::kSharedBytes, C::kCtasPerSm));
 }
 
 // Calls body with the Config of the product.

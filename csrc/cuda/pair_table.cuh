@@ -24,7 +24,7 @@ __device__ std::uint32_t table_code(QuantType quant_type, int code) {
   return round_code<T>(quant_type, code, device_codebooks[static_cast<int>(quant_type)].value[code]).bits;
 }
 
-// By all threads of the block; ends without a barrier.
+// By all threads of the CTA; ends without a barrier.
 template <typename T>
 __device__ void fill_pair_table(char* table, QuantType quant_type) {
   for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
   std::uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    word |= encode(bound, code_of_rank, value[i] * inverse) << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
+    word |= encode(bound, code_of_rank, value[i] * inverse) << nibble_shift(i);
   }
   if (count == kPerThread) {
     *reinterpret_cast<std::uint32_t*>(packed + first / 2) = word;
@@ -110,7 +110,7 @@ cudaError_t launch(const void* weight, std::int64_t n, std::int64_t blocksize, Q
   for (int rank = 0; rank < kNumCodes; ++rank) {
     code_of_rank |= std::uint64_t{codebook(quant_type).code_of_rank[rank]} << (4 * rank);
   }
-  quantize_4bit_kernel<<<static_cast<unsigned>((n + kPerCta - 1) / kPerCta), kThreads, 0, stream>>>(
+  quantize_4bit_kernel<<<static_cast<unsigned>(ceil_div(n, kPerCta)), kThreads, 0, stream>>>(
       static_cast<const T*>(weight), n, std::countr_zero(static_cast<std::uint64_t>(blocksize)), quant_type,
       code_of_rank, packed, absmax);
   return cudaGetLastError();

@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kCodeThreads)
 
 cudaError_t launch_quantize_absmax(const float* absmax, std::int64_t n, double* group_sums, std::uint8_t* codes,
                                    float* nested_absmax, float* nested_offset, cudaStream_t stream) {
-  const std::int64_t num_groups = (n + kNestedBlocksize - 1) / kNestedBlocksize;
-  const auto ctas = [&](int groups) { return static_cast<unsigned>((num_groups + groups - 1) / groups); };
+  const std::int64_t num_groups = ceil_div(n, kNestedBlocksize);
+  const auto ctas = [&](int groups) { return static_cast<unsigned>(ceil_div(num_groups, groups)); };
   if (n > 0) sum_groups_kernel<<<ctas(kSumGroups), kSumThreads, 0, stream>>>(absmax, n, group_sums);
   mean_kernel<<<1, kMeanTile, 0, stream>>>(group_sums, num_groups, n, nested_offset);  // of nothing: 0
   if (n > 0) {

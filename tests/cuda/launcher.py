@@ -201,8 +201,8 @@ class Device:
         product = _integers(0, 0, 0, 0, 0, QUANT_TYPES["nf4"], 64, 0, 0, *mnk, DTYPES[torch.bfloat16])
         return int(getattr(self.library.functions, f"{op}_workspace_bytes")(product, _integers(*self.limits)))
 
-    def blocks(self, op: str, mnk: tuple[int, int, int]) -> int:
-        """On how many blocks a bf16 product with nf4 weights of blocksize 64 is launched. No array is there."""
+    def ctas(self, op: str, mnk: tuple[int, int, int]) -> int:
+        """On how many CTAs a bf16 product with nf4 weights of blocksize 64 is launched. No array is there."""
         product = _integers(0, 0, 0, 0, 0, QUANT_TYPES["nf4"], 64, 0, 0, *mnk, DTYPES[torch.bfloat16])
         recorded = self._record(op, product, _integers(*self.limits), 0)
         [kernel] = [command for command in recorded if isinstance(command, _Kernel)]
@@ -302,7 +302,7 @@ class Device:
             self._run_end(command)
 
     def _run_end(self, command: _Kernel) -> None:
-        """The blocks behind the skipped ones."""
+        """The CTAs behind the skipped ones."""
         kernel = self.library.kernel(command.name)
         decode(kernel)
         self.gpu.load_variables(kernel.module)

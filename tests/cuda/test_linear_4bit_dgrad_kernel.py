@@ -37,7 +37,7 @@ SHAPES = [
     (63, 62, 256),
     (64, 136, 512),
 ]
-# Several units of a tile, so that a block begins and ends within one.
+# Several units of a tile, so that a CTA begins and ends within one.
 LONG_SHAPES = [(1, 512, 1280), (3, 322, 2304), (8, 500, 512), (16, 512, 768), (24, 264, 512), (64, 448, 512)]
 # Rows that end within a tile, a lane's two blocks and a run of absmax.
 SHORT_ROWS = [
@@ -60,7 +60,7 @@ def test_exact_on_integers(case: ProductCase) -> None:
 
 
 @pytest.mark.parametrize("case", cases(LONG_SHAPES, (1, 2, 3, 132), (False,)), ids=str)
-def test_exact_on_integers_where_blocks_share_a_tile(case: ProductCase) -> None:
+def test_exact_on_integers_where_ctas_share_a_tile(case: ProductCase) -> None:
     check_exact(case)
 
 
@@ -180,6 +180,6 @@ def test_partial_sums_take_little_memory(op: str, mnk: tuple[int, int, int]) -> 
     assert Device(Limits(132, 228 * 1024)).workspace_bytes(op, mnk) <= max(25 << 20, n * k // 8)
 
 
-def test_a_block_with_two_unfinished_tiles() -> None:
+def test_a_cta_with_two_unfinished_tiles() -> None:
     """Its first and its last: each has a place of its own for the partial sum, which others read when it is done."""
     check_exact(replace(KIND, mnk=(1, 192, 5 * 1024)), Device(Limits(3, 100 * 1024), block_order="reverse"))

@@ -38,7 +38,7 @@ SHAPES = [
     (63, 66, 256),
     (64, 272, 256),
 ]
-# Several steps of a tile, so that a block begins and ends within one.
+# Several steps of a tile, so that a CTA begins and ends within one.
 LONG_SHAPES = [(1, 272, 2048), (5, 34, 4096), (16, 130, 2560), (20, 48, 2048), (64, 274, 1280)]
 # Rows that end within a step, a quantum of 64 and a run of absmax.
 SHORT_ROWS = [
@@ -61,7 +61,7 @@ def test_exact_on_integers(case: ProductCase) -> None:
 
 
 @pytest.mark.parametrize("case", cases(LONG_SHAPES, (1, 2, 3, 132), (False, True)), ids=str)
-def test_exact_on_integers_where_blocks_share_a_tile(case: ProductCase) -> None:
+def test_exact_on_integers_where_ctas_share_a_tile(case: ProductCase) -> None:
     check_exact(case)
 
 
@@ -191,7 +191,7 @@ def test_long_sums_of_inputs_that_have_a_mean(kind: str, dtype_name: str) -> Non
     assert_as_exact_as_torch(y, F.linear(x, case.weight(case.dtype)), exact)
 
 
-def test_a_block_with_two_unfinished_tiles() -> None:
+def test_a_cta_with_two_unfinished_tiles() -> None:
     """Its first and its last: each has a place of its own for the partial sum, which others read when it is done."""
     check_exact(replace(KIND, mnk=(1, 5 * 128, 3072)), Device(Limits(3, 100 * 1024), block_order="reverse"))
 

@@ -84,7 +84,7 @@ def test_every_schedule_gives_the_same_bytes(dtype: torch.dtype, blocksize: int)
 @pytest.mark.parametrize("first", [2**31, 2**32, 2**33 + 2**15])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_indices_over_32_bits(dtype: torch.dtype, first: int) -> None:
-    """Of a weight too large to hold only the end is there, and only the last blocks of the grid run."""
+    """Of a weight too large to hold only the end is there, and only the last CTAs of the grid run."""
     weight = normal(2**14 + 33, dtype=dtype)
     assert_same(Device().quantize_4bit(weight, "nf4", 64, first=first), expected(weight, "nf4", 64))
 

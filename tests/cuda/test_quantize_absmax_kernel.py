@@ -18,7 +18,7 @@ def check(absmax: torch.Tensor, device: Device | None = None) -> None:
     "n", [0, 1, 255, 256, 257, 32 * 256 - 1, 32 * 256 + 1, 512 * 256 + 3, 1300 * 256 + 77], ids=lambda n: f"n{n}"
 )
 def test_bytes_equal_reference(n: int) -> None:
-    """The borders are those of a group, of a block of the first kernel and of a tile of the second."""
+    """The borders are those of a group, of a CTA of the first kernel and of a tile of the second."""
     check(torch.rand(n))
 
 

@@ -1,4 +1,4 @@
-"""On how many blocks the fused products are launched on an H100, which has 132 multiprocessors."""
+"""On how many CTAs the fused products are launched on an H100, which has 132 multiprocessors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNITS = {
     ("linear_4bit", 16, (1024, 4096)): 8 * 16,
     ("linear_4bit_dgrad", 1, (1024, 4096)): 4 * 32,
 }
-# More would finish later: the last of a tile's blocks adds up partial sums of 32 to 128 KB.
+# More would finish later: the last of a tile's CTAs adds up partial sums of 32 to 128 KB.
 WORTH = {
     ("linear_4bit", 32, (1024, 4096)): 45,
     ("linear_4bit", 64, (1024, 4096)): 32,
@@ -35,8 +35,8 @@ CASES = list(product(("linear_4bit", "linear_4bit_dgrad"), ROWS, SHAPES))
 @pytest.mark.parametrize(("op", "m", "nk"), CASES, ids=str)
 def test_every_multiprocessor_has_work_where_that_is_faster(op: str, m: int, nk: tuple[int, int]) -> None:
     fewer = UNITS | WORTH
-    blocks = Device(Limits(132, 228 * 1024)).blocks(op, (m, *nk))
+    ctas = Device(Limits(132, 228 * 1024)).ctas(op, (m, *nk))
     if (op, m, nk) in fewer:
-        assert blocks == fewer[op, m, nk]
+        assert ctas == fewer[op, m, nk]
     else:
-        assert blocks >= 132
+        assert ctas >= 132
