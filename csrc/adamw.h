@@ -55,14 +55,6 @@ inline std::int64_t adamw_blocks(const AdamwSlice* slices, std::int64_t n) {
   return blocks;
 }
 
-namespace cpu {
-
-// Blocks [begin, end) of the n slices, counted through all of them. Holds no threads: the caller splits
-// [0, adamw_blocks) as it likes.
-void adamw(const AdamwSlice* slices, std::int64_t n, const AdamwOptions& options, std::int64_t begin, std::int64_t end);
-
-}  // namespace cpu
-
 // --- what the kernels compute with --------------------------------------------------------------------------------
 
 // The bias correction of v is in step_size and eps: step_size * m / (sqrt(v) + eps).

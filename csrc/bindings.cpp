@@ -63,6 +63,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_paths", &qlora::cpu::path_names, "The CPU paths this machine can run, ascending.");
   m.def("set_cpu_path", &qlora::cpu::set_path, "Use this CPU path from now on; ValueError if it cannot run.");
   qlora::bind_paged_adamw(m);
+  m.attr("ADAMW_BLOCK") = qlora::kAdamwBlock;
+  m.attr("NESTED_BLOCKSIZE") = qlora::kNestedBlocksize;
 #ifdef QLORA_EXT_NVCC  // its version and architectures, from setup.py
   m.attr("compiler") = __VERSION__ ", " QLORA_EXT_NVCC;
 #else

@@ -11,7 +11,7 @@ namespace qlora {
 
 constexpr std::size_t kHugePage = 2 << 20;
 
-// For the whole pages of memory, best before it is written; there must be one.
+// Advises the whole pages inside [memory, memory + bytes), of which there must be at least one; call it before writing.
 inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
   const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));

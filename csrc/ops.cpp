@@ -132,9 +132,9 @@ void multiply_slices_dgrad(const Tensor& grad, const Packed4bit& w, const Tensor
   const int64_t N = grad.size(1), K = grad_x.size(1);
   const Device& device = device_for(grad);
   const DType dtype = checked_dtype("linear_4bit_dgrad", "grad", grad.scalar_type());
-  // Borders where vector kernels have them, unless blocks are so large that a slice would be the whole weight.
-  const int64_t border = std::min<int64_t>(w.blocksize, 256);
-  const int64_t step = ceil_div(slice_size(device.workspace_bytes(grad), K, N * itemsize(dtype)), border) * border;
+  // Cut where vector kernels want it, unless blocks are so large that a slice would be the whole weight.
+  const int64_t boundary = std::min<int64_t>(w.blocksize, 256);
+  const int64_t step = ceil_div(slice_size(device.workspace_bytes(grad), K, N * itemsize(dtype)), boundary) * boundary;
   Tensor workspace = at::empty({N * std::min(step, K)}, grad.options());
   for (int64_t begin = 0; begin < K; begin += step) {
     const int64_t count = std::min(step, K - begin);
@@ -207,8 +207,10 @@ Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added) {
 }
 
 Tensor as_rows(const Tensor& x) {
-  const int64_t count = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-  return x.reshape({count, x.size(-1)});
+  const auto sizes = x.sym_sizes();
+  c10::SymInt count = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) count = count * sizes[i];
+  return x.reshape_symint({count, sizes.back()});
 }
 
 Tensor in_shape_of(const Tensor& rows, const Tensor& x) {

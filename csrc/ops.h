@@ -28,14 +28,14 @@ LinearArguments check_dgrad(const char* op, const at::Tensor& grad, const at::Te
 at::Tensor check_bias(const char* op, const OptionalTensor& bias, const at::Tensor& x, int64_t N);
 
 // A result to be filled: at::empty, on the CPU in huge pages if large, as with torch's THP_MEM_ALLOC_ENABLE=1. The
-// kernel of the system needs longer to give away as many small ones than most of ours to fill them.
+// system needs longer to hand out that many small pages than most kernels need to fill them.
 at::Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // rows @ W^T + bias + added: [M, N]; rows @ W + added: [M, K].
 at::Tensor multiply(const LinearArguments& arguments, const at::Tensor& bias, LowRankList added);
 at::Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added);
 
-// x[..., n] as [M, n], and a matrix as the tensor whose leading dimensions are x's.
+// x[..., n] as [M, n] (its sizes may be symbols), and a matrix as the tensor whose leading dimensions are x's.
 at::Tensor as_rows(const at::Tensor& x);
 at::Tensor in_shape_of(const at::Tensor& rows, const at::Tensor& x);
 

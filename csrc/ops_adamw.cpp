@@ -1,5 +1,4 @@
 // adamw_step: the update of AdamW for whole tensors, without pages.
-#include <limits>
 #include <tuple>
 
 #include "ops.h"

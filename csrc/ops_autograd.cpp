@@ -7,13 +7,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <iterator>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "ops.h"
 
 namespace qlora {
 namespace {
@@ -29,6 +30,8 @@ struct Weight {
   std::string quant_type;
   int64_t blocksize;
 
+  static constexpr size_t kTensors = 4;  // of what save() returns
+
   static Weight saved(const AutogradContext* ctx, const variable_list& tensors) {
     auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     return {tensors[0],
@@ -39,11 +42,13 @@ struct Weight {
             ctx->saved_data.at("blocksize").toInt()};
   }
 
-  // Its four tensors, the first of what is saved for the backward pass.
+  // Its tensors, the first of what is saved for the backward pass.
   variable_list save(AutogradContext* ctx) const {
     ctx->saved_data["quant_type"] = quant_type;
     ctx->saved_data["blocksize"] = blocksize;
-    return {packed, absmax, nested_absmax.value_or(Tensor()), nested_offset.value_or(Tensor())};
+    const std::array<Tensor, kTensors> tensors{packed, absmax, nested_absmax.value_or(Tensor()),
+                                               nested_offset.value_or(Tensor())};
+    return {tensors.begin(), tensors.end()};
   }
 };
 
@@ -93,21 +98,17 @@ std::tuple<Tensor, Tensor, Tensor> call_lora_backward(const Tensor& grad, const 
                  scaling, dropout_mask, with_grad_x);
 }
 
-// x[..., n] as [M, n].
-Tensor as_rows(const Tensor& x) {
-  const auto sizes = x.sym_sizes();
-  c10::SymInt count = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) count = count * sizes[i];
-  return x.reshape_symint({count, sizes.back()});
-}
-
 void save_bias(AutogradContext* ctx, const OptionalTensor& bias) {
   if (bias.has_value()) ctx->saved_data["bias_dtype"] = static_cast<int64_t>(bias->scalar_type());
 }
 
-Tensor bias_grad(const AutogradContext* ctx, const Tensor& grad_rows) {
-  const auto dtype = static_cast<at::ScalarType>(ctx->saved_data.at("bias_dtype").toInt());
-  return at::sum(grad_rows, at::IntArrayRef{0}, false, at::kFloat).to(dtype);
+// Undefined if no one asks for it. needs_input_grad counts the tensors that there are: without a bias, the second is
+// another, or there is none.
+Tensor bias_grad(const AutogradContext* ctx, const Tensor& grad) {
+  const auto dtype = ctx->saved_data.find("bias_dtype");
+  if (dtype == ctx->saved_data.end() || !ctx->needs_input_grad(1)) return {};
+  const Tensor sum = at::sum(as_rows(grad), at::IntArrayRef{0}, false, at::kFloat);
+  return sum.to(static_cast<at::ScalarType>(dtype->second.toInt()));
 }
 
 // Gradients as they are, with a node from what they depend on: without it, second derivatives would be zero.
@@ -150,28 +151,30 @@ struct Linear4bit : torch::autograd::Function<Linear4bit> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Weight w = Weight::saved(ctx, ctx->get_saved_variables());
-    const bool has_bias = ctx->saved_data.count("bias_dtype") > 0;
     variable_list out(4);
     {
       at::AutoDispatchBelowADInplaceOrView below;
       if (ctx->needs_input_grad(0)) out[0] = call_dgrad(grads[0], w, ctx->saved_data.at("in_features").toSymInt());
-      if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
+      out[1] = bias_grad(ctx, grads[0]);
     }
     return once_differentiable("linear_4bit", std::move(out), grads);
   }
 };
 
 // One object, so that autograd takes it for one argument that is no variable.
-struct Dropout {
+struct ScalingAndMasks {
   std::vector<double> scaling;
   variable_list masks;
 };
 
 struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
+  // Of what is saved: after the weight's tensors x and xA, then A, B and the masks of all adapters.
+  static constexpr size_t kX = Weight::kTensors, kXA = kX + 1, kAdapters = kXA + 1;
+
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, at::TensorList A,
                                at::TensorList B, const Weight& w, const c10::SymInt& out_features,
-                               const Dropout& dropout) {
-    const auto& [scaling, masks] = dropout;
+                               const ScalingAndMasks& scaling_and_masks) {
+    const auto& [scaling, masks] = scaling_and_masks;
     at::AutoDispatchBelowADInplaceOrView below;
     auto [y, xA] = call_lora(x, w, out_features, bias, A, B, scaling, masks);
     variable_list saved = w.save(ctx);
@@ -192,10 +195,9 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     const Weight w = Weight::saved(ctx, saved);
     const std::vector<double> scaling = ctx->saved_data.at("scaling").toDoubleVector();
     const size_t count = scaling.size();
-    const at::TensorList A = at::TensorList(saved).slice(6, count);
-    const at::TensorList B = at::TensorList(saved).slice(6 + count, count);
-    const at::TensorList masks = at::TensorList(saved).slice(6 + 2 * count);
-    const bool has_bias = ctx->saved_data.count("bias_dtype") > 0;
+    const at::TensorList A = at::TensorList(saved).slice(kAdapters, count);
+    const at::TensorList B = at::TensorList(saved).slice(kAdapters + count, count);
+    const at::TensorList masks = at::TensorList(saved).slice(kAdapters + 2 * count);
     const size_t first_B = 2 + count;  // of the gradients, in the order of forward's arguments: x, bias, A, B, ...
     variable_list out(2 + 2 * count + 3);
     if (!grads[0].defined()) return out;
@@ -203,7 +205,7 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     {
       at::AutoDispatchBelowADInplaceOrView below;
       const auto [grad_x, grad_A, grad_B] =
-          call_lora_backward(grads[0], saved[4], saved[5], w, A, B, scaling, masks, ctx->needs_input_grad(0));
+          call_lora_backward(grads[0], saved[kX], saved[kXA], w, A, B, scaling, masks, ctx->needs_input_grad(0));
       if (ctx->needs_input_grad(0)) out[0] = grad_x;
       int64_t first = 0;
       for (size_t i = 0; i < count; ++i) {
@@ -212,9 +214,9 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
         out[first_B + i] = grad_B.narrow(0, first, r).t().contiguous().to(B[i].scalar_type());
         first += r;
       }
-      if (has_bias && ctx->needs_input_grad(1)) out[1] = bias_grad(ctx, as_rows(grads[0]));
+      out[1] = bias_grad(ctx, grads[0]);
     }
-    variable_list inputs{grads[0], saved[4]};
+    variable_list inputs{grads[0], saved[kX]};
     inputs.insert(inputs.end(), A.begin(), A.end());
     inputs.insert(inputs.end(), B.begin(), B.end());
     return once_differentiable("lora_linear_4bit", std::move(out), inputs);
@@ -252,7 +254,8 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
     at::AutoDispatchBelowADInplaceOrView below;
     return call_lora(x, w, out_features, bias, A, B, scaling, dropout_mask);
   }
-  const auto out = LoraLinear4bit::apply(x, bias, A, B, w, out_features, Dropout{scaling.vec(), dropout_mask.vec()});
+  const auto out =
+      LoraLinear4bit::apply(x, bias, A, B, w, out_features, ScalingAndMasks{scaling.vec(), dropout_mask.vec()});
   return {out[0], out[1]};
 }
 

@@ -2,17 +2,17 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <limits>
 #include <vector>
 
 #include "check.h"
-#include "cpu/kernels.h"
+#include "cpu/adamw.h"
+#include "cpu/caches.h"
 #include "cpu/linear_4bit.h"
 #include "cpu/matmul.h"
 #include "cpu/path.h"
+#include "cpu/quantize.h"
 #include "cpu/row_products.h"
 #include "device.h"
 
@@ -82,21 +82,12 @@ class Cpu final : public Device {
                      [&](int64_t begin, int64_t end) { cpu::adamw(slices, n, options, begin, end); });
   }
 
-  int64_t workspace_bytes(const Tensor&) const override {
-    static const int64_t bytes = [] {
-      int64_t l2 = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-      l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-      return std::max<int64_t>(l2, 1 << 20);
-    }();
-    return bytes;
-  }
+  int64_t workspace_bytes(const Tensor&) const override { return cpu::l2_bytes(); }
 
   // torch multiplies bf16 well where the CPU has instructions for it, and fp16 nowhere: fp32 is faster there, and more
   // exact.
   at::ScalarType compute_dtype(at::ScalarType dtype) const override {
-    return dtype == at::kHalf || (dtype == at::kBFloat16 && !cpu::multiplies_bf16()) ? at::kFloat : dtype;
+    return dtype == at::kHalf || (dtype == at::kBFloat16 && !cpu::has_native_bf16()) ? at::kFloat : dtype;
   }
 
   bool fused_linear_4bit(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added, DType dtype,
@@ -136,18 +127,18 @@ class Cpu final : public Device {
     const bool as_it_lies = b.values.stride(1) == 1;
     if (M <= cpu::kMostRowProducts && !masked && (as_it_lies || b.values.stride(0) == 1)) {
       const Tensor x = a.values.stride(1) == 1 ? a.values : a.values.contiguous();
-      const cpu::RowProducts product{rows(x),
-                                     rows(as_it_lies ? b.values : b.values.t()),
-                                     as_it_lies,
-                                     type,
-                                     static_cast<float>(scale),
-                                     nullptr,
-                                     0,
-                                     out.data_ptr(),
-                                     checked_dtype("mm", "out", out_dtype),
-                                     M,
-                                     N,
-                                     K};
+      const cpu::RowProducts product{.x = rows(x),
+                                     .b = rows(as_it_lies ? b.values : b.values.t()),
+                                     .b_as_it_lies = as_it_lies,
+                                     .compute = type,
+                                     .scale = static_cast<float>(scale),
+                                     .addend = nullptr,
+                                     .addend_stride = 0,
+                                     .out = out.data_ptr(),
+                                     .dtype = checked_dtype("mm", "out", out_dtype),
+                                     .M = M,
+                                     .N = N,
+                                     .K = K};
       at::parallel_for(0, N, ceil_div(kMinFlops, 2 * M * K + 1),
                        [&](int64_t begin, int64_t end) { cpu::row_products(product, begin, end); });
       return out;
@@ -191,16 +182,16 @@ class Cpu final : public Device {
     const Tensor bias_values = bias.defined() ? bias.contiguous() : bias;
     const int64_t M = out.size(0), J = out.size(1);
     if (M == 0 || J == 0) return;
-    const cpu::Matmul product{M,
-                              J,
-                              terms.data(),
-                              static_cast<int>(terms.size()),
-                              bias.defined() ? bias_values.const_data_ptr() : nullptr,
-                              out.data_ptr(),
-                              checked_dtype("matmul", "out", out.scalar_type()),
-                              compute};
+    const cpu::Matmul product{.M = M,
+                              .J = J,
+                              .terms = terms.data(),
+                              .num_terms = static_cast<int>(terms.size()),
+                              .bias = bias.defined() ? bias_values.const_data_ptr() : nullptr,
+                              .out = out.data_ptr(),
+                              .dtype = checked_dtype("matmul", "out", out.scalar_type()),
+                              .compute = compute};
     const int64_t chunks = ceil_div(M, cpu::most_matmul_rows(product));
-    const int64_t chunk = ceil_div(ceil_div(M, chunks), cpu::kMatmulRowBorder) * cpu::kMatmulRowBorder;
+    const int64_t chunk = ceil_div(ceil_div(M, chunks), cpu::kMatmulRowBoundary) * cpu::kMatmulRowBoundary;
     float* const x = workspace(cpu::arranged_floats(product, std::min(chunk, M)));
     for (int64_t row = 0; row < M; row += chunk) {
       multiply_rows(product, {row, std::min(row + chunk, M), x});
@@ -217,8 +208,8 @@ class Cpu final : public Device {
 
   // Cut into as many rectangles as there are threads.
   static void multiply_rows(const cpu::Matmul& product, const cpu::MatmulRows& rows) {
-    const int64_t M = rows.end - rows.begin, bands = ceil_div(M, cpu::kMatmulRowBorder);
-    const int64_t panels = ceil_div(product.J, cpu::kMatmulColumnBorder);
+    const int64_t M = rows.end - rows.begin, bands = ceil_div(M, cpu::kMatmulRowBoundary);
+    const int64_t panels = ceil_div(product.J, cpu::kMatmulColumnBoundary);
     int64_t width = 0;  // of x
     for (int t = 0; t < product.num_terms; ++t) width += product.terms[t].R;
     // A panel is decoded for a few rows, too.
@@ -230,11 +221,11 @@ class Cpu final : public Device {
       const int64_t work = ceil_div(bands, parts) * ceil_div(panels, others);  // of the thread that has most
       if (work < least) least = work, row_parts = parts, column_parts = others;
     }
-    const int64_t columns = ceil_div(panels, column_parts) * cpu::kMatmulColumnBorder;
+    const int64_t columns = ceil_div(panels, column_parts) * cpu::kMatmulColumnBoundary;
     const int64_t bands_each = ceil_div(bands, row_parts);
-    const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * cpu::kMatmulRowBorder, rows.end); };
+    const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * cpu::kMatmulRowBoundary, rows.end); };
     // At least kGrain elements for a thread.
-    const int64_t bands_worth = kGrain / (cpu::kMatmulRowBorder * std::max<int64_t>(width, 1)) + 1;
+    const int64_t bands_worth = kGrain / (cpu::kMatmulRowBoundary * std::max<int64_t>(width, 1)) + 1;
     at::parallel_for(0, bands, std::max(ceil_div(bands, threads), bands_worth),
                      [&](int64_t begin, int64_t end) { cpu::arrange_rows(product, rows, row_at(begin), row_at(end)); });
     at::parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
@@ -264,12 +255,30 @@ class Cpu final : public Device {
     std::vector<cpu::RowProducts> low_rank;
     for (const LowRank& one : added) {
       const Tensor& factor = factors.emplace_back(one.factor.t().contiguous());
-      low_rank.push_back({rows(one.x), rows(factor), false, DType::Float32, static_cast<float>(one.scale), addend,
-                          addend_stride, sums.data_ptr(), DType::Float32, M, N, one.x.size(1)});
+      low_rank.push_back({.x = rows(one.x),
+                          .b = rows(factor),
+                          .b_as_it_lies = false,
+                          .compute = DType::Float32,
+                          .scale = static_cast<float>(one.scale),
+                          .addend = addend,
+                          .addend_stride = addend_stride,
+                          .out = sums.data_ptr(),
+                          .dtype = DType::Float32,
+                          .M = M,
+                          .N = N,
+                          .K = one.x.size(1)});
       addend = sums.const_data_ptr<float>(), addend_stride = N;
     }
-    const cpu::FewRows product{arranged.const_data_ptr(), w, addend, addend_stride, y.data_ptr(), M, N, K, dtype};
-    constexpr int64_t kTile = cpu::kFewRowsBorder;
+    const cpu::FewRows product{.x = arranged.const_data_ptr(),
+                               .w = w,
+                               .addend = addend,
+                               .addend_stride = addend_stride,
+                               .y = y.data_ptr(),
+                               .M = M,
+                               .N = N,
+                               .K = K,
+                               .dtype = dtype};
+    constexpr int64_t kTile = cpu::kFewRowsBoundary;
     at::parallel_for(0, ceil_div(N, kTile), ceil_div(kGrain, kTile * std::max<int64_t>(K, 1)),
                      [&](int64_t first, int64_t last) {
                        const int64_t begin = first * kTile, end = std::min(last * kTile, N);

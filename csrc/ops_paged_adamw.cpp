@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/adamw.h"
 #include "pager/adamw_states.h"
 #include "pager/backend_host.h"
 
@@ -29,7 +30,7 @@ namespace {
 using at::Tensor;
 
 constexpr const char* kOp = "PagedAdamW";
-constexpr int64_t kGrain = 32;  // blocks of 256 elements that a thread should have before another is worth waking
+constexpr int64_t kGrainBlocks = 32;  // of 256 elements, that a thread should have before another is worth waking
 // Parts for each thread: fewer are longer runs of memory, with more all end together. Where pages stream, the thread
 // that moves them leaves for that between two parts.
 constexpr int64_t kParts = 16, kPartsStreaming = 64;
@@ -52,7 +53,7 @@ void compute_cpu(pager::HostBackend& backend, std::span<const AdamwSlice> slices
   const auto n = static_cast<int64_t>(slices.size());
   const int64_t blocks = adamw_blocks(slices.data(), n);
   const int64_t threads = at::get_num_threads(), others = std::max<int64_t>(1, cores() - 1);
-  const int64_t part = std::max(kGrain, blocks / (threads * (streams ? kPartsStreaming : kParts)));
+  const int64_t part = std::max(kGrainBlocks, blocks / (threads * (streams ? kPartsStreaming : kParts)));
   std::atomic<int64_t> next = 0;
   const auto compute_part = [&] {
     const int64_t at = next.fetch_add(part);
@@ -186,7 +187,11 @@ class PagedStates {
           {id, static_cast<pager::Part>(part), tensor ? static_cast<std::byte*>(tensor->data_ptr()) : nullptr, offset});
     }
     const py::gil_scoped_release release;
-    load ? states_->load(parts, file) : states_->save(parts, file);
+    if (load) {
+      states_->load(parts, file);
+    } else {
+      states_->save(parts, file);
+    }
   }
 
   at::Device device_;

@@ -28,7 +28,9 @@ def cpu_path() -> str: ...
 def cpu_paths() -> list[str]: ...
 def set_cpu_path(name: str) -> None: ...
 
+ADAMW_BLOCK: int
 MIN_PAGE_BYTES: int
+NESTED_BLOCKSIZE: int
 
 class PagedStates:
     def __init__(

@@ -1,4 +1,4 @@
-// AdamW: the portable code, and the choice of the path. What is computed: csrc/adamw.h.
+// AdamW: the portable code, and the choice of the path.
 #include "adamw.h"
 
 #include <algorithm>

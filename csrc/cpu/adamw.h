@@ -1,4 +1,4 @@
-// What the files of AdamW's CPU kernels share.
+// AdamW on the CPU. What is computed: csrc/adamw.h.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,12 @@
 
 namespace qlora::cpu {
 
+// Blocks [begin, end) of the n slices, counted through all of them. Holds no threads: the caller splits
+// [0, adamw_blocks) as it likes.
+void adamw(const AdamwSlice* slices, std::int64_t n, const AdamwOptions& options, std::int64_t begin, std::int64_t end);
+
+// --- the vector kernels -------------------------------------------------------------------------------------------
+
 // The update of one slice.
 struct AdamwTask {
   const AdamwSlice* slice;
@@ -16,7 +22,7 @@ struct AdamwTask {
   std::uint64_t key;  // adamw_key
 };
 
-// The vector twins of the portable code: blocks [begin, end) of the slice, all of them whole.
+// Twins of the portable code: blocks [begin, end) of the slice, all of them whole.
 void adamw_avx2(const AdamwTask& task, std::int64_t begin, std::int64_t end);
 void adamw_avx512(const AdamwTask& task, std::int64_t begin, std::int64_t end);
 void adamw_avx512_bf16(const AdamwTask& task, std::int64_t begin, std::int64_t end);

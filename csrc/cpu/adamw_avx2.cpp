@@ -69,13 +69,7 @@ struct Avx2 {
     void add(V x) {
       largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
     }
-    std::uint32_t bits() const {
-      alignas(32) std::uint32_t lanes[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
-      std::uint32_t most = 0;
-      for (std::uint32_t lane : lanes) most = lane > most ? lane : most;
-      return most;
-    }
+    std::uint32_t bits() const { return largest_lane(largest); }
   };
 
   template <bool kSigned>

@@ -4,8 +4,8 @@
 // computed 16 times a block instead of once a weight, and the result is the same bits.
 #include <algorithm>
 
-#include "kernels.h"
 #include "path.h"
+#include "quantize.h"
 
 namespace qlora::cpu {
 namespace {
@@ -36,7 +36,7 @@ void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, 
   with_type(dtype, [&](auto type) {
     auto* values = static_cast<decltype(type)*>(out);
 #if defined(__x86_64__)
-    const std::int64_t first = (begin + w.blocksize - 1) / w.blocksize;  // whole blocks [first, last)
+    const std::int64_t first = ceil_div(begin, w.blocksize);  // whole blocks [first, last)
     const std::int64_t last = end / w.blocksize;
     const Path chosen = path();
     if (chosen != Path::Portable && first < last) {

@@ -26,7 +26,7 @@ struct DynamicCodes {
         offset(_mm512_castsi512_ps(sixteen_lines(kLines<kSigned>.offset))) {}
 
   void decode(const std::uint8_t* codes, __m512 (&values)[kDecoded]) const {
-    decode_dynamic<book()>(_mm512_maskz_loadu_epi8(~0ull >> (64 - kLookedUp), codes), values);
+    look_up_values<book()>(_mm512_maskz_loadu_epi8(~0ull >> (64 - kLookedUp), codes), values);
   }
 
   // 64 values.

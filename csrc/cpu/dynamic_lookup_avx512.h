@@ -34,7 +34,7 @@ inline __m512i look_up_words(const std::uint16_t* table, __m512i codes) {
 constexpr int kLookedUp = 32;  // codes at once, in the lowest bytes
 
 template <const DynamicCodebook& kBook>
-inline void decode_dynamic(__m512i codes, __m512 (&values)[kLookedUp / 16]) {
+inline void look_up_values(__m512i codes, __m512 (&values)[kLookedUp / 16]) {
   static constexpr DynamicHalves kHalves = halve(kBook);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undone by unpacking
   const __m512i words = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(_mm512_castsi512_si256(codes), order));

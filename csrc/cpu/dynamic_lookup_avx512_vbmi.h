@@ -16,7 +16,7 @@ inline __m512i look_up_bytes(const std::uint8_t* table, __m512i codes) {
 constexpr int kLookedUp = 64;  // codes at once
 
 template <const DynamicCodebook& kBook>
-inline void decode_dynamic(__m512i codes, __m512 (&values)[kLookedUp / 16]) {
+inline void look_up_values(__m512i codes, __m512 (&values)[kLookedUp / 16]) {
   static constexpr ValueBytes<kNumDynamicCodes> kBytes = bytes_of(kBook.value);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // undone by unpacking
   const __m512i ordered = _mm512_permutexvar_epi32(order, codes);

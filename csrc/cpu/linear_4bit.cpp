@@ -1,12 +1,11 @@
 // linear_4bit for few rows: the choice of its kernel, and the groups of rows it works on.
 #include "linear_4bit.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "path.h"
+#include "row_products.h"
 
 namespace qlora::cpu {
 namespace {
@@ -33,7 +32,7 @@ const FewRowsKernel* kernel_for([[maybe_unused]] DType dtype, [[maybe_unused]] s
 // Rows are multiplied in groups, of as many as a kernel has sums for at most and of half as many at least (or of all).
 template <typename Body>
 void each_group(const FewRowsKernel& kernel, std::int64_t M, Body&& body) {
-  const std::int64_t groups = (M + kernel.most_at_once - 1) / kernel.most_at_once;
+  const std::int64_t groups = ceil_div(M, kernel.most_at_once);
   for (std::int64_t i = 0; i < groups; ++i) {
     const std::int64_t begin = M * i / groups, end = M * (i + 1) / groups;
     body(begin, end - begin);
@@ -41,26 +40,15 @@ void each_group(const FewRowsKernel& kernel, std::int64_t M, Body&& body) {
 }
 
 std::int64_t arranged_row_bytes(const FewRowsKernel& kernel, std::int64_t K) {
-  return (K + kernel.chunk - 1) / kernel.chunk * kernel.chunk * itemsize(kernel.dtype);
+  return ceil_div(K, kernel.chunk) * kernel.chunk * itemsize(kernel.dtype);
 }
 
 }  // namespace
 
-std::int64_t l1_bytes() {
-  static const std::int64_t bytes = [] {
-    std::int64_t l1 = 0;
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-    l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-#endif
-    return std::max<std::int64_t>(l1, 32 << 10);
-  }();
-  return bytes;
-}
-
 std::int64_t most_few_rows(DType dtype) {
   if (kernel_for(dtype, 1, 1) == nullptr) return 0;
-  if (dtype == DType::BFloat16 && multiplies_matrices()) return 8;
-  return path() == Path::Avx2 ? 8 : 32;
+  if (dtype == DType::BFloat16 && has_amx_bf16()) return 8;
+  return path() == Path::Avx2 ? 8 : kMostRowProducts;  // for their adapters
 }
 
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K) {

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../codec.h"
+#include "caches.h"
 
 namespace qlora::cpu {
 
@@ -19,22 +20,21 @@ struct FewRows {
   DType dtype;  // of y, and of x before arrange_x
 };
 
-// As many rows are multiplied here; of more, matmul or, with AMX, torch is faster: for x of this dtype, on the CPU path
-// in use. 0: it has no such kernel.
+// The most rows of x (of this dtype, on the CPU path in use) that are multiplied here; beyond, matmul or (AMX) torch is
+// faster. 0: no such kernel.
 std::int64_t most_few_rows(DType dtype);
 
 // x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on
-// a 64-byte border.
+// a 64-byte boundary.
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K);
 void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t N, std::int64_t K, void* arranged);
 
-// Rows [begin, end) of W. Cut at multiples of this many, no kernel has rows of two parts in its hands.
-constexpr std::int64_t kFewRowsBorder = 16;
+// Rows [begin, end) of W, in any ranges; where they begin and end at multiples of this, no kernel shares rows between
+// two ranges.
+constexpr std::int64_t kFewRowsBoundary = 16;
 void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end);
 
 // --- the vector kernels -------------------------------------------------------------------------------------------
-
-std::int64_t l1_bytes();  // of this machine's cache
 
 // x comes to a kernel in groups of rows, each padded with zeros to whole chunks and in the order that it wants.
 struct FewRowsKernel {

@@ -132,7 +132,7 @@ struct Avx2 {
     for (std::int64_t i = 0; i < count;) {
       const std::int64_t group = (first + i) / kNestedBlocksize, rest = (group + 1) * kNestedBlocksize - first;
       const float scale = w.nested_absmax[group];
-      for (const std::int64_t end = rest < count ? rest : count; i < end; ++i) {
+      for (const std::int64_t end = smaller(rest, count); i < end; ++i) {
         absmax[i] = decode_dynamic(kDynamicCodebook.value[codes[first + i]], scale, offset);
       }
     }

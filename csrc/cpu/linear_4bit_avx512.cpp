@@ -54,6 +54,7 @@ struct Avx512 : SumsAvx512 {
         }
       }
     }
+    static_assert(kChains == 2);
     for (int r = 0; r < kRowsOfW; ++r) {
       for (int m = 0; m < kRows; ++m) products[r][m] = sums[r][m][0] + sums[r][m][1];
     }

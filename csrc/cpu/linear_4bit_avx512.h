@@ -24,10 +24,10 @@ struct SumsAvx512 {
     }
     const __m512 offset = _mm512_set1_ps(*w.nested_offset);
     for (std::int64_t i = 0; i < count; i += kLookedUp) {
-      const std::uint64_t present = first_bits(count - i < kLookedUp ? count - i : kLookedUp);
+      const std::uint64_t present = first_bits(smaller(count - i, kLookedUp));
       const __m512i codes = _mm512_maskz_loadu_epi8(present, static_cast<const std::uint8_t*>(w.absmax) + first + i);
       __m512 values[kLookedUp / 16];
-      decode_dynamic<kDynamicCodebook>(codes, values);
+      look_up_values<kDynamicCodebook>(codes, values);
       // Of one group, or of two.
       const std::int64_t group = (first + i) / kNestedBlocksize, rest = (group + 1) * kNestedBlocksize - (first + i);
       const std::uint64_t of_next = present & ~first_bits(rest);

@@ -17,12 +17,12 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr std::int64_t kRun = 32;                   // the smallest blocksize
-constexpr std::int64_t kRowBlock = kFewRowsBorder;  // rows of W that meet a segment of x while it is in L1
-constexpr std::int64_t kLine = 64;                  // bytes of a cache line
-constexpr std::int64_t kBytesToL1 = 4096;           // ahead, that are fetched
-constexpr std::int64_t kBytesToL2 = 8192;           // likewise; straight to the L1 memory is read more slowly
-constexpr std::int64_t kMaxSegment = 4096;          // weights
+constexpr std::int64_t kRun = 32;                     // the smallest blocksize
+constexpr std::int64_t kRowBlock = kFewRowsBoundary;  // rows of W that meet a segment of x while it is in L1
+constexpr std::int64_t kLine = 64;                    // bytes of a cache line
+constexpr std::int64_t kBytesToL1 = 4096;             // ahead, that are fetched
+constexpr std::int64_t kBytesToL2 = 8192;             // likewise; straight to the L1 memory is read more slowly
+constexpr std::int64_t kMaxSegment = 4096;            // weights
 constexpr std::int64_t kAbsmaxBehind = 64;  // numbers that decode_absmax may write, or `scales` read, beyond the last
 
 // Weights of a row that are multiplied at a time: their part of x, so many bytes a weight, stays in the L1, and a third
@@ -86,8 +86,8 @@ struct Ahead {
   std::int64_t to_l1, to_l2;
 
   Ahead(std::int64_t segment_bytes, std::int64_t row_bytes)
-      : to_l1((kBytesToL1 + segment_bytes - 1) / segment_bytes * row_bytes),
-        to_l2((kBytesToL2 + segment_bytes - 1) / segment_bytes * row_bytes) {}
+      : to_l1(ceil_div(kBytesToL1, segment_bytes) * row_bytes),
+        to_l2(ceil_div(kBytesToL2, segment_bytes) * row_bytes) {}
 };
 
 // `count` weights of each of the rows; those ahead of them are fetched meanwhile.
@@ -160,13 +160,13 @@ void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
   const typename Isa::Lanes lanes(p.w.blocksize);
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(p.w.blocksize));
   for (std::int64_t first = begin; first < end; first += kRowBlock) {
-    const std::int64_t rows = end - first < kRowBlock ? end - first : kRowBlock;
+    const std::int64_t rows = smaller(end - first, kRowBlock);
     typename Isa::Vector sums[kRows][kRowBlock];
     for (auto& of_x : sums) {
       for (auto& sum : of_x) sum = Isa::zero();
     }
     for (std::int64_t k = 0; k < p.K; k += longest) {
-      const std::int64_t count = p.K - k < longest ? p.K - k : longest;
+      const std::int64_t count = smaller(p.K - k, longest);
       const std::int64_t blocks = (count + p.w.blocksize - 1) >> shift;
       const Ahead ahead(count / 2, p.K / 2);
       float absmax[kRowBlock * (kMaxSegment / kRun) + kAbsmaxBehind];
@@ -201,7 +201,7 @@ void arrange_rows(const void* x, DType dtype, std::int64_t rows, std::int64_t K,
     for (std::int64_t m = 0; m < rows; ++m, from += K) {
       To* to = static_cast<To*>(arranged) + m * Isa::kChunk;
       for (std::int64_t k = 0; k < K; k += Isa::kChunk, to += rows * Isa::kChunk) {
-        const std::int64_t count = K - k < Isa::kChunk ? K - k : Isa::kChunk;
+        const std::int64_t count = smaller(K - k, Isa::kChunk);
         To chunk[Isa::kChunk] = {};
         for (std::int64_t i = 0; i < count; ++i) {
           if constexpr (std::is_same_v<decltype(type), To>) {

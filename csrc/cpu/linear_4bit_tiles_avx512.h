@@ -15,10 +15,11 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr int kTileRows = kFewRowsBorder;  // of W
-constexpr int kTileChains = 2;             // of dependent additions, to keep the units busy
-constexpr int kMostInTile = 8;             // rows of x: with two chains each half of the registers
-constexpr std::int64_t kTileBlock = 64;    // weights of a row that are added up before they are scaled
+constexpr int kTileRows = kFewRowsBoundary;    // of W
+constexpr int kTileChains = 2;                 // of dependent additions, to keep the units busy
+constexpr int kMostInTile = 8;                 // rows of x: with two chains each half of the registers
+constexpr int kLeastInTile = kMostInTile / 2;  // groups of rows have half of the most, or more
+constexpr std::int64_t kTileBlock = 64;        // weights of a row that are added up before they are scaled
 
 // Of 4 vectors of which the i-th has 16 bytes of rows i, 4 + i, 8 + i and 12 + i: the j-th dwords of all rows.
 inline void transpose_dwords(const __m512i (&rows)[4], __m512i (&columns)[4]) {
@@ -121,7 +122,7 @@ template <typename Isa, int kRows>
                                      std::int64_t count, std::int64_t blocksize, const float (*scales)[kTileRows],
                                      float* sums) {
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(blocksize));
-  const std::int64_t block = blocksize < kTileBlock ? blocksize : kTileBlock;
+  const std::int64_t block = smaller(blocksize, kTileBlock);
   for (std::int64_t at = 0; at < count; at += block) {
     __m512 products[kRows][kTileChains];
     for (auto& of_row : products) {
@@ -145,6 +146,7 @@ template <typename Isa, int kRows>
       }
     }
     asm volatile("" ::: "memory");  // the sums stay there: in registers, they would push the products out of them
+    static_assert(kTileChains == 2);
     const __m512 scale = _mm512_load_ps(scales[at >> shift]);
     for (int m = 0; m < kRows; ++m) {
       float* sum = sums + m * kTileRows;
@@ -185,7 +187,7 @@ void multiply_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
     const std::int64_t first = row + kTileRows <= p.N ? row : p.N - kTileRows;  // the last tile may overlap another
     alignas(64) float sums[kRows * kTileRows] = {};
     for (std::int64_t k = 0; k < p.K; k += kMaxSegment) {
-      const std::int64_t count = p.K - k < kMaxSegment ? p.K - k : kMaxSegment;
+      const std::int64_t count = smaller(p.K - k, kMaxSegment);
       TileScales scales;
       scales.decode(p.w, first, p.K, k, count);
       const std::uint8_t* packed = p.w.packed + (first * p.K + k) / 2;
@@ -206,14 +208,15 @@ void multiply_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
   }
 }
 
-inline bool pays_in_tiles(std::int64_t M, std::int64_t N) { return M >= kMostInTile / 2 && N >= kTileRows; }
+inline bool pays_in_tiles(std::int64_t M, std::int64_t N) { return M >= kLeastInTile && N >= kTileRows; }
 
 template <typename Isa>
 void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
   constexpr void (*kKernels[])(const FewRows&, std::int64_t, std::int64_t) = {
       multiply_tiles<Isa, 4>, multiply_tiles<Isa, 5>, multiply_tiles<Isa, 6>, multiply_tiles<Isa, 7>,
       multiply_tiles<Isa, 8>};
-  kKernels[p.M - kMostInTile / 2](p, begin, end);
+  static_assert(sizeof kKernels / sizeof *kKernels == kMostInTile - kLeastInTile + 1);
+  kKernels[p.M - kLeastInTile](p, begin, end);
 }
 
 template <typename Isa>

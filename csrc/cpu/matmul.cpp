@@ -22,7 +22,7 @@ const MatmulKernel* find_kernel([[maybe_unused]] DType compute) {
     case Path::Avx2:
       return &matmul_avx2;
     case Path::Avx512Bf16:
-      if (compute == DType::BFloat16) return multiplies_matrices() ? nullptr : &matmul_avx512_bf16;
+      if (compute == DType::BFloat16) return has_amx_bf16() ? nullptr : &matmul_avx512_bf16;
       [[fallthrough]];
     case Path::Avx512:
       return &matmul_avx512;
@@ -38,11 +38,11 @@ const MatmulKernel& kernel_for(const Matmul& product) {
 }
 
 void check_rows(const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
-  const auto is_border = [&](std::int64_t row) {
-    return row == rows.end || (row - rows.begin) % kMatmulRowBorder == 0;
+  const auto is_boundary = [&](std::int64_t row) {
+    return row == rows.end || (row - rows.begin) % kMatmulRowBoundary == 0;
   };
-  if (begin < rows.begin || end > rows.end || !is_border(begin) || !is_border(end)) {
-    throw std::logic_error("matmul: rows must be cut at multiples of kMatmulRowBorder");
+  if (begin < rows.begin || end > rows.end || !is_boundary(begin) || !is_boundary(end)) {
+    throw std::logic_error("matmul: rows must be cut at multiples of kMatmulRowBoundary");
   }
 }
 
@@ -57,7 +57,7 @@ bool has_matmul(DType compute) { return find_kernel(compute) != nullptr; }
 std::int64_t arranged_floats(const Matmul& product, std::int64_t rows) {
   const std::int64_t per_step = kernel_for(product).per_step;
   std::int64_t floats = 0;
-  for (int t = 0; t < product.num_terms; ++t) floats += (product.terms[t].R + per_step - 1) / per_step;
+  for (int t = 0; t < product.num_terms; ++t) floats += ceil_div(product.terms[t].R, per_step);
   return rows * floats;
 }
 
@@ -65,7 +65,7 @@ std::int64_t most_matmul_rows(const Matmul& product) {
   // Read again for each panel, they should lie in the last-level cache; but a weight must not be decoded for few rows.
   constexpr std::int64_t kMostFloats = 4 << 20;
   const std::int64_t rows = kMostFloats / std::max<std::int64_t>(arranged_floats(product, 1), 1);
-  return std::clamp(rows / kMatmulRowBorder * kMatmulRowBorder, 10 * kMatmulRowBorder, kMaxRows);
+  return std::clamp(rows / kMatmulRowBoundary * kMatmulRowBoundary, 10 * kMatmulRowBoundary, kMaxRows);
 }
 
 void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
@@ -76,9 +76,11 @@ void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t be
 void matmul(const Matmul& product, const MatmulRows& rows, const Rectangle& rectangle) {
   const MatmulKernel& kernel = kernel_for(product);
   check_rows(rows, rectangle.row_begin, rectangle.row_end);
-  const auto is_border = [&](std::int64_t column) { return column % kMatmulColumnBorder == 0 || column == product.J; };
-  if (!is_border(rectangle.column_begin) || !is_border(rectangle.column_end)) {
-    throw std::logic_error("matmul: columns must be cut at multiples of kMatmulColumnBorder");
+  const auto is_boundary = [&](std::int64_t column) {
+    return column % kMatmulColumnBoundary == 0 || column == product.J;
+  };
+  if (!is_boundary(rectangle.column_begin) || !is_boundary(rectangle.column_end)) {
+    throw std::logic_error("matmul: columns must be cut at multiples of kMatmulColumnBoundary");
   }
   if (rectangle.row_end - rectangle.row_begin > kMaxRows) throw std::logic_error("matmul: more than kMaxRows rows");
   constexpr std::size_t kAlignment = 64;

@@ -55,20 +55,20 @@ struct Rectangle {
   std::int64_t row_begin, row_end, column_begin, column_end;
 };
 
-constexpr std::int64_t kMatmulRowBorder = 12;
-constexpr std::int64_t kMatmulColumnBorder = 32;
+constexpr std::int64_t kMatmulRowBoundary = 12;
+constexpr std::int64_t kMatmulColumnBoundary = 32;
 
 // Whether the CPU path in use has a kernel that computes in this: not the portable path, nor for bf16 where the CPU
 // multiplies matrices itself (AMX) and torch makes use of that.
 bool has_matmul(DType compute);
 
-// So many rows, a multiple of kMatmulRowBorder, are arranged at a time: a decoded weight is multiplied with all of
+// So many rows, a multiple of kMatmulRowBoundary, are arranged at a time: a decoded weight is multiplied with all of
 // them.
 std::int64_t most_matmul_rows(const Matmul& product);
 std::int64_t arranged_floats(const Matmul& product, std::int64_t rows);
 
 // First x of all of `rows`, in parts [begin, end), then any rectangles of them. std::logic_error if there is no kernel,
-// or if the borders are not where they must be.
+// or if they are not cut where they must be.
 void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end);
 void matmul(const Matmul& product, const MatmulRows& rows, const Rectangle& rectangle);
 

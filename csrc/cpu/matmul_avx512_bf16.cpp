@@ -19,8 +19,8 @@ namespace {
 
 struct Avx512Bf16 {
   static constexpr std::int64_t kColumns = 32;
-  // The whole depth: beside the rounding of x, W and out to bf16 the errors of longer chains do not show.
   static constexpr std::int64_t kPerStep = 2;
+  // The whole depth: beside the rounding of x, W and out to bf16 the errors of longer chains do not show.
   static constexpr std::int64_t kChain = kDepth / kPerStep;
   static constexpr std::int64_t kLanes = 16;
   using Vector = __m512;

@@ -8,7 +8,7 @@ namespace qlora::cpu {
 constexpr std::int64_t kDepth = 256;       // of the reduction
 constexpr std::int64_t kMaxRows = 516;     // of x, whole tiles: what a decoded weight is used for at most
 constexpr std::int64_t kMaxColumns = 256;  // of out, whose sums lie together
-static_assert(kMaxRows % kMatmulRowBorder == 0);
+static_assert(kMaxRows % kMatmulRowBoundary == 0);
 // In floats. No power of two: rows would meet in a few sets of the cache.
 constexpr std::int64_t kSumStride = kMaxColumns + 16;
 
@@ -27,7 +27,7 @@ struct MatmulScratch {
   float* absmax;         // staged [W's columns / kStep][W's rows], of which there are at most kDepth
   std::uint8_t* packed;  // staged
 
-  static constexpr std::int64_t kPanelFloats = kDepth * kMatmulColumnBorder;
+  static constexpr std::int64_t kPanelFloats = kDepth * kMatmulColumnBoundary;
   static constexpr std::int64_t kAbsmaxFloats = kDepth / kStep * kDepth;
   static constexpr std::int64_t kFloats =
       kPanelFloats + 2 * kMaxRows * kSumStride + kAbsmaxFloats + kDepth * kStagedBytes / 4;

@@ -22,11 +22,9 @@
 namespace qlora::cpu {
 namespace {
 
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
 template <typename Isa>
 inline std::int64_t steps_of(std::int64_t depth) {
-  return (depth + Isa::kPerStep - 1) / Isa::kPerStep;
+  return ceil_div(depth, Isa::kPerStep);
 }
 
 // `count` values of a matrix, `stride` apart from the first-th on, scaled, 0 where they are masked.
@@ -44,14 +42,14 @@ void copy_values(const Matrix& m, std::int64_t first, std::int64_t stride, float
 }
 
 // Numbers of a matrix, `stride` apart; of so many lines, `line_stride` apart, the first of which begins at `first`.
-struct Lines {
+struct MatrixLines {
   std::int64_t first, count, line_stride, stride;
 };
 
 // `depth` numbers of each of at most Isa::kLanes lines, scaled: step by step, the places of all lines side by side, and
 // zeros up to `to_stride` or Isa::kLanes places.
 template <typename Isa, typename T>
-void interleave(const Matrix& m, const Lines& lines, float scale, std::int64_t depth, std::int64_t to_stride,
+void interleave(const Matrix& m, const MatrixLines& lines, float scale, std::int64_t depth, std::int64_t to_stride,
                 float* to) {
   constexpr std::int64_t kElements = Isa::kLanes * Isa::kPerStep;
   const bool as_they_lie = lines.stride == 1 && m.mask == nullptr && scale == 1.0f;
@@ -81,7 +79,11 @@ void interleave(const Matrix& m, const Lines& lines, float scale, std::int64_t d
     for (std::int64_t step = 0; step < Isa::kLanes; ++step, to += to_stride, left -= to_stride) {
       if (step >= steps) break;
       // What a whole vector writes beyond the width, the next steps overwrite.
-      left >= Isa::kLanes ? Isa::store(to, places[step]) : Isa::store_first(to, places[step], left);
+      if (left >= Isa::kLanes) {
+        Isa::store(to, places[step]);
+      } else {
+        Isa::store_first(to, places[step], left);
+      }
     }
   }
 }
@@ -89,7 +91,7 @@ void interleave(const Matrix& m, const Lines& lines, float scale, std::int64_t d
 // Rows [row, row + rows) of x, of a tile, from r on.
 template <typename Isa>
 void arrange_tile(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_t r, std::int64_t depth, float* to) {
-  const Lines lines{row * x.row_stride + r * x.column_stride, rows, x.row_stride, x.column_stride};
+  const MatrixLines lines{row * x.row_stride + r * x.column_stride, rows, x.row_stride, x.column_stride};
   with_type(x.dtype, [&](auto type) { interleave<Isa, decltype(type)>(x, lines, 1.0f, depth, rows, to); });
 }
 
@@ -147,7 +149,7 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
       return;
     }
     for (std::int64_t j = 0; j < Isa::kColumns; j += Isa::kLanes) {
-      const Lines lines{first + j * b.column_stride, width - j, b.column_stride, b.row_stride};
+      const MatrixLines lines{first + j * b.column_stride, width - j, b.column_stride, b.row_stride};
       interleave<Isa, T>(b, lines, term.scale, depth, Isa::kColumns, panel + j);
     }
   });
@@ -158,7 +160,7 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
 inline void stage_absmax(const Packed4bit& w, std::int64_t K, std::int64_t row, std::int64_t rows, std::int64_t column,
                          std::int64_t columns, const MatmulScratch& s) {
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
-  const std::int64_t end = (rows + kMatmulColumnBorder - 1) / kMatmulColumnBorder * kMatmulColumnBorder;
+  const std::int64_t end = ceil_div(rows, kMatmulColumnBoundary) * kMatmulColumnBoundary;
   float* to = s.absmax;
   for (std::int64_t at = column; at < column + columns; at += kStep, to += kDepth) {
     if (at > column && at % w.blocksize != 0) {  // the block before goes on: rows are whole blocks
@@ -250,7 +252,7 @@ void multiply_part(const Matmul& product, const MatmulRows& all_rows, const Rect
       at += rows * kSumStride;
     }
   };
-  const std::int64_t blocks = (part.column_end - part.column_begin + kMaxColumns - 1) / kMaxColumns;
+  const std::int64_t blocks = ceil_div(part.column_end - part.column_begin, kMaxColumns);
   const auto clear = [&](float* sums) {
     __builtin_memset(sums, 0, static_cast<std::size_t>(blocks * rows * kSumStride) * sizeof(float));
   };

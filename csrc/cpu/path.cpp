@@ -67,7 +67,7 @@ std::vector<std::string> path_names() {
   return names;
 }
 
-bool multiplies_bf16() {
+bool has_native_bf16() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16");
@@ -76,7 +76,7 @@ bool multiplies_bf16() {
 #endif
 }
 
-bool multiplies_matrices() {
+bool has_amx_bf16() {
 #if defined(__x86_64__) && !defined(QLORA_EXT_EMULATED)
   static const bool has_tiles = [] {  // once: in a virtual machine CPUID takes microseconds
     unsigned eax, ebx, ecx, edx;

@@ -15,10 +15,10 @@ const char* path_name(Path path);
 std::vector<std::string> path_names();  // those this machine can run, ascending
 
 // Whether this machine has instructions that multiply bf16, whichever path is in use.
-bool multiplies_bf16();
+bool has_native_bf16();
 
-// Whether it multiplies matrices of bf16 (AMX).
-bool multiplies_matrices();
+// Whether it has those that multiply matrices of bf16, AMX.
+bool has_amx_bf16();
 
 // Throws std::invalid_argument, naming what was expected, if the machine cannot run it or there is no such path.
 void set_path(const std::string& name);

@@ -3,8 +3,8 @@
 //   absmax[b] = max |w| over block b;  code[i] = number of bounds below w[i] / absmax[b], as that rank's code
 #include <algorithm>
 
-#include "kernels.h"
 #include "path.h"
+#include "quantize.h"
 
 namespace qlora::cpu {
 namespace {

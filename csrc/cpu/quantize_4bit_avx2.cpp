@@ -1,5 +1,5 @@
 // quantize_4bit for AVX2: whole blocks, 32 values at a time, ranked by four steps of a binary search.
-#include "kernels.h"
+#include "quantize.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -41,14 +41,6 @@ struct Encoder {
   }
 };
 
-inline std::uint32_t reduce_max(__m256i bits) {
-  alignas(32) std::uint32_t lanes[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), bits);
-  std::uint32_t largest = lanes[0];
-  for (int i = 1; i < 8; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-  return largest;
-}
-
 // The largest |w|, by its bits: integers order floats of one sign, and NaN last.
 inline float largest_magnitude(const float* w, std::int64_t blocksize) {
   __m256i largest = _mm256_setzero_si256();
@@ -56,7 +48,7 @@ inline float largest_magnitude(const float* w, std::int64_t blocksize) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i));
     largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
   }
-  return __builtin_bit_cast(float, reduce_max(largest));
+  return __builtin_bit_cast(float, largest_lane(largest));
 }
 
 template <typename T>  // bf16 or fp16
@@ -67,7 +59,7 @@ float largest_magnitude(const T* w, std::int64_t blocksize) {
     largest = _mm256_max_epu16(largest, _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)));
   }
   const __m256i odd = _mm256_srli_epi32(largest, 16), even = _mm256_and_si256(largest, _mm256_set1_epi32(0xffff));
-  return to_float(T{static_cast<std::uint16_t>(reduce_max(_mm256_max_epu32(even, odd)))});
+  return to_float(T{static_cast<std::uint16_t>(largest_lane(_mm256_max_epu32(even, odd)))});
 }
 
 template <typename T>

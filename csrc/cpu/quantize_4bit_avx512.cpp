@@ -1,6 +1,6 @@
 // quantize_4bit for AVX512 (F, BW, DQ, VL): whole blocks. The codes of 32 values at once take a comparison and a
 // lookup.
-#include "kernels.h"
+#include "quantize.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -35,12 +35,12 @@ Values load32(const T* from) {
 }
 
 // The 16 bytes of codes in 32 words: in each pair the even one, the low word, moves to the high nibble.
-inline __m128i bytes_of(__m512i codes) {
+inline __m128i pack_codes(__m512i codes) {
   return _mm512_cvtepi32_epi8(_mm512_madd_epi16(codes, _mm512_set1_epi32(1 << 16 | 16)));
 }
 
 // The 64 bytes of 128 codes.
-inline __m512i bytes_of(const __m512i (&codes)[4]) {
+inline __m512i pack_codes(const __m512i (&codes)[4]) {
   const __m512i nibbles = _mm512_set1_epi16(1 << 8 | 16);
   const __m512i low = _mm512_maddubs_epi16(_mm512_packus_epi16(codes[0], codes[1]), nibbles);
   const __m512i high = _mm512_maddubs_epi16(_mm512_packus_epi16(codes[2], codes[3]), nibbles);
@@ -93,7 +93,7 @@ struct Encoder {
   __m128i operator()(Values x) const {
     const __m512i odd = _mm512_slli_epi32(place_of(x.odd), 16);
     const __m512i places = _mm512_mask_mov_epi16(odd, 0x55555555, place_of(x.even));
-    return bytes_of(_mm512_permutex2var_epi16(code[0], places, code[1]));
+    return pack_codes(_mm512_permutex2var_epi16(code[0], places, code[1]));
   }
 };
 
@@ -174,7 +174,7 @@ void encode_by_steps(const BFloat16* w, std::int64_t blocksize, const std::uint3
         const __m512i sum = _mm512_add_epi16(key, _mm512_permutex2var_epi16(positive, bin, negative));
         codes[vector] = _mm512_srli_epi16(sum, kBf16BinBits);
       }
-      _mm512_storeu_si512(packed + i / 2, bytes_of(codes));
+      _mm512_storeu_si512(packed + i / 2, pack_codes(codes));
     }
   }
 }
@@ -201,7 +201,7 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, QuantType quant_ty
                      std::int64_t end, std::uint8_t* packed, float* absmax) {
   const Encoder encode(codebook(quant_type));
   for (std::int64_t first = begin; first < end; first += kTogether) {
-    const std::int64_t blocks = end - first < kTogether ? end - first : kTogether;
+    const std::int64_t blocks = smaller(end - first, kTogether);
     __m512 largest[kTogether];
 #pragma GCC unroll 16
     for (std::int64_t i = 0; i < kTogether; ++i) {  // beyond the last block: that once more
@@ -217,7 +217,7 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, QuantType quant_ty
     }
     alignas(64) float inverse[kTogether];
     // inverse_absmax of each: a maximum with NaN is its second operand.
-    _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(1e-38f), each)));
+    _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(kMinAbsmax), each)));
     for (std::int64_t block = 0; block < blocks; ++block) {
       const __m512 scale = _mm512_set1_ps(inverse[block]);
       for (std::int64_t i = (first + block) * blocksize; i < (first + block + 1) * blocksize; i += 32) {

@@ -4,8 +4,8 @@
 //   code = nearest dynamic code of (absmax - offset) / nested_absmax[g]
 #include <algorithm>
 
-#include "kernels.h"
 #include "path.h"
+#include "quantize.h"
 
 namespace qlora::cpu {
 

@@ -1,6 +1,6 @@
 // quantize_absmax for AVX512 (F, BW, DQ, VL): whole groups.
 #include "dynamic_codes.h"
-#include "kernels.h"
+#include "quantize.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

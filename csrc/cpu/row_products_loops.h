@@ -38,7 +38,7 @@ void arrange(const RowProducts& p, std::int64_t k, std::int64_t depth, float* to
   with_type(p.x.dtype, [&](auto type) {
     const auto* x = static_cast<const decltype(type)*>(p.x.values) + k;
     for (std::int64_t at = 0; at < depth; at += kBlock<Isa>) {
-      const std::int64_t count = depth - at < kBlock<Isa> ? depth - at : kBlock<Isa>;
+      const std::int64_t count = smaller(depth - at, kBlock<Isa>);
       for (std::int64_t m = 0; m < p.M; ++m, to += Isa::kLanes) {
         Isa::store(to, first_places<Isa>(x + m * p.x.stride + at, count));
       }
@@ -152,21 +152,21 @@ void multiply(const RowProducts& p, std::int64_t begin, std::int64_t end) {
   alignas(64) float x[kMostRowProducts * kDepth / Isa::kPerStep];
   alignas(64) float sums[kMostRowProducts * kWidth];
   for (std::int64_t left = begin; left < end; left += kWidth) {
-    const std::int64_t right = left + kWidth < end ? left + kWidth : end;
+    const std::int64_t right = smaller(left + kWidth, end);
     const auto each_columns = [&](auto&& handle) {
       for (std::int64_t first = left; first < right; first += Isa::kLanes) {
-        handle(first, right - first < Isa::kLanes ? right - first : Isa::kLanes, sums + (first - left) * p.M);
+        handle(first, smaller(right - first, Isa::kLanes), sums + (first - left) * p.M);
       }
     };
     each_columns([&](std::int64_t, std::int64_t, float* to) {
       __builtin_memset(to, 0, static_cast<std::size_t>(p.M * Isa::kLanes) * sizeof(float));
     });
     for (std::int64_t k = 0; k < p.K; k += kDepth) {
-      const std::int64_t depth = p.K - k < kDepth ? p.K - k : kDepth;
+      const std::int64_t depth = smaller(p.K - k, kDepth);
       arrange<Isa>(p, k, depth, x);
       const auto each_block = [&](auto&& handle) {
         for (std::int64_t at = 0; at < depth; at += kBlock<Isa>) {
-          handle(k + at, depth - at < kBlock<Isa> ? depth - at : kBlock<Isa>, x + at / Isa::kPerStep * p.M);
+          handle(k + at, smaller(depth - at, kBlock<Isa>), x + at / Isa::kPerStep * p.M);
         }
       };
       // In the order in which b lies.

@@ -1,5 +1,5 @@
-// What the AVX2 kernels share: loads and stores of 8 numbers of any dtype, and the lookup of fp32 codes. A file of
-// kernels includes this inside its target region.
+// What the AVX2 kernels share: loads and stores of 8 numbers of any dtype, the largest of 8, a transposition, and the
+// lookup of fp32 codes. A file of kernels includes this inside its target region.
 #include "value_bytes.h"  // made by the compiler, so in any region
 
 namespace qlora::cpu {
@@ -39,6 +39,14 @@ inline void store8(BFloat16* to, __m256 x) {
 
 inline void store8(Half* to, __m256 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline std::uint32_t largest_lane(__m256i x) {
+  alignas(32) std::uint32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
+  std::uint32_t largest = lanes[0];
+  for (int i = 1; i < 8; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  return largest;
 }
 
 inline __m256d low_pairs(const __m256* x) { return _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1])); }

@@ -1,5 +1,6 @@
-// What the AVX512 kernels share: loads and stores of 16 numbers of any dtype, and sums or the like across lanes. A file
-// of kernels includes this inside its target region.
+// What the AVX512 kernels share: loads and stores of 16 numbers of any dtype, of the first so many bytes and of a row
+// of out; indices of words in turn and of 4-bit codes for lookups; sums or the like across lanes, and a transposition.
+// A file of kernels includes this inside its target region.
 namespace qlora::cpu {
 namespace {
 
@@ -37,7 +38,7 @@ inline std::uint64_t first_bits(std::int64_t count) {
   return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
 }
 
-// `count` bytes, of which 64 count, and zeros behind them.
+// The first min(count, 64) bytes, then zeros.
 inline __m512i load_bytes(const void* from, std::int64_t count) {
   return _mm512_maskz_loadu_epi8(first_bits(count), from);
 }

@@ -1,5 +1,5 @@
-// AdamW for all the slices of a call, whole parameters' or those of many pages, in one launch. What is computed, and in which roundings:
-// csrc/adamw.h.
+// AdamW for all the slices of a call, whole parameters' or those of many pages, in one launch. What is computed, and in
+// which roundings: csrc/adamw.h.
 //
 // A warp takes a block of 256 elements, which it finds in the table of slices; a lane has two groups of 4.
 #include <type_traits>

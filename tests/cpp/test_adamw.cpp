@@ -10,6 +10,7 @@
 
 #include "adamw.h"
 #include "check.h"
+#include "cpu/adamw.h"
 #include "cpu/path.h"
 
 using namespace qlora;
@@ -46,7 +47,7 @@ struct Parameter {
   Parameter(DType param_dtype, DType grad_dtype, bool is_8bit, std::int64_t count)
       : param_dtype(param_dtype), grad_dtype(grad_dtype), is_8bit(is_8bit), count(count) {}
 
-  // From element `first` on, which is on a block's border.
+  // From element `first` on, which is on a block's boundary.
   AdamwSlice slice(std::int64_t first, std::int64_t elements) {
     const std::int64_t state_bytes = is_8bit ? 1 : 4, block = first / kAdamwBlock;
     return {.param = param.data() + first * itemsize(param_dtype),

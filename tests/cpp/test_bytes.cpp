@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/kernels.h"
 #include "cpu/path.h"
+#include "cpu/quantize.h"
 #include "double_quant.h"
 
 using namespace qlora;
@@ -33,7 +33,7 @@ struct Digests {
   Digest packed, absmax, codes, nested_absmax, values, double_quantized_values;
 };
 
-// What stands in a run of 1500 weights: it covers blocks of every size and borders of most.
+// What stands in a run of 1500 weights: it covers blocks of every size and boundaries of most.
 constexpr int kRun = 1500;
 enum class Content { Ordinary, Zero, Subnormal, Large, Tie, Special };
 

@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/kernels.h"
 #include "cpu/linear_4bit.h"
 #include "cpu/matmul.h"
 #include "cpu/path.h"
+#include "cpu/quantize.h"
 #include "double_quant.h"
 #include "values.h"
 
@@ -169,7 +169,7 @@ void check_absmax(std::int64_t M, std::int64_t blocks_of_row, DType dtype) {
   }
 }
 
-// All of out, in rectangles of at most so many rows, a multiple of their border, and columns.
+// All of out, in rectangles of at most so many rows, a multiple of their boundary, and columns.
 void multiply(const cpu::Matmul& product, std::int64_t rows_each, std::int64_t columns_each) {
   const std::int64_t most = cpu::most_matmul_rows(product);
   for (std::int64_t first = 0; first < product.M; first += most) {
@@ -215,7 +215,7 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
   cpu::Matmul product{M, J, terms, 2, bias.bytes.data(), out.bytes.data(), dtype, compute};
   multiply(product, 504, J);
   product.out = in_parts.bytes.data();
-  multiply(product, cpu::kMatmulRowBorder, cpu::kMatmulColumnBorder);
+  multiply(product, cpu::kMatmulRowBoundary, cpu::kMatmulColumnBoundary);
   CHECK(out.bytes == in_parts.bytes);
   for (std::int64_t m = 0; m < M; ++m) {
     for (std::int64_t j = 0; j < J; ++j) {

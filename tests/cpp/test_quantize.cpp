@@ -8,8 +8,8 @@
 
 #include "check.h"
 #include "cpu/bf16_codes.h"
-#include "cpu/kernels.h"
 #include "cpu/path.h"
+#include "cpu/quantize.h"
 #include "double_quant.h"
 
 using namespace qlora;

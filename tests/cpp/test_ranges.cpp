@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/kernels.h"
 #include "cpu/path.h"
+#include "cpu/quantize.h"
 #include "double_quant.h"
 
 using namespace qlora;

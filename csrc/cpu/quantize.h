@@ -1,5 +1,5 @@
-// The CPU kernels. Each computes a range of the work and holds no threads: the caller splits [0, count) as it likes,
-// the bytes do not depend on the split.
+// quantize_4bit, quantize_absmax and dequantize_4bit on the CPU. Each computes a range of the work and holds no
+// threads: the caller splits [0, count) as it likes, the bytes do not depend on the split.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ float absmax_offset(const double* sums, std::int64_t groups, std::int64_t n);
 void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int64_t begin, std::int64_t end,
                      std::uint8_t* codes, float* nested_absmax);
 
-// The vector twins: whole blocks or groups [begin, end) only; the portable code does a last, shorter one and odd
-// borders.
+// The vector twins: whole blocks or groups [begin, end) only; the portable code does a last, shorter one, and what lies
+// before the first and after the last block boundary.
 void quantize_4bit_avx2(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
                         std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
 void quantize_4bit_avx512(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
