@@ -14,6 +14,7 @@
 #include "device.h"
 #include "launch.h"
 #include "ops.h"
+#include "ops_cuda.h"
 
 namespace qlora {
 namespace {
@@ -24,13 +25,6 @@ int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
   return value;
-}
-
-// Raises a launcher's error with its name and what it was called with.
-void check_launch(cudaError_t error, const char* launcher, const std::string& arguments) {
-  if (error != cudaSuccess) cudaGetLastError();  // so that torch does not raise it once more
-  TORCH_CHECK(error == cudaSuccess, launcher, "(", arguments, "): ", cudaGetErrorName(error), ": ",
-              cudaGetErrorString(error));
 }
 
 std::string describe(const Packed4bit& w) {
@@ -72,8 +66,8 @@ class Cuda final : public Device {
     const Tensor filled = at::empty({cuda::adamw_table_bytes(n)}, like.options().dtype(at::kByte).device(at::kCPU));
     cuda::fill_adamw_table(slices, n, options, filled.data_ptr());
     const Tensor table = filled.to(like.device());
-    check_launch(cuda::launch_adamw(table.const_data_ptr(), n, adamw_blocks(slices, n), options, stream()), "adamw",
-                 c10::str(n, " slices, ", adamw_blocks(slices, n), " blocks of ", kAdamwBlock));
+    check_launch(cuda::launch_adamw(table.const_data_ptr(), n, adamw_blocks(slices, n), options, stream()),
+                 "adamw_step", c10::str(n, " slices, ", adamw_blocks(slices, n), " blocks of ", kAdamwBlock));
   }
 
   int64_t workspace_bytes(const Tensor& like) const override {

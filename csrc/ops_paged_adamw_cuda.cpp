@@ -1,4 +1,5 @@
-// The paged optimizer on CUDA: memory by torch's allocator, one launch a page on torch's current stream.
+// The paged optimizer on CUDA: memory by torch's allocator, and one launch on torch's current stream for all the
+// pages that the pager hands out at once.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
@@ -6,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "launch.h"
+#include "ops_cuda.h"
 #include "ops_paged_adamw.h"
 #include "pager/backend_cuda.h"
 
@@ -20,25 +22,24 @@ void compute(at::Device device, std::span<const AdamwSlice> slices, const AdamwO
       at::empty({cuda::adamw_table_bytes(n)}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
   cuda::fill_adamw_table(slices.data(), n, options, filled.data_ptr());
   const at::Tensor table = filled.to(device, /*non_blocking=*/true);
-  const cudaError_t error = cuda::launch_adamw(table.const_data_ptr(), n, adamw_blocks(slices.data(), n), options,
-                                               c10::cuda::getCurrentCUDAStream(device.index()).stream());
-  TORCH_CHECK(error == cudaSuccess, "PagedAdamW: launch of ", n, " slices: ", cudaGetErrorName(error), ": ",
-              cudaGetErrorString(error));
+  check_launch(cuda::launch_adamw(table.const_data_ptr(), n, adamw_blocks(slices.data(), n), options,
+                                  c10::cuda::getCurrentCUDAStream(device.index()).stream()),
+               "PagedAdamW", c10::str(n, " slices"));
 }
 
 PagedAdamwDevice make(at::Device device, const std::string& page_file) {
   const auto stream = [device] { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); };
-  pager::CudaHost host{
-      .allocate =
+  pager::CudaHooks hooks{
+      .allocate_device =
           [stream](std::int64_t bytes) {
             return static_cast<std::byte*>(
                 c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(static_cast<size_t>(bytes), stream()));
           },
-      .release = [](std::byte* memory) { c10::cuda::CUDACachingAllocator::raw_delete(memory); },
+      .release_device = [](std::byte* memory) { c10::cuda::CUDACachingAllocator::raw_delete(memory); },
       .compute_stream = stream,
       .warn = [](const std::string& text) { TORCH_WARN(text); },
   };
-  return {std::make_unique<pager::CudaBackend>(device.index(), page_file, std::move(host)),
+  return {std::make_unique<pager::CudaBackend>(device.index(), page_file, std::move(hooks)),
           [device](std::span<const AdamwSlice> slices, const AdamwOptions& options, bool) {
             compute(device, slices, options);
           }};

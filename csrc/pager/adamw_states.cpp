@@ -144,7 +144,7 @@ void AdamwStates::transfer(std::span<const PartPlace> places, int file, bool loa
       const std::int64_t at = segment->at[static_cast<int>(place.part)];
       const std::int64_t item = part_itemsize(place.part, parameters_[static_cast<std::size_t>(place.id)].bits);
       const std::int64_t block = part_block(place.part);
-      const std::int64_t bytes = (segment->count + block - 1) / block * item;
+      const std::int64_t bytes = ceil_div(segment->count, block) * item;
       const std::int64_t offset = segment->first / block * item;
       if (place.memory == nullptr) buffer.resize(static_cast<std::size_t>(bytes));
       std::byte* memory = place.memory == nullptr ? buffer.data() : place.memory + offset;

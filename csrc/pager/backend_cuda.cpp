@@ -11,7 +11,7 @@ namespace {
 void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that no one raises it once more
-  throw std::runtime_error(std::string("pager: ") + what + ": " + cudaGetErrorName(error) + ": " +
+  throw std::runtime_error(std::string("PagedAdamW: ") + what + ": " + cudaGetErrorName(error) + ": " +
                            cudaGetErrorString(error));
 }
 
@@ -45,8 +45,8 @@ cudaEvent_t new_event() {
 
 }  // namespace
 
-CudaBackend::CudaBackend(int device, const std::string& page_file, CudaHost host)
-    : device_(device), host_(std::move(host)), recent_(kRecent) {
+CudaBackend::CudaBackend(int device, const std::string& page_file, CudaHooks hooks)
+    : device_(device), hooks_(std::move(hooks)), recent_(kRecent) {
   const DeviceGuard guard(device_);
   if (!page_file.empty()) file_.emplace(page_file);
   for (cudaStream_t* stream : {&in_, &out_}) {
@@ -77,8 +77,8 @@ std::byte* CudaBackend::allocate_pinned(std::int64_t bytes) {
   if (error == cudaSuccess) return static_cast<std::byte*>(memory);
   cudaGetLastError();
   if (!std::exchange(warned_, true)) {
-    host_.warn("PagedAdamW: expected " + std::to_string(bytes) + " bytes of pinned host memory, got " +
-               cudaGetErrorName(error) + ". Using pageable memory, which moves more slowly");
+    hooks_.warn("PagedAdamW: expected " + std::to_string(bytes) + " bytes of pinned host memory, got " +
+                cudaGetErrorName(error) + ". Using pageable memory, which moves more slowly");
   }
   std::byte* ordinary = allocate_host(bytes);
   pageable_.insert(ordinary);
@@ -96,9 +96,9 @@ void CudaBackend::release_pinned(std::byte* memory, std::int64_t bytes) {
 std::byte* CudaBackend::allocate(Tier tier, std::int64_t bytes) {
   const DeviceGuard guard(device_);
   if (tier == Tier::Host) return allocate_pinned(bytes);
-  std::byte* memory = host_.allocate(bytes);
+  std::byte* memory = hooks_.allocate_device(bytes);
   // The memory may still be in use by what this stream does; once it is zeros, any stream may have it.
-  const cudaStream_t stream = host_.compute_stream();
+  const cudaStream_t stream = hooks_.compute_stream();
   check_cuda(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes), stream), "cudaMemsetAsync");
   check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   return memory;
@@ -107,7 +107,11 @@ std::byte* CudaBackend::allocate(Tier tier, std::int64_t bytes) {
 void CudaBackend::release(Tier tier, std::byte* memory, std::int64_t bytes) {
   if (!usable()) return;
   const DeviceGuard guard(device_);
-  tier == Tier::Host ? release_pinned(memory, bytes) : host_.release(memory);
+  if (tier == Tier::Host) {
+    release_pinned(memory, bytes);
+  } else {
+    hooks_.release_device(memory);
+  }
 }
 
 Token CudaBackend::new_token() {
@@ -174,7 +178,11 @@ void CudaBackend::move_with_file(const Place& from, const Place& to, std::int64_
   }
   if (from.tier == Tier::Device) copy(memory, from.memory, bytes, cudaMemcpyDeviceToHost, stream);
   if (to.tier != Tier::Device) check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  from.tier == Tier::File ? file_->read(from.offset, memory, bytes) : file_->write(to.offset, memory, bytes);
+  if (from.tier == Tier::File) {
+    file_->read(from.offset, memory, bytes);
+  } else {
+    file_->write(to.offset, memory, bytes);
+  }
   if (to.tier == Tier::Device) {
     copy(to.memory, memory, bytes, cudaMemcpyHostToDevice, stream);
     check_cuda(cudaEventRecord(staging->copied, stream), "cudaEventRecord");
@@ -184,13 +192,13 @@ void CudaBackend::move_with_file(const Place& from, const Place& to, std::int64_
 
 void CudaBackend::before_compute(Token token) {
   const DeviceGuard guard(device_);
-  stream_waits(host_.compute_stream(), token);
+  stream_waits(hooks_.compute_stream(), token);
 }
 
 Token CudaBackend::after_compute() {
   const DeviceGuard guard(device_);
   const Token token = new_token();
-  check_cuda(cudaEventRecord(recent_[static_cast<std::size_t>(token % kRecent)].event, host_.compute_stream()),
+  check_cuda(cudaEventRecord(recent_[static_cast<std::size_t>(token % kRecent)].event, hooks_.compute_stream()),
              "cudaEventRecord");
   return token;
 }
@@ -209,14 +217,14 @@ void CudaBackend::check() const {
 
 void CudaBackend::read(const std::byte* page, std::byte* memory, std::int64_t bytes) {
   const DeviceGuard guard(device_);
-  copy(memory, page, bytes, cudaMemcpyDeviceToHost, host_.compute_stream());
-  check_cuda(cudaStreamSynchronize(host_.compute_stream()), "cudaStreamSynchronize");
+  copy(memory, page, bytes, cudaMemcpyDeviceToHost, hooks_.compute_stream());
+  check_cuda(cudaStreamSynchronize(hooks_.compute_stream()), "cudaStreamSynchronize");
 }
 
 void CudaBackend::write(const std::byte* memory, std::byte* page, std::int64_t bytes) {
   const DeviceGuard guard(device_);
-  copy(page, memory, bytes, cudaMemcpyHostToDevice, host_.compute_stream());
-  check_cuda(cudaStreamSynchronize(host_.compute_stream()), "cudaStreamSynchronize");
+  copy(page, memory, bytes, cudaMemcpyHostToDevice, hooks_.compute_stream());
+  check_cuda(cudaStreamSynchronize(hooks_.compute_stream()), "cudaStreamSynchronize");
 }
 
 }  // namespace qlora::pager

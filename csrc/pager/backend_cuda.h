@@ -19,9 +19,9 @@
 namespace qlora::pager {
 
 // What it takes from its user, who knows torch.
-struct CudaHost {
-  std::function<std::byte*(std::int64_t bytes)> allocate;  // memory of the device
-  std::function<void(std::byte*)> release;
+struct CudaHooks {
+  std::function<std::byte*(std::int64_t bytes)> allocate_device;
+  std::function<void(std::byte*)> release_device;
   std::function<cudaStream_t()> compute_stream;  // the current one
   std::function<void(const std::string&)> warn;
 };
@@ -29,7 +29,7 @@ struct CudaHost {
 class CudaBackend final : public Backend {
  public:
   // An empty page_file: no file.
-  CudaBackend(int device, const std::string& page_file, CudaHost host);
+  CudaBackend(int device, const std::string& page_file, CudaHooks hooks);
   ~CudaBackend() override;
 
   Tier compute_tier() const override { return Tier::Device; }
@@ -71,7 +71,7 @@ class CudaBackend final : public Backend {
                       const Work* after_target, cudaEvent_t done);
 
   int device_;
-  CudaHost host_;
+  CudaHooks hooks_;
   std::optional<PageFile> file_;
   cudaStream_t in_ = nullptr, out_ = nullptr;
   std::vector<Work> recent_;

@@ -56,6 +56,10 @@ class Condition {
 
 }  // namespace
 
+void refuse_fork() {
+  throw std::runtime_error("PagedAdamW: expected the process that made the optimizer, got a fork of it");
+}
+
 struct IoThread::Shared {
   std::mutex mutex;
   Condition given, finished;
@@ -87,7 +91,7 @@ IoThread::~IoThread() {
 bool IoThread::in_own_process() const { return ::getpid() == process_; }
 
 std::uint64_t IoThread::submit(std::function<void()> job) {
-  if (!in_own_process()) throw std::runtime_error("pager: a forked process cannot use its parent's I/O thread");
+  if (!in_own_process()) refuse_fork();
   const std::lock_guard lock(shared_->mutex);
   shared_->jobs.push_back(std::move(job));
   shared_->enough = true;
@@ -98,7 +102,7 @@ std::uint64_t IoThread::submit(std::function<void()> job) {
 
 void IoThread::wait(std::uint64_t number) {
   if (number == 0) return;
-  if (!in_own_process()) throw std::runtime_error("pager: a forked process cannot use its parent's I/O thread");
+  if (!in_own_process()) refuse_fork();
   std::unique_lock lock(shared_->mutex);
   if (shared_->done < number) {
     const auto start = std::chrono::steady_clock::now();

@@ -8,6 +8,9 @@
 
 namespace qlora::pager {
 
+// Throws what is said in a fork of the process that made the optimizer.
+[[noreturn]] void refuse_fork();
+
 // After a fork the child has no such thread: there the object may be destroyed, but takes no jobs.
 class IoThread {
  public:

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "io_thread.h"
 #include "residency.h"
 
 namespace qlora::pager {
@@ -33,7 +34,7 @@ void Pager::finish(Token token) {
 }
 
 std::vector<PageId> Pager::add(std::int64_t count) {
-  if (!backend_->usable()) throw std::runtime_error("pager: its page file belongs to the process that was forked");
+  if (!backend_->usable()) refuse_fork();
   // What the tiers above the file cannot hold of all the pages.
   std::int64_t left = count_ + count;
   for (const TierRoom& room : tiers_) {
@@ -178,8 +179,8 @@ void Pager::settle(std::span<const PageId> order) {
 }
 
 void Pager::walk(std::span<const PageId> order, bool writes, const Visit& visit) {
-  if (!backend_->usable()) throw std::runtime_error("pager: its page file belongs to the process that was forked");
-  if (!failure_.empty()) throw std::runtime_error("pager: not usable since an error: " + failure_);
+  if (!backend_->usable()) refuse_fork();
+  if (!failure_.empty()) throw std::runtime_error("PagedAdamW: not usable since an error: " + failure_);
   backend_->check();
   std::size_t visited = 0;
   const auto counted = [&](std::size_t position, std::span<std::byte* const> pages) {

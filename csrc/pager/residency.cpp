@@ -28,9 +28,9 @@ std::vector<int> choose_levels(std::span<const Candidate> pages, std::span<const
   }
   for (int level = 0; level < static_cast<int>(levels.size()); ++level) {
     const Level& room = levels[static_cast<std::size_t>(level)];
-    const bool all = level + 1 == static_cast<int>(levels.size()) || std::ssize(left) <= room.slots;
+    const bool all = level + 1 == static_cast<int>(levels.size()) || std::ssize(left) <= room.pages;
     const auto most =
-        static_cast<std::size_t>(all ? std::ssize(left) : std::max<std::int64_t>(0, room.slots - room.ring));
+        static_cast<std::size_t>(all ? std::ssize(left) : std::max<std::int64_t>(0, room.pages - room.ring));
     Indices stay, come, idle;
     for (const std::size_t i : left) {
       const bool here = pages[i].level >= 0 && pages[i].level <= level;  // above: evicted from there

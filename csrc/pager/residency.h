@@ -20,7 +20,7 @@ struct Candidate {
 
 // A tier from the compute tier down.
 struct Level {
-  std::int64_t slots;  // pages it has room for
+  std::int64_t pages;  // it has room for
   std::int64_t ring;   // of these, what pages of lower levels pass through, if there are such pages
 };
 

@@ -2,14 +2,12 @@
 
 #include <algorithm>
 
+#include "../adamw.h"
+
 namespace qlora::pager {
 namespace {
 
-constexpr std::int64_t kBlock = 256;
-
-std::int64_t aligned(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t aligned(std::int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
 std::int64_t part_bytes(Part part, std::int64_t count, int bits) {
   if (bits == 32 && part >= Part::ExpAvgAbsmax) return 0;
@@ -25,16 +23,16 @@ std::int64_t segment_bytes(std::int64_t count, int bits) {
 // The most elements of `count` that fit, in whole blocks unless it is all of them.
 std::int64_t fitting(std::int64_t count, int bits, std::int64_t bytes) {
   if (segment_bytes(count, bits) <= bytes) return count;
-  std::int64_t blocks = std::min(count / kBlock, bytes / (2 * kBlock * part_itemsize(Part::ExpAvg, bits)));
-  while (blocks > 0 && segment_bytes(blocks * kBlock, bits) > bytes) --blocks;
-  return blocks * kBlock;
+  std::int64_t blocks = std::min(count / kAdamwBlock, bytes / (2 * kAdamwBlock * part_itemsize(Part::ExpAvg, bits)));
+  while (blocks > 0 && segment_bytes(blocks * kAdamwBlock, bits) > bytes) --blocks;
+  return blocks * kAdamwBlock;
 }
 
 }  // namespace
 
 std::int64_t part_itemsize(Part part, int bits) { return part >= Part::ExpAvgAbsmax || bits == 32 ? 4 : 1; }
 
-std::int64_t part_block(Part part) { return part >= Part::ExpAvgAbsmax ? kBlock : 1; }
+std::int64_t part_block(Part part) { return part >= Part::ExpAvgAbsmax ? kAdamwBlock : 1; }
 
 std::vector<Segment> cut(std::int64_t numel, int bits, std::int64_t page_bytes, std::int64_t next_page, Tail& tail) {
   std::vector<Segment> segments;

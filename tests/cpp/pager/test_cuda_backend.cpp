@@ -24,21 +24,21 @@ void run(unsigned seed, std::int64_t device, std::int64_t host, bool with_file, 
   int warnings = 0, allocated = 0;
   fake_cuda::fail_pinned(failing_pinned);
   {
-    CudaHost host_side{.allocate =
-                           [&](std::int64_t bytes) {
-                             ++allocated;
-                             auto* memory = static_cast<std::byte*>(std::malloc(static_cast<std::size_t>(bytes)));
-                             std::memset(memory, 0xcc, static_cast<std::size_t>(bytes));
-                             return memory;
-                           },
-                       .release =
-                           [&](std::byte* memory) {
-                             --allocated;
-                             std::free(memory);
-                           },
-                       .compute_stream = [&] { return stream; },
-                       .warn = [&](const std::string&) { ++warnings; }};
-    auto backend = std::make_unique<CudaBackend>(0, with_file ? path : "", std::move(host_side));
+    CudaHooks hooks{.allocate_device =
+                        [&](std::int64_t bytes) {
+                          ++allocated;
+                          auto* memory = static_cast<std::byte*>(std::malloc(static_cast<std::size_t>(bytes)));
+                          std::memset(memory, 0xcc, static_cast<std::size_t>(bytes));
+                          return memory;
+                        },
+                    .release_device =
+                        [&](std::byte* memory) {
+                          --allocated;
+                          std::free(memory);
+                        },
+                    .compute_stream = [&] { return stream; },
+                    .warn = [&](const std::string&) { ++warnings; }};
+    auto backend = std::make_unique<CudaBackend>(0, with_file ? path : "", std::move(hooks));
     std::vector<TierRoom> tiers = {{Tier::Device, device, backend->ring_pages(device)},
                                    {Tier::Host, host, with_file ? backend->staging_pages() : 0}};
     if (with_file) tiers.push_back({Tier::File, kUnlimited, 0});

@@ -169,7 +169,7 @@ void fork_is_inert() {
   const pid_t child = fork();
   if (child == 0) {
     alarm(20);
-    const bool refused = contains(error_of([&] { increment(*paged, pages); }), "forked");
+    const bool refused = contains(error_of([&] { increment(*paged, pages); }), "got a fork of it");
     increment(*in_memory, others);  // is memory alone
     paged.reset();
     in_memory.reset();
