@@ -44,7 +44,7 @@ def _(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("qlora_ext::quantize_absmax")
 def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    groups = ceil_div(absmax.numel(), 256)
+    groups = ceil_div(absmax.numel(), _C.NESTED_BLOCKSIZE)
     codes = torch.empty_like(absmax, dtype=torch.uint8, memory_format=torch.contiguous_format)
     return codes, absmax.new_empty([groups]), absmax.new_empty([])
 

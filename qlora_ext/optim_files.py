@@ -9,12 +9,11 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from qlora_ext.optim_checks import checked_hyper
-from qlora_ext.optim_state import Saved, state_forms
+from qlora_ext.optim_state import MOST_STEPS, Saved, state_forms
 from qlora_ext.paged_parameters import PagedParameters
 from qlora_ext.state_file import read_header, write_state_file
 
 _METADATA = "PagedAdamW"
-_MOST_STEPS = 1 << 53
 
 
 def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters) -> None:
@@ -57,7 +56,7 @@ def find_states(
         for group in loaded:
             checked_hyper(group)
         if len(loaded) != len(sizes) or not all(
-            isinstance(taken, int) and 0 < taken < _MOST_STEPS for taken in steps.values()
+            isinstance(taken, int) and 0 < taken < MOST_STEPS for taken in steps.values()
         ):
             raise ValueError(f"{len(loaded)} groups for {sizes} parameters, steps {steps}")
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_ext import _C
+
 PARTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")  # in the order of the C++ enum Part
-BLOCKSIZE = 256  # elements that share an absmax of 8-bit states
+MOST_STEPS = 1 << 53  # whole numbers that a float has
 _MIN_8BIT_SIZE = 4096  # elements; smaller parameters have 32-bit states
 
 
@@ -68,7 +70,7 @@ def state_forms(p: Tensor, state_bits: int) -> dict[str, Form]:
     local = local_shard(p)
     if state_width(p, state_bits) == 32:
         return dict.fromkeys(PARTS[:2], Form(torch.float32, tuple(local.shape)))
-    absmax = Form(torch.float32, (-(-local.numel() // BLOCKSIZE),))
+    absmax = Form(torch.float32, (-(-local.numel() // _C.ADAMW_BLOCK),))
     return dict.fromkeys(PARTS[:2], Form(torch.uint8, tuple(local.shape))) | dict.fromkeys(PARTS[2:], absmax)
 
 
@@ -86,7 +88,7 @@ def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[s
         steps = float(entry["step"])
     except (KeyError, TypeError, ValueError, RuntimeError):
         steps = -1.0
-    if not steps.is_integer() or not 0 <= steps < 1 << 53:
+    if not steps.is_integer() or not 0 <= steps < MOST_STEPS:
         raise ValueError(f"{op}: step of parameter {index}: expected a whole number, got {entry.get('step')}")
     parts: dict[str, Tensor | int] = {}
     for part, (dtype, shape) in state_forms(p, state_bits).items():
