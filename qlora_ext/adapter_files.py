@@ -114,17 +114,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     config, demands = _read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     layers = linear_layers(model)
-    if any(parameter.is_meta for layer in layers.values() for parameter in layer.parameters()):
-        raise ValueError("load_adapter: model: expected linear layers with values, got some on the meta device")
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer_name, part = _parse_key(key, layers, folder)
         if part == "base_layer":
-            _check_base(layer_name, layers[layer_name], tensor, folder)
+            _check_base(key, layers[layer_name], tensor, folder)
         else:
             weights.setdefault(layer_name, {})[part] = tensor
     for layer_name, parts in weights.items():
         layer, r = layers[layer_name], config.rank(layer_name)
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise ValueError(f"load_adapter: model: {layer_name}: expected a layer with values, got one on meta")
         for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
             got = parts.get(part)
             if got is not None and not got.is_floating_point():
@@ -251,8 +251,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _parse_key(key: str, layers: dict[str, Any], folder: Path) -> tuple[str, str]:
     """(layer name, lora_A, lora_B or base_layer) of a key base_model.model.<layer>.lora_A.weight."""
-    layer_name, _, part = key.removesuffix(".weight").removeprefix(_PREFIX).rpartition(".")
-    if not key.startswith(_PREFIX) or not key.endswith(".weight") or part not in _PARTS:
+    path, _, kind = key.rpartition(".")
+    layer_name, _, part = path.removeprefix(_PREFIX).rpartition(".")
+    if (
+        not key.startswith(_PREFIX)
+        or part not in _PARTS
+        or kind not in ("weight", "bias")[: 1 + (part == "base_layer")]
+    ):
         expected = f"keys {_PREFIX}<layer>.lora_A.weight and .lora_B.weight"
         raise ValueError(f"load_adapter: {folder / WEIGHTS_FILE}: expected {expected}, got {key!r}")
     if layer_name not in layers:
@@ -262,13 +267,14 @@ def _parse_key(key: str, layers: dict[str, Any], folder: Path) -> tuple[str, str
     return layer_name, part
 
 
-def _check_base(name: str, layer: AnyLinear, tensor: Tensor, folder: Path) -> None:
-    """PEFT writes the weight of an output head beside its adapter: nothing new, unless the head was resized."""
+def _check_base(key: str, layer: AnyLinear, given: Tensor, folder: Path) -> None:
+    """PEFT writes an output head beside its adapter: nothing new, unless the head was resized or trained."""
     base = layer.base_layer if isinstance(layer, LoraLinear) else layer
-    weight = base.dequantize() if isinstance(base, Linear4bit) else base.weight
-    if isinstance(base, Linear4bit) and tensor.shape == weight.shape and tensor.is_floating_point():
-        tensor = base.with_weight(tensor.to(weight)).dequantize()
-    if tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight):
+    own = base.bias if key.endswith(".bias") else base.weight
+    if own is not None and isinstance(base, Linear4bit) and own is base.weight:
+        fits = given.is_floating_point() and tuple(given.shape) == (base.out_features, base.in_features)
+        given = base.with_weight(given.to(base.dtype)).weight if fits and given.isfinite().all() else given
+    if own is None or given.shape != own.shape or not torch.equal(given.to(own), own):
         raise ValueError(
-            f"load_adapter: {folder / WEIGHTS_FILE}: {name}.base_layer: expected the model's own weight, got another"
+            f"load_adapter: {folder / WEIGHTS_FILE}: {key}: expected what the model has in this place, got another"
         )

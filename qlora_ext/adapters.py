@@ -5,12 +5,13 @@ Saving and loading them is in adapter_files.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
 
-from qlora_ext.layer_names import is_named, is_pattern_of, unwrapped
+from qlora_ext.layer_names import is_named, is_pattern_of
 from qlora_ext.linear import Linear4bit, dense, is_hooked
 from qlora_ext.lora import LoraConfig, LoraLinear, check_name
 from qlora_ext.model_layers import adapter_names, linear_layers, lora_layers, named_layers, replace_layers
@@ -52,13 +53,14 @@ def quantize_model(
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
 
-    kept_in_fp32 = getattr(unwrapped(model), "_keep_in_fp32_modules", None) or ()
+    kept = [kept_in_fp32(module) for module in model.modules()]
+    in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
 
     def convert(name: str, module: nn.Module) -> nn.Module:
         # A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's.
         if type(module) is not nn.Linear or is_named(name, skip) or owners.get(id(module.weight)) != 1:
             return module
-        if not set(kept_in_fp32).isdisjoint(name.split(".")):
+        if in_fp32.search(f"{name}.weight"):
             return module
         _check_not_hooked("quantize_model", name, module)
         try:
@@ -151,10 +153,11 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         dequantize: False: each layer computes with one merged layer of its base's own kind (a 4-bit base is quantized
             again) while the base is kept, so that `unmerge_adapter` restores it bit for bit. True: for serving, every
             LoraLinear and Linear4bit becomes a plain nn.Linear in the base's dtype, rounded once from the float32 sum;
-            this cannot be undone.
+            this cannot be undone. A base with hooks, or a subclass with a forward of its own, does with W0 + B A
+            what it did with W0.
 
     Raises:
-        TypeError: an active adapter's base has a weight in a form of others' (bitsandbytes' layers).
+        TypeError: a base has a weight in a form of others' (bitsandbytes' layers), or a forward not of its class.
         ValueError: no adapter is active (with dequantize there need be none); merged adapters; NaN or Inf; with
             dequantize a layer with hooks, which would be lost. The model is then as it was.
 
@@ -162,9 +165,11 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     """
     check_not_merged("merge_adapter", model)
     for name, layer in linear_layers(model).items():  # before any layer is touched
-        if dequantize and isinstance(layer, (LoraLinear, Linear4bit)):
-            _check_not_hooked("merge_adapter", name, layer)
-        if isinstance(layer, LoraLinear) and layer.active_adapters:
+        if dequantize:
+            for lost in (layer, getattr(layer, "base_layer", layer)):
+                if isinstance(lost, (LoraLinear, Linear4bit)):
+                    _check_not_hooked("merge_adapter", name, lost)
+        if isinstance(layer, LoraLinear) and (dequantize or layer.active_adapters):
             _check_mergeable(name, layer)
     if not dequantize:
         active = [layer for _, layer in lora_layers(model) if layer.active_adapters]
@@ -206,6 +211,10 @@ def target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
         if not named_layers(model, target):
             last_parts = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})) or "none"
             expected = f"expected names of linear layers (here, by their last parts: {last_parts})"
+            if target == "all-linear":
+                expected = (
+                    f"expected an nn.Linear that is no output head and has nn.Linear's forward, or {expected[9:]}"
+                )
             raise ValueError(f"add_adapter: target_modules: {expected}, got {target!r}")
     names = named_layers(model, wanted)
     for what in ("rank_pattern", "alpha_pattern"):
@@ -226,6 +235,12 @@ def attach(model: nn.Module, configs: dict[str, LoraConfig], name: str) -> None:
         return layer
 
     replace_layers(model, wrap)
+
+
+def kept_in_fp32(module: nn.Module) -> set[str]:
+    """What a transformers model says of layers that lose too much in fewer bits: parts of names of their parameters."""
+    names = (getattr(module, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    return {each for some in names if some is not None for each in some}
 
 
 def _check_not_hooked(op: str, name: str, module: nn.Module) -> None:

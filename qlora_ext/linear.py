@@ -265,6 +265,12 @@ def dense(layer: nn.Linear | Linear4bit, weight: Tensor) -> nn.Linear:
     return linear
 
 
+def has_float_weight(layer: nn.Linear) -> bool:
+    """Whether its weight is a plain one, not one of bitsandbytes' or torchao's."""
+    weight = layer.weight
+    return weight.is_floating_point() and tuple(weight.shape) == (layer.out_features, layer.in_features)
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling it does more than its class says: hooks, or a forward of its own, as accelerate gives it."""
     return bool(

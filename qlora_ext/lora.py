@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_names import is_pattern_of
-from qlora_ext.linear import Linear4bit, dense, is_hooked, keeping_dtype
+from qlora_ext.linear import Linear4bit, dense, has_float_weight, is_hooked, keeping_dtype
 
 Number = TypeVar("Number", int, float)
 
@@ -29,7 +29,7 @@ class LoraConfig:
         lora_dropout: probability, in training, that an input element does not reach A.
         target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
             match; or "all-linear": every linear layer but the output head, what is tied to it, and subclasses of
-            nn.Linear, which may compute anything.
+            nn.Linear with a forward of their own, which may compute anything.
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
         rank_pattern, alpha_pattern: other r or lora_alpha for some layers: {name, or regular expression for its last
             dotted parts: value}.
@@ -219,13 +219,14 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W0 + the updates of the active adapters in the base's dtype, [out, in], for models that read it; dense bases.
+        """W0 + the updates of the active adapters in the base's dtype, [out, in], for models that read a weight.
 
-        It is made anew each time, with gradients for the adapters.
+        It is made anew each time, with gradients for the adapters, without dropout; a 4-bit base has none. To assign
+        it, or bias, is to assign the base's: so models tie weights.
         """
-        if isinstance(self.base_layer, Linear4bit):
-            raise AttributeError("LoraLinear: weight: expected a dense base_layer, got Linear4bit")
         base = self.base_layer if self.merged_base is None else self.merged_base
+        if isinstance(base, Linear4bit) or not has_float_weight(base):
+            raise AttributeError(f"LoraLinear: weight: expected a base_layer with a float weight, got {base}")
         if self.merged or not self.active_adapters:
             return base.weight
         return self._updated(base.weight.float()).to(base.weight.dtype)
@@ -234,6 +235,17 @@ class LoraLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base's, [out]."""
         return self.base_layer.bias
+
+    @bias.setter
+    def bias(self, bias: Tensor | None) -> None:
+        self.base_layer.bias = bias  # type: ignore[assignment]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Of weight and bias: in the base."""
+        if name in ("weight", "bias"):
+            self.base_layer.register_parameter(name, param)
+        else:
+            super().register_parameter(name, param)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -249,16 +261,16 @@ class LoraLinear(nn.Module):
             )
         if isinstance(base, Linear4bit):
             return self._updated(base.dequantize(torch.float32))
-        weight = base.weight.detach()
-        if not weight.is_floating_point() or tuple(weight.shape) != (self.out_features, self.in_features):
+        if not has_float_weight(base):
             expected = f"a float weight {[self.out_features, self.in_features]} to merge into"
-            got = f"{type(base).__name__}'s {weight.dtype} {list(weight.shape)}"
+            got = f"{type(base).__name__}'s {base.weight.dtype} {list(base.weight.shape)}"
             raise TypeError(f"LoraLinear: base_layer: expected {expected}, got {got}")
-        return self._updated(weight.float())
+        return self._updated(base.weight.float())
 
     def _updated(self, weight: Tensor) -> Tensor:
-        for name in self.active_adapters:
-            weight = weight.addmm(self.lora_B[name], self.lora_A[name], alpha=self.scaling[name])
+        with torch.autocast(weight.device.type, enabled=False):
+            for name in self.active_adapters:
+                weight = weight.addmm(self.lora_B[name], self.lora_A[name], alpha=self.scaling[name])
         return weight
 
     def merge(self) -> None:

@@ -43,12 +43,15 @@ def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
     layers = linear_layers(model)
     if wanted == "all-linear":
         head = _output_head(model, layers)
-        # A subclass may return anything, as routers of experts do.
-        foreign = {n for n, layer in layers.items() if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear}
-        return [name for name in layers if name not in head | foreign]
+        return [name for name, layer in layers.items() if name not in head and not _computes_otherwise(layer)]
     if isinstance(wanted, str):
         return [name for name in layers if re.fullmatch(wanted, name)]
     return [name for name in layers if is_named(name, wanted)]
+
+
+def _computes_otherwise(layer: AnyLinear) -> bool:
+    """Whether it is a subclass of nn.Linear that may return anything, as routers of experts do."""
+    return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
 
 
 def replace_layers(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> int:

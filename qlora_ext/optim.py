@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -92,7 +91,6 @@ class PagedAdamW(Optimizer):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
         )
-        self.turn = threading.RLock()
         self._rounding = (stochastic_rounding, seed)
         file = os.path.realpath(page_file) if page_file else None
         self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
@@ -128,7 +126,6 @@ class PagedAdamW(Optimizer):
         self._forget_removed()
 
     @torch.no_grad()
-    @in_turn
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
 
@@ -142,13 +139,15 @@ class PagedAdamW(Optimizer):
             TypeError, ValueError: a gradient of the wrong kind; nothing has been updated.
             OSError, RuntimeError: the page file does not give back what was written to it; see the class.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            return loss
+        if found_inf is None or float(found_inf) == 0:
+            self._step()
+        return loss
+
+    @in_turn
+    def _step(self) -> None:
         self._forget_removed()
         updates = list(self._updates())
         try:
@@ -159,7 +158,6 @@ class PagedAdamW(Optimizer):
                     self.state[update.parameter] = {}  # none: torch.distributed.checkpoint would make a step of its own
                 if update.local.data_ptr() != (local := local_shard(update.parameter)).data_ptr():  # not contiguous
                     local.copy_(update.local)
-        return loss
 
     @in_turn
     def state_dict(self) -> dict[str, Any]:
@@ -248,6 +246,7 @@ class PagedAdamW(Optimizer):
         self._paged.restore({}, ())
         self.state.clear()
 
+    @in_turn
     def stats(self) -> dict[str, Any]:
         """Where the states are and what has moved, over all devices.
 

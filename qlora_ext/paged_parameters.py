@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
@@ -19,11 +21,13 @@ _CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
 
 
 def in_turn(method: Method) -> Method:
-    """For methods of an optimizer with a lock `turn`: a thread waits until no other is in one of them."""
+    """For methods of an object: a thread waits until no other is in one of them."""
 
     @wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.turn:
+        if getattr(self, "_turn_of", None) != os.getpid():  # or a fork, of a process in which a thread had its turn
+            self._turn, self._turn_of = threading.RLock(), os.getpid()
+        with self._turn:
             return method(self, *args, **kwargs)
 
     return cast("Method", alone)

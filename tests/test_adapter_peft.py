@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_model import tiny_config
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PhiConfig, PhiForCausalLM
 
 from qlora_ext import LoraConfig, LoraLinear, add_adapter, load_adapter, quantize_model, save_adapter
 
@@ -201,15 +201,31 @@ def test_pefts_output_head_comes_with_its_weight(tmp_path: Path) -> None:
     for other in (base, quantize_model(copy.deepcopy(base), skip=())):
         with torch.no_grad():
             other.lm_head.weight[0, 0] += 1
-        with pytest.raises(ValueError, match=r"lm_head.base_layer: expected the model's own weight, got another"):
+        with pytest.raises(ValueError, match=r"lm_head.base_layer.weight: expected what the model has in this place"):
             load_adapter(other, tmp_path)
 
 
+def test_pefts_output_head_comes_with_its_bias(tmp_path: Path) -> None:
+    def build() -> PhiForCausalLM:
+        torch.manual_seed(0)
+        return PhiForCausalLM(PhiConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1))
+
+    model = peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.base_layer.bias" in load_file(tmp_path / WEIGHTS)
+    load_adapter(build(), tmp_path)
+    other = build()
+    other.lm_head.bias.data += 1
+    with pytest.raises(ValueError, match=r"lm_head.base_layer.bias: expected what the model has in this place"):
+        load_adapter(other, tmp_path)
+
+
 def test_no_adapter_is_loaded_into_layers_without_values(tmp_path: Path) -> None:
-    model = MODELS["head"]()
-    add_adapter(model, LoraConfig(r=2))
+    model = nn.ModuleDict({"text": nn.Linear(64, 64), "vision": nn.Linear(64, 64)})
+    add_adapter(model, LoraConfig(r=2, target_modules=["text"]))
     save_adapter(model, tmp_path)
     with torch.device("meta"):
-        empty = LlamaForCausalLM(tiny_config(tie_word_embeddings=False))
-    with pytest.raises(ValueError, match=r"load_adapter: model: expected linear layers with values.*meta"):
-        load_adapter(empty, tmp_path)
+        empty = nn.Linear(64, 64)
+    load_adapter(nn.ModuleDict({"text": nn.Linear(64, 64), "vision": empty}), tmp_path)
+    with pytest.raises(ValueError, match=r"load_adapter: model: text: expected a layer with values, got one on meta"):
+        load_adapter(nn.ModuleDict({"text": empty, "vision": nn.Linear(64, 64)}), tmp_path)

@@ -55,9 +55,22 @@ def doubled(_: nn.Module, inputs: object, output: Tensor) -> Tensor:
     return output * 2
 
 
+def refuse(*_: object) -> None:
+    raise AssertionError("nothing is computed in these tests")
+
+
 def replace_forward(layer: nn.Module) -> None:
     """As accelerate's hooks do."""
     layer.forward = functools.partial(type(layer).forward, layer)  # type: ignore[method-assign]
+
+
+CHANGES: list[Callable[[nn.Module], object]] = [
+    replace_forward,
+    lambda layer: layer.register_forward_hook(refuse),
+    lambda layer: layer.register_forward_pre_hook(refuse),
+    lambda layer: layer.register_full_backward_hook(refuse),
+    lambda layer: layer.register_full_backward_pre_hook(refuse),
+]
 
 
 def test_all_linear_leaves_subclasses_and_a_name_takes_them() -> None:
@@ -66,6 +79,11 @@ def test_all_linear_leaves_subclasses_and_a_name_takes_them() -> None:
     assert [type(layer) for layer in model] == [Halved, LoraLinear]
     add_adapter(model, BOTH, "named")
     assert [type(layer) for layer in model] == [LoraLinear, LoraLinear]
+
+
+def test_all_linear_says_why_it_takes_none() -> None:
+    with pytest.raises(ValueError, match=r"expected an nn.Linear that .* has nn.Linear's forward, or names.*: 0\)"):
+        add_adapter(nn.Sequential(Halved(64, 64)), LoraConfig(r=2))
 
 
 def test_a_subclass_that_returns_no_tensor_is_named() -> None:
@@ -92,20 +110,27 @@ def test_a_merged_subclass_computes_in_its_own_way(dequantize: bool) -> None:
         assert torch.equal(model(X), before)
 
 
-def test_a_weight_in_another_form_is_not_merged() -> None:
+@pytest.mark.parametrize(("dequantize", "active"), [(False, True), (True, True), (True, False)])
+def test_a_weight_in_another_form_is_not_merged(dequantize: bool, active: bool) -> None:
     model = adapted()
+    if not active:
+        set_adapter(model, None)
     model[1].base_layer.weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
+    assert not hasattr(model[1], "weight")
     with pytest.raises(TypeError, match=r"merge_adapter: 1: .*expected a float weight \[64, 64\].*torch.int8"):
-        merge_adapter(model)
+        merge_adapter(model, dequantize=dequantize)
+    assert [type(layer) for layer in model] == [LoraLinear, LoraLinear]
     assert not model[0].merged
 
 
 def test_a_parametrized_layer_merges_to_a_plain_one() -> None:
     model = model_of()
     nn.utils.parametrizations.weight_norm(model[0])
-    add_adapter(model, BOTH)
+    add_adapter(model, LoraConfig(r=2))
     randomize_adapters(model)
-    weight, own = model[0].merged_weight(), model[0].base_layer.weight.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        weight, own = model[0].merged_weight(), model[0].base_layer.weight.clone()
+    assert torch.equal(weight, model[0].merged_weight())
     merge_adapter(model)
     assert type(model[0].merged_base) is nn.Linear
     assert torch.equal(model[0].merged_base.weight, weight)
@@ -134,15 +159,28 @@ def test_weight_is_what_the_layer_computes_with_and_trains_its_adapters() -> Non
     assert layer.weight is layer.base_layer.weight
 
 
+def test_assigning_weight_and_bias_reaches_the_base() -> None:
+    layer, weight = adapted()[0], nn.Parameter(torch.ones(64, 64))
+    layer.weight = weight
+    assert layer.base_layer.weight is weight
+    layer.bias = None
+    assert layer.base_layer.bias is None
+    layer.bias = nn.Parameter(torch.ones(64))
+    assert torch.equal(layer.base_layer.bias, torch.ones(64))
+    assert sorted(layer.state_dict()) == ["base_layer.bias", "base_layer.weight", "lora_A.default", "lora_B.default"]
+
+
 def test_a_4_bit_layer_with_an_adapter_has_no_weight_to_read() -> None:
     assert not hasattr(adapted(quantized=True)[0], "weight")
 
 
-def test_what_transformers_keeps_in_fp32_is_not_quantized() -> None:
-    model = nn.ModuleDict({"wo": nn.Linear(64, 64), "two": nn.Linear(64, 64)})
-    model._keep_in_fp32_modules = ["wo"]
-    quantize_model(model)
-    assert [type(layer) for layer in model.values()] == [nn.Linear, Linear4bit]
+@pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+@pytest.mark.parametrize("part", ["wo", "inner.wo", "wo.weight"])
+def test_what_transformers_keeps_in_fp32_is_not_quantized(part: str, attribute: str) -> None:
+    model = nn.ModuleDict({"inner": nn.ModuleDict({"wo": nn.Linear(64, 64), "two": nn.Linear(64, 64)})})
+    setattr(model, attribute, {part})
+    quantize_model(nn.Sequential(model))
+    assert [type(layer) for layer in model["inner"].values()] == [nn.Linear, Linear4bit]
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -162,18 +200,28 @@ def test_hooks_of_the_base_run_beside_adapters(quantized: bool) -> None:
     assert layer.lora_A["default"].grad is not None
 
 
-@pytest.mark.parametrize("change", [lambda layer: layer.register_forward_hook(doubled), replace_forward])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_layer_whose_hooks_would_be_lost_is_refused(change: Callable[[nn.Module], object]) -> None:
     model = model_of()
     change(model[1])
     with pytest.raises(ValueError, match="quantize_model: 1: expected no hooks"):
         quantize_model(model)
-    model = adapted(quantized=True)
-    change(model[1])
-    before = [type(layer) for layer in model]
-    with pytest.raises(ValueError, match="merge_adapter: 1: expected no hooks"):
-        merge_adapter(model, dequantize=True)
-    assert [type(layer) for layer in model] == before
+    for hooked in ("layer", "base", "without adapter"):
+        model = adapted(quantized=True)
+        if hooked == "without adapter":
+            model[1] = model[1].base_layer
+        change(model[1].base_layer if hooked == "base" else model[1])
+        before = [type(layer) for layer in model]
+        with pytest.raises(ValueError, match="merge_adapter: 1: expected no hooks"):
+            merge_adapter(model, dequantize=True)
+        assert [type(layer) for layer in model] == before
+
+
+def test_a_dense_base_keeps_its_hooks_when_it_is_merged() -> None:
+    model = adapted()
+    model[1].base_layer.register_forward_hook(doubled)
+    merge_adapter(model, dequantize=True)
+    assert torch.equal(model[1](X), 2 * nn.functional.linear(X, model[1].weight, model[1].bias))
 
 
 @pytest.mark.parametrize("quantized", [False, True])

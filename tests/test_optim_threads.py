@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -48,11 +50,13 @@ def trained(folder: Path, beside: Callable[[PagedAdamW], None] | None) -> tuple[
     thread = threading.Thread(target=again_and_again)
     if beside is not None:
         thread.start()
-    for _ in range(STEPS):
-        optimizer.step()
-    done.set()
-    if beside is not None:
-        thread.join()
+    try:
+        for _ in range(STEPS):
+            optimizer.step()
+    finally:
+        done.set()
+        if beside is not None:
+            thread.join()
     return params, seen
 
 
@@ -65,3 +69,48 @@ def test_a_save_beside_steps_disturbs_no_step_and_sees_whole_ones(
     assert all(torch.equal(p, e) for p, e in zip(params, expected, strict=True))
     assert len(seen) > 1
     assert all(len(moments) == 6 and len(set(moments)) == 1 for moments in seen)
+
+
+def test_a_closure_may_wait_for_another_thread_that_saves(tmp_path: Path) -> None:
+    p = Parameter(torch.ones(10))
+    optimizer = PagedAdamW([p])
+    p.grad = torch.ones_like(p)
+
+    def closure() -> float:
+        thread = threading.Thread(target=optimizer.save_states, args=[tmp_path / "states"], daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
+        return 1.5
+
+    assert optimizer.step(closure) == 1.5
+
+
+def test_a_fork_does_not_wait_for_a_thread_that_it_does_not_have(tmp_path: Path) -> None:
+    params = [Parameter(torch.ones(10))]
+    optimizer = PagedAdamW(params, **paging("all-in-file", tmp_path))
+    params[0].grad = torch.ones(10)
+    optimizer.step()
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        inside.set()
+        leave.wait(60)
+
+    last = optimizer.register_state_dict_pre_hook(hold)
+    thread = threading.Thread(target=optimizer.state_dict)
+    thread.start()
+    assert inside.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            os._exit(0 if "got a fork of it" in str(error) else 1)
+        os._exit(2)
+    status = os.waitpid(child, 0)[1]
+    last.remove()
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0

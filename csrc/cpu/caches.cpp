@@ -5,26 +5,23 @@
 #include <algorithm>
 
 namespace qlora::cpu {
+namespace {
+
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+constexpr int kL1 = _SC_LEVEL1_DCACHE_SIZE, kL2 = _SC_LEVEL2_CACHE_SIZE;
+#else
+constexpr int kL1 = -1, kL2 = -1;  // for which sysconf gives -1
+#endif
+
+}  // namespace
 
 std::int64_t l1_bytes() {
-  static const std::int64_t bytes = [] {
-    std::int64_t l1 = 0;
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-    l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-#endif
-    return std::max<std::int64_t>(l1, 32 << 10);
-  }();
+  static const auto bytes = std::max<std::int64_t>(sysconf(kL1), 32 << 10);
   return bytes;
 }
 
 std::int64_t l2_bytes() {
-  static const std::int64_t bytes = [] {
-    std::int64_t l2 = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    return std::max<std::int64_t>(l2, 1 << 20);
-  }();
+  static const auto bytes = std::max<std::int64_t>(sysconf(kL2), 1 << 20);
   return bytes;
 }
 
