@@ -28,5 +28,5 @@ target_include_directories(qlora_cpu_emulated PUBLIC ${EMULATED_SOURCE_DIR}/csrc
 target_include_directories(qlora_cpu_emulated SYSTEM PUBLIC tests/cpp/emulated ${SIMDE_INCLUDE_DIR})
 target_compile_definitions(qlora_cpu_emulated PUBLIC QLORA_EXT_EMULATED)
 # SSE2 and no more, whatever CXXFLAGS says: the compiler's own intrinsics beyond it would clash with SIMDe's. psabi: that wide
-# vectors are passed otherwise than with AVX concerns no one here.
-target_compile_options(qlora_cpu_emulated PUBLIC ${QLORA_CPU_OPTIONS} -march=x86-64 -mno-sse3 -Wno-psabi)
+# vectors are passed otherwise than with AVX concerns no one here. O1: at O3 one file takes GCC minutes, not seconds.
+target_compile_options(qlora_cpu_emulated PUBLIC ${QLORA_CPU_OPTIONS} -O1 -march=x86-64 -mno-sse3 -Wno-psabi)
