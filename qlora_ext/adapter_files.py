@@ -25,7 +25,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_PARTS = ("lora_A", "lora_B", "base_layer")
+_KINDS = {"lora_A": ("weight",), "lora_B": ("weight",), "base_layer": ("weight", "bias")}  # by part of a layer
 _PEFTS_DEFAULTS = {"r": 8, "lora_alpha": 8}
 # Fields of PEFT's config that would change what the adapter computes, and the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -253,11 +253,7 @@ def _parse_key(key: str, layers: dict[str, Any], folder: Path) -> tuple[str, str
     """(layer name, lora_A, lora_B or base_layer) of a key base_model.model.<layer>.lora_A.weight."""
     path, _, kind = key.rpartition(".")
     layer_name, _, part = path.removeprefix(_PREFIX).rpartition(".")
-    if (
-        not key.startswith(_PREFIX)
-        or part not in _PARTS
-        or kind not in ("weight", "bias")[: 1 + (part == "base_layer")]
-    ):
+    if not key.startswith(_PREFIX) or kind not in _KINDS.get(part, ()):
         expected = f"keys {_PREFIX}<layer>.lora_A.weight and .lora_B.weight"
         raise ValueError(f"load_adapter: {folder / WEIGHTS_FILE}: expected {expected}, got {key!r}")
     if layer_name not in layers:

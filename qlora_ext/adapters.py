@@ -53,7 +53,7 @@ def quantize_model(
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
 
-    kept = [kept_in_fp32(module) for module in model.modules()]
+    kept = [_kept_in_fp32(module) for module in model.modules()]
     in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
 
     def convert(name: str, module: nn.Module) -> nn.Module:
@@ -210,12 +210,10 @@ def target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     for target in [[name] for name in wanted] if isinstance(wanted, list) else [wanted]:
         if not named_layers(model, target):
             last_parts = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})) or "none"
-            expected = f"expected names of linear layers (here, by their last parts: {last_parts})"
+            expected = f"names of linear layers (here, by their last parts: {last_parts})"
             if target == "all-linear":
-                expected = (
-                    f"expected an nn.Linear that is no output head and has nn.Linear's forward, or {expected[9:]}"
-                )
-            raise ValueError(f"add_adapter: target_modules: {expected}, got {target!r}")
+                expected = f"an nn.Linear that is no output head and has nn.Linear's forward, or {expected}"
+            raise ValueError(f"add_adapter: target_modules: expected {expected}, got {target!r}")
     names = named_layers(model, wanted)
     for what in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, what):
@@ -237,7 +235,7 @@ def attach(model: nn.Module, configs: dict[str, LoraConfig], name: str) -> None:
     replace_layers(model, wrap)
 
 
-def kept_in_fp32(module: nn.Module) -> set[str]:
+def _kept_in_fp32(module: nn.Module) -> set[str]:
     """What a transformers model says of layers that lose too much in fewer bits: parts of names of their parameters."""
     names = (getattr(module, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
     return {each for some in names if some is not None for each in some}
