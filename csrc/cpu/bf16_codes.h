@@ -3,7 +3,8 @@
 // The bits of a bf16 magnitude ascend with it, and so does its code, until the bounds: where these lie below the bits
 // of absmax depends on absmax's 7 bits of mantissa only, as another exponent moves both alike. Eight octaves below
 // absmax, 1024 steps, all codes are that of zero. A weight's key is its step, and for negative weights its complement:
-// it ascends with the weight, and no two bounds share a bin of 32 keys.
+// it ascends with the weight, and no two bounds share a bin of 32 keys. From a key to its code it is one lookup of a
+// bin (AVX512), or a search among the bounds' keys (AVX2).
 #pragma once
 
 #include <array>
@@ -24,15 +25,26 @@ constexpr std::uint32_t kBf16AbsmaxBegin = 10 << 7, kBf16AbsmaxEnd = 250 << 7;
 // entry[mantissa of absmax][bin mod 64]: what must be added to a key for its code to stand above the lowest 5 bits.
 using Bf16Codes = std::array<std::array<std::uint16_t, kBf16Bins>, 128>;
 
+// The codes of a block whose absmax has this mantissa.
+struct Bf16Encoder {
+  const Codebook& book;
+  std::uint32_t absmax;
+  float inverse;
+
+  constexpr Bf16Encoder(const Codebook& book, std::uint32_t mantissa)
+      : book(book), absmax(127u << 7 | mantissa), inverse(inverse_absmax(std::bit_cast<float>(absmax << 16))) {}
+
+  constexpr int operator()(int step, bool negative) const {
+    const std::uint32_t magnitude = absmax - (kBf16Steps - 1) + static_cast<std::uint32_t>(step);
+    return encode(book, std::bit_cast<float>((magnitude | (negative ? 0x8000u : 0)) << 16) * inverse);
+  }
+};
+
 constexpr Bf16Codes make_bf16_codes(const Codebook& book) {
   Bf16Codes entry{};
   for (std::uint32_t mantissa = 0; mantissa < 128; ++mantissa) {
-    const std::uint32_t absmax = 127u << 7 | mantissa;
-    const float inverse = inverse_absmax(std::bit_cast<float>(absmax << 16));
-    const auto code_of = [&](int key) {
-      const std::uint32_t magnitude = absmax - (kBf16Steps - 1) + static_cast<std::uint32_t>(key < 0 ? ~key : key);
-      return encode(book, std::bit_cast<float>((magnitude | (key < 0 ? 0x8000u : 0)) << 16) * inverse);
-    };
+    const Bf16Encoder encoder(book, mantissa);
+    const auto code_of = [&](int key) { return encoder(key < 0 ? ~key : key, key < 0); };
     for (int bin = -kBf16Bins / 2; bin < kBf16Bins / 2; ++bin) {
       constexpr int kKeys = 1 << kBf16BinBits;
       const int first = bin * kKeys, code = code_of(first);
@@ -45,5 +57,33 @@ constexpr Bf16Codes make_bf16_codes(const Codebook& book) {
 }
 
 inline constexpr Bf16Codes kBf16Codes = make_bf16_codes(codebook(QuantType::NF4));
+
+// The largest key below each bound, as a search of four comparisons meets them: the middle one, then one of the
+// quarters, eighths and sixteenths, by a vector lookup of words. What is known of the code, 8, 4 and 2 of it, is there
+// the index in bytes.
+struct alignas(16) Bf16Bounds {
+  std::int16_t sixteenths[8], eighths[8], quarters[8], middle;
+};
+
+constexpr std::array<Bf16Bounds, 128> make_bf16_bounds(const Codebook& book) {
+  std::array<Bf16Bounds, 128> bounds{};
+  for (std::uint32_t mantissa = 0; mantissa < 128; ++mantissa) {
+    const Bf16Encoder encoder(book, mantissa);
+    const auto code_of = [&](int key) { return encoder(key < 0 ? -key : key, key < 0); };
+    const auto below = [&](int bound) {  // a code is the number of bounds below
+      int key = 1 - kBf16Steps, above = kBf16Steps - 1;
+      while (above - key > 1) (code_of((key + above) / 2) > bound ? above : key) = (key + above) / 2;
+      return static_cast<std::int16_t>(key);
+    };
+    Bf16Bounds& of = bounds[mantissa];
+    of.middle = below(7);
+    for (int i = 0; i < 8; i += 4) of.quarters[i] = below(2 * i + 3);
+    for (int i = 0; i < 8; i += 2) of.eighths[i] = below(2 * i + 1);
+    for (int i = 0; i < 8; ++i) of.sixteenths[i] = below(2 * i);
+  }
+  return bounds;
+}
+
+inline constexpr std::array<Bf16Bounds, 128> kBf16Bounds = make_bf16_bounds(codebook(QuantType::NF4));
 
 }  // namespace qlora::cpu

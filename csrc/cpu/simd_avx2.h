@@ -42,11 +42,10 @@ inline void store8(Half* to, __m256 x) {
 }
 
 inline std::uint32_t largest_lane(__m256i x) {
-  alignas(32) std::uint32_t lanes[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
-  std::uint32_t largest = lanes[0];
-  for (int i = 1; i < 8; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-  return largest;
+  __m128i largest = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  largest = _mm_max_epu32(largest, _mm_shuffle_epi32(largest, 0b01001110));
+  largest = _mm_max_epu32(largest, _mm_shuffle_epi32(largest, 0b10110001));
+  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(largest));
 }
 
 inline __m256d low_pairs(const __m256* x) { return _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1])); }
