@@ -70,7 +70,7 @@ struct AdamwFactors {
 inline AdamwFactors adamw_factors(const AdamwHyper& h) {
   const double step = static_cast<double>(h.step);
   const double correction1 = 1 - std::pow(h.beta1, step), correction2 = std::sqrt(1 - std::pow(h.beta2, step));
-  const auto average = static_cast<float>(1 - h.beta1);
+  const auto average = static_cast<float>(1 - h.beta1), eps = static_cast<float>(h.eps * correction2);
   const bool from_gradient = average >= 0.5f;
   return {.gradient = h.maximize ? -1.0f : 1.0f,
           .decay = static_cast<float>(1 - h.lr * h.weight_decay),
@@ -79,7 +79,7 @@ inline AdamwFactors adamw_factors(const AdamwHyper& h) {
           .average = from_gradient ? average - 1.0f : average,
           .from_gradient = from_gradient,
           .step_size = static_cast<float>(h.lr / correction1 * correction2),
-          .eps = static_cast<float>(h.eps * correction2)};
+          .eps = eps > 0 || h.eps == 0 ? eps : 0x1p-149f};  // of an eps that is not 0, never 0: 0 / 0 without gradient
 }
 
 // --- stochastic rounding: no state, only counters ------------------------------------------------------------------

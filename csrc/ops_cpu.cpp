@@ -1,5 +1,4 @@
 // The CPU of the ops: the kernels of cpu/, spread over torch's threads.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -15,6 +14,7 @@
 #include "cpu/quantize.h"
 #include "cpu/row_products.h"
 #include "device.h"
+#include "ops_parallel.h"
 
 namespace qlora {
 namespace {
@@ -33,7 +33,7 @@ class Cpu final : public Device {
     const void* values = weight.const_data_ptr();
     auto* bytes = packed.data_ptr<uint8_t>();
     auto* scales = absmax.data_ptr<float>();
-    at::parallel_for(0, ceil_div(n, blocksize), ceil_div(kGrain, blocksize), [&](int64_t begin, int64_t end) {
+    parallel_for(0, ceil_div(n, blocksize), ceil_div(kGrain, blocksize), [&](int64_t begin, int64_t end) {
       cpu::quantize_4bit(values, dtype, n, blocksize, quant_type, begin, end, bytes, scales);
     });
   }
@@ -44,13 +44,13 @@ class Cpu final : public Device {
     const auto* values = absmax.const_data_ptr<float>();
     const int64_t groups = nested_absmax.numel();
     std::vector<double> sums(static_cast<size_t>(groups));
-    at::parallel_for(0, groups, kGrain / kNestedBlocksize,
-                     [&](int64_t begin, int64_t end) { cpu::sum_absmax(values, n, begin, end, sums.data()); });
+    parallel_for(0, groups, kGrain / kNestedBlocksize,
+                 [&](int64_t begin, int64_t end) { cpu::sum_absmax(values, n, begin, end, sums.data()); });
     const float offset = cpu::absmax_offset(sums.data(), groups, n);
     *nested_offset.data_ptr<float>() = offset;
     auto* bytes = codes.data_ptr<uint8_t>();
     auto* scales = nested_absmax.data_ptr<float>();
-    at::parallel_for(0, groups, kGrain / kNestedBlocksize, [&](int64_t begin, int64_t end) {
+    parallel_for(0, groups, kGrain / kNestedBlocksize, [&](int64_t begin, int64_t end) {
       cpu::quantize_absmax(values, n, offset, begin, end, bytes, scales);
     });
   }
@@ -63,13 +63,13 @@ class Cpu final : public Device {
       const int64_t first = slice.row_begin * K;
       const int64_t tile = std::max<int64_t>(w.blocksize, 4096);
       const int64_t tiles_end = ceil_div(slice.row_end * K - first, tile);
-      at::parallel_for(0, tiles_end, kGrain / tile, [&](int64_t begin, int64_t end) {
+      parallel_for(0, tiles_end, kGrain / tile, [&](int64_t begin, int64_t end) {
         const int64_t last = std::min(first + end * tile, slice.row_end * K);
         cpu::dequantize_4bit(w, first + begin * tile, last, dtype, bytes + begin * tile * itemsize(dtype));
       });
       return;
     }
-    at::parallel_for(slice.row_begin, slice.row_end, ceil_div(kGrain, width), [&](int64_t begin, int64_t end) {
+    parallel_for(slice.row_begin, slice.row_end, ceil_div(kGrain, width), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         cpu::dequantize_4bit(w, row * K + slice.column_begin, row * K + slice.column_end, dtype,
                              bytes + (row - slice.row_begin) * width * itemsize(dtype));
@@ -78,8 +78,8 @@ class Cpu final : public Device {
   }
 
   void adamw(const AdamwSlice* slices, int64_t n, const AdamwOptions& options, const Tensor&) const override {
-    at::parallel_for(0, adamw_blocks(slices, n), kGrain / kAdamwBlock,
-                     [&](int64_t begin, int64_t end) { cpu::adamw(slices, n, options, begin, end); });
+    parallel_for(0, adamw_blocks(slices, n), kGrain / kAdamwBlock,
+                 [&](int64_t begin, int64_t end) { cpu::adamw(slices, n, options, begin, end); });
   }
 
   int64_t workspace_bytes(const Tensor&) const override { return cpu::l2_bytes(); }
@@ -139,8 +139,8 @@ class Cpu final : public Device {
                                      .M = M,
                                      .N = N,
                                      .K = K};
-      at::parallel_for(0, N, ceil_div(kMinFlops, 2 * M * K + 1),
-                       [&](int64_t begin, int64_t end) { cpu::row_products(product, begin, end); });
+      parallel_for(0, N, ceil_div(kMinFlops, 2 * M * K + 1),
+                   [&](int64_t begin, int64_t end) { cpu::row_products(product, begin, end); });
       return out;
     }
     const MaskedMatrix x = contiguous_if_masked(a), dense = contiguous_if_masked(b);
@@ -226,9 +226,9 @@ class Cpu final : public Device {
     const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * cpu::kMatmulRowBoundary, rows.end); };
     // At least kGrain elements for a thread.
     const int64_t bands_worth = kGrain / (cpu::kMatmulRowBoundary * std::max<int64_t>(width, 1)) + 1;
-    at::parallel_for(0, bands, std::max(ceil_div(bands, threads), bands_worth),
-                     [&](int64_t begin, int64_t end) { cpu::arrange_rows(product, rows, row_at(begin), row_at(end)); });
-    at::parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, bands, std::max(ceil_div(bands, threads), bands_worth),
+                 [&](int64_t begin, int64_t end) { cpu::arrange_rows(product, rows, row_at(begin), row_at(end)); });
+    parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t band = part / column_parts * bands_each, column = part % column_parts * columns;
         if (band >= bands || column >= product.J) continue;
@@ -279,12 +279,12 @@ class Cpu final : public Device {
                                .K = K,
                                .dtype = dtype};
     constexpr int64_t kTile = cpu::kFewRowsBoundary;
-    at::parallel_for(0, ceil_div(N, kTile), ceil_div(kGrain, kTile * std::max<int64_t>(K, 1)),
-                     [&](int64_t first, int64_t last) {
-                       const int64_t begin = first * kTile, end = std::min(last * kTile, N);
-                       for (const cpu::RowProducts& each : low_rank) cpu::row_products(each, begin, end);
-                       cpu::linear_4bit(product, begin, end);
-                     });
+    parallel_for(0, ceil_div(N, kTile), ceil_div(kGrain, kTile * std::max<int64_t>(K, 1)),
+                 [&](int64_t first, int64_t last) {
+                   const int64_t begin = first * kTile, end = std::min(last * kTile, N);
+                   for (const cpu::RowProducts& each : low_rank) cpu::row_products(each, begin, end);
+                   cpu::linear_4bit(product, begin, end);
+                 });
   }
 };
 

@@ -1,7 +1,7 @@
 // The paged optimizer as Python sees it: _C.PagedStates.
 #include "ops_paged_adamw.h"
 
-#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/Device.h>
 #include <pybind11/stl.h>
 #include <sched.h>
@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <functional>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <system_error>
@@ -19,6 +21,7 @@
 
 #include "check.h"
 #include "cpu/adamw.h"
+#include "ops_parallel.h"
 #include "pager/adamw_states.h"
 #include "pager/backend_host.h"
 
@@ -55,14 +58,16 @@ void compute_cpu(pager::HostBackend& backend, std::span<const AdamwSlice> slices
   const int64_t threads = at::get_num_threads(), others = std::max<int64_t>(1, cores() - 1);
   const int64_t part = std::max(kGrainBlocks, blocks / (threads * (streams ? kPartsStreaming : kParts)));
   std::atomic<int64_t> next = 0;
+  const Rounding callers;
   const auto compute_part = [&] {
     const int64_t at = next.fetch_add(part);
     if (at >= blocks) return false;
+    const RoundingLike caller(callers);  // for the thread that moves pages
     cpu::adamw(slices.data(), n, options, at, std::min(at + part, blocks));
     return true;
   };
   const auto compute = [&](int64_t threads) {
-    at::parallel_for(0, std::min(threads, ceil_div(blocks, part)), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, std::min(threads, ceil_div(blocks, part)), 1, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
         while (compute_part()) continue;
       }
@@ -98,6 +103,50 @@ std::vector<pager::TierRoom> make_tiers(const pager::Backend& backend, int64_t p
   if (with_file) tiers.push_back({Tier::File, pager::kUnlimited, 0});
   return tiers;
 }
+
+// Whether its elements lie in memory as they are and in order.
+bool is_flat(const Tensor& tensor) { return tensor.is_contiguous() && !tensor.is_neg() && !tensor._is_zerotensor(); }
+
+// Calls visit with views of a tensor that together are its elements [begin, end), in the order of its shape.
+void for_each_view(const Tensor& tensor, int64_t begin, int64_t end, const std::function<void(const Tensor&)>& visit) {
+  if (begin >= end) return;
+  if (begin == 0 && end == tensor.numel()) return visit(tensor);
+  const int64_t row = tensor.numel() / tensor.size(0);
+  const int64_t first = ceil_div(begin, row), last = end / row;  // whole rows [first, last)
+  if (first > last) return for_each_view(tensor.select(0, last), begin - last * row, end - last * row, visit);
+  if (begin < first * row) for_each_view(tensor.select(0, first - 1), begin - (first - 1) * row, row, visit);
+  if (first < last) visit(tensor.narrow(0, first, last - first));
+  if (last * row < end) for_each_view(tensor.select(0, last), 0, end - last * row, visit);
+}
+
+// Elements [first, first + count) of a tensor that is not flat, for as long as a kernel uses them.
+class Gathered {
+ public:
+  Gathered(const Tensor& tensor, int64_t first, int64_t count)
+      : tensor_(tensor), first_(first), elements_(at::empty({count}, tensor.options())) {
+    move([](const Tensor& view, const Tensor& elements) { elements.copy_(view); });
+  }
+
+  void put_back() const {
+    move([](const Tensor& view, const Tensor& elements) { view.copy_(elements); });
+  }
+
+  void* data() const { return elements_.data_ptr(); }
+
+ private:
+  template <typename Copy>
+  void move(const Copy& copy) const {
+    int64_t at = 0;
+    for_each_view(tensor_, first_, first_ + elements_.numel(), [&](const Tensor& view) {
+      copy(view, elements_.narrow(0, at, view.numel()).view(view.sizes()));
+      at += view.numel();
+    });
+  }
+
+  Tensor tensor_;
+  int64_t first_;
+  Tensor elements_;
+};
 
 // lr, beta1, beta2, eps, weight_decay, maximize.
 using Hyper = std::tuple<double, double, double, double, double, bool>;
@@ -137,20 +186,39 @@ class PagedStates {
     updates.reserve(ids.size());
     for (size_t i = 0; i < ids.size(); ++i) {
       const auto& [lr, beta1, beta2, eps, weight_decay, maximize] = hypers.at(i);
+      const Tensor &param = params.at(i), &grad = grads.at(i);
       updates.push_back({ids[i],
-                         params.at(i).data_ptr(),
-                         grads.at(i).const_data_ptr(),
-                         checked_dtype(kOp, "params", params[i].scalar_type()),
-                         checked_dtype(kOp, "gradients", grads[i].scalar_type()),
+                         is_flat(param) ? param.data_ptr() : nullptr,
+                         is_flat(grad) ? grad.const_data_ptr() : nullptr,
+                         checked_dtype(kOp, "params", param.scalar_type()),
+                         checked_dtype(kOp, "gradients", grad.scalar_type()),
                          static_cast<uint64_t>(indices.at(i)),
                          {lr, beta1, beta2, eps, weight_decay, 0, maximize}});
     }
     const AdamwOptions options{.grad_scale = grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
                                .stochastic_rounding = stochastic_rounding,
                                .seed = seed};
+    const auto compute = [&](std::span<const AdamwSlice> slices) {
+      compute_(slices, options, states_->pager().streams());
+    };
     const py::gil_scoped_release release;
-    states_->step(updates,
-                  [&](std::span<const AdamwSlice> slices) { compute_(slices, options, states_->pager().streams()); });
+    states_->step(updates, [&](std::span<const AdamwSlice> slices, std::span<const size_t> of) {
+      const auto flat = [](const AdamwSlice& slice) { return slice.param != nullptr && slice.grad != nullptr; };
+      if (std::all_of(slices.begin(), slices.end(), flat)) return compute(slices);
+      std::vector<AdamwSlice> together;
+      std::copy_if(slices.begin(), slices.end(), std::back_inserter(together), flat);
+      if (!together.empty()) compute(together);
+      // One after the other: a weight and its transpose, both of them parameters, are the same memory.
+      for (size_t i = 0; i < slices.size(); ++i) {
+        AdamwSlice slice = slices[i];
+        std::optional<Gathered> param, grad;
+        if (slice.param == nullptr) slice.param = param.emplace(params[of[i]], slice.first, slice.count).data();
+        if (slice.grad == nullptr) slice.grad = grad.emplace(grads[of[i]], slice.first, slice.count).data();
+        if (!param && !grad) continue;
+        compute({&slice, 1});
+        if (param) param->put_back();
+      }
+    });
   }
 
   void save(const std::vector<Place>& places, int file) { transfer(places, file, false); }

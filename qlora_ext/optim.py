@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qlora_ext.optim_checks import check, check_dtype, check_options, checked_gradient, checked_hyper
+from qlora_ext.optim_checks import check, check_options, check_parameter, checked_gradient, checked_hyper
 from qlora_ext.optim_files import find_states, save_states
-from qlora_ext.optim_state import Saved, checked_state, held, like_parameter, local_shard, state_forms
-from qlora_ext.paged_parameters import PagedParameters, Update, in_turn
+from qlora_ext.optim_state import (
+    Saved,
+    checked_state,
+    held,
+    like_parameter,
+    names_in_pages,
+    state_forms,
+)
+from qlora_ext.paged_parameters import PagedParameters, Update, in_turn, update_of
 
 
 class PagedAdamW(Optimizer):
@@ -32,7 +39,7 @@ class PagedAdamW(Optimizer):
             the CPU or CUDA devices, with gradients of any of these dtypes. Of a DTensor, the local shard is updated.
         lr, betas, eps, weight_decay: as for torch.optim.AdamW; also per group, as is `maximize` and nothing else.
         state_bits: 32; or 8: blocks of 256 elements with one fp32 absmax each, in the nearest codes of the dynamic
-            codebooks. Parameters under 4096 elements have 32-bit states.
+            codebooks (of second moments but 0 itself, in none that is 0). Parameters under 4096 elements: 32 bits.
         page_bytes: size of a page, a multiple of 4096, at most 2**30.
         device_budget: bytes of memory of each CUDA device for states; None: no limit. If it does not hold all, the
             others stream through three pages of it (or three pages, if it is less).
@@ -42,15 +49,16 @@ class PagedAdamW(Optimizer):
         page_file: path of a file for what the budgets do not hold, on a disk of this machine. Its space is reserved
             when parameters are added. It is deleted at the end: it is scratch space, not a checkpoint.
         stochastic_rounding, seed: round bfloat16 parameters up or down by chance, so that updates smaller than half
-            their last bit count on average. Chance depends on (seed, step, parameter, element) alone.
+            their last bit count on average. Chance depends on (seed, step, parameter, shard, element) alone.
         maximize: go up the gradient.
 
-    States exist from the first gradient on. They are in no tensors: `optimizer.state` has an empty dict for each
-    parameter with states, `state_dict()` makes tensors of them, `save_states()` writes them without. A NaN or Inf in a
-    gradient makes NaN of its element as in torch, in 8-bit states of its block of 256; under torch.amp.GradScaler such
-    a step is left out whole. What raises before a step begins has changed nothing. A step that loses its page file
-    half-way raises, and so does every later one: some parameters are then a step ahead of others, and a checkpoint has
-    to be loaded. Several threads may use an optimizer: one waits for the other.
+    States exist from the first gradient on. They are in no tensors: `optimizer.state` has their names without values,
+    `state_dict()` makes tensors of them, `save_states()` writes them without. States put into `optimizer.state` are
+    taken over at the next step, and a parameter that is removed from it begins anew. A NaN or Inf in a gradient makes
+    NaN of its element as in torch, in 8-bit states of its block of 256; under torch.amp.GradScaler such a step is left
+    out whole. What raises before a step begins has changed nothing. A step that loses its page file half-way raises,
+    and so does every later one: some parameters are a step ahead, and a checkpoint has to be loaded. Several threads
+    may use an optimizer: one waits for the other.
 
     Raises:
         TypeError: a parameter, gradient or option of the wrong kind.
@@ -94,9 +102,12 @@ class PagedAdamW(Optimizer):
         self._rounding = (stochastic_rounding, seed)
         file = os.path.realpath(page_file) if page_file else None
         self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
-        self._kept: list[int] = []  # the parameters in the groups that _paged was last told to keep, by identity
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults)
+        try:
+            super().__init__(params, defaults)
+        except BaseException:
+            self._paged.restore({}, ())  # the exception keeps this object, but not the page file
+            raise
 
     @in_turn
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -111,19 +122,19 @@ class PagedAdamW(Optimizer):
             new = self.param_groups[-1]["params"]
             check(len(set(new)) == len(new), "params", "each parameter once", "one of them twice")
             for p in (trained := [p for p in new if p.requires_grad]):
-                check_dtype("params", p.dtype)
-            self._forget_removed()
+                check_parameter("params", p)
+            self._follow()
             self._paged.reserve(trained)
         except BaseException:
             self.param_groups.pop()
-            self._forget_removed()
+            self._follow()
             raise
 
     @in_turn
     def remove_param_group(self, index: int) -> None:
         """Remove the group at this index of `param_groups`, and its states: of groups removed otherwise, at a step."""
         del self.param_groups[index]
-        self._forget_removed()
+        self._follow()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -148,16 +159,14 @@ class PagedAdamW(Optimizer):
 
     @in_turn
     def _step(self) -> None:
-        self._forget_removed()
+        self._follow()
         updates = list(self._updates())
         try:
             self._paged.step(updates, getattr(self, "grad_scale", None), *self._rounding)
         finally:  # after Ctrl-C during the step, too
-            for update in updates:
-                if self._paged.steps(update.parameter):
-                    self.state[update.parameter] = {}  # none: torch.distributed.checkpoint would make a step of its own
-                if update.local.data_ptr() != (local := local_shard(update.parameter)).data_ptr():  # not contiguous
-                    local.copy_(update.local)
+            stepped = [u.parameter for u in updates if self._paged.steps(u.parameter)]
+            self.state.update((p, self._names(p)) for p in stepped if p not in self.state)
+            torch.autograd.graph.increment_version([p for p in stepped if not p.is_inference()])
 
     @in_turn
     def state_dict(self) -> dict[str, Any]:
@@ -177,7 +186,7 @@ class PagedAdamW(Optimizer):
                 self.state[p] = entry | {part: like_parameter(p, entry[part]) for part in ("exp_avg", "exp_avg_sq")}
             return super().state_dict()
         finally:
-            self.state = defaultdict(dict, {p: {} for p, _ in self._with_states()})
+            self.state.update((p, self._names(p)) for p in entries)
 
     @in_turn
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -199,8 +208,7 @@ class PagedAdamW(Optimizer):
         """Take over what Optimizer.load_state_dict has matched to the parameters."""
         saved = {}
         for index, p in enumerate(p for group in state["param_groups"] for p in group["params"]):
-            if p in state["state"]:
-                entry = state["state"][p].entry
+            if p in state["state"] and (entry := state["state"][p].entry) != {}:
                 saved[p] = checked_state("PagedAdamW.load_state_dict", index, p, self._paged.state_bits, entry)
         self._restore(saved, state["param_groups"])
 
@@ -221,8 +229,8 @@ class PagedAdamW(Optimizer):
             BlockingIOError: another process or thread is saving there.
             OSError: it cannot be written, or the disk is full; a file that was there is as it was.
         """
-        self._forget_removed()
-        save_states(Path(path), self.param_groups, self._paged)
+        self._follow()
+        save_states(Path(os.path.realpath(path)), self.param_groups, self._paged)
 
     @in_turn
     def load_states(self, path: str | os.PathLike[str]) -> None:
@@ -263,28 +271,22 @@ class PagedAdamW(Optimizer):
     def _restore(self, saved: dict[Tensor, Saved], groups: list[dict[str, Any]], file: int = -1) -> None:
         for group in groups:
             checked_hyper(group)
-        params = [p for group in groups for p in group["params"]]
-        self._paged.restore(saved, [p for p in params if p.requires_grad], file)
-        self._kept = []
-        self.state = defaultdict(dict, {p: {} for p, of_p in saved.items() if of_p.steps})
+        self._paged.restore(saved, (p for group in groups for p in group["params"] if p.requires_grad), file)
+        self.state = defaultdict(dict, {p: self._names(p) for p, of_p in saved.items() if of_p.steps})
         super().__setstate__({"param_groups": groups})
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     def _with_states(self) -> Iterator[tuple[Tensor, int]]:
         """The parameters that have taken steps, and how many."""
-        self._forget_removed()
-        for p in self._parameters():
+        self._follow()
+        for p in (p for group in self.param_groups for p in group["params"]):
             if steps := self._paged.steps(p):
                 yield p, steps
 
-    def _forget_removed(self) -> None:
-        params = self._parameters()
-        if (now := [id(p) for p in params]) != self._kept:
-            self._kept = now
-            self._paged.keep(params)
-            self.state = defaultdict(dict, {p: {} for p in params if p in self.state})
+    def _names(self, p: Tensor) -> dict[str, None]:
+        return names_in_pages(p, self._paged.state_bits)
+
+    def _follow(self) -> None:
+        self._paged.follow([p for group in self.param_groups for p in group["params"]], self.state)
 
     def _updates(self) -> Iterator[Update]:
         """What a step updates, all of it checked."""
@@ -295,5 +297,4 @@ class PagedAdamW(Optimizer):
                 index += 1
                 if p.grad is None:
                     continue
-                grad = checked_gradient(index, p)
-                yield Update(p, local_shard(p.detach()).contiguous(), grad, index, hyper)
+                yield update_of(p, checked_gradient(index, p), index, hyper)

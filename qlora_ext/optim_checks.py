@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_ext import _C
 from qlora_ext.optim_state import local_shard
@@ -35,7 +36,11 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "device_budget": _BUDGET,
     "host_budget": _BUDGET,
-    "page_file": ((str, bytes, os.PathLike, type(None)), "a path or None", lambda given: True),
+    "page_file": (
+        (str, bytes, os.PathLike, type(None)),
+        "a path or None",
+        lambda given: given is None or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in os.fsdecode(given)),
+    ),
     "stochastic_rounding": ((bool,), "a bool", lambda given: True),
     "seed": ((int,), "an integer from 0 to 2**64 - 1", lambda given: 0 <= given < 1 << 64),
 }
@@ -56,6 +61,17 @@ def refusal(what: str, expected: object, got: object, error: type[Exception] = V
 def check_dtype(what: str, dtype: torch.dtype) -> None:
     """Raises TypeError if it is no dtype of parameters and gradients."""
     check(dtype in _DTYPES, what, "dtype float32, float16 or bfloat16", dtype, TypeError)
+
+
+def check_parameter(what: str, p: Tensor) -> None:
+    """Raises TypeError if it has no dtype of parameters, or its elements do not lie in memory."""
+    check_dtype(what, p.dtype)
+    _check_memory(what, local_shard(p))
+
+
+def _check_memory(what: str, tensor: Tensor) -> None:
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        raise refusal(what, "plain tensors or DTensors of them", type(tensor).__name__, TypeError)
 
 
 def check_options(**options: Any) -> None:
@@ -84,7 +100,8 @@ def checked_hyper(group: dict[str, Any]) -> Hyper:
     both = [_number("betas", beta) for beta in betas]
     check(len(both) == 2 and all(0 <= beta < 1 for beta in both), "betas", two, betas)
     maximize = group.get("maximize")
-    check(maximize in (None, False, True), "maximize", "a bool", maximize, TypeError)
+    is_bool = not isinstance(maximize, Tensor) and maximize in (None, False, True)
+    check(is_bool, "maximize", "a bool", maximize, TypeError)
     return lr, both[0], both[1], eps, weight_decay, bool(maximize)
 
 
@@ -98,7 +115,7 @@ def _number(what: str, given: Any) -> float:
 
 
 def checked_gradient(index: int, p: Any) -> Tensor:
-    """The gradient of p, which is parameter number `index`: of its local shard, contiguous."""
+    """The gradient of p, which is parameter number `index`: of its local shard."""
     grad: Tensor = p.grad
     what = f"gradient of parameter {index}"
     if grad.layout is not torch.strided:
@@ -110,7 +127,8 @@ def checked_gradient(index: int, p: Any) -> Tensor:
         raise refusal(f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
     if hasattr(p, "placements") or hasattr(grad, "placements"):
         grad = _local_gradient(what, p, grad)
-    return grad.contiguous()
+    _check_memory(what, grad)
+    return grad
 
 
 def _local_gradient(what: str, p: Any, grad: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from qlora_ext.optim_checks import checked_hyper
-from qlora_ext.optim_state import MOST_STEPS, Saved, state_forms
+from qlora_ext.optim_state import MOST_STEPS, Saved, shard_number, state_forms
 from qlora_ext.paged_parameters import PagedParameters
 from qlora_ext.state_file import read_header, write_state_file
 
@@ -30,13 +30,24 @@ def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters
         "sizes": [len(group["params"]) for group in groups],
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
         "steps": steps,
+        "shards": _shards(groups),
     }
+    try:
+        text = json.dumps(described, default=float)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"PagedAdamW.save_states: param_groups: expected what JSON has, got {error}") from error
     write_state_file(
         path,
         forms,
-        {"format": "pt", _METADATA: json.dumps(described, default=float)},
+        {"format": "pt", _METADATA: text},
         lambda file, offsets: paged.save([(p, part, offsets[name]) for p, part, name in parts], file),
     )
+
+
+def _shards(groups: list[dict[str, Any]]) -> dict[str, int]:
+    """The numbers of the parameters' shards that this process has, of those that are not the first."""
+    params = (p for group in groups for p in group["params"])
+    return {str(index): number for index, p in enumerate(params) if (number := shard_number(p))}
 
 
 def find_states(
@@ -61,6 +72,8 @@ def find_states(
             raise ValueError(f"{len(loaded)} groups for {sizes} parameters, steps {steps}")
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{at}: expected a file of save_states, got {error!r}") from error
+    if (shards := described.get("shards", _shards(groups))) != _shards(groups):
+        raise ValueError(f"{at}: expected the shards of this process, {_shards(groups)}, got {shards}")
     expected = [len(group["params"]) for group in groups]
     if sizes != expected:
         raise ValueError(f"{at}: expected groups of {expected} parameters, got {sizes}")

@@ -47,7 +47,20 @@ def held(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def local_shard(tensor: Tensor) -> Tensor:
     """What this process has of a DTensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    local: Tensor = tensor.to_local()
+    return local.wait() if hasattr(local, "wait") else local  # for a collective that is under way
+
+
+def shard_number(p: Any) -> int:
+    """Which of p's shards this process has, the same on all that have it; 0 if p is no DTensor."""
+    number = 0
+    if hasattr(p, "placements"):
+        for placement, size, at in zip(p.placements, p.device_mesh.shape, p.device_mesh.get_coordinate(), strict=True):
+            if not placement.is_replicate():
+                number = number * size + at
+    return number
 
 
 def like_parameter(p: Any, state: Tensor) -> Tensor:
@@ -72,6 +85,11 @@ def state_forms(p: Tensor, state_bits: int) -> dict[str, Form]:
         return dict.fromkeys(PARTS[:2], Form(torch.float32, tuple(local.shape)))
     absmax = Form(torch.float32, (-(-local.numel() // _C.ADAMW_BLOCK),))
     return dict.fromkeys(PARTS[:2], Form(torch.uint8, tuple(local.shape))) | dict.fromkeys(PARTS[2:], absmax)
+
+
+def names_in_pages(p: Tensor, state_bits: int) -> dict[str, None]:
+    """What stands in Optimizer.state for a state in pages: torch.distributed.checkpoint looks there for the names."""
+    return dict.fromkeys(("step", *state_forms(p, state_bits)))
 
 
 def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[str, Any]) -> Saved:

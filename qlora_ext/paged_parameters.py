@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from qlora_ext import _C
 from qlora_ext.optim_checks import Hyper
-from qlora_ext.optim_state import PARTS, Saved, local_shard, state_forms, state_width
+from qlora_ext.optim_state import (
+    PARTS,
+    Saved,
+    checked_state,
+    local_shard,
+    names_in_pages,
+    shard_number,
+    state_forms,
+    state_width,
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
@@ -34,13 +44,18 @@ def in_turn(method: Method) -> Method:
 
 
 class Update(NamedTuple):
-    """One parameter of a step: its local shard, contiguous like its gradient, and its number in the optimizer."""
+    """One parameter of a step: its local shard, the gradient of that, and its number for rounding by chance."""
 
     parameter: Tensor
     local: Tensor
     grad: Tensor
     number: int
     hyper: Hyper
+
+
+def update_of(p: Tensor, grad: Tensor, index: int, hyper: Hyper) -> Update:
+    """The update of p, parameter number `index` of its optimizer. Each shard has a number of its own."""
+    return Update(p, local_shard(p.detach()), grad, index + (shard_number(p) << 32), hyper)
 
 
 class _States(NamedTuple):
@@ -65,17 +80,21 @@ class PagedParameters:
         self.state_bits = state_bits
         self._paging = (page_bytes, device_budget, host_budget, page_file or "")
         self._stores: dict[torch.device, _C.PagedStates] = {}
+        # The page file goes at the end of the process, too, where a thread that still runs keeps the optimizer.
+        weakref.finalize(self, self._stores.clear)
         self._states: dict[Tensor, _States] = {}
+        self._followed: list[int] = []  # the parameters of the last time, by identity
         self._half_restored = False
 
     def __len__(self) -> int:
         return len(self._states)
 
     def reserve(self, params: Iterable[Tensor]) -> None:
-        """Room for the states of these parameters, which have none yet; all or, if it raises, none on that device."""
+        """Room for the states of those of these that have none yet; all or, if it raises, none on that device."""
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
         for p in params:
-            by_device[local_shard(p).device].append(p)
+            if p not in self._states:
+                by_device[local_shard(p).device].append(p)
         devices = {*self._stores, *by_device}
         _, device_budget, _, page_file = self._paging
         if page_file and len(devices) > 1:
@@ -85,17 +104,42 @@ class PagedParameters:
         if device_budget is not None and torch.device("cpu") in devices:
             raise ValueError("PagedAdamW: device_budget: expected None for states on the CPU, which host_budget is for")
         for device, new in by_device.items():
-            if device not in self._stores:
-                self._stores[device] = _C.PagedStates(str(device), *self._paging)
+            store = self._stores.get(device) or _C.PagedStates(str(device), *self._paging)
             numels = [local_shard(p).numel() for p in new]
             bits = [state_width(p, self.state_bits) for p in new]
-            ids = self._stores[device].add(numels, bits)
+            try:
+                ids = store.add(numels, bits)
+            except BaseException:
+                del store  # which the exception would keep, with its page file, if it is new
+                raise
+            self._stores[device] = store
             self._states |= {p: _States(device, *states) for p, *states in zip(new, ids, numels, strict=True)}
 
-    def keep(self, params: Collection[Tensor]) -> None:
-        """Free the states of all others."""
-        for p in self._states.keys() - set(params):
-            states = self._states.pop(p)
+    def follow(self, params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
+        """Do to the pages what has been done to the parameters of an optimizer and to its `state`.
+
+        The states of other parameters are freed, as are those that `state` has no entry for. What is in pages has its
+        names there; tensors are taken over.
+        """
+        if (now := [id(p) for p in params]) != self._followed:
+            self._followed = now
+            for p in (self._states.keys() | state.keys()) - set(params):
+                state.pop(p, None)
+                self.forget(p)
+        given = {}
+        for index, p in enumerate(params):
+            entry = state.get(p)
+            if entry and any(value is not None for value in entry.values()):
+                given[p] = checked_state("PagedAdamW.state", index, p, self.state_bits, entry)
+            elif not entry and self.steps(p):
+                self.forget(p)
+        self.reserve(given)
+        self.put(given)
+        state.update((p, names_in_pages(p, self.state_bits)) for p in given)
+
+    def forget(self, p: Tensor) -> None:
+        """Free the states of this parameter, if it has any."""
+        if states := self._states.pop(p, None):
             self._stores[states.device].remove(states.id)
 
     def steps(self, p: Tensor) -> int:
@@ -108,7 +152,7 @@ class PagedParameters:
     ) -> None:
         """Update the parameters, page by page; on each device all of them or none, unless pages are lost."""
         self._check_restored()
-        self.reserve([u.parameter for u in updates if u.parameter not in self._states])
+        self.reserve(u.parameter for u in updates)
         by_device: dict[torch.device, list[tuple[int, Update]]] = defaultdict(list)
         for update in updates:
             by_device[update.local.device].append((self._id(update.parameter), update))
@@ -133,8 +177,14 @@ class PagedParameters:
         """
         self._half_restored = True
         self._states.clear()
+        self._followed = []
         self._stores.clear()  # which frees all pages: there is never a second copy of the states
         self.reserve(dict.fromkeys([*saved, *reserved]))
+        self.put(saved, file)
+        self._half_restored = False
+
+    def put(self, saved: Mapping[Tensor, Saved], file: int = -1) -> None:
+        """Replace the states of these parameters, for which there is room."""
         held: list[tuple[Tensor, str, Tensor | int]] = []
         converted = 0
         for p, (steps, parts) in saved.items():
@@ -149,7 +199,6 @@ class PagedParameters:
                 self._load(held, file)
                 held, converted = [], 0
         self._load(held, file)
-        self._half_restored = False
 
     def stats(self) -> dict[str, Any]:
         """The sums of the stores' own, since the states were last restored."""

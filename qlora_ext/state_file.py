@@ -56,8 +56,10 @@ def _replacing(path: Path) -> Iterator[FileIO]:
             yield file
             os.fsync(file.fileno())
             os.replace(beside, path)
-        except BaseException:
+        except BaseException as error:
             beside.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(path)
             raise
 
 

@@ -12,6 +12,9 @@ import torch
 from cases import DTYPES, normal, quantized_normal
 from reference import assert_same
 from torch import Tensor
+from torch.nn import Parameter
+
+from qlora_ext import PagedAdamW
 
 ops = torch.ops.qlora_ext
 M, N, K = 128, 384, 2048  # enough for several threads in every op
@@ -66,6 +69,31 @@ def multiplies_matrices(dtype: torch.dtype) -> bool:
     """Whether the CPU has AMX: then many rows of bf16 are torch's."""
     cpuinfo = Path("/proc/cpuinfo")
     return dtype == torch.bfloat16 and cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+
+
+@pytest.fixture
+def flushing() -> Iterator[None]:
+    for num_threads in (1, 2):  # with its thread there, which set_flush_denormal does not reach
+        torch.set_num_threads(num_threads)
+        ops.dequantize_4bit(*Q, (N, K), torch.float32)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_threads_flush_subnormal_numbers_if_the_caller_does(flushing: None) -> None:
+    packed, absmax = ops.quantize_4bit(WEIGHT, "nf4", 64)
+    tiny = (packed, torch.full_like(absmax, 1e-38), None, None, "nf4", 64)
+    results = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        p = Parameter(torch.ones(100_000))
+        p.grad = torch.full_like(p, 1e-19)  # whose square is subnormal
+        PagedAdamW([p], eps=1e-30).step()
+        decoded = ops.dequantize_4bit(*tiny, (N, K), torch.float32)
+        results.append((p.detach().view(torch.int32), decoded.view(torch.int32)))
+    assert_same(*results)
 
 
 def ticks_by_thread() -> dict[str, int]:

@@ -98,8 +98,10 @@ void AdamwStates::step(std::span<Update> updates, const Compute& compute) {
   for (Update& update : updates) update.hyper.step = steps(update.id) + 1;
   const Plan plan = this->plan(std::span<const Update>(updates));
   std::vector<AdamwSlice> slices;
+  std::vector<std::size_t> of;
   pager_->walk(plan.pages, true, [&](std::size_t position, std::span<std::byte* const> pages) {
     slices.clear();
+    of.clear();
     const auto add = [&](std::byte* page, const Plan::Item& item) {
       const auto& [segment, index] = item;
       const Update& update = updates[index];
@@ -107,9 +109,13 @@ void AdamwStates::step(std::span<Update> updates, const Compute& compute) {
         const std::int64_t at = segment->at[static_cast<int>(which)];
         return at < 0 ? nullptr : page + at;
       };
+      const auto element = [&](auto* base, DType dtype) {
+        return base == nullptr ? nullptr : base + segment->first * itemsize(dtype);
+      };
+      of.push_back(index);
       slices.push_back({
-          .param = static_cast<std::byte*>(update.param) + segment->first * itemsize(update.param_dtype),
-          .grad = static_cast<const std::byte*>(update.grad) + segment->first * itemsize(update.grad_dtype),
+          .param = element(static_cast<std::byte*>(update.param), update.param_dtype),
+          .grad = element(static_cast<const std::byte*>(update.grad), update.grad_dtype),
           .param_dtype = update.param_dtype,
           .grad_dtype = update.grad_dtype,
           .count = segment->count,
@@ -125,7 +131,7 @@ void AdamwStates::step(std::span<Update> updates, const Compute& compute) {
     for (std::byte* const page : pages) {
       for (const Plan::Item& item : plan.items[position++]) add(page, item);
     }
-    compute(slices);
+    compute(slices, of);
   });
   for (const Update& update : updates) set_steps(update.id, update.hyper.step);
 }

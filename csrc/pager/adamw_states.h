@@ -17,7 +17,7 @@ using ParameterId = std::int64_t;
 // One parameter of a step. Its states are those of `id`.
 struct Update {
   ParameterId id;
-  void* param;       // [numel], contiguous
+  void* param;       // [numel], contiguous; or null, as those of its slices are then: the caller has to find them
   const void* grad;  // likewise
   DType param_dtype, grad_dtype;
   std::uint64_t index;  // of the parameter in its optimizer
@@ -44,9 +44,9 @@ class AdamwStates {
   std::int64_t steps(ParameterId id) const { return parameters_[static_cast<std::size_t>(id)].steps; }
   void set_steps(ParameterId id, std::int64_t steps) { parameters_[static_cast<std::size_t>(id)].steps = steps; }
 
-  // One step of each, page by page: compute(slices) is called for one page or several, and each step is then counted. A
-  // slice's hyper is that of its update. See Pager::walk for what throws when.
-  using Compute = std::function<void(std::span<const AdamwSlice> slices)>;
+  // One step of each, page by page: compute(slices, of) is called for one page or several, slices[i] being a part of
+  // updates[of[i]], whose hyper is the slice's. Each step is then counted. See Pager::walk for what throws when.
+  using Compute = std::function<void(std::span<const AdamwSlice> slices, std::span<const std::size_t> of)>;
   void step(std::span<Update> updates, const Compute& compute);
 
   // Copies the parts out of the pages or into them. `file` is a descriptor that offsets refer to.
