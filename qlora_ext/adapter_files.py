@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, set_adapter
-from qlora_ext.layer_names import is_named, plain_modules, unwrapped
+from qlora_ext.layer_names import check_name, check_regex, is_named, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraConfig, LoraLinear, check_name, check_regex
+from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.model_layers import AnyLinear, linear_layers, lora_layers, named_layers
 
 CONFIG_FILE = "adapter_config.json"
