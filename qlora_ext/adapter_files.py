@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, set_adapter
-from qlora_ext.layer_names import is_named, unwrapped
+from qlora_ext.layer_names import check_name, check_regex, is_named, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraConfig, LoraLinear, check_name, check_regex
+from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.model_layers import AnyLinear, linear_layers, lora_layers, named_layers
 
 CONFIG_FILE = "adapter_config.json"
@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     layers = {layer_name: layer for layer_name, layer in lora_layers(model) if name in layer.configs}
     config = next(iter(layers.values())).configs[name]
     # What "all-linear" means is decided differently elsewhere; and a loaded adapter may be on fewer layers than named.
-    if config.target_modules == "all-linear" or set(named_layers(model, config.target_modules)) != set(layers):
+    if config.target_modules == "all-linear" or _meant_modules(model, config.target_modules) != set(layers):
         config = replace(config, target_modules=_short_names(model, list(layers)))
     tensors = {}
     for layer_name, layer in layers.items():
@@ -165,10 +165,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     set_adapter(model, name)
 
 
+def _meant_modules(model: nn.Module, wanted: str | list[str]) -> set[str]:
+    """What PEFT takes these target_modules to mean: modules of any kind. It refuses those that no adapter fits."""
+    inside = {id(part) for _, layer in lora_layers(model) for part in layer.modules() if part is not layer}
+    names = {name for name, module in plain_modules(model) if name and id(module) not in inside}
+    return {n for n in names if (re.fullmatch(wanted, n) if isinstance(wanted, str) else is_named(n, wanted))}
+
+
 def _short_names(model: nn.Module, layer_names: list[str]) -> str | list[str]:
     """What means exactly these layers in this model: the last parts of their names, the names, or a regex of them."""
     for names in ({name.rsplit(".", 1)[-1] for name in layer_names}, layer_names):
-        if set(named_layers(model, list(names))) == set(layer_names):
+        if _meant_modules(model, list(names)) == set(layer_names):
             return sorted(names)
     return "|".join(re.escape(name) for name in sorted(layer_names))
 

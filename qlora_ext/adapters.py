@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from qlora_ext.layer_names import is_named, is_pattern_of
+from qlora_ext.layer_names import check_name, is_named, is_pattern_of
 from qlora_ext.linear import Linear4bit, dense, is_hooked
-from qlora_ext.lora import LoraConfig, LoraLinear, check_name
+from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.model_layers import adapter_names, linear_layers, lora_layers, named_layers, replace_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -155,6 +155,8 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
             LoraLinear and Linear4bit becomes a plain nn.Linear in the base's dtype, rounded once from the float32 sum;
             this cannot be undone. A base with hooks, or a subclass with a forward of its own, does with W0 + B A
             what it did with W0.
+
+    Merged or not, the state_dict holds the base and the adapters; a merged model that loads one merges them again.
 
     Raises:
         TypeError: a base has a weight in a form of others' (bitsandbytes' layers), or a forward not of its class.

@@ -6,6 +6,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from qlora_ext._ops import ops
 from qlora_ext.quant_state import QuantState
@@ -31,7 +32,8 @@ def quantize_4bit(
 
     Raises:
         TypeError: an argument of the wrong kind, or a weight of another dtype.
-        ValueError: quant_type or blocksize is none of the above, or weight holds NaN or Inf.
+        ValueError: quant_type or blocksize is none of the above, or weight holds NaN or Inf (not seen under
+            torch.compile, which traces without values: they then reach absmax).
 
     Source: QLoRA, arXiv 2305.14314, section 3; the bytes are bitsandbytes'.
     """
@@ -39,7 +41,7 @@ def quantize_4bit(
     _check_type("quantize_4bit", "quant_type", quant_type, str)
     _check_type("quantize_4bit", "blocksize", blocksize, Integral)
     packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, blocksize)
-    if absmax.numel() and not absmax.is_meta and not absmax.amax().isfinite():  # of NaN, too: the maximum is NaN
+    if _has_values(absmax) and not absmax.amax().isfinite():  # of NaN, too: the maximum is NaN
         blocks = absmax.flatten().isfinite().logical_not().nonzero().flatten()
         raise ValueError(
             f"quantize_4bit: weight: expected finite values, got NaN or Inf in {len(blocks)} of {absmax.numel()} "
@@ -125,6 +127,11 @@ def matrix_shape(op: str, state: QuantState, x: Tensor) -> tuple[int, int]:
     if x.dim() == 0 or x.shape[-1] != state.shape[1]:
         raise ValueError(f"{op}: x: expected [..., {state.shape[1]}], got {list(x.shape)}")
     return state.shape[0], state.shape[1]
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether there is something in it to look at: not on meta, in FakeTensorMode or where torch.compile traces."""
+    return not (torch.compiler.is_compiling() or is_fake(tensor) or tensor.is_meta or tensor.numel() == 0)
 
 
 def _weight_arguments(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:

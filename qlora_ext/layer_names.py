@@ -1,4 +1,4 @@
-"""The names of a model's layers, by which adapters and their files mean them: those of the plain model.
+"""Names of a model's layers, by which adapters and their files mean them: those of the plain model; and of adapters.
 
 A model, or a part of it, may be wrapped in torch.compile's module or in one of data parallelism, which put a name of
 their own in between.
@@ -7,9 +7,12 @@ their own in between.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from torch import nn
+
+Number = TypeVar("Number", int, float)
 
 
 def is_wrapper(module: nn.Module) -> bool:
@@ -50,3 +53,27 @@ def is_named(name: str, wanted: Iterable[str]) -> bool:
 def is_pattern_of(key: str, name: str) -> bool:
     """Whether this key of rank_pattern or alpha_pattern means the layer of this name."""
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+
+
+def by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
+    """What this rank_pattern or alpha_pattern says of the layer of this name, or else the default."""
+    return next((value for key, value in pattern.items() if is_pattern_of(key, name)), default)
+
+
+def check_regex(what: str, pattern: object) -> None:
+    """Raises TypeError or ValueError, which begins with `what`, if the pattern is no regular expression in a str."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{what}: expected a regular expression, got {pattern!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}: expected a regular expression, got {pattern!r} ({error})") from error
+
+
+def check_name(op: str, name: str, taken: Container[str] = ()) -> None:
+    """Raise TypeError or ValueError unless a new adapter can have this name."""
+    if not isinstance(name, str):
+        raise TypeError(f"{op}: name: expected a str, got {name!r}")
+    if name in taken or not name or "." in name or hasattr(nn.ParameterDict(), name):
+        expected = "a new adapter name without dots that is no attribute of nn.ParameterDict"
+        raise ValueError(f"{op}: name: expected {expected}, got {name!r}")

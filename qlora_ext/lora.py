@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_ext.functional import cast_as_autocast
-from qlora_ext.layer_names import is_pattern_of
+from qlora_ext.layer_names import by_pattern, check_name, check_regex
 from qlora_ext.linear import Linear4bit, dense, has_float_weight, is_hooked, keeping_dtype
-
-Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -75,30 +72,16 @@ class LoraConfig:
 
     def rank(self, module_name: str) -> int:
         """r of the layer of this name."""
-        return _by_pattern(self.rank_pattern, module_name, self.r)
+        return by_pattern(self.rank_pattern, module_name, self.r)
 
     def scaling(self, module_name: str) -> float:
         """The factor of B A in the layer of this name."""
         r = self.rank(module_name)
-        return _by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
-
-
-def check_regex(what: str, pattern: object) -> None:
-    """Raises TypeError or ValueError, which begins with `what`, if the pattern is no regular expression in a str."""
-    if not isinstance(pattern, str):
-        raise TypeError(f"{what}: expected a regular expression, got {pattern!r}")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{what}: expected a regular expression, got {pattern!r} ({error})") from error
+        return by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
-    return next((value for key, value in pattern.items() if is_pattern_of(key, name)), default)
 
 
 class LoraLinear(nn.Module):
@@ -113,7 +96,8 @@ class LoraLinear(nn.Module):
             the multiply, and never cast by `.half()` or `.to(dtype)`.
         scaling, configs: by adapter name.
         active_adapters: names of those that count.
-        merged_base: while merged, a layer of the same kind with W0 + the active updates; base_layer stays untouched.
+        merged_base: while merged, a layer of the same kind with W0 + the active updates; base_layer stays untouched. It
+            is no part of the state_dict, but made again when one is loaded.
 
     Raises:
         TypeError: base_layer is another module.
@@ -122,9 +106,8 @@ class LoraLinear(nn.Module):
     def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
         super().__init__()
         if not isinstance(base_layer, (nn.Linear, Linear4bit)):
-            raise TypeError(
-                f"LoraLinear: base_layer: expected nn.Linear or Linear4bit, got {type(base_layer).__name__}"
-            )
+            got = type(base_layer).__name__
+            raise TypeError(f"LoraLinear: base_layer: expected nn.Linear or Linear4bit, got {got}")
         self.base_layer = base_layer
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
@@ -132,6 +115,7 @@ class LoraLinear(nn.Module):
         self.configs: dict[str, LoraConfig] = {}
         self.active_adapters: list[str] = []
         self.merged_base: nn.Linear | Linear4bit | None = None
+        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
 
     @property
@@ -182,7 +166,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        base = self.base_layer if self.merged_base is None else self.merged_base
+        base: Any = self._modules["base_layer"] if self.merged_base is None else self.merged_base  # without __getattr__
         if self.merged or not self.active_adapters:
             y: Tensor = base(x)
             return y
@@ -226,10 +210,16 @@ class LoraLinear(nn.Module):
         """
         base = self.base_layer if self.merged_base is None else self.merged_base
         if isinstance(base, Linear4bit) or not has_float_weight(base):
-            raise AttributeError(f"LoraLinear: weight: expected a base_layer with a float weight, got {base}")
+            raise AttributeError  # __getattr__ says why
         if self.merged or not self.active_adapters:
             return base.weight
         return self._updated(base.weight.float()).to(base.weight.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # Python comes here when a property raises AttributeError, whose message is lost
+            expected = "a base_layer with a float weight (as quantize_model(skip=...) leaves it)"
+            raise AttributeError(f"LoraLinear: weight: expected {expected}, got {self.base_layer}")
+        return super().__getattr__(name)
 
     @property
     def bias(self) -> Tensor | None:
@@ -286,15 +276,25 @@ class LoraLinear(nn.Module):
         """Compute with the base and its adapters again."""
         self.merged_base = None
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        merged, self.merged_base = self.merged_base, None
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            self.merged_base = merged
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged_base is not None:  # to the rest of the loading its tensors are not missing
+            state_dict |= self.merged_base.state_dict(prefix=f"{prefix}merged_base.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
         super()._apply(keeping_dtype(fn, [*self.lora_A.values(), *self.lora_B.values()]), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
-def check_name(op: str, name: str, taken: Container[str] = ()) -> None:
-    """Raise TypeError or ValueError unless a new adapter can have this name."""
-    if not isinstance(name, str):
-        raise TypeError(f"{op}: name: expected a str, got {name!r}")
-    if name in taken or not name or "." in name or hasattr(nn.ParameterDict(), name):
-        expected = "a new adapter name without dots that is no attribute of nn.ParameterDict"
-        raise ValueError(f"{op}: name: expected {expected}, got {name!r}")
+def _merge_again(layer: LoraLinear, _: object) -> None:
+    """After loading a state_dict: the merged layer follows from the base and the adapters that it held."""
+    if layer.merged:
+        layer.unmerge()
+        layer.merge()

@@ -166,6 +166,37 @@ def test_all_linear_is_saved_as_names_that_mean_these_layers_alone(tmp_path: Pat
     assert names_of(theirs.base_model.model, peft.tuners.lora.Linear) == {"block.out", "block.out_proj"}
 
 
+class Siblings(nn.Module):
+    """Modules that PEFT has no adapter for, or another kind of, are called as the linear layers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = nn.ModuleDict({"proj": nn.Sequential(nn.LayerNorm(8)), "fc": nn.Conv3d(8, 8, 1)})
+        self.text = nn.ModuleDict({"proj": nn.Linear(8, 8), "fc": nn.Linear(8, 8)})
+        self.fc = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved"),
+    [
+        ("all-linear", r"fc|text\.fc|text\.proj"),
+        (["proj", "text.fc"], ["text.fc", "text.proj"]),
+        (["proj", "fc"], r"fc|text\.fc|text\.proj"),
+        (r"(.*\.)?proj", ["text.proj"]),
+    ],
+    ids=str,
+)
+def test_targets_that_mean_other_modules_too_are_saved_as_those_that_do_not(
+    targets: str | list[str], saved: str | list[str], tmp_path: Path
+) -> None:
+    model = Siblings()
+    add_adapter(model, LoraConfig(target_modules=targets))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == saved
+    theirs = peft.PeftModel.from_pretrained(Siblings(), str(tmp_path))
+    assert names_of(theirs.base_model.model, peft.tuners.lora.Linear) == names_of(model, LoraLinear)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

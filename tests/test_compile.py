@@ -14,7 +14,7 @@ from tiny_model import tiny_config
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from qlora_ext import LoraConfig, add_adapter, quantize_model
+from qlora_ext import LoraConfig, add_adapter, dequantize_4bit, quantize_4bit, quantize_model
 
 # Traces forward and backward as the default does, without the seconds for compiling C++.
 TRACED = {"backend": "aot_eager", "fullgraph": True}
@@ -70,6 +70,18 @@ def test_lora(dropout: float, adapters: int, dtype: torch.dtype, base: str) -> N
     layer.base_layer.requires_grad_(False)
     layer.base_layer.bias.requires_grad_()
     assert_compiles_as_eager(layer, torch.randn(2, 5, 256).to(dtype))
+
+
+@by_dtype
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+def test_quantize(double_quant: bool, dtype: torch.dtype) -> None:
+    def round_trip(weight: Tensor) -> tuple[Tensor, ...]:
+        packed, state = quantize_4bit(weight, double_quant=double_quant)
+        return packed, state.absmax, dequantize_4bit(packed, state)
+
+    weight = torch.randn(48, 256).to(dtype)
+    for got, same in zip(torch.compile(round_trip, **TRACED)(weight), round_trip(weight), strict=True):
+        assert_same(got, same)
 
 
 def test_a_step_with_inductor() -> None:

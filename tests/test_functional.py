@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from cases import BLOCKSIZES, DTYPES, QUANT_TYPES, normal
 from reference import Quantized, assert_same
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import qlora_ext
 
@@ -146,6 +148,21 @@ def test_weight_that_is_not_finite(double_quant: bool, bad: float) -> None:
     weight[2, 3] = bad
     with pytest.raises(ValueError, match=r"quantize_4bit.*weight.*finite"):
         qlora_ext.quantize_4bit(weight, double_quant=double_quant)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_no_values_are_asked_for_where_there_are_none(double_quant: bool) -> None:
+    real = qlora_ext.quantize_4bit(normal(4, 64), double_quant=double_quant)
+    with FakeTensorMode():
+        packed, state = qlora_ext.quantize_4bit(torch.empty(4, 64), double_quant=double_quant)
+        model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 8)), double_quant=double_quant)
+        assert model(torch.empty(3, 64)).shape == (3, 8)
+    for fake, same in zip(as_quantized(packed, state), as_quantized(*real), strict=True):
+        if isinstance(same, torch.Tensor):
+            assert isinstance(fake, FakeTensor)
+            assert (fake.shape, fake.dtype) == (same.shape, same.dtype)
+        else:
+            assert fake == same
 
 
 def quantized() -> tuple[torch.Tensor, qlora_ext.QuantState]:

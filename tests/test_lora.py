@@ -286,3 +286,12 @@ def test_adapter_name_must_be_new_and_without_dots(name: str) -> None:
     with pytest.raises(ValueError, match=f"name.*'{name}'"):
         layer.add_adapter(name, LoraConfig())
     assert list(layer.configs) == ["a0"]
+
+
+def test_a_layer_in_4_bits_says_why_it_has_no_weight() -> None:
+    layer = LoraLinear(make_linear())
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match=r"LoraLinear: weight: .* float weight .*skip=.*got Linear4bit"):
+        _ = layer.weight
+    with pytest.raises(AttributeError, match="no attribute 'wait'"):
+        _ = layer.wait

@@ -185,6 +185,32 @@ def test_adapters_saved_while_merged_are_the_adapters(base: str, tmp_path: Path)
         assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "before" / file).read_bytes()
 
 
+@by_base
+def test_a_state_dict_is_the_same_merged_or_not_and_loads_into_either(base: str) -> None:
+    source = make_model(base)
+    state, unmerged_logits = state_bytes(source), logits(source)
+    merge_adapter(source)
+    assert state_bytes(source) == state
+    merged_logits = logits(source)
+    for merged, expected in ((True, merged_logits), (False, unmerged_logits)):
+        model = make_model(base)
+        if merged:
+            merge_adapter(model)
+        model.load_state_dict(source.state_dict())
+        assert_same(logits(model), expected)
+    merge_adapter(model)
+    unmerge_adapter(model)
+    assert state_bytes(model) == state
+
+
+def test_a_state_dict_that_cannot_be_merged_leaves_no_old_merged_weight() -> None:
+    model = nn.Sequential(make_lora(make_base("Linear4bit"), LoraConfig()))
+    merge_adapter(model)
+    with pytest.raises(ValueError, match="finite"):
+        model.load_state_dict(model.state_dict() | {"0.lora_B.a0": torch.full((48, 8), torch.nan)})
+    assert model(torch.ones(1, 256)).isnan().all()
+
+
 # --- dequantize=True ------------------------------------------------------------------------------------------------
 
 
