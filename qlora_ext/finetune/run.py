@@ -19,6 +19,7 @@ from qlora_ext.info import built_for_cuda, describe
 from .compile import compile_layers
 from .data import IGNORE, PadToLongest, load_data
 from .evaluate import held_out_loss, sample_answers
+from .fit import check_fits, check_runs
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice
@@ -29,7 +30,7 @@ from .train import Schedule, discard_checkpoints, newest_checkpoint, total_steps
 SAME_RUN = (
     *("model", "data", "method", "seed", "eval_fraction", "max_length", "chat"),
     *("optimizer", "lr", "schedule", "warmup"),
-    *("quant_type", "blocksize", "no_double_quant"),
+    *("quant_type", "blocksize", "no_double_quant", "skip"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
 )
 
@@ -80,6 +81,9 @@ def run(options: argparse.Namespace) -> int:
     transformers.set_seed(options.seed)  # the adapter starts the same on every base
     if adapter:
         qlora_ext.add_adapter(model, _lora_config(options))
+    check_fits(model, data, tokenizer.pad_token_id or 0)
+    if options.method == "qlora":
+        check_runs(model)
     if options.loss_chunk:
         check_head(model)
     chunk = suitable_chunk(model) if options.loss_chunk is None else options.loss_chunk or None
@@ -212,6 +216,7 @@ def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
         "quant_type": options.quant_type,
         "blocksize": options.blocksize,
         "double_quant": not options.no_double_quant,
+        "skip": options.skip or (),
     }
 
 
