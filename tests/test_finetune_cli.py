@@ -176,6 +176,13 @@ def test_bad_line_of_data_is_named(
     assert f"error: {bad}: the file is empty" in capsys.readouterr().err
 
 
+def test_diverged_last_step_is_an_error(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words({**arguments, "steps": 1, "lr": 1e30})) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("error: the held-out loss is nan at step 1: try a lower learning rate")
+    assert not (arguments["output"] / "report.json").exists()
+
+
 def test_ctrl_c_outside_the_training_loop(
     arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

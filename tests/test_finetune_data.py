@@ -53,6 +53,34 @@ def test_every_assistant_turn_has_loss_and_no_other_turn(tmp_path: Path, tokeniz
     assert example.question == "user 1"
 
 
+@pytest.mark.parametrize(("template", "text"), [(CHATML, "hi <|im_end|>"), (None, " hi <|im_end|>")])
+def test_conversation_may_begin_with_the_assistant(tmp_path: Path, template: str | None, text: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    turns = [("assistant", "hi "), ("user", "hi"), ("assistant", "bye")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    example = load_one(jsonl(tmp_path / "d.jsonl", {"messages": messages}), tokenizer)
+    assert labelled(tokenizer, example) == text + ("bye<|im_end|>" if template else " bye<|im_end|>")
+    assert tokenizer.decode(example.input_ids[: example.prompt_length]).endswith("assistant\n" if template else ":")
+    assert example.question == ""
+
+
+def test_first_turn_that_the_template_changes_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", {"messages": [{"role": "assistant", "content": "hi"}]})
+    template = CHATML.replace("message['content']", "message['content'] | upper")
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 1: the chat template rewrites the first turn"):
+        load_one(path, tiny_tokenizer(template))
+    only = load_one(path, tiny_tokenizer("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"))
+    assert only.prompt_length == 1, "what a sample answer starts from"
+
+
+def test_empty_system_turn_is_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    plain = {"messages": turns}
+    with_empty = {"messages": [{"role": "system", "content": ""}, *turns]}
+    data = load_data(jsonl(tmp_path / "d.jsonl", plain, with_empty), tokenizer, held_out_fraction=0)
+    assert (len(data.train), data.duplicates) == (1, 1)
+
+
 @pytest.mark.parametrize("template", [None, CHATML], ids=["no template", "template set aside"])
 def test_plain_conversation(tmp_path: Path, template: str | None) -> None:
     tokenizer = tiny_tokenizer(template)
@@ -140,10 +168,13 @@ BAD_LINES = {
     '{"messages": []}': 'expected a message whose "role" is "assistant", got none',
     '{"messages": ["a"]}': r"expected messages\[0\] to be an object, got a string",
     '{"messages": [{"role": "assistant"}]}': 'expected a field "content", got "role"',
+    '{"messages": [{"role": "user", "content": ""}]}': 'expected "content" to be a non-empty string, got ""',
+    '{"prompt": "a", "response": "\\ud800"}': r"expected \"response\" to be Unicode text, got half a .*'\\ud800'",
+    "[" * 100_000: "expected JSON of few levels, got it nested too deep",
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:60])
 def test_bad_line_is_named(line: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(pair(0)) + "\n\n" + line + "\n", encoding="utf-8")

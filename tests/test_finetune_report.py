@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -97,6 +98,16 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
     with Image.open(tmp_path / "report.png") as image:
         assert len(image.convert("L").getcolors(maxcolors=256) or []) > 10, "not a blank picture"
     write(a_report(held_out_loss_before=None, held_out_loss_after=None), tmp_path)
+
+
+def test_report_is_json_without_nan(tmp_path: Path) -> None:
+    write(a_report(losses=[1.0, math.nan], held_out_loss_before=math.inf), tmp_path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert (report["losses"], report["held_out_loss_before"]) == ([1.0, None], None)
 
 
 def test_peak_rss_remembers_the_highest() -> None:

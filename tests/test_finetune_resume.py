@@ -31,7 +31,7 @@ def test_earlier_run_is_not_mixed_with_a_new_one(arguments: dict[str, Any], caps
 
 CHANGES: list[dict[str, Any]] = [
     *({"seed": 5}, {"method": "lora"}, {"r": 4}, {"blocksize": 32}, {"optimizer": "paged_adamw32"}),
-    *({"lr": 1e-3}, {"schedule": "cosine"}, {"warmup": 2}, {"lora-dropout": 0.5}),
+    *({"lr": 1e-3}, {"schedule": "cosine"}, {"warmup": 2}, {"lora-dropout": 0.5}, {"skip": "q_proj"}),
 ]
 
 
@@ -118,6 +118,17 @@ def test_a_run_that_noted_less_resumes(arguments: dict[str, Any]) -> None:
     file.write_text(json.dumps(noted))
     assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 0
     assert set(noted) < set(json.loads(file.read_text()))
+
+
+@pytest.mark.parametrize("content", ["{bad", "[]"])
+def test_damaged_note_of_the_run_is_named(
+    content: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (arguments["output"] / "checkpoint-3").mkdir(parents=True)
+    file = arguments["output"] / "run.json"
+    file.write_text(content)
+    assert cli.main(words({**arguments, "resume": True})) == 2
+    assert f"error: {file}: expected " in capsys.readouterr().err
 
 
 def test_foreign_adapter_in_the_checkpoint_is_named(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import pickle
 import signal
 from collections.abc import Callable
@@ -77,6 +78,34 @@ def test_resume_of_a_finished_run_takes_no_step(tmp_path: Path) -> None:
     assert_same_tensors(trained(model), trained(whole_model))
 
 
+def test_resume_saves_and_evaluates_at_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, steps=2, save_steps=100, eval_steps=100)
+    logger = logging.getLogger("transformers.trainer_utils")
+    logger.addHandler(caplog.handler)  # transformers' loggers do not propagate
+    try:
+        _, outcome = run(tmp_path, steps=8, save_steps=3, eval_steps=4, resume=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [step for step, _ in outcome.held_out] == [2, 4, 8]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+    assert caplog.messages == []
+
+
+DAMAGED = {
+    "{bad": "expected the state of a run, got a damaged file",
+    "[]": "expected the state of a run, got a damaged file",
+    "{}": "expected the state of checkpoint-2, got global_step 0",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_state_is_named(tmp_path: Path, content: str) -> None:
+    run(tmp_path, steps=2)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"checkpoint-2/trainer_state\.json: " + DAMAGED[content]):
+        run(tmp_path, steps=4, resume=True)
+
+
 def test_resume_needs_a_checkpoint_and_a_new_run_deletes_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a checkpoint to resume from, got none"):
         run(tmp_path, resume=True)
@@ -130,6 +159,12 @@ def test_full_fine_tuning_saves_a_model_that_loads(tmp_path: Path) -> None:
 def test_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+: try a lower learning rate"):
         run(tmp_path, lr=1e30)
+
+
+def test_held_out_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the held-out loss is (nan|inf) at step 1: try a lower learning rate"):
+        run(tmp_path, steps=1, lr=1e30, warmup=0, eval_steps=1)
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_save_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     base.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="code of the weights")
     base.add_argument("--blocksize", type=int, default=64, help="weights sharing a scale: a power of two, 32 to 4096")
     base.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32: 4.5 bits, not 4.13")
+    base.add_argument("--skip", type=_names, metavar="NAMES", help=_SKIP_HELP)
     return top
 
 
@@ -123,6 +124,10 @@ _OPTIMIZER_HELP = (
 _DEVICE_BUDGET_HELP = "of GPU memory for states (512M, 2G); the others are in host memory (default: no limit)"
 _HOST_BUDGET_HELP = "of host memory for states; the others are in the page file (default: no limit)"
 _PAGE_FILE_HELP = "scratch file for the states that the budgets do not hold; deleted at the end"
+_SKIP_HELP = (
+    "linear layers, names with commas, that stay in 16/32 bits: for a model that reads the weight of a layer instead "
+    "of calling it, as Mamba does with x_proj,dt_proj,out_proj (default: none but the output head)"
+)
 _CHAT_HELP = 'auto: the tokenizer\'s chat template if it has one; plain: lines of "role: content"'
 
 
@@ -183,6 +188,10 @@ def _number(kind: Callable[[str], Any], accept: Callable[[Any], bool], wanted: s
         return value
 
     return convert
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _bytes(text: str) -> int:

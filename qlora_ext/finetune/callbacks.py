@@ -11,8 +11,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 
+def check_finite(loss: float, what: str, step: int) -> None:
+    """Raise ValueError when a run has diverged."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the {what} is {loss} at step {step}: try a lower learning rate")
+
+
 class Watch(TrainerCallback):
-    """The progress bar, the clock, and the check that the loss is a number."""
+    """The progress bar, the clock, and the check that losses are numbers."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -20,6 +26,7 @@ class Watch(TrainerCallback):
         self.gradient_bytes = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # Trainer takes those of the run it resumes
         self.tokens_before = state.num_input_tokens_seen
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", mininterval=0.5)
 
@@ -32,6 +39,10 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
+        for name, what in (("loss", "loss"), ("eval_loss", "held-out loss")):
+            if not math.isfinite(logs.get(name, 0)):
+                self.bar.close()
+                check_finite(logs[name], what, state.global_step)
         if "eval_loss" in logs:
             self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", file=sys.stderr)
         if "loss" not in logs:
@@ -41,9 +52,6 @@ class Watch(TrainerCallback):
         self.tokens = state.num_input_tokens_seen - self.tokens_before
         self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
         self.bar.update()
-        if not math.isfinite(logs["loss"]):
-            self.bar.close()
-            raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}: try a lower learning rate")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()

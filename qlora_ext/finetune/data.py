@@ -8,6 +8,7 @@ file is tokenized whole and cut into windows of max_length tokens with a label o
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,6 +150,8 @@ def _read_conversations(path: Path) -> Iterator[tuple[int, Conversation]]:
         except json.JSONDecodeError as error:
             reason = f"{error.msg}, column {error.colno}"
             raise ValueError(f"{path}, line {number}: expected JSON ({reason})") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}, line {number}: expected JSON of few levels, got it nested too deep") from error
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if empty:
@@ -166,7 +169,9 @@ def _conversation(record: Any) -> Conversation:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(f"expected messages[{index}] to be an object, got {_kind(message)}")
-    turns = tuple((_text(message, "role"), _text(message, "content")) for message in messages)
+    # An empty system turn, common in public data, says nothing.
+    spoken = [m for m in messages if (m.get("role"), m.get("content")) != ("system", "")]
+    turns = tuple((_text(message, "role"), _text(message, "content")) for message in spoken)
     if not any(role == "assistant" for role, _ in turns):
         raise ValueError('expected a message whose "role" is "assistant", got none')
     return turns
@@ -178,6 +183,8 @@ def _text(record: dict[str, Any], field: str) -> str:
     value = record[field]
     if not isinstance(value, str) or not value:
         raise ValueError(f'expected "{field}" to be a non-empty string, got {_kind(value)}')
+    if surrogate := re.search(r"[\ud800-\udfff]", value):
+        raise ValueError(f'expected "{field}" to be Unicode text, got half a character: {surrogate[0]!a}')
     return value
 
 
@@ -215,7 +222,9 @@ def _encode(turns: Conversation, render: _Render) -> Example:
     for index, (role, _) in enumerate(turns):
         if role != "assistant":
             continue
-        before, through = render(turns[:index], answer_follows=True), render(turns[: index + 1])
+        through = render(turns[: index + 1])
+        # transformers refuses to render no turns, so before a first answer is what its own text has ahead of it.
+        before = render(turns[:index], True) if index or not render.templated else _head(through, turns[0][1])
         if not (through.startswith(before) and text.startswith(through)):
             raise ValueError("the chat template rewrites earlier turns; give one assistant turn, the last, per example")
         answer = [
@@ -230,7 +239,15 @@ def _encode(turns: Conversation, render: _Render) -> Example:
                 labels[position] = ids[position]
     answered = (position for position, label in enumerate(labels) if label != IGNORE)
     first_answer = next(index for index, (role, _) in enumerate(turns) if role == "assistant")
-    return Example(ids, labels, next(answered, len(ids)), question=turns[first_answer - 1][1] if first_answer else "")
+    prompt_length = max(1, next(answered, len(ids)))  # a sample answer has to start from something
+    return Example(ids, labels, prompt_length, question=turns[first_answer - 1][1] if first_answer else "")
+
+
+def _head(text: str, content: str) -> str:
+    start = text.rfind(content.strip())  # as many templates strip it
+    if start < 0:
+        raise ValueError("the chat template rewrites the first turn, of the assistant; begin with one of the user")
+    return text[:start]
 
 
 def _text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[Example], int]:

@@ -1,5 +1,6 @@
 """What a model scores and says on held-out examples; neither touches the state of training."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Example, PadToLongest
+from .fit import position_limit
 from .loss import answer_loss
 
 
@@ -46,19 +48,15 @@ def sample_answers(
     max_new_tokens: int = 40,
     autocast: bool = False,
 ) -> list[str]:
-    """Continue the prompt of each example greedily, up to the first special token or `max_new_tokens`."""
+    """Continue a prompt greedily: to a special token, `max_new_tokens` or the last position of the model, at most."""
     stops = sorted(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-    generation = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=stops or None,
-        pad_token_id=0,
-    )
+    generation = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=stops or None, pad_token_id=0)
+    limit = position_limit(model) or sys.maxsize
     generate: Any = model.generate
     answers = []
     with _evaluating(model, autocast):
         for example in tqdm(examples, desc="sample answers", unit="answer", leave=False):
+            generation.max_new_tokens = min(max_new_tokens, limit - example.prompt_length)
             prompt = torch.tensor([example.input_ids[: example.prompt_length]], device=model.device)
             output = generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
             answer = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)

@@ -1,6 +1,7 @@
 """The result of a run: what the model is made of, the table, report.json and report.png."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -94,7 +95,8 @@ def table(report: dict[str, Any]) -> str:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """Write report.json and report.png (loss curve; memory of each part) into `folder`."""
-    replace(folder / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(_no_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
+    replace(folder / "report.json", (text + "\n").encode())
     figure = Figure(figsize=(11, 4), layout="constrained")
     curve, memory = figure.subplots(1, 2)
 
@@ -128,6 +130,15 @@ def write(report: dict[str, Any], folder: Path) -> None:
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
     replace(folder / "report.png", drawn.getvalue())
+
+
+def _no_nan(value: Any) -> Any:
+    """The same with None, JSON's null, for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _no_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_no_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _states_line(optimizer: dict[str, Any]) -> str:

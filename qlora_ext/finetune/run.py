@@ -16,20 +16,22 @@ import transformers
 import qlora_ext
 from qlora_ext.info import built_for_cuda, describe
 
+from .callbacks import check_finite
 from .compile import compile_layers
 from .data import IGNORE, PadToLongest, load_data
 from .evaluate import held_out_loss, sample_answers
+from .fit import check_fits, check_runs
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice
 from .report import composition, peak_rss, replace, table, write
-from .train import Schedule, discard_checkpoints, newest_checkpoint, total_steps, train
+from .train import Schedule, discard_checkpoints, newest_checkpoint, saved_state, total_steps, train
 
 # What --resume must not change: the base, the examples and their split, the adapter, the optimizer and its schedule.
 SAME_RUN = (
     *("model", "data", "method", "seed", "eval_fraction", "max_length", "chat"),
     *("optimizer", "lr", "schedule", "warmup"),
-    *("quant_type", "blocksize", "no_double_quant"),
+    *("quant_type", "blocksize", "no_double_quant", "skip"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
 )
 
@@ -80,6 +82,9 @@ def run(options: argparse.Namespace) -> int:
     transformers.set_seed(options.seed)  # the adapter starts the same on every base
     if adapter:
         qlora_ext.add_adapter(model, _lora_config(options))
+    check_fits(model, data, tokenizer.pad_token_id or 0)
+    if options.method == "qlora":
+        check_runs(model)
     if options.loss_chunk:
         check_head(model)
     chunk = suitable_chunk(model) if options.loss_chunk is None else options.loss_chunk or None
@@ -123,6 +128,8 @@ def run(options: argparse.Namespace) -> int:
         return 130
 
     loss_after, answers_after = evaluate()
+    if loss_after is not None:
+        check_finite(loss_after, "held-out loss", outcome.step)
     report: dict[str, Any] = {
         "method": options.method,
         **figures,
@@ -189,17 +196,27 @@ def _what_stays(options: argparse.Namespace) -> dict[str, str]:
 def _check_same_run(output: Path, same: dict[str, str]) -> None:
     """Refuse what differs from the run in `output`, as far as that noted it: earlier versions noted less."""
     file = output / "run.json"
-    before = {"optimizer": "adamw", **json.loads(file.read_text())} if file.exists() else same
+    before = {"optimizer": "adamw", **_noted(file)} if file.exists() else same
     for name, value in same.items():
         if before.get(name, value) != value:
             option = "--data: sha256" if name == "data_sha256" else f"--{name.replace('_', '-')}"
             raise ValueError(f"--resume: {option}: expected {before[name]!r} as before, got {value!r}")
 
 
+def _noted(file: Path) -> dict[str, str]:
+    try:
+        noted = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got a damaged file ({error})") from error
+    if not isinstance(noted, dict):
+        raise ValueError(f"{file}: expected a JSON object of a run's options, got {noted!r:.40}")
+    return noted
+
+
 def _is_done(output: Path, steps: int) -> bool:
     """Whether all steps are made, saved and reported."""
     checkpoint = newest_checkpoint(output)
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    done = saved_state(checkpoint).global_step if checkpoint else 0
     if done > steps:
         raise ValueError(f"--resume: --steps: expected at least the {done} that are done, got {steps}")
     return done == steps and any(output.glob("*.safetensors")) and (output / "report.json").exists()
@@ -212,6 +229,7 @@ def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
         "quant_type": options.quant_type,
         "blocksize": options.blocksize,
         "double_quant": not options.no_double_quant,
+        "skip": options.skip or (),
     }
 
 

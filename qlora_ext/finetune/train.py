@@ -4,6 +4,7 @@ A checkpoint is written beside its place and renamed, so a save cut short leaves
 Ctrl-C lets the running step end, then saves; a second Ctrl-C stops at once.
 """
 
+import logging
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
@@ -30,6 +31,9 @@ from .optimizer import OptimizerChoice, StatesReport, for_trainer, paged, where_
 
 STAGING = ".incomplete"
 PAGED_STATES = "optimizer.safetensors"
+# Trainer warns when steps between checkpoints are not those of the run it resumes, and takes the old: Watch the new.
+DIFFERS = "do not match the ones in the `trainer_state.json`"
+logging.getLogger("transformers.trainer_utils").addFilter(lambda record: DIFFERS not in record.getMessage())
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,18 @@ def newest_checkpoint(output: Path) -> Path | None:
     return Path(found) if found else None
 
 
+def saved_state(checkpoint: Path) -> TrainerState:
+    """Read how far a checkpoint's run was; ValueError when its file is damaged."""
+    file = checkpoint / TRAINER_STATE_NAME
+    try:
+        state: TrainerState = TrainerState.load_from_json(str(file))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: expected the state of a run, got a damaged file ({error})") from error
+    if checkpoint.name != f"checkpoint-{state.global_step}":
+        raise ValueError(f"{file}: expected the state of {checkpoint.name}, got global_step {state.global_step!r}")
+    return state
+
+
 def discard_checkpoints(output: Path) -> None:
     """Delete the checkpoints of an earlier run."""
     for stale in output.glob("checkpoint-*"):
@@ -117,7 +133,7 @@ def train(
     trainer.add_callback(interrupt)
 
     states = StatesReport()
-    done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if resume and checkpoint else None
+    done = saved_state(checkpoint) if resume and checkpoint else None
     if done is not None and done.global_step >= schedule.steps:
         trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step too many
         trainer.state = done

@@ -1,0 +1,95 @@
+"""Models that the examples, or adapters on a base of 4 bits, do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_command import arguments as arguments
+from finetune_command import data as data
+from finetune_command import model as model
+from finetune_command import words
+from tiny_model import one_thread as one_thread
+from tiny_model import save_tiny_model, tiny_config, tiny_tokenizer
+from transformers import (
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+from qlora_ext.finetune import __main__ as cli
+from qlora_ext.finetune.data import Example
+from qlora_ext.finetune.evaluate import sample_answers
+from qlora_ext.finetune.fit import position_limit
+
+OPT = OPTConfig(
+    **{"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 1},
+    **{"num_attention_heads": 4, "vocab_size": 258, "max_position_embeddings": 28},
+)
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_examples_beyond_the_tables_of_the_model_are_refused_before_the_earlier_run_is_discarded(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = arguments["output"] / "checkpoint-3"
+    kept.mkdir(parents=True)
+    save_tiny_model(tmp_path / "few words", vocab_size=200)
+    assert cli.main(words({**arguments, "model": tmp_path / "few words", "overwrite": True})) == 2
+    assert "below the 200 rows of LlamaForCausalLM's embedding, got 257" in capsys.readouterr().err
+    opt = save(OPTForCausalLM(OPT), tmp_path / "opt")
+    assert cli.main(words({**arguments, "model": opt, "overwrite": True})) == 2
+    said = capsys.readouterr().err
+    assert "--max-length: expected at most the 28 positions of OPTForCausalLM, got " in said
+    assert kept.exists()
+    assert cli.main(words({**arguments, "model": opt, "overwrite": True, "max-length": 28})) == 0
+
+
+def test_position_limit_is_of_models_with_a_table() -> None:
+    assert position_limit(OPTForCausalLM(OPT)) == 28
+    gptj = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 258, "n_positions": 48, "rotary_dim": 8}
+    assert position_limit(GPTJForCausalLM(GPTJConfig(**gptj))) == 48
+    assert position_limit(LlamaForCausalLM(tiny_config(max_position_embeddings=258))) is None
+
+
+def test_sample_answer_ends_at_the_last_position() -> None:
+    torch.manual_seed(0)
+    prompt = list(range(40, 67))
+    answers = sample_answers(OPTForCausalLM(OPT), tiny_tokenizer(), [Example(prompt, prompt, len(prompt), "")])
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("all-linear", "layers that are called, but backbone.layers.0.mixer.x_proj is read"),
+        ("in_proj", "expected layers in 4 bits that are called, but perhaps one is read"),
+    ],
+)
+def test_layer_whose_weight_is_read_stays_as_it_is(
+    targets: str, message: str, arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=258, state_size=8)
+    mamba = save(MambaForCausalLM(config), tmp_path / "mamba")
+    command = {**arguments, "model": mamba, "target-modules": targets, "steps": 1, "samples": 1}
+    assert cli.main(words(command)) == 2
+    assert message in (said := capsys.readouterr().err)
+    assert "--skip" in said.splitlines()[-1]
+    assert cli.main(words({**command, "skip": "out_prj"})) == 2
+    assert "--skip: expected names of linear layers, got 'out_prj'" in capsys.readouterr().err
+    assert cli.main(words({**command, "skip": "x_proj,dt_proj,out_proj"})) == 0
+    report = json.loads((arguments["output"] / "report.json").read_text(encoding="utf-8"))
+    assert report["arguments"]["skip"] == ["x_proj", "dt_proj", "out_proj"]
