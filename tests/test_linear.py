@@ -220,6 +220,8 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+# Before 2.12, FSDP2 makes each parameter anew as one that requires a gradient, which bytes cannot.
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 shards floating-point parameters only")
 def test_fully_shard_keeps_the_bytes_and_the_results(process_group: None) -> None:
     """FSDP2 turns the parameters to DTensors, frozen uint8 ones too, and back for each forward."""
     model = nn.Sequential(make_linear(), make_linear(48, double_quant=False))
