@@ -28,10 +28,12 @@ PageFile::PageFile(const std::string& path) : path_(path) {
     const ssize_t length = ::pread(file_, start, sizeof start, 0);
     if (length < 0) fail("read", errno);
     if (length > 0 && std::string_view(start, static_cast<std::size_t>(length)) != kMagic) {
-      throw std::invalid_argument("PagedAdamW: page_file: expected a new file or one that an optimizer left behind, got '" + path +
-                                  "' with other content");
+      throw std::invalid_argument(
+          "PagedAdamW: page_file: expected a new file or one that an optimizer left behind, got '" + path +
+          "' with other content");
     }
-    if (::flock(file_, LOCK_EX | LOCK_NB) != 0) fail("lock (another optimizer pages to it: release() that first)", errno);
+    if (::flock(file_, LOCK_EX | LOCK_NB) != 0)
+      fail("lock (another optimizer pages to it: release() that first)", errno);
     if (::ftruncate(file_, 0) != 0) fail("truncate", errno);
     const ssize_t written = ::pwrite(file_, kMagic.data(), kMagic.size(), 0);
     if (written != static_cast<ssize_t>(kMagic.size())) fail("write", written < 0 ? errno : ENOSPC);
