@@ -152,6 +152,10 @@ void AdamwStates::transfer(std::span<const PartPlace> places, int file, bool loa
       const std::int64_t block = part_block(place.part);
       const std::int64_t bytes = ceil_div(segment->count, block) * item;
       const std::int64_t offset = segment->first / block * item;
+      if (place.memory == nullptr && backend.compute_tier() == Tier::Host) {
+        transfer_file(file, page + at, bytes, place.offset + offset, load);
+        continue;
+      }
       if (place.memory == nullptr) buffer.resize(static_cast<std::size_t>(bytes));
       std::byte* memory = place.memory == nullptr ? buffer.data() : place.memory + offset;
       if (load) {
