@@ -79,7 +79,8 @@ inline AdamwFactors adamw_factors(const AdamwHyper& h) {
           .average = from_gradient ? average - 1.0f : average,
           .from_gradient = from_gradient,
           .step_size = static_cast<float>(h.lr / correction1 * correction2),
-          .eps = eps > 0 || h.eps == 0 ? eps : 0x1p-149f};  // of an eps that is not 0, never 0: 0 / 0 without gradient
+          // Of an eps that is not 0 a normal number, which nothing flushes to 0: without a gradient, that makes 0 / 0.
+          .eps = eps >= 0x1p-126f || h.eps == 0 ? eps : 0x1p-126f};
 }
 
 // --- stochastic rounding: no state, only counters ------------------------------------------------------------------

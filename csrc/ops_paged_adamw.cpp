@@ -11,7 +11,6 @@
 #include <atomic>
 #include <cerrno>
 #include <functional>
-#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <system_error>
@@ -203,20 +202,22 @@ class PagedStates {
     };
     const py::gil_scoped_release release;
     states_->step(updates, [&](std::span<const AdamwSlice> slices, std::span<const size_t> of) {
-      const auto flat = [](const AdamwSlice& slice) { return slice.param != nullptr && slice.grad != nullptr; };
-      if (std::all_of(slices.begin(), slices.end(), flat)) return compute(slices);
-      std::vector<AdamwSlice> together;
-      std::copy_if(slices.begin(), slices.end(), std::back_inserter(together), flat);
-      if (!together.empty()) compute(together);
-      // One after the other: a weight and its transpose, both of them parameters, are the same memory.
-      for (size_t i = 0; i < slices.size(); ++i) {
+      // In order: a weight and its transpose, both of them parameters, are the same memory.
+      for (size_t i = 0; i < slices.size();) {
+        size_t end = i;
+        while (end < slices.size() && slices[end].param != nullptr && slices[end].grad != nullptr) ++end;
+        if (end > i) {
+          compute(slices.subspan(i, end - i));
+          i = end;
+          continue;
+        }
         AdamwSlice slice = slices[i];
         std::optional<Gathered> param, grad;
         if (slice.param == nullptr) slice.param = param.emplace(params[of[i]], slice.first, slice.count).data();
         if (slice.grad == nullptr) slice.grad = grad.emplace(grads[of[i]], slice.first, slice.count).data();
-        if (!param && !grad) continue;
         compute({&slice, 1});
         if (param) param->put_back();
+        ++i;
       }
     });
   }

@@ -14,14 +14,7 @@ from torch.optim import Optimizer
 
 from qlora_ext.optim_checks import check, check_options, check_parameter, checked_gradient, checked_hyper
 from qlora_ext.optim_files import find_states, save_states
-from qlora_ext.optim_state import (
-    Saved,
-    checked_state,
-    held,
-    like_parameter,
-    names_in_pages,
-    state_forms,
-)
+from qlora_ext.optim_state import Saved, checked_state, held, like_parameter, state_forms
 from qlora_ext.paged_parameters import PagedParameters, Update, in_turn, update_of
 
 
@@ -127,7 +120,6 @@ class PagedAdamW(Optimizer):
             self._paged.reserve(trained)
         except BaseException:
             self.param_groups.pop()
-            self._follow()
             raise
 
     @in_turn
@@ -161,12 +153,18 @@ class PagedAdamW(Optimizer):
     def _step(self) -> None:
         self._follow()
         updates = list(self._updates())
+        fresh = [u.parameter for u in updates if "step" not in self.state.get(u.parameter, ())]
+        for p in fresh:
+            self.state.setdefault(p, {}).update(self._paged.names(p))
         try:
             self._paged.step(updates, getattr(self, "grad_scale", None), *self._rounding)
+        except BaseException:
+            for p in fresh:
+                if not self._paged.steps(p):
+                    del self.state[p]
+            raise
         finally:  # after Ctrl-C during the step, too
-            stepped = [u.parameter for u in updates if self._paged.steps(u.parameter)]
-            self.state.update((p, self._names(p)) for p in stepped if p not in self.state)
-            torch.autograd.graph.increment_version([p for p in stepped if not p.is_inference()])
+            torch.autograd.graph.increment_version([u.parameter for u in updates if not u.parameter.is_inference()])
 
     @in_turn
     def state_dict(self) -> dict[str, Any]:
@@ -181,12 +179,13 @@ class PagedAdamW(Optimizer):
             entries[p] = {part: torch.empty(form.shape, dtype=form.dtype) for part, form in forms.items()}
             entries[p]["step"] = torch.tensor(float(steps))
         self._paged.save((p, part, entry[part]) for p, entry in entries.items() for part in entry if part != "step")
+        for p, entry in entries.items():  # which are filled by now: a DTensor may copy them to another device
+            entry.update((part, like_parameter(p, entry[part])) for part in ("exp_avg", "exp_avg_sq"))
+        names, self.state = self.state, defaultdict(dict, entries)
         try:
-            for p, entry in entries.items():  # which are filled by now: a DTensor may copy them to another device
-                self.state[p] = entry | {part: like_parameter(p, entry[part]) for part in ("exp_avg", "exp_avg_sq")}
             return super().state_dict()
         finally:
-            self.state.update((p, self._names(p)) for p in entries)
+            self.state = names
 
     @in_turn
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -265,14 +264,13 @@ class PagedAdamW(Optimizer):
             visits, hits, hit_rate: pages computed, those at home in the computing device's memory, their quotient;
             seconds_waited: by the calling thread for moves.
         """
-        stats = self._paged.stats()
-        return stats | {"hit_rate": stats["hits"] / stats["visits"] if stats["visits"] else 1.0}
+        return self._paged.stats()
 
     def _restore(self, saved: dict[Tensor, Saved], groups: list[dict[str, Any]], file: int = -1) -> None:
         for group in groups:
             checked_hyper(group)
         self._paged.restore(saved, (p for group in groups for p in group["params"] if p.requires_grad), file)
-        self.state = defaultdict(dict, {p: self._names(p) for p, of_p in saved.items() if of_p.steps})
+        self.state = defaultdict(dict, {p: self._paged.names(p) for p, of_p in saved.items() if of_p.steps})
         super().__setstate__({"param_groups": groups})
 
     def _with_states(self) -> Iterator[tuple[Tensor, int]]:
@@ -281,9 +279,6 @@ class PagedAdamW(Optimizer):
         for p in (p for group in self.param_groups for p in group["params"]):
             if steps := self._paged.steps(p):
                 yield p, steps
-
-    def _names(self, p: Tensor) -> dict[str, None]:
-        return names_in_pages(p, self._paged.state_bits)
 
     def _follow(self) -> None:
         self._paged.follow([p for group in self.param_groups for p in group["params"]], self.state)

@@ -66,12 +66,17 @@ def check_dtype(what: str, dtype: torch.dtype) -> None:
 def check_parameter(what: str, p: Tensor) -> None:
     """Raises TypeError if it has no dtype of parameters, or its elements do not lie in memory."""
     check_dtype(what, p.dtype)
-    _check_memory(what, local_shard(p))
+    _in_memory(what, local_shard(p))
 
 
-def _check_memory(what: str, tensor: Tensor) -> None:
+def _in_memory(what: str, tensor: Any) -> Tensor:
+    """The tensor itself, or what a collective that is under way gives."""
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
-        raise refusal(what, "plain tensors or DTensors of them", type(tensor).__name__, TypeError)
+        if not hasattr(tensor, "wait"):
+            raise refusal(what, "plain tensors or DTensors of them", type(tensor).__name__, TypeError)
+        tensor = tensor.wait()
+    plain: Tensor = tensor
+    return plain
 
 
 def check_options(**options: Any) -> None:
@@ -127,8 +132,7 @@ def checked_gradient(index: int, p: Any) -> Tensor:
         raise refusal(f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
     if hasattr(p, "placements") or hasattr(grad, "placements"):
         grad = _local_gradient(what, p, grad)
-    _check_memory(what, grad)
-    return grad
+    return _in_memory(what, grad)
 
 
 def _local_gradient(what: str, p: Any, grad: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_ext import _C
 
 PARTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")  # in the order of the C++ enum Part
+NAMES = ("step", *PARTS)  # in a state_dict
 MOST_STEPS = 1 << 53  # whole numbers that a float has
 _MIN_8BIT_SIZE = 4096  # elements; smaller parameters have 32-bit states
 
@@ -55,9 +56,10 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 def shard_number(p: Any) -> int:
     """Which of p's shards this process has, the same on all that have it; 0 if p is no DTensor."""
+    coordinate = p.device_mesh.get_coordinate() if hasattr(p, "placements") else None  # None: has none of them
     number = 0
-    if hasattr(p, "placements"):
-        for placement, size, at in zip(p.placements, p.device_mesh.shape, p.device_mesh.get_coordinate(), strict=True):
+    if coordinate is not None:
+        for placement, size, at in zip(p.placements, p.device_mesh.shape, coordinate, strict=True):
             if not placement.is_replicate():
                 number = number * size + at
     return number
@@ -85,11 +87,6 @@ def state_forms(p: Tensor, state_bits: int) -> dict[str, Form]:
         return dict.fromkeys(PARTS[:2], Form(torch.float32, tuple(local.shape)))
     absmax = Form(torch.float32, (-(-local.numel() // _C.ADAMW_BLOCK),))
     return dict.fromkeys(PARTS[:2], Form(torch.uint8, tuple(local.shape))) | dict.fromkeys(PARTS[2:], absmax)
-
-
-def names_in_pages(p: Tensor, state_bits: int) -> dict[str, None]:
-    """What stands in Optimizer.state for a state in pages: torch.distributed.checkpoint looks there for the names."""
-    return dict.fromkeys(("step", *state_forms(p, state_bits)))
 
 
 def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[str, Any]) -> Saved:

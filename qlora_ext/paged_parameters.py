@@ -16,11 +16,11 @@ from torch import Tensor
 from qlora_ext import _C
 from qlora_ext.optim_checks import Hyper
 from qlora_ext.optim_state import (
+    NAMES,
     PARTS,
     Saved,
     checked_state,
     local_shard,
-    names_in_pages,
     shard_number,
     state_forms,
     state_width,
@@ -122,20 +122,33 @@ class PagedParameters:
         names there; tensors are taken over.
         """
         if (now := [id(p) for p in params]) != self._followed:
-            self._followed = now
             for p in (self._states.keys() | state.keys()) - set(params):
                 state.pop(p, None)
                 self.forget(p)
+            self._followed = now
         given = {}
         for index, p in enumerate(params):
-            entry = state.get(p)
-            if entry and any(value is not None for value in entry.values()):
+            entry = state.get(p, {})
+            named = [name for name in NAMES if name in entry]
+            if any(entry[name] is not None for name in named):
                 given[p] = checked_state("PagedAdamW.state", index, p, self.state_bits, entry)
-            elif not entry and self.steps(p):
+            elif named and p not in self._states:
+                raise ValueError(
+                    f"PagedAdamW.state: state of parameter {index}: expected tensors, as in state_dict(), "
+                    "got the names of another parameter's"
+                )
+            elif bool(named) != bool(self.steps(p)):  # it was taken out, or a first step broken off
                 self.forget(p)
+                state.pop(p, None)
         self.reserve(given)
         self.put(given)
-        state.update((p, names_in_pages(p, self.state_bits)) for p in given)
+        for p, saved in given.items():
+            others = {name: value for name, value in state[p].items() if name not in NAMES}
+            state[p] = others | (self.names(p) if saved.steps else {})
+
+    def names(self, p: Tensor) -> dict[str, None]:
+        """What stands in an optimizer's `state` for what is in pages: torch.distributed.checkpoint looks there."""
+        return dict.fromkeys(("step", *state_forms(p, self.state_bits)))
 
     def forget(self, p: Tensor) -> None:
         """Free the states of this parameter, if it has any."""
@@ -192,7 +205,7 @@ class PagedParameters:
             for part, form in state_forms(p, self.state_bits).items():
                 value = parts[part]
                 if isinstance(value, Tensor):
-                    given, value = value, value.detach().to("cpu", form.dtype).contiguous()
+                    given, value = value, value.detach().resolve_neg().to("cpu", form.dtype).contiguous()
                     converted += value.nbytes if value.data_ptr() != given.data_ptr() else 0
                 held.append((p, part, value))
             if converted > _CHUNK:
@@ -211,7 +224,8 @@ class PagedParameters:
                     total[name] = {tier: n + total[name][tier] for tier, n in value.items()}
                 elif name != "page_bytes":
                     total[name] += value
-        return total | {"page_bytes": self._paging[0]}
+        hit_rate = total["hits"] / total["visits"] if total["visits"] else 1.0
+        return total | {"page_bytes": self._paging[0], "hit_rate": hit_rate}
 
     def _id(self, p: Tensor) -> int:
         states, local = self._states[p], local_shard(p)

@@ -100,13 +100,14 @@ def test_gradients_that_do_not_lie_in_memory_as_they_are(grad: Tensor) -> None:
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["resident", "in a file"])
-def test_a_weight_and_its_transpose(paged: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [1, -1], ids=["weight first", "transpose first"])
+def test_a_weight_and_its_transpose(order: int, paged: bool, tmp_path: Path) -> None:
     paging: dict[str, Any] = {"page_bytes": 8 * KIB, "host_budget": 0, "page_file": tmp_path / "pages"} if paged else {}
 
     def run(make: Callable[..., Optimizer]) -> Tensor:
         p = Parameter(torch.randn(300, 70))
         transposed = Parameter(p.data.t())
-        optimizer = make([p, transposed], lr=LR, **(paging if make is PagedAdamW else {}))
+        optimizer = make([p, transposed][::order], lr=LR, weight_decay=0.5, **(paging if make is PagedAdamW else {}))
         for _ in range(3):
             p.grad, transposed.grad = torch.randn(300, 70), torch.randn(70, 300)
             optimizer.step()
@@ -155,19 +156,60 @@ def test_states_put_into_state_are_taken_over(shape: tuple[int, ...]) -> None:
     as_torch(run)
 
 
+RESETS: dict[str, Callable[[Any, Tensor], object]] = {
+    "all": lambda optimizer, p: setattr(optimizer, "state", defaultdict(dict)),
+    "emptied": lambda optimizer, p: optimizer.state[p].clear(),
+    "an empty one": lambda optimizer, p: optimizer.state.update({p: {}}),
+    "deleted": lambda optimizer, p: optimizer.state.pop(p),
+}
+
+
 @both
-def test_states_taken_out_of_state_begin_anew(shape: tuple[int, ...]) -> None:
-    def run(make: Callable[..., Optimizer]) -> Tensor:
+@pytest.mark.parametrize("reset", RESETS.values(), ids=RESETS)
+def test_states_taken_out_of_state_begin_anew(reset: Callable[..., object], shape: tuple[int, ...]) -> None:
+    def run(make: Callable[..., Optimizer]) -> tuple[Tensor, Tensor]:
         p = Parameter(torch.ones(shape))
         optimizer = make([p], lr=LR)
-        for sign in (1, 1, -1):
-            if sign < 0:
-                optimizer.state = defaultdict(dict)
-            p.grad = torch.full(shape, float(sign))
+        assert len(optimizer.state[p]) == 0  # which leaves an empty entry there
+        for step in range(6):
+            if step == 2:
+                reset(optimizer, p)
+            p.grad = torch.full(shape, float(step - 3))
             optimizer.step()
-        return p.detach()
+        return p.detach(), optimizer.state_dict()["state"][0]["step"]
 
     as_torch(run)
+
+
+def test_what_others_keep_in_state_stays() -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.state[p]["slow"] = slow = torch.ones(3)
+    optimizer.state_dict()
+    assert optimizer.state[p]["slow"] is slow
+    assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+def test_names_of_another_parameter_are_no_state() -> None:
+    p, other = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    p.grad = other.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = other
+    optimizer.state[other] = optimizer.state.pop(p)
+    with pytest.raises(ValueError, match=r"state of parameter 0: expected tensors, .*, got the names of another"):
+        optimizer.step()
+
+
+def test_a_state_without_steps_is_saved_as_none() -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state_dict()["state"] == {}
 
 
 def test_bad_states_in_state_change_nothing() -> None:

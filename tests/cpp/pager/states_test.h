@@ -39,7 +39,7 @@ struct Reference {
 using MakeStates = std::function<std::unique_ptr<AdamwStates>()>;
 
 // `compute` runs update() on the machine, `finish` waits for it.
-inline void live(unsigned seed, AdamwStates& states, const AdamwStates::Compute& compute,
+inline void live(unsigned seed, AdamwStates& states, const std::function<void(std::span<const AdamwSlice>)>& compute,
                  const std::function<void()>& finish) {
   std::mt19937 random(seed);
   std::vector<std::unique_ptr<Reference>> all;
@@ -85,7 +85,11 @@ inline void live(unsigned seed, AdamwStates& states, const AdamwStates::Compute&
                                       nullptr, &hyper}});
       updates.push_back({one->id, one->param.data(), one->grad.data(), DType::Float32, DType::Float32, 0, hyper});
     }
-    states.step(updates, compute);
+    states.step(updates, [&](std::span<const AdamwSlice> slices, std::span<const std::size_t> of) {
+      CHECK_EQ(slices.size(), of.size());
+      for (std::size_t i = 0; i < of.size(); ++i) CHECK(slices[i].hyper == &updates[of[i]].hyper);
+      compute(slices);
+    });
     finish();
     for (Reference* one : chosen) {
       CHECK(one->param == one->expected);
