@@ -119,8 +119,9 @@ class PagedParameters:
         """Do to the pages what has been done to the parameters of an optimizer and to its `state`.
 
         The states of other parameters are freed, as are those that `state` has no entry for. What is in pages has its
-        names there; tensors are taken over.
+        names there; tensors are taken over. To be called before step() and save().
         """
+        self._check_restored()
         if (now := [id(p) for p in params]) != self._followed:
             for p in (self._states.keys() | state.keys()) - set(params):
                 state.pop(p, None)
@@ -164,7 +165,6 @@ class PagedParameters:
         self, updates: Collection[Update], grad_scale: Tensor | None, stochastic_rounding: bool, seed: int
     ) -> None:
         """Update the parameters, page by page; on each device all of them or none, unless pages are lost."""
-        self._check_restored()
         self.reserve(u.parameter for u in updates)
         by_device: dict[torch.device, list[tuple[int, Update]]] = defaultdict(list)
         for update in updates:
@@ -179,7 +179,6 @@ class PagedParameters:
 
     def save(self, parts: Iterable[tuple[Tensor, str, Tensor | int]], file: int = -1) -> None:
         """Copy parts of parameters' states into CPU tensors, or to offsets of a file."""
-        self._check_restored()
         for device, places in self._places(parts).items():
             self._stores[device].save(places, file)
 

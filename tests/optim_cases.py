@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
+
+from qlora_ext import PagedAdamW
 
 # Under a block, odd, over several pages, a multiple of everything, empty, a scalar.
 SHAPES = [(300, 41), (7,), (1000, 30), (4096,), (64, 64), (0,), ()]
@@ -62,6 +64,15 @@ def take_steps(params: list[Parameter], optimizer: Optimizer, steps: Iterable[in
     for step in steps:
         set_gradients(params, step)
         optimizer.step()
+
+
+def as_torch(run: Callable[[Callable[..., Optimizer]], Any]) -> None:
+    """What `run` gives with each optimizer is the same."""
+    torch.manual_seed(0)
+    got = run(PagedAdamW)
+    torch.manual_seed(0)
+    # Torch's fused kernel mistakes the order of strided parameters.
+    torch.testing.assert_close(got, run(lambda *a, **k: AdamW(*a, foreach=False, **k)), rtol=1e-5, atol=1e-6)
 
 
 def bits(params: Iterable[Tensor]) -> list[bytes]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,32 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import KIB
+from optim_cases import KIB, as_torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.testing._internal.two_tensor import TwoTensor
 
 from qlora_ext import PagedAdamW
 from qlora_ext.optim_state import shard_number
 
 LR = 0.1
-both = pytest.mark.parametrize("shape", [(5000,), (70, 90)], ids=str)
-
-
-def as_torch(run: Callable[[Callable[..., Optimizer]], Any]) -> None:
-    """What `run` gives with each optimizer is the same."""
-    torch.manual_seed(0)
-    got = run(PagedAdamW)
-    torch.manual_seed(0)
-    # Torch's fused kernel mistakes the order of strided parameters.
-    torch.testing.assert_close(got, run(lambda *a, **k: AdamW(*a, foreach=False, **k)), rtol=1e-5, atol=1e-6)
 
 
 def test_a_parameter_may_change_its_group() -> None:
@@ -141,108 +124,6 @@ def test_wrapped_tensors_are_refused() -> None:
     p.grad = wrapped
     with pytest.raises(TypeError, match=r"gradient of parameter 0: expected plain tensors .*, got 'TwoTensor'"):
         optimizer.step()
-
-
-@both
-def test_states_put_into_state_are_taken_over(shape: tuple[int, ...]) -> None:
-    def run(make: Callable[..., Optimizer]) -> Tensor:
-        p = Parameter(torch.ones(shape))
-        optimizer = make([p], lr=LR)
-        optimizer.state[p] = {"step": torch.tensor(7.0), "exp_avg": torch.rand(shape), "exp_avg_sq": torch.rand(shape)}
-        p.grad = torch.ones(shape)
-        optimizer.step()
-        return p.detach()
-
-    as_torch(run)
-
-
-RESETS: dict[str, Callable[[Any, Tensor], object]] = {
-    "all": lambda optimizer, p: setattr(optimizer, "state", defaultdict(dict)),
-    "emptied": lambda optimizer, p: optimizer.state[p].clear(),
-    "an empty one": lambda optimizer, p: optimizer.state.update({p: {}}),
-    "deleted": lambda optimizer, p: optimizer.state.pop(p),
-}
-
-
-@both
-@pytest.mark.parametrize("reset", RESETS.values(), ids=RESETS)
-def test_states_taken_out_of_state_begin_anew(reset: Callable[..., object], shape: tuple[int, ...]) -> None:
-    def run(make: Callable[..., Optimizer]) -> tuple[Tensor, Tensor]:
-        p = Parameter(torch.ones(shape))
-        optimizer = make([p], lr=LR)
-        assert len(optimizer.state[p]) == 0  # which leaves an empty entry there
-        for step in range(6):
-            if step == 2:
-                reset(optimizer, p)
-            p.grad = torch.full(shape, float(step - 3))
-            optimizer.step()
-        return p.detach(), optimizer.state_dict()["state"][0]["step"]
-
-    as_torch(run)
-
-
-def test_what_others_keep_in_state_stays() -> None:
-    p = Parameter(torch.ones(3))
-    optimizer = PagedAdamW([p])
-    for _ in range(2):
-        p.grad = torch.ones(3)
-        optimizer.step()
-        optimizer.state[p]["slow"] = slow = torch.ones(3)
-    optimizer.state_dict()
-    assert optimizer.state[p]["slow"] is slow
-    assert optimizer.state_dict()["state"][0]["step"] == 2
-
-
-def test_names_of_another_parameter_are_no_state() -> None:
-    p, other = Parameter(torch.ones(3)), Parameter(torch.ones(3))
-    optimizer = PagedAdamW([p])
-    p.grad = other.grad = torch.ones(3)
-    optimizer.step()
-    optimizer.param_groups[0]["params"][0] = other
-    optimizer.state[other] = optimizer.state.pop(p)
-    with pytest.raises(ValueError, match=r"state of parameter 0: expected tensors, .*, got the names of another"):
-        optimizer.step()
-
-
-def test_a_state_without_steps_is_saved_as_none() -> None:
-    p = Parameter(torch.ones(3))
-    optimizer = PagedAdamW([p])
-    optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert optimizer.state_dict()["state"] == {}
-
-
-def test_bad_states_in_state_change_nothing() -> None:
-    p = Parameter(torch.ones(3))
-    optimizer = PagedAdamW([p])
-    optimizer.state[p] = {"step": 1, "exp_avg": torch.ones(4), "exp_avg_sq": torch.ones(3)}
-    p.grad = torch.ones(3)
-    with pytest.raises(
-        ValueError, match=r"PagedAdamW.state: exp_avg of parameter 0: expected floats \[3\], got floats \[4\]"
-    ):
-        optimizer.step()
-    assert torch.equal(p, torch.ones(3))
-
-
-def test_flattened_state_dicts_of_distributed_checkpoint() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
-    again = copy.deepcopy(model)
-    optimizer, loaded = (PagedAdamW(m.parameters(), lr=LR) for m in (model, again))
-    model(torch.randn(8, 4)).mean().backward()
-    optimizer.step()
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    flat = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-    set_optimizer_state_dict(again, loaded, flat, options=options)
-    for got, expected in zip(*(o.state_dict()["state"].values() for o in (loaded, optimizer)), strict=True):
-        assert got.keys() == expected.keys()
-        assert all(torch.equal(got[name], expected[name]) for name in expected)
-
-
-def test_empty_states_are_none() -> None:
-    p = Parameter(torch.ones(3))
-    optimizer = PagedAdamW([p])
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: {}}})
-    assert optimizer.state_dict()["state"] == {}
 
 
 def test_saving_writes_through_a_link_and_refuses_what_no_file_holds(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""PagedAdamW.state, where the names of states in pages stand: what programs put into it and take out of it."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import as_torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from qlora_ext import PagedAdamW
+
+LR = 0.1
+both = pytest.mark.parametrize("shape", [(5000,), (70, 90)], ids=str)
+
+
+@both
+def test_states_put_into_state_are_taken_over(shape: tuple[int, ...]) -> None:
+    def run(make: Callable[..., Optimizer]) -> Tensor:
+        p = Parameter(torch.ones(shape))
+        optimizer = make([p], lr=LR)
+        optimizer.state[p] = {"step": torch.tensor(7.0), "exp_avg": torch.rand(shape), "exp_avg_sq": torch.rand(shape)}
+        p.grad = torch.ones(shape)
+        optimizer.step()
+        return p.detach()
+
+    as_torch(run)
+
+
+RESETS: dict[str, Callable[[Any, Tensor], object]] = {
+    "all": lambda optimizer, p: setattr(optimizer, "state", defaultdict(dict)),
+    "emptied": lambda optimizer, p: optimizer.state[p].clear(),
+    "an empty one": lambda optimizer, p: optimizer.state.update({p: {}}),
+    "deleted": lambda optimizer, p: optimizer.state.pop(p),
+}
+
+
+@both
+@pytest.mark.parametrize("reset", RESETS.values(), ids=RESETS)
+def test_states_taken_out_of_state_begin_anew(reset: Callable[..., object], shape: tuple[int, ...]) -> None:
+    def run(make: Callable[..., Optimizer]) -> tuple[Tensor, Tensor]:
+        p = Parameter(torch.ones(shape))
+        optimizer = make([p], lr=LR)
+        assert len(optimizer.state[p]) == 0  # which leaves an empty entry there
+        for step in range(6):
+            if step == 2:
+                reset(optimizer, p)
+            p.grad = torch.full(shape, float(step - 3))
+            optimizer.step()
+        return p.detach(), optimizer.state_dict()["state"][0]["step"]
+
+    as_torch(run)
+
+
+def test_what_others_keep_in_state_stays() -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.state[p]["slow"] = slow = torch.ones(3)
+    optimizer.state_dict()
+    assert optimizer.state[p]["slow"] is slow
+    assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+def test_names_of_another_parameter_are_no_state() -> None:
+    p, other = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    p.grad = other.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = other
+    optimizer.state[other] = optimizer.state.pop(p)
+    with pytest.raises(ValueError, match=r"state of parameter 0: expected tensors, .*, got the names of another"):
+        optimizer.step()
+
+
+def test_a_state_without_steps_is_saved_as_none() -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_bad_states_in_state_change_nothing() -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    optimizer.state[p] = {"step": 1, "exp_avg": torch.ones(4), "exp_avg_sq": torch.ones(3)}
+    p.grad = torch.ones(3)
+    with pytest.raises(
+        ValueError, match=r"PagedAdamW.state: exp_avg of parameter 0: expected floats \[3\], got floats \[4\]"
+    ):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_flattened_state_dicts_of_distributed_checkpoint() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    again = copy.deepcopy(model)
+    optimizer, loaded = (PagedAdamW(m.parameters(), lr=LR) for m in (model, again))
+    model(torch.randn(8, 4)).mean().backward()
+    optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    set_optimizer_state_dict(again, loaded, flat, options=options)
+    for got, expected in zip(*(o.state_dict()["state"].values() for o in (loaded, optimizer)), strict=True):
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_empty_states_are_none() -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: {}}})
+    assert optimizer.state_dict()["state"] == {}
