@@ -4,26 +4,50 @@
 
 #include <ATen/Parallel.h>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#else
 #include <cfenv>
+#endif
 
 namespace qlora {
 
 // How the thread that makes it rounds, subnormal numbers included.
-struct Rounding {
-  std::fenv_t environment;
-  Rounding() { std::fegetenv(&environment); }
+class Rounding {
+ public:
+#if defined(__x86_64__)  // <cfenv> would store and load the x87 unit, too, which takes longer than all else here
+  Rounding() : control_(_mm_getcsr() & ~kOccurred) {}
+  bool operator==(const Rounding& other) const { return control_ == other.control_; }
+  void take() const { _mm_setcsr(control_); }
+
+ private:
+  static constexpr unsigned kOccurred = 0x3f;  // exceptions, so far
+  unsigned control_;
+#else
+  Rounding() { std::fegetenv(&environment_); }
+  bool operator==(const Rounding&) const { return false; }  // not known
+  void take() const { std::fesetenv(&environment_); }
+
+ private:
+  std::fenv_t environment_;
+#endif
 };
 
 // While it lives, this thread rounds like another.
 class RoundingLike {
  public:
-  explicit RoundingLike(const Rounding& other) { std::fesetenv(&other.environment); }
-  ~RoundingLike() { std::fesetenv(&own_.environment); }
+  explicit RoundingLike(const Rounding& other) : same_(own_ == other) {
+    if (!same_) other.take();
+  }
+  ~RoundingLike() {
+    if (!same_) own_.take();
+  }
   RoundingLike(const RoundingLike&) = delete;
   RoundingLike& operator=(const RoundingLike&) = delete;
 
  private:
   const Rounding own_;
+  const bool same_;
 };
 
 template <typename Work>
