@@ -124,7 +124,7 @@ class PagedAdamW(Optimizer):
 
     @in_turn
     def remove_param_group(self, index: int) -> None:
-        """Remove the group at this index of `param_groups`, and its states: of groups removed otherwise, at a step."""
+        """Remove the group at this index of `param_groups`, and its states: else they go when any is next needed."""
         del self.param_groups[index]
         self._follow()
 

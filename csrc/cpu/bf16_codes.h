@@ -2,9 +2,9 @@
 //
 // The bits of a bf16 magnitude ascend with it, and so does its code, until the bounds: where these lie below the bits
 // of absmax depends on absmax's 7 bits of mantissa only, as another exponent moves both alike. Eight octaves below
-// absmax, 1024 steps, all codes are that of zero. A weight's key is its step, and for negative weights its complement:
-// it ascends with the weight, and no two bounds share a bin of 32 keys. From a key to its code it is one lookup of a
-// bin (AVX512), or a search among the bounds' keys (AVX2).
+// absmax, 1024 steps, all codes are that of zero. A weight's key ascends with it: its step, and for negative weights
+// the step's complement (AVX512), in whose bins of 32 keys there is no more than one bound; or its negative (AVX2,
+// which has an instruction for that), for a search among the keys of the bounds.
 #pragma once
 
 #include <array>
