@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from exactness import OTHER_FORMAT, differing, distance
 from linear_providers import torchao_nf4
 from suite import OURS, Case, MissingPeerError, Provider
@@ -74,6 +75,25 @@ def dequantize(weight: Weight) -> list[Provider]:
             _of_form(lambda form: form.get_original_weight()),
             weight.packed_bytes,
             copied=False,
+        ),
+    ]
+
+
+def dequantize_out(weight: Weight) -> list[Provider]:
+    """The same into memory that is there, beside a copy of the dense weight: bitsandbytes has no out= on the CPU."""
+    size = weight.source.numel() * weight.source.element_size()
+    return [
+        Provider(
+            OURS,
+            lambda: (weight.packed, weight.state, torch.zeros_like(weight.source)),
+            _of_form(lambda form: qlora_ext.dequantize_4bit(*form[:2], out=form[2])),
+            weight.packed_bytes,
+        ),
+        Provider(
+            "torch copy_",
+            lambda: (qlora_ext.dequantize_4bit(weight.packed, weight.state), torch.zeros_like(weight.source)),
+            _of_form(lambda form: form[1].copy_(form[0])),
+            size,
         ),
     ]
 

@@ -53,19 +53,38 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg) {
   return {codes, nested_absmax, nested_offset};
 }
 
-Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
-                       const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
-                       at::IntArrayRef shape, at::ScalarType dtype) {
+// Into out, or a new tensor if that is undefined.
+Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                  const OptionalTensor& nested_offset, const std::string& quant_type, int64_t blocksize,
+                  at::IntArrayRef shape, at::ScalarType dtype, Tensor out) {
   constexpr const char* kOp = "dequantize_4bit";
-  const DType type = checked_dtype(kOp, "dtype", dtype);
+  const DType type = checked_dtype(kOp, out.defined() ? "out" : "dtype", dtype);
   const bool negative = std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; });
   QLORA_CHECK(!negative, kOp, "shape", "sizes of at least 0", shape);
   const int64_t n = c10::multiply_integers(shape);
   const Weight4bit w(kOp, n, shape.empty() ? 1 : shape.back(), packed, absmax, nested_absmax, nested_offset, quant_type,
                      blocksize);
-  Tensor out = new_result(shape, packed.options().dtype(dtype));
+  if (out.defined()) {
+    check_device(kOp, "out", out, packed);
+    QLORA_CHECK(out.is_contiguous(), kOp, "out", "a contiguous tensor", c10::str("strides ", out.strides()));
+    out.unsafeGetTensorImpl()->bump_version();  // for the backward pass of those who saved what it was
+  } else {
+    out = new_result(shape, packed.options().dtype(dtype));
+  }
   device_for(out).dequantize_4bit(w.view, n, {0, 1, 0, n}, type, out);
   return out;
+}
+
+Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                       const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
+                       at::IntArrayRef shape, at::ScalarType dtype) {
+  return dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype, {});
+}
+
+void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                         const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
+                         const Tensor& out) {
+  dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out.sizes(), out.scalar_type(), out);
 }
 
 // --- linear_4bit, linear_4bit_dgrad -------------------------------------------------------------------------------
@@ -228,6 +247,7 @@ void register_ops(torch::Library& m) {
   m.impl("quantize_4bit", quantize_4bit);
   m.impl("quantize_absmax", quantize_absmax);
   m.impl("dequantize_4bit", dequantize_4bit);
+  m.impl("dequantize_4bit.out", dequantize_4bit_out);
   m.impl("linear_4bit", linear_4bit);
   m.impl("linear_4bit_dgrad", linear_4bit_dgrad);
 }
@@ -240,6 +260,7 @@ TORCH_LIBRARY(qlora_ext, m) {
 #define QLORA_WEIGHT \
   "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, str quant_type, int blocksize"
   m.def("dequantize_4bit(" QLORA_WEIGHT ", SymInt[] shape, ScalarType dtype) -> Tensor");
+  m.def("dequantize_4bit.out(" QLORA_WEIGHT ", *, Tensor(a!) out) -> ()");
   m.def("linear_4bit(Tensor x, " QLORA_WEIGHT ", SymInt out_features, Tensor? bias) -> Tensor");
   m.def("linear_4bit_dgrad(Tensor grad, " QLORA_WEIGHT ", SymInt in_features) -> Tensor");
   m.def("lora_linear_4bit(Tensor x, " QLORA_WEIGHT

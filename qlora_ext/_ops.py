@@ -64,6 +64,21 @@ def _(
     return packed.new_empty(shape, dtype=dtype)
 
 
+@torch.library.register_fake("qlora_ext::dequantize_4bit.out")
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    *,
+    out: Tensor,
+) -> None:
+    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    _same_device("dequantize_4bit", packed, **scales, out=out)
+
+
 @torch.library.register_fake("qlora_ext::linear_4bit")
 def _(
     x: Tensor,

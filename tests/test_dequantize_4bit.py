@@ -62,3 +62,4 @@ def test_bad_shape_and_dtype() -> None:
 def test_opcheck(shape: tuple[int, ...], double_quant: bool) -> None:
     q = quantize(torch.randn(shape), "nf4", 64, double_quant)
     torch.library.opcheck(dequantize_4bit.default, (*q, shape, torch.bfloat16))
+    torch.library.opcheck(dequantize_4bit.out, q, {"out": torch.empty(shape, dtype=torch.bfloat16)})
