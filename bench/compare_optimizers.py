@@ -13,6 +13,7 @@ from typing import Any
 
 import demo_runs
 import record
+import torch
 
 TORCH, PAGED, PAGED_8BIT, IN_FILE = "adamw", "paged_adamw32", "paged_adamw8", "paged_adamw32, in a file"
 OPTIMIZERS = (TORCH, PAGED, PAGED_8BIT, IN_FILE)
@@ -28,6 +29,7 @@ def run(method: str, optimizer: str, options: Any, folder: Path) -> dict[str, An
     """Fine-tune with this optimizer and return the row of it."""
     kind, _, in_file = optimizer.partition(", ")
     more = ["--host-budget", "0", "--page-file", str(folder / "pages")] if in_file else []
+    more += ["--device-budget", "0"] if in_file and torch.cuda.is_available() else []
     report = demo_runs.run(method, options, folder / method / optimizer, "--optimizer", kind, *more)
     row = {key: report[key] for key in KEPT}
     return {"bench": "compare_optimizers", "provider": optimizer} | row

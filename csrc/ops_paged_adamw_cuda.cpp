@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -37,6 +38,8 @@ PagedAdamwDevice make(at::Device device, const std::string& page_file) {
           },
       .release_device = [](std::byte* memory) { c10::cuda::CUDACachingAllocator::raw_delete(memory); },
       .compute_stream = stream,
+      .enter_device = [](int to) { return int{c10::cuda::ExchangeDevice(static_cast<c10::DeviceIndex>(to))}; },
+      .return_to = [](int to) { c10::cuda::MaybeSetDevice(static_cast<c10::DeviceIndex>(to)); },
       .warn = [](const std::string& text) { TORCH_WARN(text); },
   };
   return {std::make_unique<pager::CudaBackend>(device.index(), page_file, std::move(hooks)),

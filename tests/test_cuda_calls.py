@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,15 @@ ROWS = (1, 16, 300)  # fused; fused, with several rows; by slices
 ops = torch.ops.qlora_ext
 
 
+@pytest.fixture(autouse=True)
+def sums_in_fp32() -> Iterator[None]:
+    """Of cuBLAS as well, which by default may add parts of a product up in bf16."""
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    yield
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def x_and_weight() -> tuple[Tensor, Quantized]:
     return normal(max(ROWS), K, dtype=torch.bfloat16), quantized_normal((N, K), "nf4", 64, double_quant=True)
 
@@ -39,7 +48,7 @@ def linear_4bit_dgrad(m: int, x: Tensor, q: Quantized) -> Tensor:
 
 def lora_linear_4bit(m: int, x: Tensor, q: Quantized) -> tuple[Tensor, Tensor]:
     """A is made of the weight's scales and B of x, so that they too are there only when the inputs are."""
-    a, b = q.absmax.view(-1, K)[:8].float() / 256, x[:1, :N].T.float().repeat(1, 8)
+    a, b = (q.absmax.view(-1, K)[:8].float() / 256 - 0.5) / 16, x[:1, :N].T.float().repeat(1, 8)
     result: tuple[Tensor, Tensor] = ops.lora_linear_4bit(x[:m], *q, N, None, [a], [b], [0.1], [])
     return result
 

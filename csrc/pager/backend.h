@@ -35,7 +35,7 @@ class Backend {
   // How many pages of Host it takes to move pages between File and another compute tier.
   virtual int staging_pages() const { return 0; }
 
-  // Memory in Device or Host; zeros if it is the compute tier. release: once all work with it is done.
+  // Memory in Device or Host; zeros if it is the compute tier. release: once all work with it is done; does not throw.
   virtual std::byte* allocate(Tier tier, std::int64_t bytes) = 0;
   virtual void release(Tier tier, std::byte* memory, std::int64_t bytes) = 0;
 

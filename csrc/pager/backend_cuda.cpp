@@ -1,5 +1,6 @@
 #include "backend_cuda.h"
 
+#include <exception>
 #include <stdexcept>
 #include <utility>
 
@@ -17,20 +18,14 @@ void check_cuda(cudaError_t error, const char* what) {
 
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check_cuda(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = before_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
+  DeviceGuard(const CudaHooks& hooks, int device) : hooks_(hooks), before_(hooks.enter_device(device)) {}
+  ~DeviceGuard() { hooks_.return_to(before_); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  const CudaHooks& hooks_;
+  int before_;
 };
 
 void copy(void* to, const void* from, std::int64_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
@@ -47,7 +42,7 @@ cudaEvent_t new_event() {
 
 CudaBackend::CudaBackend(int device, const std::string& page_file, CudaHooks hooks)
     : device_(device), hooks_(std::move(hooks)), recent_(kRecent) {
-  const DeviceGuard guard(device_);
+  const DeviceGuard guard(hooks_, device_);
   if (!page_file.empty()) file_.emplace(page_file);
   for (cudaStream_t* stream : {&in_, &out_}) {
     check_cuda(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -56,19 +51,23 @@ CudaBackend::CudaBackend(int device, const std::string& page_file, CudaHooks hoo
   for (Staging& staging : staging_) staging.copied = new_event();
 }
 
-// The pager has waited for all that was moved.
+// The pager has waited for all that was moved. What a device that failed does not give back is lost.
 CudaBackend::~CudaBackend() {
   if (!usable()) {
     if (file_) file_->abandon();
     return;
   }
-  for (Staging& staging : staging_) {
-    cudaEventSynchronize(staging.copied);
-    if (staging.memory != nullptr) release_pinned(staging.memory, staging_bytes_);
-    cudaEventDestroy(staging.copied);
+  try {
+    const DeviceGuard guard(hooks_, device_);
+    for (Staging& staging : staging_) {
+      cudaEventSynchronize(staging.copied);
+      if (staging.memory != nullptr) release_pinned(staging.memory, staging_bytes_);
+      cudaEventDestroy(staging.copied);
+    }
+    for (const Work& work : recent_) cudaEventDestroy(work.event);
+    for (cudaStream_t stream : {in_, out_}) cudaStreamDestroy(stream);
+  } catch (const std::exception&) {
   }
-  for (const Work& work : recent_) cudaEventDestroy(work.event);
-  for (cudaStream_t stream : {in_, out_}) cudaStreamDestroy(stream);
 }
 
 std::byte* CudaBackend::allocate_pinned(std::int64_t bytes) {
@@ -94,7 +93,7 @@ void CudaBackend::release_pinned(std::byte* memory, std::int64_t bytes) {
 }
 
 std::byte* CudaBackend::allocate(Tier tier, std::int64_t bytes) {
-  const DeviceGuard guard(device_);
+  const DeviceGuard guard(hooks_, device_);
   if (tier == Tier::Host) return allocate_pinned(bytes);
   std::byte* memory = hooks_.allocate_device(bytes);
   // The memory may still be in use by what this stream does; once it is zeros, any stream may have it.
@@ -106,11 +105,14 @@ std::byte* CudaBackend::allocate(Tier tier, std::int64_t bytes) {
 
 void CudaBackend::release(Tier tier, std::byte* memory, std::int64_t bytes) {
   if (!usable()) return;
-  const DeviceGuard guard(device_);
-  if (tier == Tier::Host) {
-    release_pinned(memory, bytes);
-  } else {
-    hooks_.release_device(memory);
+  try {
+    const DeviceGuard guard(hooks_, device_);
+    if (tier == Tier::Host) {
+      release_pinned(memory, bytes);
+    } else {
+      hooks_.release_device(memory);
+    }
+  } catch (const std::exception&) {  // a device that failed says so wherever it is used
   }
 }
 
@@ -135,7 +137,7 @@ void CudaBackend::stream_waits(cudaStream_t stream, Token token) {
 
 Token CudaBackend::move(const Place& from, const Place& to, std::int64_t bytes, Token after_source,
                         Token after_target) {
-  const DeviceGuard guard(device_);
+  const DeviceGuard guard(hooks_, device_);
   const Token token = new_token();
   Work& done = recent_[static_cast<std::size_t>(token % kRecent)];
   if (from.tier == Tier::File || to.tier == Tier::File) {
@@ -161,10 +163,10 @@ Token CudaBackend::move(const Place& from, const Place& to, std::int64_t bytes, 
   return token;
 }
 
-// On the I/O thread.
+// On the I/O thread, whose device it may remain.
 void CudaBackend::move_with_file(const Place& from, const Place& to, std::int64_t bytes, const Work* after_source,
                                  const Work* after_target, cudaEvent_t done) {
-  const DeviceGuard guard(device_);
+  hooks_.enter_device(device_);
   const cudaStream_t stream = to.tier == Tier::Device ? in_ : out_;
   std::byte* memory = from.tier == Tier::Host ? from.memory : to.memory;
   Staging* staging = nullptr;
@@ -191,12 +193,12 @@ void CudaBackend::move_with_file(const Place& from, const Place& to, std::int64_
 }
 
 void CudaBackend::before_compute(Token token) {
-  const DeviceGuard guard(device_);
+  const DeviceGuard guard(hooks_, device_);
   stream_waits(hooks_.compute_stream(), token);
 }
 
 Token CudaBackend::after_compute() {
-  const DeviceGuard guard(device_);
+  const DeviceGuard guard(hooks_, device_);
   const Token token = new_token();
   check_cuda(cudaEventRecord(recent_[static_cast<std::size_t>(token % kRecent)].event, hooks_.compute_stream()),
              "cudaEventRecord");
@@ -206,7 +208,12 @@ Token CudaBackend::after_compute() {
 void CudaBackend::wait(Token token) {
   const Work* before = work(token);
   if (before == nullptr) return;
-  io_.wait(before->job);
+  try {
+    io_.wait(before->job);
+  } catch (...) {  // jobs after one that failed are left out, and with them what they would have waited for
+    for (const cudaStream_t stream : {in_, out_, hooks_.compute_stream()}) cudaStreamSynchronize(stream);
+    throw;
+  }
   check_cuda(cudaEventSynchronize(before->event), "cudaEventSynchronize");
 }
 
@@ -216,13 +223,13 @@ void CudaBackend::check() const {
 }
 
 void CudaBackend::read(const std::byte* page, std::byte* memory, std::int64_t bytes) {
-  const DeviceGuard guard(device_);
+  const DeviceGuard guard(hooks_, device_);
   copy(memory, page, bytes, cudaMemcpyDeviceToHost, hooks_.compute_stream());
   check_cuda(cudaStreamSynchronize(hooks_.compute_stream()), "cudaStreamSynchronize");
 }
 
 void CudaBackend::write(const std::byte* memory, std::byte* page, std::int64_t bytes) {
-  const DeviceGuard guard(device_);
+  const DeviceGuard guard(hooks_, device_);
   copy(page, memory, bytes, cudaMemcpyHostToDevice, hooks_.compute_stream());
   check_cuda(cudaStreamSynchronize(hooks_.compute_stream()), "cudaStreamSynchronize");
 }

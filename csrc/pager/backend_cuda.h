@@ -23,6 +23,8 @@ struct CudaHooks {
   std::function<std::byte*(std::int64_t bytes)> allocate_device;
   std::function<void(std::byte*)> release_device;
   std::function<cudaStream_t()> compute_stream;  // the current one
+  std::function<int(int device)> enter_device;   // makes it the thread's current one; returns the one before
+  std::function<void(int device)> return_to;     // unless that would open a device that no one uses
   std::function<void(const std::string&)> warn;
 };
 

@@ -220,9 +220,10 @@ void Pager::run(std::span<const PageId> order, bool writes, const Visit& visit) 
     for (Slot& other : ring_) {
       if (other.page == id) other.page = -1;  // this one's will be the newer content
     }
-    slot.page = id;
+    slot.page = -1;  // if this fails
     slot.ready = slot.idle =
         move(page.written ? page.home : Place{}, {tiers_[0].tier, slot.memory}, page.stored, slot.idle);
+    slot.page = id;
   };
   for (std::size_t i = 0; i < std::min(ring, streamed.size()); ++i) request(i);
 

@@ -10,7 +10,23 @@
 #include <random>
 #include <thread>
 
+namespace {
+
+std::atomic<int> failing{0}, things{0};
+std::mutex devices;
+std::set<int> with_context;
+thread_local int current = 0;
+
+int open_current() {
+  const std::lock_guard lock(devices);
+  with_context.insert(current);
+  return current;
+}
+
+}  // namespace
+
 struct CUevent_st {
+  const int device = open_current();
   std::mutex mutex;
   std::condition_variable changed;
   long recorded = 0, done = 0;  // times
@@ -31,6 +47,7 @@ struct CUevent_st {
 };
 
 struct CUstream_st {
+  const int device = open_current();
   std::mutex mutex;
   std::condition_variable changed;
   std::deque<std::function<void()>> work;
@@ -65,27 +82,29 @@ struct CUstream_st {
   }
 };
 
-namespace {
-
-std::atomic<int> failing{0}, things{0};
-
-}  // namespace
-
 namespace fake_cuda {
 
 void launch(cudaStream_t stream, std::function<void()> kernel) { stream->give(std::move(kernel)); }
 void fail_pinned(int count) { failing = count; }
 int alive() { return things; }
+std::set<int> opened() {
+  const std::lock_guard lock(devices);
+  return with_context;
+}
 
 }  // namespace fake_cuda
 
 extern "C" {
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  current = device;
+  open_current();
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t) { return "cudaErrorMemoryAllocation"; }
 const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
@@ -128,6 +147,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (event->device != stream->device) return cudaErrorInvalidResourceHandle;
   long number;
   {
     const std::lock_guard lock(event->mutex);
@@ -155,12 +175,14 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
     return cudaErrorMemoryAllocation;
   }
   ++things;
+  open_current();
   *memory = std::malloc(bytes);
   std::memset(*memory, 0xcc, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* memory) {
   --things;
+  open_current();
   std::free(memory);
   return cudaSuccess;
 }

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <functional>
+#include <set>
 
 namespace fake_cuda {
 
@@ -16,5 +17,8 @@ void fail_pinned(int count);
 
 // Pinned allocations, events and streams that have not been given back.
 int alive();
+
+// Devices with a context: those that something was made on, or that were made current.
+std::set<int> opened();
 
 }  // namespace fake_cuda

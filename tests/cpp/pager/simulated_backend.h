@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -31,6 +32,7 @@ class SimulatedBackend final : public Backend {
     double computed = 0, waited = 0;
     double late = 0;  // the longest that an engine was idle while what it was given next could have been done
     std::vector<std::string> moves;
+    std::int64_t failing = -1;                          // the move that fails, counted from the next one, 0
     std::map<std::string, std::vector<Span>> accesses;  // by place
     std::map<Tier, std::int64_t> allocated, most;
     double in_free = 0, out_free = 0, compute_free = 0;
@@ -55,6 +57,7 @@ class SimulatedBackend final : public Backend {
   }
 
   Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source, Token after_target) override {
+    if (trace_.failing >= 0 && trace_.failing-- == 0) throw std::runtime_error("a move fails");
     const bool in = to.tier == compute_tier();
     double& engine = in || costs_.one_engine ? trace_.in_free : trace_.out_free;
     const double ready = std::max(ends_[after_source], ends_[after_target]);

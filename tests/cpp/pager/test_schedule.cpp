@@ -66,6 +66,30 @@ std::vector<TierRoom> device_tiers(std::int64_t device, std::int64_t host) {
   return {{Tier::Device, device, 3}, {Tier::Host, host, 0}, {Tier::File, kUnlimited, 0}};
 }
 
+// What a slot of the ring holds is known also where the move into it failed.
+void after_a_failed_move_pages_are_what_they_were() {
+  for (std::int64_t failing = 0; failing < 12; ++failing) {
+    Run run({1, 1, 1, false}, device_tiers(4, 3));
+    run.add(9);
+    for (std::ptrdiff_t count = 9; count > 0; --count) {  // no two have been updated as often
+      run.walk({run.pages.begin(), run.pages.begin() + count});
+    }
+    const std::vector<PageId> reversed(run.pages.rbegin(), run.pages.rend());
+    run.trace.failing = failing;
+    bool failed = false;
+    try {
+      run.walk(reversed, false);
+    } catch (const std::runtime_error&) {
+      failed = true;
+    }
+    run.trace.failing = -1;
+    if (failing == 0) CHECK(failed);
+    run.walk(reversed, false);
+    run.walk(run.pages);
+    run.walk(run.pages);
+  }
+}
+
 void nothing_moves_when_all_fits() {
   for (const bool host : {true, false}) {
     Run run({1, 5, 5, host}, host ? host_tiers(8) : device_tiers(8, 100));
@@ -143,6 +167,7 @@ void no_room_is_an_error() {
 }  // namespace
 
 int main() {
+  after_a_failed_move_pages_are_what_they_were();
   nothing_moves_when_all_fits();
   for (const bool host : {true, false}) {
     for (const double in : {0.3, 1.0, 4.0}) {
