@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from qlora_ext.optim_checks import check, check_options, check_parameter, checked_gradient, checked_hyper
 from qlora_ext.optim_files import find_states, save_states
-from qlora_ext.optim_state import Saved, checked_state, held, like_parameter, state_forms
+from qlora_ext.optim_state import Saved, checked_state, has_state, held, others_entries, with_others_entries
 from qlora_ext.paged_parameters import PagedParameters, Update, in_turn, update_of
 
 
@@ -116,8 +116,12 @@ class PagedAdamW(Optimizer):
             check(len(set(new)) == len(new), "params", "each parameter once", "one of them twice")
             for p in (trained := [p for p in new if p.requires_grad]):
                 check_parameter("params", p)
-            self._follow()
-            self._paged.reserve(trained)
+            self._paged.check_restored()
+            try:
+                self._paged.reserve(trained)
+            except (ValueError, OSError):  # the states of groups that were removed may have the room
+                self._follow()
+                self._paged.reserve(trained)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -154,14 +158,14 @@ class PagedAdamW(Optimizer):
         self._follow()
         updates = list(self._updates())
         fresh = [u.parameter for u in updates if "step" not in self.state.get(u.parameter, ())]
-        for p in fresh:
-            self.state.setdefault(p, {}).update(self._paged.names(p))
         try:
+            for p in fresh:
+                self.state.setdefault(p, {}).update(self._paged.names(p))
             self._paged.step(updates, getattr(self, "grad_scale", None), *self._rounding)
         except BaseException:
             for p in fresh:
                 if not self._paged.steps(p):
-                    del self.state[p]
+                    self.state[p] = others_entries(self.state.get(p, {}))
             raise
         finally:  # after Ctrl-C during the step, too
             torch.autograd.graph.increment_version([u.parameter for u in updates if not u.parameter.is_inference()])
@@ -172,16 +176,13 @@ class PagedAdamW(Optimizer):
 
         8-bit states are uint8 codes `exp_avg` and `exp_avg_sq` in the parameter's shape, with float32 `exp_avg_absmax`
         and `exp_avg_sq_absmax` [ceil(numel / 256)]. To save without room for all of them in memory: `save_states`.
+
+        Raises:
+            ValueError: 8-bit states of a sharded DTensor: the blocks of a shard are no part of a tensor's.
         """
-        entries: dict[Tensor, dict[str, Tensor]] = {}
-        for p, steps in self._with_states():
-            forms = state_forms(p, self._paged.state_bits)
-            entries[p] = {part: torch.empty(form.shape, dtype=form.dtype) for part, form in forms.items()}
-            entries[p]["step"] = torch.tensor(float(steps))
-        self._paged.save((p, part, entry[part]) for p, entry in entries.items() for part in entry if part != "step")
-        for p, entry in entries.items():  # which are filled by now: a DTensor may copy them to another device
-            entry.update((part, like_parameter(p, entry[part])) for part in ("exp_avg", "exp_avg_sq"))
-        names, self.state = self.state, defaultdict(dict, entries)
+        self._follow()
+        entries = self._paged.entries(p for group in self.param_groups for p in group["params"])
+        names, self.state = self.state, with_others_entries(entries, self.state)
         try:
             return super().state_dict()
         finally:
@@ -205,11 +206,13 @@ class PagedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what Optimizer.load_state_dict has matched to the parameters."""
+        entries = {key: entry.entry for key, entry in state["state"].items()}
         saved = {}
         for index, p in enumerate(p for group in state["param_groups"] for p in group["params"]):
-            if p in state["state"] and (entry := state["state"][p].entry) != {}:
-                saved[p] = checked_state("PagedAdamW.load_state_dict", index, p, self._paged.state_bits, entry)
+            if p in entries and has_state(entries[p]):
+                saved[p] = checked_state("PagedAdamW.load_state_dict", index, p, self._paged.state_bits, entries[p])
         self._restore(saved, state["param_groups"])
+        self.state = with_others_entries(self.state, entries)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -225,11 +228,14 @@ class PagedAdamW(Optimizer):
                 sharded model writes its own shards: to a path of its own.
 
         Raises:
+            ValueError: it is the page_file.
             BlockingIOError: another process or thread is saving there.
             OSError: it cannot be written, or the disk is full; a file that was there is as it was.
         """
         self._follow()
-        save_states(Path(os.path.realpath(path)), self.param_groups, self._paged)
+        where = os.path.realpath(path)
+        check(where != self._paged.page_file, "save_states: path", "another file than page_file", path)
+        save_states(Path(where), self.param_groups, self._paged)
 
     @in_turn
     def load_states(self, path: str | os.PathLike[str]) -> None:
@@ -272,13 +278,6 @@ class PagedAdamW(Optimizer):
         self._paged.restore(saved, (p for group in groups for p in group["params"] if p.requires_grad), file)
         self.state = defaultdict(dict, {p: self._paged.names(p) for p, of_p in saved.items() if of_p.steps})
         super().__setstate__({"param_groups": groups})
-
-    def _with_states(self) -> Iterator[tuple[Tensor, int]]:
-        """The parameters that have taken steps, and how many."""
-        self._follow()
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if steps := self._paged.steps(p):
-                yield p, steps
 
     def _follow(self) -> None:
         self._paged.follow([p for group in self.param_groups for p in group["params"]], self.state)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_ext import _C
@@ -66,11 +67,13 @@ def check_dtype(what: str, dtype: torch.dtype) -> None:
 def check_parameter(what: str, p: Tensor) -> None:
     """Raises TypeError if it has no dtype of parameters, or its elements do not lie in memory."""
     check_dtype(what, p.dtype)
-    _in_memory(what, local_shard(p))
+    in_memory(what, local_shard(p))
 
 
-def _in_memory(what: str, tensor: Any) -> Tensor:
+def in_memory(what: str, tensor: Any) -> Tensor:
     """The tensor itself, or what a collective that is under way gives."""
+    if isinstance(tensor, FakeTensor):
+        raise refusal(what, "a tensor with values", type(tensor).__name__, TypeError)
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
         if not hasattr(tensor, "wait"):
             raise refusal(what, "plain tensors or DTensors of them", type(tensor).__name__, TypeError)
@@ -132,7 +135,7 @@ def checked_gradient(index: int, p: Any) -> Tensor:
         raise refusal(f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
     if hasattr(p, "placements") or hasattr(grad, "placements"):
         grad = _local_gradient(what, p, grad)
-    return _in_memory(what, grad)
+    return in_memory(what, grad)
 
 
 def _local_gradient(what: str, p: Any, grad: Any) -> Tensor:

@@ -79,6 +79,8 @@ def find_states(
         raise ValueError(f"{at}: expected groups of {expected} parameters, got {sizes}")
     for group, own in zip(loaded, groups, strict=True):
         group["params"] = own["params"]
+        if "param_names" in own:
+            group.setdefault("param_names", own["param_names"])
     saved = {}
     for index, p in enumerate(p for group in groups for p in group["params"]):
         if index not in steps:

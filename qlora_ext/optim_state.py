@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_ext import _C
 
@@ -42,8 +46,28 @@ class Held:
 
 
 def held(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict with each parameter's state in a Held."""
-    return state_dict | {"state": {key: Held(entry) for key, entry in state_dict["state"].items()}}
+    """The state_dict with each parameter's state in a Held, if it is in none yet."""
+    entries = state_dict["state"].items()
+    return state_dict | {"state": {key: entry if isinstance(entry, Held) else Held(entry) for key, entry in entries}}
+
+
+def has_state(entry: Any) -> bool:
+    """Whether an entry of a state_dict has a part of a state, or is none at all."""
+    return not isinstance(entry, dict) or any(name in entry for name in NAMES)
+
+
+def others_entries(entry: Any) -> Any:
+    """What is in an entry of an optimizer's `state` beside the parts of a state: other programs keep it there."""
+    return {name: value for name, value in entry.items() if name not in NAMES} if isinstance(entry, dict) else entry
+
+
+def with_others_entries(
+    entries: Mapping[Tensor, dict[str, Any]], state: Mapping[Any, Any]
+) -> defaultdict[Any, dict[str, Any]]:
+    """The entries of parameters, and what others keep in this `state`."""
+    others = {key: others_entries(entry) for key, entry in state.items()}
+    merged = {p: others.pop(p, {}) | entry for p, entry in entries.items()}
+    return defaultdict(dict, merged | {key: entry for key, entry in others.items() if entry != {}})
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -52,6 +76,12 @@ def local_shard(tensor: Tensor) -> Tensor:
         return tensor
     local: Tensor = tensor.to_local()
     return local.wait() if hasattr(local, "wait") else local  # for a collective that is under way
+
+
+def is_sharded(p: Any) -> bool:
+    """Whether this process has a part of p only."""
+    placed = zip(p.placements, p.device_mesh.shape, strict=True) if hasattr(p, "placements") else ()
+    return any(size > 1 and not placement.is_replicate() for placement, size in placed)
 
 
 def shard_number(p: Any) -> int:
@@ -120,11 +150,14 @@ def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[s
             # torch.optim.AdamW's states have the dtype of their parameter.
             kind = "floats" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
             expected_kind = "floats" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
-            has_values = value.layout is torch.strided and not value.is_meta
+            has_values = value.layout is torch.strided and not value.is_meta and not value._is_zerotensor()
+            has_values = has_values and not is_traceable_wrapper_subclass(value) and not isinstance(value, FakeTensor)
             if tuple(value.shape) == shape and kind == expected_kind and has_values:
                 parts[part] = value
                 continue
-            got = f"{kind} {list(value.shape)}" + ("" if has_values else f" ({value.layout} on {value.device})")
+            got = f"{kind} {list(value.shape)}" + (
+                "" if has_values else f" ({type(value).__name__}, {value.layout}, on {value.device})"
+            )
         expected = f"{'floats' if dtype.is_floating_point else 'uint8'} {list(shape)}"
         raise ValueError(f"{op}: {part} of parameter {index}: expected {expected}, got {got}")
     return Saved(int(steps), parts)

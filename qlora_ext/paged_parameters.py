@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from qlora_ext import _C
-from qlora_ext.optim_checks import Hyper
+from qlora_ext.optim_checks import Hyper, check, in_memory
 from qlora_ext.optim_state import (
     NAMES,
     PARTS,
     Saved,
     checked_state,
+    is_sharded,
+    like_parameter,
     local_shard,
+    others_entries,
     shard_number,
     state_forms,
     state_width,
@@ -78,6 +81,7 @@ class PagedParameters:
         page_file: str | None,
     ) -> None:
         self.state_bits = state_bits
+        self.page_file = page_file
         self._paging = (page_bytes, device_budget, host_budget, page_file or "")
         self._stores: dict[torch.device, _C.PagedStates] = {}
         # The page file goes at the end of the process, too, where a thread that still runs keeps the optimizer.
@@ -121,9 +125,11 @@ class PagedParameters:
         The states of other parameters are freed, as are those that `state` has no entry for. What is in pages has its
         names there; tensors are taken over. To be called before step() and save().
         """
-        self._check_restored()
+        self.check_restored()
         if (now := [id(p) for p in params]) != self._followed:
-            for p in (self._states.keys() | state.keys()) - set(params):
+            check(len(set(now)) == len(now), "params", "each parameter once", "one of them twice")
+            of_parameters = {key for key in state if isinstance(key, Tensor)}
+            for p in (self._states.keys() | of_parameters) - set(params):
                 state.pop(p, None)
                 self.forget(p)
             self._followed = now
@@ -133,19 +139,20 @@ class PagedParameters:
             named = [name for name in NAMES if name in entry]
             if any(entry[name] is not None for name in named):
                 given[p] = checked_state("PagedAdamW.state", index, p, self.state_bits, entry)
-            elif named and p not in self._states:
+            elif named and not self.steps(p):
                 raise ValueError(
                     f"PagedAdamW.state: state of parameter {index}: expected tensors, as in state_dict(), "
                     "got the names of another parameter's"
                 )
-            elif bool(named) != bool(self.steps(p)):  # it was taken out, or a first step broken off
+            elif not named and self.steps(p):  # it was taken out
                 self.forget(p)
-                state.pop(p, None)
+        for p in given:
+            if p in self._states and not self._fits(p):
+                self.forget(p)
         self.reserve(given)
         self.put(given)
         for p, saved in given.items():
-            others = {name: value for name, value in state[p].items() if name not in NAMES}
-            state[p] = others | (self.names(p) if saved.steps else {})
+            state[p] = others_entries(state[p]) | (self.names(p) if saved.steps else {})
 
     def names(self, p: Tensor) -> dict[str, None]:
         """What stands in an optimizer's `state` for what is in pages: torch.distributed.checkpoint looks there."""
@@ -181,6 +188,22 @@ class PagedParameters:
         """Copy parts of parameters' states into CPU tensors, or to offsets of a file."""
         for device, places in self._places(parts).items():
             self._stores[device].save(places, file)
+
+    def entries(self, params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """The states of those that have taken steps, as a state_dict has them."""
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for p in params:
+            if not self.steps(p):
+                continue
+            forms = state_forms(p, self.state_bits)
+            whole = "exp_avg_absmax" not in forms or not is_sharded(p)
+            check(whole, "state_dict", "32-bit states of sharded DTensors, or save_states()", "8-bit ones")
+            found[p] = {part: torch.empty(form.shape, dtype=form.dtype, device="cpu") for part, form in forms.items()}
+        self.save((p, part, value) for p, entry in found.items() for part, value in entry.items())
+        for p, entry in found.items():  # which are filled by now: a DTensor may copy them to another device
+            entry.update((part, like_parameter(p, entry[part])) for part in ("exp_avg", "exp_avg_sq"))
+            entry["step"] = torch.tensor(float(self.steps(p)), device="cpu")
+        return found
 
     def restore(self, saved: Mapping[Tensor, Saved], reserved: Iterable[Tensor], file: int = -1) -> None:
         """Replace all states by these, and reserve room for those of further parameters.
@@ -226,17 +249,23 @@ class PagedParameters:
         hit_rate = total["hits"] / total["visits"] if total["visits"] else 1.0
         return total | {"page_bytes": self._paging[0], "hit_rate": hit_rate}
 
-    def _id(self, p: Tensor) -> int:
+    def _fits(self, p: Tensor) -> bool:
+        """Whether p is as it was when its pages were made."""
         states, local = self._states[p], local_shard(p)
-        expected, got = (states.numel, states.device), (local.numel(), local.device)
-        if got != expected:
+        return (states.numel, states.device) == (local.numel(), local.device)
+
+    def _id(self, p: Tensor) -> int:
+        states = self._states[p]
+        if not self._fits(p):
+            local = local_shard(p)
             raise ValueError(
-                f"PagedAdamW: params: expected {expected[0]} elements on {expected[1]}, as when added, "
-                f"got {got[0]} on {got[1]}"
+                f"PagedAdamW: params: expected {states.numel} elements on {states.device}, as when added, "
+                f"got {local.numel()} on {local.device}"
             )
         return states.id
 
-    def _check_restored(self) -> None:
+    def check_restored(self) -> None:
+        """Raises RuntimeError after a restore() that has raised."""
         if self._half_restored:
             raise RuntimeError(
                 "PagedAdamW: not usable since states could not be loaded: expected them loaded anew or a release()"
@@ -245,7 +274,7 @@ class PagedParameters:
     def _places(self, parts: Iterable[tuple[Tensor, str, Tensor | int]]) -> dict[torch.device, list[Any]]:
         places: dict[torch.device, list[Any]] = defaultdict(list)
         for p, part, place in parts:
-            where = (place, 0) if isinstance(place, Tensor) else (None, place)
+            where = (in_memory(part, place), 0) if isinstance(place, Tensor) else (None, place)
             places[local_shard(p).device].append((self._id(p), PARTS.index(part), *where))
         return places
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.testing._internal.two_tensor import TwoTensor
 
 from qlora_ext import PagedAdamW
 
@@ -70,9 +71,18 @@ def test_what_others_keep_in_state_stays() -> None:
         p.grad = torch.ones(3)
         optimizer.step()
         optimizer.state[p]["slow"] = slow = torch.ones(3)
+    optimizer.state["global"] = {"k": 1}
     optimizer.state_dict()
     assert optimizer.state[p]["slow"] is slow
-    assert optimizer.state_dict()["state"][0]["step"] == 2
+    saved = optimizer.state_dict()["state"]
+    assert (saved[0]["step"], saved[0]["slow"], saved["global"]) == (2, slow, {"k": 1})
+    optimizer.add_param_group({"params": [Parameter(torch.ones(3))]})
+    assert optimizer.state["global"] == {"k": 1}
+
+    again = PagedAdamW([Parameter(torch.ones(3))])
+    del saved[0]["step"], saved[0]["exp_avg"], saved[0]["exp_avg_sq"]
+    again.load_state_dict(again.state_dict() | {"state": saved})
+    assert again.state_dict()["state"] == saved
 
 
 def test_names_of_another_parameter_are_no_state() -> None:
@@ -84,6 +94,56 @@ def test_names_of_another_parameter_are_no_state() -> None:
     optimizer.state[other] = optimizer.state.pop(p)
     with pytest.raises(ValueError, match=r"state of parameter 0: expected tensors, .*, got the names of another"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["state", "update"])
+def test_names_of_another_optimizer_are_no_state(how: str) -> None:
+    p = Parameter(torch.ones(3))
+    optimizer, other = PagedAdamW([p]), PagedAdamW([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    if how == "state":
+        other.state = optimizer.state
+    else:
+        other.state.update(optimizer.state)
+    with pytest.raises(ValueError, match=r"state of parameter 0: expected tensors, .*, got the names of another"):
+        other.step()
+
+
+def test_states_put_in_with_another_size() -> None:
+    def run(make: Callable[..., Optimizer]) -> Tensor:
+        p = Parameter(torch.ones(3))
+        optimizer = make([p], lr=LR)
+        p.grad = torch.ones(3)
+        optimizer.step()
+        p.data = torch.ones(5)
+        optimizer.state[p] = {"step": torch.tensor(7.0), "exp_avg": torch.rand(5), "exp_avg_sq": torch.rand(5)}
+        p.grad = torch.ones(5)
+        optimizer.step()
+        return p.detach()
+
+    as_torch(run)
+
+
+def test_ctrl_c_before_a_first_step_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = PagedAdamW(params)
+    optimizer.release()  # no parameter has pages
+    for p in params:
+        p.grad = torch.ones(3)
+    names = optimizer._paged.names
+
+    def interrupted(p: Tensor) -> Any:
+        if p is params[2]:
+            raise KeyboardInterrupt
+        return names(p)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer._paged, "names", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    optimizer.step()
+    assert [state["step"] for state in optimizer.state_dict()["state"].values()] == [1, 1, 1]
 
 
 def test_a_state_without_steps_is_saved_as_none() -> None:
@@ -125,3 +185,23 @@ def test_empty_states_are_none() -> None:
     optimizer = PagedAdamW([p])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: {}}})
     assert optimizer.state_dict()["state"] == {}
+
+
+WITHOUT_VALUES = {
+    "zero tensor": lambda: torch._efficientzerotensor(3),
+    "subclass": lambda: TwoTensor(torch.ones(3), torch.ones(3)),
+    "meta": lambda: torch.ones(3, device="meta"),
+}
+
+
+@pytest.mark.parametrize("make", WITHOUT_VALUES.values(), ids=WITHOUT_VALUES)
+def test_states_without_values_change_nothing(make: Callable[[], Tensor]) -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    bad = optimizer.state_dict()
+    bad["state"][0]["exp_avg"] = make()
+    with pytest.raises(ValueError, match=r"load_state_dict: exp_avg of parameter 0: expected floats \[3\], got floats"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.state_dict()["state"][0]["step"] == 1

@@ -13,13 +13,14 @@ import pytest
 import torch
 from optim_cases import KIB, as_torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.testing._internal.two_tensor import TwoTensor
 
 from qlora_ext import PagedAdamW
-from qlora_ext.optim_state import shard_number
+from qlora_ext.optim_state import is_sharded, shard_number
 
 LR = 0.1
 
@@ -39,6 +40,44 @@ def test_a_parameter_may_change_its_group() -> None:
         return p.detach()
 
     as_torch(run)
+
+
+@pytest.mark.parametrize("how", ["all again", "split", "states first"])
+def test_groups_may_be_made_anew_one_by_one(how: str) -> None:
+    def run(make: Callable[..., Optimizer]) -> list[Tensor]:
+        params = [Parameter(torch.zeros(3)) for _ in range(3)]
+        optimizer = make([{"params": [p]} for p in params], lr=LR)
+
+        def step(grad: float) -> None:
+            for p in params:
+                p.grad = torch.full((3,), grad)
+            optimizer.step()
+
+        for _ in range(5):
+            step(1.0)
+        if how == "states first":
+            states = {params[i]: state for i, state in optimizer.state_dict()["state"].items()}
+            optimizer = make(params[:1], lr=LR)
+            optimizer.state.update(states)
+        else:
+            optimizer.param_groups.clear()
+            optimizer.add_param_group({"params": params[:1], "lr": LR})
+        for group in [[p] for p in params[1:]] if how == "all again" else [params[1:]]:
+            optimizer.add_param_group({"params": group, "lr": LR / 2})
+        step(-1.0)
+        return [p.detach() for p in params]
+
+    as_torch(run)
+
+
+def test_a_parameter_twice_in_the_groups_is_refused() -> None:
+    p, q = Parameter(torch.zeros(3)), Parameter(torch.zeros(3))
+    optimizer = PagedAdamW([{"params": [p]}, {"params": [q]}])
+    optimizer.param_groups[1]["params"].append(p)
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="PagedAdamW: params: expected each parameter once"):
+        optimizer.step()
+    assert torch.equal(p, torch.zeros(3))
 
 
 def test_changing_groups_takes_no_pages() -> None:
@@ -200,3 +239,56 @@ def test_memory_of_strided_parameters(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STRIDED, str(tmp_path / "pages")]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert grown <= 16 << 20  # of 64 MiB: two pages, the elements for one, and what a first step needs of the libraries
+
+
+def test_tensors_without_values_are_refused() -> None:
+    p = Parameter(torch.zeros(3))
+    optimizer = PagedAdamW([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with FakeTensorMode():
+        with pytest.raises(TypeError, match="exp_avg: expected a tensor with values, got 'FakeTensor'"):
+            optimizer.state_dict()
+        with pytest.raises(TypeError, match="params: expected a tensor with values, got 'FakeTensor'"):
+            PagedAdamW([Parameter(torch.zeros(3))])
+
+
+def test_a_default_device_is_not_where_states_are() -> None:
+    p = Parameter(torch.zeros(3))
+    optimizer = PagedAdamW([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with torch.device("meta"):
+        state = optimizer.state_dict()["state"][0]
+    assert {value.device.type for value in state.values()} == {"cpu"}
+    assert torch.equal(state["exp_avg"], torch.full((3,), 1 - 0.9))
+
+
+def test_states_of_8_bits_of_a_shard_are_no_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their absmax would pass for that of every shard."""
+    assert is_sharded(SimpleNamespace(placements=[Replicate(), Shard(0)], device_mesh=SimpleNamespace(shape=(2, 2))))
+    assert not is_sharded(SimpleNamespace(placements=[Shard(0)], device_mesh=SimpleNamespace(shape=(1,))))
+    assert not is_sharded(SimpleNamespace(placements=[Replicate()], device_mesh=SimpleNamespace(shape=(2,))))
+    assert not is_sharded(torch.zeros(3))
+    monkeypatch.setattr("qlora_ext.paged_parameters.is_sharded", lambda p: True)
+    small, large = Parameter(torch.zeros(3)), Parameter(torch.zeros(5000))
+    optimizer = PagedAdamW([small, large], state_bits=8)
+    small.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state_dict()["state"].keys() == {0}
+    large.grad = torch.ones(5000)
+    optimizer.step()
+    with pytest.raises(ValueError, match="state_dict: expected 32-bit states of sharded DTensors, or save_states"):
+        optimizer.state_dict()
+
+
+def test_the_page_file_is_not_overwritten(tmp_path: Path) -> None:
+    p = Parameter(torch.zeros(3))
+    optimizer = PagedAdamW([p], host_budget=0, page_file=tmp_path / "pages")
+    p.grad = torch.ones(3)
+    optimizer.step()
+    (tmp_path / "link").symlink_to(tmp_path / "pages")
+    for path in (tmp_path / "pages", tmp_path / "link"):
+        with pytest.raises(ValueError, match="save_states: path: expected another file than page_file, got"):
+            optimizer.save_states(path)
+    assert optimizer.state_dict()["state"][0]["step"] == 1
