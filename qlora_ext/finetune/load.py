@@ -142,10 +142,13 @@ def _stream(
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: expected shape {wanted}, got {shape}")
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        quantized = isinstance(owner, qlora_ext.Linear4bit) and leaf == "weight"
-        tensor = read(None if quantized else dtype).to(device)
+        layer = owner if isinstance(owner, qlora_ext.Linear4bit) and leaf == "weight" else None
+        tensor = read(dtype if layer is None else None).to(device)
         try:
-            owner.load_state_dict({leaf: tensor}, strict=False, assign=True)
+            if layer is None:
+                owner.load_state_dict({leaf: tensor}, strict=False, assign=True)
+            else:  # in its dtype, not the file's
+                layer.quantize_(tensor)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: {error}") from error
         missing.discard(name)
