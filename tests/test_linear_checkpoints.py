@@ -91,6 +91,15 @@ def test_what_bytes_tell(blocksize: int, quant_type: str) -> None:
         assert told(torch.empty(64, 64)) is None
 
 
+def test_no_subclass_is_looked_into() -> None:
+    """A DTensor's bytes are on several devices."""
+
+    class Sharded(Tensor):
+        pass
+
+    assert quant_type_of(quantize_4bit(torch.randn(64, 64))[0].as_subclass(Sharded)) is None
+
+
 def test_negative_zeros_are_fp4s_too() -> None:
     """bitsandbytes' CUDA kernel writes code 8 for what rounds to zero from below."""
     packed = quantize_4bit(torch.randn(256, 256), quant_type="fp4")[0]
