@@ -6,7 +6,6 @@ from qlora_ext.adapters import (
     add_adapter,
     delete_adapter,
     merge_adapter,
-    quantize_model,
     set_adapter,
     unmerge_adapter,
 )
@@ -15,6 +14,7 @@ from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.optim import PagedAdamW
 from qlora_ext.quant_state import QuantState
+from qlora_ext.quantize import quantize_model
 
 __all__ = [
     "Linear4bit",

@@ -1,78 +1,18 @@
-"""Adapters on a whole model: quantize its linear layers; add, switch, delete and merge adapters.
+"""Adapters on a whole model: add, switch, delete and merge them.
 
 Saving and loading them is in adapter_files.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from typing import TypeVar
 
 from torch import nn
 
-from qlora_ext.layer_names import check_name, is_named, is_pattern_of
+from qlora_ext.layer_names import check_name, is_pattern_of
 from qlora_ext.linear import Linear4bit, dense, is_hooked
 from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.model_layers import adapter_names, linear_layers, lora_layers, named_layers, replace_layers
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def quantize_model(
-    model: Model,
-    *,
-    skip: Iterable[str] = ("lm_head",),
-    quant_type: str = "nf4",
-    blocksize: int = 64,
-    double_quant: bool = True,
-) -> Model:
-    """Replace each nn.Linear of the model by its Linear4bit, in place, one by one: at the peak one layer stands twice.
-
-    Args:
-        model: any module, on any device ("meta" too).
-        skip: names of layers to leave as they are: whole names, or last parts. Left too are layers whose weight is tied
-            to another module's, and those that a transformers model keeps in float32 (T5's wo).
-        quant_type, blocksize, double_quant: as for `quantize_4bit`.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError: skip is no str and no list of them.
-        ValueError: there is no layer to quantize, or one holds NaN or Inf, or has hooks or a forward that is not its
-            class's (named; the ones before it are quantized).
-
-    Source: QLoRA, arXiv 2305.14314, section 3.
-    """
-    if not isinstance(skip, Iterable):
-        raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-
-    kept = [_kept_in_fp32(module) for module in model.modules()]
-    in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
-
-    def convert(name: str, module: nn.Module) -> nn.Module:
-        # A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's.
-        if type(module) is not nn.Linear or is_named(name, skip) or owners.get(id(module.weight)) != 1:
-            return module
-        if in_fp32.search(f"{name}.weight"):
-            return module
-        _check_not_hooked("quantize_model", name, module)
-        try:
-            return Linear4bit.from_linear(module, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"quantize_model: {name}: {error}") from error
-
-    if replace_layers(model, convert) == 0:
-        others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"}
-        got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
-        raise ValueError(f"quantize_model: model: expected an nn.Linear in it that is not in skip={skip}, got {got}")
-    return model
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
@@ -170,7 +110,7 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         if dequantize:
             for lost in (layer, getattr(layer, "base_layer", layer)):
                 if isinstance(lost, (LoraLinear, Linear4bit)):
-                    _check_not_hooked("merge_adapter", name, lost)
+                    check_not_hooked("merge_adapter", name, lost)
         if isinstance(layer, LoraLinear) and (dequantize or layer.active_adapters):
             _check_mergeable(name, layer)
     if not dequantize:
@@ -237,13 +177,7 @@ def attach(model: nn.Module, configs: dict[str, LoraConfig], name: str) -> None:
     replace_layers(model, wrap)
 
 
-def _kept_in_fp32(module: nn.Module) -> set[str]:
-    """What a transformers model says of layers that lose too much in fewer bits: parts of names of their parameters."""
-    names = (getattr(module, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
-    return {each for some in names if some is not None for each in some}
-
-
-def _check_not_hooked(op: str, name: str, module: nn.Module) -> None:
+def check_not_hooked(op: str, name: str, module: nn.Module) -> None:
     if is_hooked(module):
         raise ValueError(f"{op}: {name}: expected no hooks, and its class's forward, got a layer that has them")
 

@@ -41,7 +41,7 @@ def quantize_4bit(
     _check_type("quantize_4bit", "quant_type", quant_type, str)
     _check_type("quantize_4bit", "blocksize", blocksize, Integral)
     packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, blocksize)
-    if _has_values(absmax) and not absmax.amax().isfinite():  # of NaN, too: the maximum is NaN
+    if has_values(absmax) and not absmax.amax().isfinite():  # of NaN, too: the maximum is NaN
         blocks = absmax.flatten().isfinite().logical_not().nonzero().flatten()
         raise ValueError(
             f"quantize_4bit: weight: expected finite values, got NaN or Inf in {len(blocks)} of {absmax.numel()} "
@@ -137,7 +137,7 @@ def matrix_shape(op: str, state: QuantState, x: Tensor) -> tuple[int, int]:
     return state.shape[0], state.shape[1]
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether there is something in it to look at: not on meta, in FakeTensorMode or where torch.compile traces."""
     return not (torch.compiler.is_compiling() or is_fake(tensor) or tensor.is_meta or tensor.numel() == 0)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora_ext import functional
 from qlora_ext._ops import ops
 from qlora_ext.quant_state import QuantState
+from qlora_ext.quant_type import quant_type_of
 
 
 class Linear4bit(nn.Module):
@@ -35,9 +36,11 @@ class Linear4bit(nn.Module):
         nested_absmax, nested_offset: float32 buffers [ceil(num_blocks/256)] and 0-d, or None.
         bias: [out] or None.
 
-    `load_state_dict` takes this layer's own tensors, or a float `weight` [out, in], which it quantizes. The bytes do
-    not say their quant_type, but the metadata of a state_dict does: another one is refused. A float cast (`.half()`,
-    `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
+    `load_state_dict` takes this layer's own tensors, or a float `weight` [out, in], which it quantizes. Another
+    quant_type is refused: the metadata of a state_dict says it; without (safetensors, a plain dict) the bytes tell it,
+    but for weights of a few hundred elements or few distinct values. With assign=True `dtype` becomes that of the
+    float weight, or of the layer that was saved (without metadata: of its bias). A float cast (`.half()`, `.to(dtype)`)
+    changes `dtype` and the bias; the scales stay float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, by name.
@@ -212,12 +215,15 @@ class Linear4bit(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["quant_type"] = self.quant_type
+            destination._metadata[prefix[:-1]] |= {"quant_type": self.quant_type, "dtype": self.dtype}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        weight = state_dict.get(prefix + "weight")
+        if prefix + "weight.absmax" in state_dict:
+            wanted = "the original model's float weight, or this layer's own tensors"
+            raise ValueError(f"Linear4bit: {prefix}weight: expected {wanted}, got a bitsandbytes checkpoint's")
+        weight, dtype = state_dict.get(prefix + "weight"), self.dtype
         if isinstance(weight, Tensor) and weight.is_floating_point():
             try:
                 self.quantize_(weight if self.weight.is_meta else weight.to(self.weight.device))
@@ -225,9 +231,10 @@ class Linear4bit(nn.Module):
                 raise type(error)(f"Linear4bit: {prefix}weight: {error}") from error
             # The scales were made here: to the rest of the loading they are neither missing nor different.
             state_dict = dict(state_dict) | {prefix + name: own for name, own in self._storage().items()}
-        elif local_metadata.get("quant_type", self.quant_type) != self.quant_type:
-            other = local_metadata["quant_type"]
-            raise ValueError(f"Linear4bit: {prefix}weight: expected quant_type {self.quant_type!r}, got {other!r}")
+            dtype = weight.dtype
+        elif isinstance(weight, Tensor):
+            bias = state_dict.get(prefix + "bias")
+            dtype = local_metadata.get("dtype", bias.dtype if isinstance(bias, Tensor) else dtype)
         for name, own in self._storage().items():
             given = state_dict.get(prefix + name)
             if not isinstance(given, Tensor):
@@ -237,6 +244,12 @@ class Linear4bit(nn.Module):
             if given.shape != own.shape:
                 expected = list(own.shape)
                 raise ValueError(f"Linear4bit: {prefix}{name}: expected shape {expected}, got {list(given.shape)}")
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            other = local_metadata.get("quant_type") or quant_type_of(weight) or self.quant_type
+            if other != self.quant_type:
+                raise ValueError(f"Linear4bit: {prefix}weight: expected quant_type {self.quant_type!r}, got {other!r}")
+        if local_metadata.get("assign_to_params_buffers"):  # nn.Linear's weight has the given dtype then, too
+            self.dtype = dtype
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 

@@ -42,7 +42,7 @@ def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
     """The names of the linear layers that `wanted`, a LoraConfig's target_modules, matches; perhaps none."""
     layers = linear_layers(model)
     if wanted == "all-linear":
-        head = _output_head(model, layers)
+        head = output_head(model)
         return [name for name, layer in layers.items() if name not in head and not _computes_otherwise(layer)]
     if isinstance(wanted, str):
         return [name for name in layers if re.fullmatch(wanted, name)]
@@ -81,8 +81,9 @@ def _replace_below(
     return changed
 
 
-def _output_head(model: nn.Module, layers: dict[str, AnyLinear]) -> set[str]:
+def output_head(model: nn.Module) -> set[str]:
     """The layers that make logits, by name, and those that share their weight."""
+    layers = linear_layers(model)
     get_head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)
     heads = {id(unwrapped(head)) for head in [get_head()] if head is not None} | {
         id(layer) for name, layer in layers.items() if is_named(name, ["lm_head"])

@@ -156,6 +156,15 @@ def test_damaged_safetensors(tmp_path: Path, damage: str) -> None:
         load(tmp_path)
 
 
+def test_a_model_that_bitsandbytes_has_quantized(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="expected the original model, got one that bitsandbytes has quantized"):
+        load(tmp_path)
+
+
 def test_what_is_not_a_model_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a model folder with config\.json"):
         open_checkpoint(str(tmp_path))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
-from layers import TwoPlaces, WithAttention, names_of, state_bytes
+from layers import TwoPlaces, WithAttention, names_of, randomize_adapters, state_bytes
 from reference import assert_same
 from tiny_model import tiny_config
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from qlora_ext import Linear4bit, quantize_model
+from qlora_ext import Linear4bit, LoraConfig, LoraLinear, add_adapter, merge_adapter, quantize_model
 
 
 def test_each_linear_but_the_head_is_replaced_by_its_4bit_twin() -> None:
@@ -56,6 +57,25 @@ def test_skip_is_by_full_name_or_last_parts(skip: list[str], left: set[str]) -> 
     quantize_model(model, skip=skip)
     assert names_of(model, nn.Linear) == left
     assert names_of(model, Linear4bit) == {"0.q", "0.q_norm", "1.q", "1.q_norm"} - left
+
+
+class WithHeads(nn.ModuleDict):
+    """Its output embeddings have a name of their own, which a layer of the body ends in."""
+
+    def __init__(self) -> None:
+        names = ("lm_head", "score", "classifier", "qa_outputs", "proj_out")
+        super().__init__({name: nn.Linear(64, 8) for name in names})
+        self["body"] = nn.ModuleDict({"proj_out": nn.Linear(64, 8), "up_proj": nn.Linear(64, 8)})
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self["proj_out"]
+
+
+def test_heads_are_left_by_default() -> None:
+    bodies = {"body.proj_out", "body.up_proj"}
+    assert names_of(quantize_model(WithHeads()), Linear4bit) == bodies
+    assert names_of(quantize_model(nn.DataParallel(WithHeads())).module, Linear4bit) == bodies
+    assert names_of(quantize_model(WithHeads(), skip=["score"]), nn.Linear) == {"score"}
 
 
 def test_tied_weights_are_left_alone() -> None:
@@ -168,3 +188,71 @@ def test_skip_may_be_one_name() -> None:
 def test_skip_must_be_names() -> None:
     with pytest.raises(TypeError, match="quantize_model: skip: expected names of layers, got None"):
         quantize_model(nn.Sequential(nn.Linear(64, 8)), skip=None)
+
+
+# --- adapters that are there already --------------------------------------------------------------------------------
+
+
+def adapted(*, quantized_first: bool) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    if quantized_first:
+        quantize_model(model, skip="2")
+    add_adapter(model, LoraConfig(r=2, target_modules=["0", "2"]))
+    randomize_adapters(model)
+    return model
+
+
+def test_layers_with_adapters_are_quantized_below_them() -> None:
+    model, expected = adapted(quantized_first=False), adapted(quantized_first=True)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    model[0].base_layer.bias.requires_grad_(True)
+    model[0].eval()
+    quantize_model(model, skip="2")
+    assert [type(layer) for layer in model] == [LoraLinear, Linear4bit, LoraLinear]
+    assert [type(model[i].base_layer) for i in (0, 2)] == [Linear4bit, nn.Linear]
+    assert state_bytes(model) == state_bytes(expected)
+    assert [p for p in model.parameters() if p.requires_grad] == [model[0].base_layer.bias, *adapters]
+    assert not model[0].base_layer.training
+    x = torch.randn(3, 64)
+    assert_same(model(x), expected(x))
+
+
+def test_a_model_whose_layers_all_have_adapters_is_quantized() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    add_adapter(model, LoraConfig(r=2))
+    assert isinstance(quantize_model(model)[0].base_layer, Linear4bit)
+    with pytest.raises(ValueError, match=r"expected an nn\.Linear in it.*got none"):
+        quantize_model(model)
+
+
+def test_merged_adapters_are_refused() -> None:
+    model = adapted(quantized_first=False)
+    merge_adapter(model)
+    with pytest.raises(ValueError, match="quantize_model: model: expected unmerged adapters"):
+        quantize_model(model)
+    assert names_of(model, Linear4bit) == set()
+
+
+def test_a_model_in_pefts_hands_is_refused() -> None:
+    model = LlamaForCausalLM(tiny_config())
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    for config in (prompt, peft.LoraConfig(target_modules=["q_proj"])):
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+        with pytest.raises(ValueError, match=r"quantize_model: model: .* before PEFT wraps it"):
+            quantize_model(wrapped)
+        assert names_of(wrapped, Linear4bit) == set()
+    assert len(names_of(quantize_model(wrapped.unload()), Linear4bit)) == 14
+
+
+# --- what is no model -----------------------------------------------------------------------------------------------
+
+
+def test_the_model_must_be_a_module() -> None:
+    with pytest.raises(TypeError, match=r"quantize_model: model: expected an nn\.Module, got str"):
+        quantize_model("x")  # type: ignore[type-var]
+
+
+def test_a_single_layer_is_no_model() -> None:
+    with pytest.raises(ValueError, match=r"quantize_model: model: .*Linear4bit\.from_linear.*got Linear itself"):
+        quantize_model(nn.Linear(64, 8))

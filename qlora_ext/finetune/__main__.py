@@ -126,7 +126,7 @@ _HOST_BUDGET_HELP = "of host memory for states; the others are in the page file 
 _PAGE_FILE_HELP = "scratch file for the states that the budgets do not hold; deleted at the end"
 _SKIP_HELP = (
     "linear layers, names with commas, that stay in 16/32 bits: for a model that reads the weight of a layer instead "
-    "of calling it, as Mamba does with x_proj,dt_proj,out_proj (default: none but the output head)"
+    "of calling it, as Mamba does with x_proj,dt_proj,out_proj (default: none but the heads)"
 )
 _CHAT_HELP = 'auto: the tokenizer\'s chat template if it has one; plain: lines of "role: content"'
 

@@ -19,7 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 import qlora_ext
 from qlora_ext import _C
 from qlora_ext.layer_names import is_named
-from qlora_ext.model_layers import linear_layers
+from qlora_ext.model_layers import linear_layers, output_head
+from qlora_ext.quantize import HEADS
 
 from .gguf_file import GgufFile
 from .model_folder import ModelFolder
@@ -80,7 +81,7 @@ def load_model(
         checkpoint: from `open_checkpoint`.
         dtype: of every floating tensor that is not quantized, and of the computation.
         device: where the model goes.
-        quantize: options of `qlora_ext.quantize_model`, or None to leave the linears as they are; the head always is.
+        quantize: options of `qlora_ext.quantize_model`, or None to leave the linears as they are; the heads always are.
         attention: one of transformers' implementations, None for its own choice.
 
     Raises: ValueError naming the file and the tensor that is damaged, unknown, missing or mis-shaped, or an attention
@@ -111,13 +112,11 @@ def load_model(
 
 
 def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    head = model.get_output_embeddings()
-    heads = [name for name, module in model.named_modules() if module is head]
     skip = options.get("skip", ())
     for name in skip:
         if not any(is_named(layer, [name]) for layer in linear_layers(model)):
             raise ValueError(f"--skip: expected names of linear layers, got {name!r}")
-    qlora_ext.quantize_model(model, **{**options, "skip": (*heads, *skip)})
+    qlora_ext.quantize_model(model, **{**options, "skip": (*HEADS, *output_head(model), *skip)})
 
 
 def _stream(
@@ -142,10 +141,13 @@ def _stream(
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: expected shape {wanted}, got {shape}")
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        quantized = isinstance(owner, qlora_ext.Linear4bit) and leaf == "weight"
-        tensor = read(None if quantized else dtype).to(device)
+        layer = owner if isinstance(owner, qlora_ext.Linear4bit) and leaf == "weight" else None
+        tensor = read(dtype if layer is None else None).to(device)
         try:
-            owner.load_state_dict({leaf: tensor}, strict=False, assign=True)
+            if layer is None:
+                owner.load_state_dict({leaf: tensor}, strict=False, assign=True)
+            else:  # in its dtype, not the file's
+                layer.quantize_(tensor)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: {error}") from error
         missing.discard(name)

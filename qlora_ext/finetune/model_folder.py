@@ -30,8 +30,10 @@ class ModelFolder:
         self.files = self._weight_files()
 
     def config(self) -> PreTrainedConfig:
-        """Read config.json."""
+        """Read config.json; ValueError if it is that of a model in bitsandbytes' layers."""
         config: PreTrainedConfig = AutoConfig.from_pretrained(self.path, local_files_only=True)
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "bitsandbytes":
+            raise ValueError(f"{self.path}: expected the original model, got one that bitsandbytes has quantized")
         return config
 
     def tensors(self, model: PreTrainedModel) -> Iterator[StoredTensor]:

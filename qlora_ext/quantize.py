@@ -1,0 +1,107 @@
+"""Quantize the linear layers of a whole model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from qlora_ext.adapters import check_not_hooked, check_not_merged
+from qlora_ext.layer_names import is_named
+from qlora_ext.linear import Linear4bit
+from qlora_ext.lora import LoraLinear
+from qlora_ext.model_layers import output_head, replace_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+# What transformers calls the last layers of its language models and classifiers. They are small, and their errors go
+# into the result as they are; a classifier's is new and has to train.
+HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+
+
+def quantize_model(
+    model: Model,
+    *,
+    skip: Iterable[str] = HEADS,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+) -> Model:
+    """Replace each nn.Linear of the model by its Linear4bit, in place, one by one: at the peak one layer stands twice.
+
+    Args:
+        model: any module, on any device ("meta" too). Adapters in it, not merged, stay on their layers.
+        skip: names of layers to leave as they are: whole names, or last parts. By default the heads: lm_head, score,
+            classifier, qa_outputs, and the model's output embeddings, whatever they are called. Left too are layers
+            whose weight is tied to another module's, and those that a transformers model keeps in float32 (T5's wo).
+        quant_type, blocksize, double_quant: as for `quantize_4bit`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: model is no nn.Module; skip is no str and no list of them.
+        ValueError: there is no layer to quantize below the model, or one holds NaN or Inf, or has hooks or a forward
+            that is not its class's (named; the ones before it are quantized); merged adapters, or PEFT's.
+
+    Source: QLoRA, arXiv 2305.14314, section 3.
+    """
+    _check_model(model)
+    if not isinstance(skip, Iterable):
+        raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
+    head = output_head(model) if skip is HEADS else set()
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+
+    kept = [_kept_in_fp32(module) for module in model.modules()]
+    in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
+    quantized: list[str] = []
+
+    def convert(name: str, module: nn.Module) -> nn.Module:
+        linear = module.base_layer if isinstance(module, LoraLinear) else module
+        # A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's.
+        if type(linear) is not nn.Linear or owners.get(id(linear.weight)) != 1:
+            return module
+        if name in head or is_named(name, skip) or in_fp32.search(f"{name}.weight"):
+            return module
+        check_not_hooked("quantize_model", name, linear)
+        try:
+            layer = Linear4bit.from_linear(
+                linear, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"quantize_model: {name}: {error}") from error
+        quantized.append(name)
+        if not isinstance(module, LoraLinear):
+            return layer
+        module.base_layer = layer
+        return module
+
+    replace_layers(model, convert)
+    if not quantized:
+        others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"}
+        got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
+        raise ValueError(f"quantize_model: model: expected an nn.Linear in it that is not in skip={skip}, got {got}")
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_model: model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.Linear):
+        expected = "a module with layers in it to replace (for one layer: Linear4bit.from_linear)"
+        raise ValueError(f"quantize_model: model: expected {expected}, got {type(model).__name__} itself")
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+        expected = "a plain model, to be quantized before PEFT wraps it, or add_adapter in PEFT's place"
+        raise ValueError(f"quantize_model: model: expected {expected}, got modules of PEFT in it")
+    check_not_merged("quantize_model", model)
+
+
+def _kept_in_fp32(module: nn.Module) -> set[str]:
+    """What a transformers model says of layers that lose too much in fewer bits: parts of names of their parameters."""
+    names = (getattr(module, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    return {each for some in names if some is not None for each in some}
