@@ -63,7 +63,7 @@ def dequantize_4bit(
         state: its QuantState.
         dtype: float32, float16 or bfloat16; None: out's, or state.dtype.
         out: a contiguous tensor of state.shape and dtype, on packed's device, to write to. On the CPU a large result
-            takes half the time where its memory has been written before.
+            takes about half the time where its memory has been written before.
 
     Returns:
         out, or a new tensor of state.shape and dtype on packed's device.
