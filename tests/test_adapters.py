@@ -264,6 +264,23 @@ def test_deleting_one_adapter_leaves_the_other(active: str | list[str], two_adap
     assert not any(name.endswith(".b") for name in two_adapters.state_dict())
 
 
+def test_deleting_the_active_adapter_activates_the_first_that_is_left(two_adapters: LlamaForCausalLM) -> None:
+    add_adapter(two_adapters, LoraConfig(), "c")
+    set_adapter(two_adapters, "a")
+    by_a, trained = logits(two_adapters), trainable(two_adapters)
+    set_adapter(two_adapters, "c")
+    with pytest.warns(UserWarning, match="delete_adapter: 'c' was active: now 'a' is"):
+        delete_adapter(two_adapters, "c")
+    assert_same(logits(two_adapters), by_a)
+    assert trainable(two_adapters) == trained
+
+
+def test_deleting_while_none_is_active_activates_none(two_adapters: LlamaForCausalLM) -> None:
+    set_adapter(two_adapters, None)
+    delete_adapter(two_adapters, "b")
+    assert not trainable(two_adapters)
+
+
 def test_delete_adapter_names_the_unknown(two_adapters: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match=r"delete_adapter.*name.*'a', 'b'.*'c'"):
         delete_adapter(two_adapters, "c")

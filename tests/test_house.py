@@ -31,7 +31,8 @@ OPS = (
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
 LAYERS = (
     *("_C", "_ops", "quant_state", "functional", "linear"),
-    *("layer_names", "lora", "model_layers", "adapters", "adapter_files"),
+    *("layer_names", "lora", "model_layers", "sharded", "adapters"),
+    *("peft_config", "trained_modules", "adapter_files"),
     *("optim_state", "optim_checks", "state_file", "paged_parameters", "optim_files", "optim", "__init__", "info"),
 )
 ECOSYSTEM = {"transformers", "peft", "bitsandbytes", "accelerate", "gguf", "tokenizers", "matplotlib", "tqdm"}
