@@ -23,7 +23,7 @@ from qlora_ext.lora import LoraLinear
 from qlora_ext.model_layers import AnyLinear, linear_layers, lora_layers, named_layers
 from qlora_ext.peft_config import CONFIG_FILE, read_config
 from qlora_ext.sharded import check_whole, fill, gathered, reshard
-from qlora_ext.trained_modules import fit_modules, is_tied, trained_modules
+from qlora_ext.trained_modules import are_weights_tied, fit_modules, trained_modules
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -73,7 +73,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         "bias": "none",
         "use_dora": False,
         "modules_to_save": modules or None,
-        **({"ensure_weight_tying": True} if is_tied(others.values()) else {}),
+        **({"ensure_weight_tying": True} if are_weights_tied(others) else {}),
         **asdict(config),
     }
     folder = Path(folder)
@@ -119,7 +119,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     layers = linear_layers(model)
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if key.removeprefix(_PREFIX) in modules:
+        if key.startswith(_PREFIX) and key.removeprefix(_PREFIX) in modules:
             continue
         layer_name, part = _parse_key(key, layers, folder)
         if part == "base_layer":

@@ -46,6 +46,6 @@ def reshard(model: nn.Module) -> None:
 def check_whole(op: str, layers: Mapping[str, Any], instead: str = "add adapters before fully_shard") -> None:
     """Raise ValueError, which says what to do instead, if one of these layers has its weight in parts."""
     for name, layer in layers.items():
-        if is_sharded(getattr(layer, "base_layer", layer).weight):
+        if is_sharded(getattr(getattr(layer, "base_layer", layer), "weight", None)):
             expected = f"a layer whose weight is whole ({instead})"
             raise ValueError(f"{op}: model: {name}: expected {expected}, got a DTensor")

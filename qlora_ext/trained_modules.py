@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -32,14 +33,14 @@ def trained_modules(model: nn.Module, adapter: str) -> tuple[list[str], dict[str
     owners = {owner for owner, tensor in places.values() if tensor.requires_grad}
     while True:
         names = _outermost(owners)
-        _check_savable("save_adapter: model", names, modules, places)
+        _check_savable(names, modules, places)
         meant = _meant(modules, names)
         wanted = _with_tied(places, meant)
         more = {places[place][0] for place in wanted} - owners
         if all(_is_in(owner, meant) for owner in more):
             break
         owners |= {owner for owner in more if not _is_in(owner, meant)}
-    _check_savable("save_adapter: model", meant, modules, places)
+    _check_savable(meant, modules, places)
     for layer_name in (layer_name for layer_name, layer in lora_layers(model) if adapter in layer.configs):
         for name in names:
             if is_module_to_save(layer_name, name):
@@ -50,9 +51,12 @@ def trained_modules(model: nn.Module, adapter: str) -> tuple[list[str], dict[str
     return sorted(names), {place: places[place][1] for place in wanted}
 
 
-def is_tied(tensors: Iterable[Tensor]) -> bool:
-    ids = [id(tensor) for tensor in tensors]
-    return len(set(ids)) < len(ids)
+def are_weights_tied(tensors: dict[str, Tensor]) -> bool:
+    """Whether PEFT can tie what is tied in these: it makes a layer of the weight alone, and drops a bias."""
+    owners = Counter(place.rpartition(".")[0] for place in tensors)
+    ids = Counter(id(tensor) for tensor in tensors.values())
+    tied = [place for place, tensor in tensors.items() if ids[id(tensor)] > 1]
+    return bool(tied) and all(owners[place.rpartition(".")[0]] == 1 for place in tied)
 
 
 def fit_modules(
@@ -66,7 +70,8 @@ def fit_modules(
     """
     modules, places = dict(_modules(model)), _places(model)
     meant = _meant(modules, names)
-    _check_savable(f"load_adapter: {path}: modules_to_save", meant, modules, places)
+    for name, reason in _refused(meant, modules).items():
+        raise ValueError(f"load_adapter: model: {name}: expected a module for {path} to replace, got one in {reason}")
     fitting: dict[str, tuple[Tensor, Tensor]] = {}
     first: dict[int, str] = {}  # of the places that are tied
     others = [name for name in adapter_names(model) if name != adapter]
@@ -129,18 +134,18 @@ def _with_tied(places: dict[str, tuple[str, Tensor]], modules: Collection[str]) 
     return [place for place, (_, tensor) in places.items() if id(tensor) in ids]
 
 
-def _check_savable(
-    what: str, names: Iterable[str], modules: dict[str, nn.Module], places: dict[str, tuple[str, Tensor]]
-) -> None:
-    """Raise ValueError, which begins with `what`, unless PEFT can save each of these modules whole."""
-    refused = {name: reason for name in names if (reason := _why_not(name, modules))}
-    if refused:
+def _check_savable(names: Iterable[str], modules: dict[str, nn.Module], places: dict[str, tuple[str, Tensor]]) -> None:
+    if refused := _refused(names, modules):
         trained = [p for p, (owner, tensor) in places.items() if tensor.requires_grad and owner in refused]
-        shown = ", ".join(trained[:5] or sorted(refused)[:5]) + (" and more" if len(trained) > 5 else "")
+        shown = ", ".join((trained or sorted(refused))[:5]) + (" and more" if len(trained) > 5 else "")
         raise ValueError(
-            f"{what}: expected trained parameters in modules that PEFT can save whole, got {shown} in "
+            f"save_adapter: model: expected trained parameters in modules that PEFT can save whole, got {shown} in "
             f"{next(iter(refused.values()))} (freeze them, or save them yourself and then freeze them)"
         )
+
+
+def _refused(names: Iterable[str], modules: dict[str, nn.Module]) -> dict[str, str]:
+    return {name: reason for name in names if (reason := _why_not(name, modules))}
 
 
 def _why_not(name: str, modules: dict[str, nn.Module]) -> str:
