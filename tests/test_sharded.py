@@ -94,6 +94,7 @@ def test_a_sharded_model_loads_into_an_adapter_that_is_there(tmp_path: Path) -> 
     for parameter in (model.score.weight, model.model.layers[0].mlp.down_proj.lora_A["default"]):
         assert isinstance(parameter, DTensor)
         assert isinstance(parameter.grad, DTensor)
+    assert_same(logits(model), logits(saved))  # with what was in the parts, gathered again
 
 
 @pytest.mark.parametrize("name", ["default", "new"])
