@@ -126,6 +126,23 @@ def test_a_module_is_saved_whole_and_in_its_dtype_and_so_is_what_peft_cannot_tel
     torch.testing.assert_close(theirs(x), model(x))
 
 
+def test_what_is_tied_to_a_frozen_part_of_a_trained_module_goes_with_it(tmp_path: Path) -> None:
+    def build() -> Model:
+        model = adapted()
+        del model.frozen["extra"]
+        model.frozen["twin"] = nn.Linear(8, 8).requires_grad_(False)
+        model.frozen["twin"].weight = model.block.inner.weight
+        return model
+
+    model, loaded = build(), build()
+    nn.init.normal_(model.block.scale.requires_grad_(True))
+    save_adapter(model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["block", "frozen.twin"]
+    load_adapter(loaded, tmp_path)
+    assert state_bytes(loaded) == state_bytes(model)
+    assert loaded.frozen["twin"].weight is loaded.block.inner.weight
+
+
 def test_a_compiled_head_is_saved_and_loaded_as_the_plain_one(tmp_path: Path) -> None:
     model = trained(make(LlamaForSequenceClassification), ["score"])
     save_adapter(model, tmp_path / "plain")
