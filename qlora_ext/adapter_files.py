@@ -58,7 +58,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     # What "all-linear" means is decided differently elsewhere; and a loaded adapter may be on fewer layers than named.
     if config.target_modules == "all-linear" or _meant_modules(model, config.target_modules) != set(layers):
         config = replace(config, target_modules=_short_names(model, list(layers)))
-    modules, others = trained_modules(model, name)
+    modules, others = trained_modules(model)
     tensors = {f"{_PREFIX}{place}": _to_write(tensor) for place, tensor in others.items()}
     for layer_name, layer in layers.items():
         for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):

@@ -57,7 +57,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, list[str], Callable[[str], bo
         raise ValueError(f"load_adapter: {path}: {error}") from error
 
 
-def is_module_to_save(layer_name: str, name: str) -> bool:
+def _is_module_to_save(layer_name: str, name: str) -> bool:
     """Whether PEFT puts no adapter on the layer since modules_to_save has this name."""
     return re.match(rf"(^|.*\.){name}($|\..*)", layer_name) is not None
 
@@ -74,7 +74,7 @@ def _demands(given: dict[str, Any]) -> Callable[[str], bool]:
             return False
         if re.fullmatch(exclude, name) if isinstance(exclude, str) else is_named(name, excluded):
             return False
-        if any(is_module_to_save(name, each) for each in saved):
+        if any(_is_module_to_save(name, each) for each in saved):
             return False
         if not indexes or isinstance(targets, str) or name in targets:
             return True

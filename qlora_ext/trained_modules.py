@@ -12,22 +12,21 @@ from torch import Tensor, nn
 from qlora_ext.layer_names import children, is_wrapper
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
-from qlora_ext.model_layers import adapter_names, lora_layers
-from qlora_ext.peft_config import is_module_to_save
+from qlora_ext.model_layers import adapter_names
 from qlora_ext.sharded import gathered
 
 # PEFT's ModulesToSaveWrapper refuses these.
 _NOT_CALLED = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-def trained_modules(model: nn.Module, adapter: str) -> tuple[list[str], dict[str, Tensor]]:
+def trained_modules(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
     """The names for modules_to_save, and all tensors of what PEFT takes them to mean, by their names.
 
     Which are: modules that own a parameter, of no adapter, that requires a gradient; those whose names PEFT cannot tell
     from theirs; and those with a tensor that is tied to one of these, for PEFT unties them.
 
     Raises:
-        ValueError: PEFT could not save such a module whole, or would take the name to mean a layer with an adapter.
+        ValueError: PEFT could not save such a module whole.
     """
     modules, places = dict(_modules(model)), _places(model)
     owners = {owner for owner, tensor in places.values() if tensor.requires_grad}
@@ -40,14 +39,12 @@ def trained_modules(model: nn.Module, adapter: str) -> tuple[list[str], dict[str
         if all(_is_in(owner, meant) for owner in more):
             break
         owners |= {owner for owner in more if not _is_in(owner, meant)}
-    _check_savable(meant, modules, places)
-    for layer_name in (layer_name for layer_name, layer in lora_layers(model) if adapter in layer.configs):
-        for name in names:
-            if is_module_to_save(layer_name, name):
-                raise ValueError(
-                    f"save_adapter: model: {name}: expected a trained module whose name is not in that of a layer with "
-                    f"an adapter, where PEFT would drop it, got {layer_name} (save {name} yourself, then freeze it)"
-                )
+    for other, reason in _refused(meant, modules).items():
+        name = next(name for name in names if other.endswith(name))
+        raise ValueError(
+            f"save_adapter: model: {name}: expected a trained module with a name that PEFT can tell from others', "
+            f"got one that ends {other} too, in {reason}; to save {name} yourself, freeze it for save_adapter"
+        )
     return sorted(names), {place: places[place][1] for place in wanted}
 
 

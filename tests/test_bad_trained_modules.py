@@ -54,11 +54,11 @@ def test_what_peft_could_not_save_is_named(train: Callable[[Model], object], mes
     assert not others(tmp_path)
 
 
-def test_a_name_that_would_take_an_adapter_from_a_layer_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_peft_would_take_to_mean_a_layer_with_an_adapter_is_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"head": nn.Linear(8, 8), "inner": nn.ModuleDict({"head": nn.Linear(8, 8)})})
     add_adapter(model, LoraConfig(r=2, target_modules=["inner.head"]))
     model["head"].requires_grad_(True)
-    with pytest.raises(ValueError, match=r"save_adapter: model:.*inner\.head"):
+    with pytest.raises(ValueError, match=r"save_adapter: model: head: .*inner\.head too, in a layer with an adapter"):
         save_adapter(model, tmp_path)
 
 

@@ -42,10 +42,10 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def shard(model: nn.Module) -> nn.Module:
+def shard(model: nn.Module, *, by_layer: bool = True) -> nn.Module:
     """And run it, after which layers of the outermost group still have whole parameters."""
     mesh = init_device_mesh("cpu", (1,))
-    for layer in model.model.layers:
+    for layer in model.model.layers if by_layer else ():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     logits(model)
@@ -97,11 +97,12 @@ def test_a_sharded_model_loads_into_an_adapter_that_is_there(tmp_path: Path) -> 
     assert_same(logits(model), logits(saved))  # with what was in the parts, gathered again
 
 
+@pytest.mark.parametrize("by_layer", [True, False])
 @pytest.mark.parametrize("name", ["default", "new"])
-def test_no_adapter_is_added_to_a_sharded_layer(name: str, tmp_path: Path) -> None:
+def test_no_adapter_is_added_to_a_sharded_layer(name: str, by_layer: bool, tmp_path: Path) -> None:
     """Its gradients would never be averaged over the processes."""
     save_adapter(with_adapter(), tmp_path)
-    model = shard(base_model() if name == "default" else with_adapter())
+    model = shard(base_model() if name == "default" else with_adapter(), by_layer=by_layer)
     lora = names_of(model, LoraLinear)
     expected = r"model: model\.layers\.0\..*add adapters before fully_shard.*DTensor"
     with pytest.raises(ValueError, match=f"add_adapter: {expected}"):
@@ -120,9 +121,10 @@ def test_an_adapter_is_added_to_a_layer_that_is_not_sharded() -> None:
     assert model["plain"].merged
 
 
+@pytest.mark.parametrize("by_layer", [True, False])
 @pytest.mark.parametrize("dequantize", [False, True])
-def test_a_sharded_model_is_not_merged(dequantize: bool) -> None:
-    model = shard(with_adapter())
+def test_a_sharded_model_is_not_merged(dequantize: bool, by_layer: bool) -> None:
+    model = shard(with_adapter(), by_layer=by_layer)
     before = logits(model)
     with pytest.raises(ValueError, match=r"merge_adapter: model: model\.layers\.0.*without fully_shard.*DTensor"):
         merge_adapter(model, dequantize=dequantize)
