@@ -122,7 +122,7 @@ def _outermost(names: Collection[str]) -> set[str]:
 
 def _meant(modules: Iterable[str], names: Collection[str]) -> set[str]:
     """The modules that PEFT takes these names to mean: it looks for no dot."""
-    return _outermost({module for module in modules if module.endswith(tuple(names))})
+    return {module for module in modules if module.endswith(tuple(names))}
 
 
 def _with_tied(places: dict[str, tuple[str, Tensor]], modules: Collection[str]) -> list[str]:
