@@ -5,6 +5,7 @@ Saving and loading them is in adapter_files.py.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -13,6 +14,7 @@ from qlora_ext.layer_names import check_name, is_pattern_of
 from qlora_ext.linear import Linear4bit, dense, is_hooked
 from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.model_layers import adapter_names, linear_layers, lora_layers, named_layers, replace_layers
+from qlora_ext.sharded import check_whole, reshard
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
@@ -27,7 +29,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     Raises:
         TypeError: config is no LoraConfig, or name no str.
         ValueError: there is an adapter of this name, or none can have it; a name in target_modules matches no linear
-            layer, or a key of rank_pattern or alpha_pattern none of those; merged adapters.
+            layer, or a key of rank_pattern or alpha_pattern none of those; merged adapters; a layer that fully_shard
+            has sharded: to be sharded, adapters have to be there before.
 
     Source: LoRA, arXiv 2106.09685, section 4.
     """
@@ -35,7 +38,10 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     if not isinstance(config, LoraConfig):
         raise TypeError(f"add_adapter: config: expected a qlora_ext.LoraConfig, got {type(config)}")
     check_name("add_adapter", name, adapter_names(model))
-    attach(model, dict.fromkeys(target_modules(model, config), config), name)
+    names, layers = target_modules(model, config), linear_layers(model)
+    reshard(model)
+    check_whole("add_adapter", {layer_name: layers[layer_name] for layer_name in names})
+    attach(model, dict.fromkeys(names, config), name)
     model.requires_grad_(False)
     set_adapter(model, name)
 
@@ -69,11 +75,15 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter; a layer left without any becomes its base layer again.
 
+    As in PEFT: if no other was active beside it, the first by name of those left becomes active, with a UserWarning.
+
     Raises:
         ValueError: there is no adapter of this name; merged adapters.
     """
     check_not_merged("delete_adapter", model)
     check_has_adapter("delete_adapter", model, name)
+
+    was_active = any(name in layer.active_adapters for _, layer in lora_layers(model))
 
     def remove(_: str, module: nn.Module) -> nn.Module:
         if not isinstance(module, LoraLinear):
@@ -83,6 +93,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         return module if module.configs else module.base_layer
 
     replace_layers(model, remove)
+    left = adapter_names(model)
+    if was_active and left and not any(layer.active_adapters for _, layer in lora_layers(model)):
+        warnings.warn(f"delete_adapter: {name!r} was active: now {left[0]!r} is", UserWarning, stacklevel=2)
+        set_adapter(model, left[0])
 
 
 def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
@@ -100,12 +114,17 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
 
     Raises:
         TypeError: a base has a weight in a form of others' (bitsandbytes' layers), or a forward not of its class.
-        ValueError: no adapter is active (with dequantize there need be none); merged adapters; NaN or Inf; with
-            dequantize a layer with hooks, which would be lost. The model is then as it was.
+        ValueError: no adapter is active (with dequantize there need be none); merged adapters; NaN or Inf; a layer that
+            fully_shard has sharded; with dequantize a layer with hooks, which would be lost. The model is then as it
+            was.
 
     Source: LoRA, arXiv 2106.09685, section 4.1 ("no additional inference latency").
     """
     check_not_merged("merge_adapter", model)
+    reshard(model)
+    touched = {n: m for n, m in linear_layers(model).items() if isinstance(m, LoraLinear) or dequantize}
+    instead = "save_adapter, and merge it in a model without fully_shard"
+    check_whole("merge_adapter", touched, instead)
     for name, layer in linear_layers(model).items():  # before any layer is touched
         if dequantize:
             for lost in (layer, getattr(layer, "base_layer", layer)):

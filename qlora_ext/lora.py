@@ -25,7 +25,7 @@ class LoraConfig:
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: probability, in training, that an input element does not reach A.
         target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
-            match; or "all-linear": every linear layer but the output head, what is tied to it, and subclasses of
+            match; or "all-linear": every linear layer but the heads, what is tied to them, and subclasses of
             nn.Linear with a forward of their own, which may compute anything.
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
         rank_pattern, alpha_pattern: other r or lora_alpha for some layers: {name, or regular expression for its last

@@ -14,6 +14,9 @@ from qlora_ext.lora import LoraLinear
 AnyLinear = nn.Linear | Linear4bit | LoraLinear
 # They hand the weights of their linear layers to kernels of their own.
 CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# What transformers calls the last layers of its language models and classifiers. They are small, and their errors go
+# into the result as they are; a classifier's is new and has to train.
+HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -82,11 +85,11 @@ def _replace_below(
 
 
 def output_head(model: nn.Module) -> set[str]:
-    """The layers that make logits, by name, and those that share their weight."""
+    """The layers that make logits, scores and the like, by name, and those that share their weight."""
     layers = linear_layers(model)
     get_head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)
     heads = {id(unwrapped(head)) for head in [get_head()] if head is not None} | {
-        id(layer) for name, layer in layers.items() if is_named(name, ["lm_head"])
+        id(layer) for name, layer in layers.items() if is_named(name, HEADS)
     }
     weights = {id(layer.weight) for layer in layers.values() if id(layer) in heads and isinstance(layer, nn.Linear)}
     return {

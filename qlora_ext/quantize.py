@@ -12,12 +12,9 @@ from qlora_ext.adapters import check_not_hooked, check_not_merged
 from qlora_ext.layer_names import is_named
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
-from qlora_ext.model_layers import output_head, replace_layers
+from qlora_ext.model_layers import HEADS, output_head, replace_layers
 
 Model = TypeVar("Model", bound=nn.Module)
-# What transformers calls the last layers of its language models and classifiers. They are small, and their errors go
-# into the result as they are; a classifier's is new and has to train.
-HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 
 def quantize_model(

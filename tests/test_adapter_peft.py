@@ -202,7 +202,6 @@ def test_targets_that_mean_other_modules_too_are_saved_as_those_that_do_not(
     [
         {"use_dora": True},
         {"lora_bias": True},
-        {"modules_to_save": ["lm_head"]},
         {"bias": "all"},
         {"init_lora_weights": "pissa"},
     ],

@@ -70,7 +70,9 @@ def present(model: nn.Module, targets: str | list[str]) -> str | list[str]:
 def test_adapters_go_where_peft_would_put_them(make_model: Callable[[], nn.Module], targets: str | list[str]) -> None:
     model = make_model()
     targets = present(model, targets)
-    pefts = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets), copy.deepcopy(model))
+    task = "SEQ_CLS" if isinstance(model, LlamaForSequenceClassification) else None  # by which PEFT knows a head
+    config = peft.LoraConfig(target_modules=targets, task_type=task)
+    pefts = peft.inject_adapter_in_model(config, copy.deepcopy(model))
     add_adapter(model, LoraConfig(target_modules=targets))
     assert names_of(model, LoraLinear) == names_of(pefts, peft.tuners.lora.Linear) != set()
 
@@ -262,6 +264,23 @@ def test_deleting_one_adapter_leaves_the_other(active: str | list[str], two_adap
     }
     assert_same(logits(two_adapters), by_a)
     assert not any(name.endswith(".b") for name in two_adapters.state_dict())
+
+
+def test_deleting_the_active_adapter_activates_the_first_that_is_left(two_adapters: LlamaForCausalLM) -> None:
+    add_adapter(two_adapters, LoraConfig(), "c")
+    set_adapter(two_adapters, "a")
+    by_a, trained = logits(two_adapters), trainable(two_adapters)
+    set_adapter(two_adapters, "c")
+    with pytest.warns(UserWarning, match="delete_adapter: 'c' was active: now 'a' is"):
+        delete_adapter(two_adapters, "c")
+    assert_same(logits(two_adapters), by_a)
+    assert trainable(two_adapters) == trained
+
+
+def test_deleting_while_none_is_active_activates_none(two_adapters: LlamaForCausalLM) -> None:
+    set_adapter(two_adapters, None)
+    delete_adapter(two_adapters, "b")
+    assert not trainable(two_adapters)
 
 
 def test_delete_adapter_names_the_unknown(two_adapters: LlamaForCausalLM) -> None:

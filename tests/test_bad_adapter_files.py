@@ -72,7 +72,6 @@ UNSUPPORTED = {
     "use_dora": True,
     "lora_bias": True,
     "fan_in_fan_out": True,
-    "modules_to_save": ["lm_head"],
     "layer_replication": [[0, 2]],
     "target_parameters": ["experts.up_proj"],
     "trainable_token_indices": [1],
@@ -150,6 +149,12 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         ValueError,
         rf"{CONFIG}.*layers_pattern.*\(",
     ),
+    "modules-to-save": (change_config(modules_to_save="("), ValueError, rf"{CONFIG}.*modules_to_save.*'\('"),
+    "modules-to-save-without-tensors": (
+        change_config(modules_to_save=["norm"]),
+        ValueError,
+        f"{WEIGHTS}.*norm.*no tensor",
+    ),
     "integers": (change_tensors({A: WIDE.long()}), ValueError, f"{WEIGHTS}.*{Q_PROJ}.lora_A.*int64"),
     **{key: (change_config(**{key: value}), ValueError, f"{CONFIG}.*{key}") for key, value in UNSUPPORTED.items()},
 }
@@ -178,6 +183,18 @@ def test_a_bad_folder_is_refused_by_name_and_changes_nothing(
         load_adapter(model, tmp_path, name)
     assert everything(model) == before
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("got", ["org/adapter", "file", "empty"])
+def test_what_is_no_folder_of_an_adapter_is_named(got: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    model = with_adapter()
+    before = everything(model)
+    expected = f"load_adapter: folder: expected a folder with {CONFIG} .*, got '{tmp_path / got}'"
+    with pytest.raises(FileNotFoundError, match=expected):
+        load_adapter(model, tmp_path / got)
+    assert everything(model) == before
 
 
 @pytest.mark.parametrize("fields", [{"r": 1}, {"r": 8}, {"target_modules": ["q_proj"]}], ids=str)

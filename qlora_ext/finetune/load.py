@@ -20,7 +20,6 @@ import qlora_ext
 from qlora_ext import _C
 from qlora_ext.layer_names import is_named
 from qlora_ext.model_layers import linear_layers, output_head
-from qlora_ext.quantize import HEADS
 
 from .gguf_file import GgufFile
 from .model_folder import ModelFolder
@@ -116,7 +115,7 @@ def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
     for name in skip:
         if not any(is_named(layer, [name]) for layer in linear_layers(model)):
             raise ValueError(f"--skip: expected names of linear layers, got {name!r}")
-    qlora_ext.quantize_model(model, **{**options, "skip": (*HEADS, *output_head(model), *skip)})
+    qlora_ext.quantize_model(model, **{**options, "skip": (*output_head(model), *skip)})
 
 
 def _stream(

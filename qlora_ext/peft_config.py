@@ -1,0 +1,95 @@
+"""PEFT's adapter_config.json: what of it is read, and what of it is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from qlora_ext.layer_names import check_regex, is_named
+from qlora_ext.lora import LoraConfig
+
+CONFIG_FILE = "adapter_config.json"
+
+_PEFTS_DEFAULTS = {"r": 8, "lora_alpha": 8}
+# Fields of PEFT's config that would change what the adapter computes, and the values that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base's own weight
+    "use_qalora": (False, None),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+}
+
+
+def read_config(folder: Path) -> tuple[LoraConfig, list[str], Callable[[str], bool]]:
+    """The config, modules_to_save, and whether tensors of a layer of this name are demanded if its targets match it."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        expected = f"a folder with {CONFIG_FILE} (what is on a hub is to be downloaded first)"
+        raise FileNotFoundError(f"load_adapter: folder: expected {expected}, got {str(folder)!r}")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"load_adapter: {path}: expected JSON, got an error at reading: {error}") from error
+    if not isinstance(given, dict) or given.get("peft_type") != "LORA":
+        got = given.get("peft_type") if isinstance(given, dict) else type(given).__name__
+        raise ValueError(f"load_adapter: {path}: peft_type: expected 'LORA', got {got!r}")
+    for key, neutral in _NEUTRAL.items():
+        if key in given and given[key] not in neutral:
+            raise ValueError(f"load_adapter: {path}: {key}: expected {neutral[0]!r}, got {given[key]!r} (unsupported)")
+    known = {f.name: given[f.name] for f in fields(LoraConfig) if given.get(f.name) is not None}
+    try:
+        return LoraConfig(**_PEFTS_DEFAULTS | known), _listed(given, "modules_to_save", str), _demands(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load_adapter: {path}: {error}") from error
+
+
+def _is_module_to_save(layer_name: str, name: str) -> bool:
+    """Whether PEFT puts no adapter on the layer since modules_to_save has this name."""
+    return re.match(rf"(^|.*\.){name}($|\..*)", layer_name) is not None
+
+
+def _demands(given: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether this config of PEFT's demands tensors of a layer of this name that its target_modules match."""
+    targets, exclude = given.get("target_modules"), given.get("exclude_modules")
+    excluded, patterns = _listed(given, "exclude_modules", str), _listed(given, "layers_pattern", str)
+    indexes, saved = _listed(given, "layers_to_transform", int), _listed(given, "modules_to_save", str)
+    blocks = [rf"(?:.*?\.)?{pattern}\.(?P<index>\d+)\." for pattern in patterns]
+
+    def demands(name: str) -> bool:
+        if targets is None:  # PEFT goes by the kind of model
+            return False
+        if re.fullmatch(exclude, name) if isinstance(exclude, str) else is_named(name, excluded):
+            return False
+        if any(_is_module_to_save(name, each) for each in saved):
+            return False
+        if not indexes or isinstance(targets, str) or name in targets:
+            return True
+        matches = (re.match(block, name) for block in blocks or [r".*?\.[^.]*\.(?P<index>\d+)\."])
+        return next((int(match["index"]) in indexes for match in matches if match), False)
+
+    return demands
+
+
+def _listed(given: dict[str, Any], key: str, kind: type) -> list[Any]:
+    """A field that may hold several, one alone, or nothing."""
+    value = given.get(key)
+    values = [] if value in (None, "") else value if isinstance(value, list) else [value]
+    if not all(isinstance(each, kind) for each in values):
+        raise ValueError(f"{key}: expected {kind.__name__} or a list of {kind.__name__}, got {value!r}")
+    for each in values if kind is str else []:
+        check_regex(key, each)
+    return values

@@ -1,0 +1,146 @@
+"""Adapters and FSDP2 (fully_shard): before it they are added, after it saved and loaded; all else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from adapted_model import TOKENS, base_model, logits, with_adapter
+from layers import names_of, randomize_adapters
+from reference import assert_same
+from safetensors.torch import load_file
+from tiny_model import tiny_config
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaForSequenceClassification
+
+from qlora_ext import (
+    LoraConfig,
+    LoraLinear,
+    add_adapter,
+    delete_adapter,
+    load_adapter,
+    merge_adapter,
+    quantize_model,
+    save_adapter,
+    unmerge_adapter,
+)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 shards floating-point parameters only")
+
+
+@pytest.fixture(autouse=True)
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shard(model: nn.Module, *, by_layer: bool = True) -> nn.Module:
+    """And run it, after which layers of the outermost group still have whole parameters."""
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers if by_layer else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    logits(model)
+    return model
+
+
+def with_head(seed: int) -> LlamaForSequenceClassification:
+    """An adapter and a head that is trained whole; the base is the same each time."""
+    torch.manual_seed(0)
+    model = quantize_model(LlamaForSequenceClassification(tiny_config(pad_token_id=0)).eval(), skip=["score"])
+    add_adapter(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(seed)
+    randomize_adapters(model)
+    nn.init.normal_(model.score.requires_grad_(True).weight)
+    return model
+
+
+def test_a_sharded_model_is_saved_as_the_plain_one(tmp_path: Path) -> None:
+    model = with_head(1)
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(shard(model), tmp_path / "sharded")
+    assert isinstance(model.score.weight, DTensor)
+    for file in (CONFIG, WEIGHTS):
+        assert (tmp_path / "sharded" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_what_fsdp2_computes_with_in_bfloat16_is_saved_in_float32(tmp_path: Path) -> None:
+    """After a forward, parameters of the outermost group are still those in bfloat16."""
+    model = with_head(1)
+    expected = model.score.weight.detach().clone()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model.score, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy, reshard_after_forward=False)
+    logits(model)
+    assert model.score.weight.dtype == torch.bfloat16
+    save_adapter(model, tmp_path)
+    assert_same(load_file(tmp_path / WEIGHTS)["base_model.model.score.weight"], expected)
+
+
+def test_a_sharded_model_loads_into_an_adapter_that_is_there(tmp_path: Path) -> None:
+    saved, model = with_head(1), shard(with_head(2))
+    save_adapter(saved, tmp_path)
+    assert (logits(model) - logits(saved)).abs().max() > 1e-3
+    load_adapter(model, tmp_path)
+    assert_same(logits(model), logits(saved))
+    model(TOKENS).logits.sum().backward()
+    for parameter in (model.score.weight, model.model.layers[0].mlp.down_proj.lora_A["default"]):
+        assert isinstance(parameter, DTensor)
+        assert isinstance(parameter.grad, DTensor)
+    assert_same(logits(model), logits(saved))  # with what was in the parts, gathered again
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+@pytest.mark.parametrize("name", ["default", "new"])
+def test_no_adapter_is_added_to_a_sharded_layer(name: str, by_layer: bool, tmp_path: Path) -> None:
+    """Its gradients would never be averaged over the processes."""
+    save_adapter(with_adapter(), tmp_path)
+    model = shard(base_model() if name == "default" else with_adapter(), by_layer=by_layer)
+    lora = names_of(model, LoraLinear)
+    expected = r"model: model\.layers\.0\..*add adapters before fully_shard.*DTensor"
+    with pytest.raises(ValueError, match=f"add_adapter: {expected}"):
+        add_adapter(model, LoraConfig(), name)
+    with pytest.raises(ValueError, match=f"load_adapter: {expected}"):
+        load_adapter(model, tmp_path, name)
+    assert names_of(model, LoraLinear) == lora
+    assert not any("new" in layer.configs for layer in model.modules() if isinstance(layer, LoraLinear))
+
+
+def test_an_adapter_is_added_to_a_layer_that_is_not_sharded() -> None:
+    model = nn.ModuleDict({"sharded": nn.Linear(8, 8), "plain": nn.Linear(8, 8)})
+    fully_shard(model["sharded"], mesh=init_device_mesh("cpu", (1,)))
+    add_adapter(model, LoraConfig(target_modules=["plain"]))
+    merge_adapter(model)
+    assert model["plain"].merged
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_sharded_model_is_not_merged(dequantize: bool, by_layer: bool) -> None:
+    model = shard(with_adapter(), by_layer=by_layer)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"merge_adapter: model: model\.layers\.0.*without fully_shard.*DTensor"):
+        merge_adapter(model, dequantize=dequantize)
+    assert_same(logits(model), before)
+
+
+def test_what_was_merged_before_is_unmerged() -> None:
+    model = with_adapter()
+    expected = logits(model)
+    merge_adapter(model)
+    shard(model)
+    unmerge_adapter(model)
+    assert_same(logits(model), expected)
+
+
+def test_an_adapter_is_deleted() -> None:
+    model = shard(with_adapter())
+    delete_adapter(model, "default")
+    assert_same(logits(model), logits(base_model()))

@@ -1,0 +1,154 @@
+"""What is trained beside an adapter goes into its file and out of it, as PEFT's modules_to_save."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapted_model import logits, trainable, with_compiled
+from layers import state_bytes
+from reference import assert_same
+from torch import nn
+from trained_models import CONFIG, MODELS, WEIGHTS, Model, adapted, by_model, change, config_of, make, others, trained
+from transformers import LlamaForSequenceClassification, PhiConfig, PhiForCausalLM
+
+from qlora_ext import load_adapter, save_adapter
+
+# --- both ways ------------------------------------------------------------------------------------------------------
+
+
+@by_model
+def test_round_trip(build: Callable[[], nn.Module], names: list[str], tmp_path: Path) -> None:
+    model = trained(build(), names)
+    save_adapter(model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == names
+    loaded = build()
+    load_adapter(loaded, tmp_path)
+    assert state_bytes(loaded) == state_bytes(model)
+    assert trainable(loaded) == trainable(model)
+    assert_same(logits(loaded), logits(model))
+    for parameter in model.parameters():  # and into the existing one, in place
+        parameter.data.mul_(1.5)
+    save_adapter(model, tmp_path)
+    parameters = list(loaded.parameters())
+    load_adapter(loaded, tmp_path)
+    for name, tensor in others(tmp_path).items():
+        assert_same(loaded.state_dict()[name], tensor)
+    assert all(before is after for before, after in zip(parameters, loaded.parameters(), strict=True))
+
+
+@by_model
+def test_peft_loads_ours(build: Callable[[], nn.Module], names: list[str], tmp_path: Path) -> None:
+    ours = trained(build(), names)
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path)).eval()
+    torch.testing.assert_close(logits(theirs), logits(ours))
+    kept = {name for name, module in theirs.base_model.model.named_modules() if hasattr(module, "modules_to_save")}
+    assert kept == set(names)
+
+
+def test_what_is_tied_here_is_tied_in_peft(tmp_path: Path) -> None:
+    build, names = MODELS["tied"]
+    save_adapter(trained(build(), names), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path)).base_model.model
+    assert theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
+
+
+def test_peft_loads_a_tied_head_with_a_bias(tmp_path: Path) -> None:
+    """Which PEFT would drop where it ties."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    base = PhiForCausalLM(PhiConfig(tie_word_embeddings=True, **sizes)).eval()
+    ours = trained(base, ["lm_head"], ["q_proj"])
+    save_adapter(ours, tmp_path)
+    assert others(tmp_path).keys() == {"lm_head.weight", "lm_head.bias", "model.embed_tokens.weight"}
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    torch.testing.assert_close(logits(theirs), logits(ours))
+
+
+@by_model
+@pytest.mark.parametrize("last_parts", [True, False], ids=["last-parts", "names"])
+def test_pefts_loads_here(last_parts: bool, build: Callable[[], nn.Module], names: list[str], tmp_path: Path) -> None:
+    base = build()
+    to_save = [name.rsplit(".", 1)[-1] for name in names] if last_parts else list(names)
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "score"], "modules_to_save": to_save}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(ensure_weight_tying=True, **fields)).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    load_adapter(ours, tmp_path)
+    assert (logits(ours) - logits(base)).abs().max() > 1e-3
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    assert {name.rpartition(".")[0] for name in trainable(ours) if "lora_" not in name} >= set(names) - {"lm_head"}
+    save_adapter(ours, tmp_path / "again")
+    assert others(tmp_path / "again").keys() == others(tmp_path).keys()
+
+
+def test_pefts_classifier_loads_here(tmp_path: Path) -> None:
+    """PEFT adds the names "classifier" and "score", of which a model has one, and writes "all-linear" out."""
+    base = make(LlamaForSequenceClassification)
+    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear")
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    change(theirs.base_model.model.score.modules_to_save["default"])
+    theirs.save_pretrained(tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["classifier", "score"]
+    load_adapter(base, tmp_path)
+    torch.testing.assert_close(logits(base), logits(theirs))
+
+
+# --- what is saved --------------------------------------------------------------------------------------------------
+
+
+def test_a_module_is_saved_whole_and_in_its_dtype_and_so_is_what_peft_cannot_tell_from_it(tmp_path: Path) -> None:
+    model = adapted()
+    change(model.block)
+    model.block.count += 1
+    save_adapter(model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["block"]  # which PEFT takes to mean frozen.block too
+    parts = {"scale", "inner.weight", "inner.bias", "count"}
+    assert others(tmp_path).keys() == {f"{block}.{part}" for block in ("block", "frozen.block") for part in parts}
+    assert others(tmp_path)["block.scale"].dtype == torch.float64
+    x, loaded = torch.randn(2, 8), Model()
+    loaded.load_state_dict({n: t for n, t in model.state_dict().items() if n in loaded.state_dict()}, strict=False)
+    loaded.proj = copy.deepcopy(model.proj.base_layer)
+    for module in (loaded.block, loaded.frozen):
+        change(module)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(loaded), str(tmp_path)).eval()
+    load_adapter(loaded, tmp_path)
+    assert_same(loaded(x), model(x))
+    torch.testing.assert_close(theirs(x), model(x))
+
+
+def test_what_is_tied_to_a_frozen_part_of_a_trained_module_goes_with_it(tmp_path: Path) -> None:
+    def build() -> Model:
+        model = adapted()
+        del model.frozen["extra"]
+        model.frozen["twin"] = nn.Linear(8, 8).requires_grad_(False)
+        model.frozen["twin"].weight = model.block.inner.weight
+        return model
+
+    model, loaded = build(), build()
+    nn.init.normal_(model.block.scale.requires_grad_(True))
+    save_adapter(model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["block", "frozen.twin"]
+    load_adapter(loaded, tmp_path)
+    assert state_bytes(loaded) == state_bytes(model)
+    assert loaded.frozen["twin"].weight is loaded.block.inner.weight
+
+
+def test_a_compiled_head_is_saved_and_loaded_as_the_plain_one(tmp_path: Path) -> None:
+    model = trained(make(LlamaForSequenceClassification), ["score"])
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(with_compiled("score")(model), tmp_path / "compiled")
+    for file in (CONFIG, WEIGHTS):
+        assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    loaded = with_compiled("score")(make(LlamaForSequenceClassification))
+    load_adapter(loaded, tmp_path / "plain")
+    assert_same(logits(loaded), logits(model))
