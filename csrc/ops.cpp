@@ -2,6 +2,7 @@
 // ops_lora.cpp. What they compute with is the Device of their tensors.
 #include "ops.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -67,6 +68,13 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTens
   if (out.defined()) {
     check_device(kOp, "out", out, packed);
     QLORA_CHECK(out.is_contiguous(), kOp, "out", "a contiguous tensor", c10::str("strides ", out.strides()));
+    for (const Tensor& read : {packed, absmax, nested_absmax.value_or(Tensor()), nested_offset.value_or(Tensor())}) {
+      if (!read.defined()) continue;
+      const auto overlap = at::get_overlap_status(out, read);
+      QLORA_CHECK(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial, kOp, "out",
+                  "memory of its own", "some of what is read");
+      QLORA_CHECK(!out.is_neg() && !read.is_neg(), kOp, "out", "tensors as they are", "a negated view");
+    }
     out.unsafeGetTensorImpl()->bump_version();  // for the backward pass of those who saved what it was
   } else {
     out = new_result(shape, packed.options().dtype(dtype));
@@ -271,6 +279,11 @@ TORCH_LIBRARY(qlora_ext, m) {
         " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 #undef QLORA_WEIGHT
 }
+
+// What torch does for other ops, resolve views, ends in a crash for one that writes and returns nothing.
+TORCH_LIBRARY_IMPL(qlora_ext, Negative, m) { m.impl("dequantize_4bit.out", torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(qlora_ext, Conjugate, m) { m.impl("dequantize_4bit.out", torch::CppFunction::makeFallthrough()); }
 
 TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) {
   qlora::register_ops(m);

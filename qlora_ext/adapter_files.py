@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, set_adapter
+from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, freeze, set_adapter
 from qlora_ext.layer_names import check_name, is_named, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
@@ -35,7 +35,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     """Write an adapter as `peft.PeftModel.from_pretrained` reads it, into `folder` itself (made if it is not there).
 
     What else is trained when this is called (a parameter that requires a gradient: of a new head, of embeddings) goes
-    with it: each module that owns some is saved whole, as PEFT's `modules_to_save`. What is frozen by then does not.
+    with it: each module that owns some is saved whole, as PEFT's `modules_to_save`. What is frozen by then does not, as
+    by adding or loading another adapter (which warns).
 
     Args:
         model: a model with adapters. One of torch.compile or data parallelism is saved as the plain model is. With
@@ -73,7 +74,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         "bias": "none",
         "use_dora": False,
         "modules_to_save": modules or None,
-        **({"ensure_weight_tying": True} if are_weights_tied(others) else {}),
+        **({"ensure_weight_tying": True} if are_weights_tied(model, others) else {}),
         **asdict(config),
     }
     folder = Path(folder)
@@ -166,7 +167,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             fill(layer.lora_B[name], weights[layer_name]["lora_B"])
             layer.configs[name] = config
             layer.scaling[name] = config.scaling(layer_name)
-    model.requires_grad_(False)
+    freeze("load_adapter", model, [own for own, _ in modules.values()])
     for own, saved in modules.values():
         fill(own, saved)
         own.requires_grad_(isinstance(own, nn.Parameter) and own.is_floating_point())

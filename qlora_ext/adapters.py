@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_ext.layer_names import check_name, is_pattern_of
 from qlora_ext.linear import Linear4bit, dense, is_hooked
@@ -42,7 +42,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     reshard(model)
     check_whole("add_adapter", {layer_name: layers[layer_name] for layer_name in names})
     attach(model, dict.fromkeys(names, config), name)
-    model.requires_grad_(False)
+    freeze("add_adapter", model)
     set_adapter(model, name)
 
 
@@ -76,6 +76,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter; a layer left without any becomes its base layer again.
 
     As in PEFT: if no other was active beside it, the first by name of those left becomes active, with a UserWarning.
+    Modules that were trained beside it, or loaded with it (`modules_to_save`), stay as they are.
 
     Raises:
         ValueError: there is no adapter of this name; merged adapters.
@@ -95,8 +96,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     replace_layers(model, remove)
     left = adapter_names(model)
     if was_active and left and not any(layer.active_adapters for _, layer in lora_layers(model)):
-        warnings.warn(f"delete_adapter: {name!r} was active: now {left[0]!r} is", UserWarning, stacklevel=2)
         set_adapter(model, left[0])
+        warnings.warn(f"delete_adapter: {name!r} was active: now {left[0]!r} is", UserWarning, stacklevel=2)
 
 
 def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
@@ -194,6 +195,24 @@ def attach(model: nn.Module, configs: dict[str, LoraConfig], name: str) -> None:
         return layer
 
     replace_layers(model, wrap)
+
+
+def freeze(op: str, model: nn.Module, but: Iterable[Tensor] = ()) -> None:
+    """Freeze all parameters. Warns of those, beside `but`, that were trained with another adapter: they go into the
+    file of none from now on."""
+    known = {id(tensor) for tensor in but}
+    several = len(adapter_names(model)) > 1
+    for layer in (layer for _, layer in lora_layers(model) if several):
+        known |= {id(tensor) for table in (layer.lora_A, layer.lora_B) for tensor in table.values()}
+    stopped = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    model.requires_grad_(False)
+    if several and stopped:
+        warnings.warn(
+            f"{op}: {', '.join(stopped[:5])}{' and more' if len(stopped) > 5 else ''}: trained beside another adapter, "
+            "now frozen: to go into its file, it has to require gradients when that is saved",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def check_not_hooked(op: str, name: str, module: nn.Module) -> None:

@@ -247,7 +247,9 @@ class Linear4bit(nn.Module):
         if isinstance(weight, Tensor) and not weight.is_floating_point():
             other = local_metadata.get("quant_type") or quant_type_of(weight) or self.quant_type
             if other != self.quant_type:
-                raise ValueError(f"Linear4bit: {prefix}weight: expected quant_type {self.quant_type!r}, got {other!r}")
+                how = "" if "quant_type" in local_metadata else ", by its codes' frequencies"
+                wanted = f"quant_type {self.quant_type!r}"
+                raise ValueError(f"Linear4bit: {prefix}weight: expected {wanted}, got {other!r}{how}")
         if local_metadata.get("assign_to_params_buffers"):  # nn.Linear's weight has the given dtype then, too
             self.dtype = dtype
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from qlora_ext.optim_checks import check, check_options, check_parameter, checked_gradient, checked_hyper
 from qlora_ext.optim_files import find_states, save_states
-from qlora_ext.optim_state import Saved, checked_state, has_state, held, others_entries, with_others_entries
+from qlora_ext.optim_state import Saved, checked_state, has_state, held, let_go, others_entries, with_others_entries
 from qlora_ext.paged_parameters import PagedParameters, Update, in_turn, update_of
 
 
@@ -93,7 +93,7 @@ class PagedAdamW(Optimizer):
             seed=seed,
         )
         self._rounding = (stochastic_rounding, seed)
-        file = os.path.realpath(page_file) if page_file else None
+        file = os.path.realpath(os.fsdecode(page_file)) if page_file else None
         self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         try:
@@ -206,7 +206,7 @@ class PagedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what Optimizer.load_state_dict has matched to the parameters."""
-        entries = {key: entry.entry for key, entry in state["state"].items()}
+        entries = let_go(state["state"])
         saved = {}
         for index, p in enumerate(p for group in state["param_groups"] for p in group["params"]):
             if p in entries and has_state(entries[p]):
@@ -233,7 +233,7 @@ class PagedAdamW(Optimizer):
             OSError: it cannot be written, or the disk is full; a file that was there is as it was.
         """
         self._follow()
-        where = os.path.realpath(path)
+        where = os.path.realpath(os.fsdecode(path))
         check(where != self._paged.page_file, "save_states: path", "another file than page_file", path)
         save_states(Path(where), self.param_groups, self._paged)
 

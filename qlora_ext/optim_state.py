@@ -39,16 +39,37 @@ class Saved(NamedTuple):
 
 
 class Held:
-    """Carries a state through Optimizer.load_state_dict, which casts tensors to their parameter's dtype and device."""
+    """Carries a value through Optimizer.load_state_dict, which casts tensors to their parameter's dtype and device."""
 
-    def __init__(self, entry: dict[str, Any]) -> None:
-        self.entry = entry
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 def held(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict with each parameter's state in a Held, if it is in none yet."""
-    entries = state_dict["state"].items()
-    return state_dict | {"state": {key: entry if isinstance(entry, Held) else Held(entry) for key, entry in entries}}
+    """The state_dict with the parts of each parameter's state in a Held, if they are in none yet."""
+
+    def hold(value: Any) -> Held:
+        return value if isinstance(value, Held) else Held(value)
+
+    state = {
+        key: {name: hold(value) if name in NAMES else value for name, value in entry.items()}
+        if isinstance(entry, dict)
+        else hold(entry)
+        for key, entry in state_dict["state"].items()
+    }
+    return state_dict | {"state": state}
+
+
+def let_go(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What `held` has been given as the state."""
+
+    def out(value: Any) -> Any:
+        return value.value if isinstance(value, Held) else value
+
+    return {
+        key: {name: out(value) for name, value in entry.items()} if isinstance(entry, dict) else out(entry)
+        for key, entry in state.items()
+    }
 
 
 def has_state(entry: Any) -> bool:
@@ -65,9 +86,9 @@ def with_others_entries(
     entries: Mapping[Tensor, dict[str, Any]], state: Mapping[Any, Any]
 ) -> defaultdict[Any, dict[str, Any]]:
     """The entries of parameters, and what others keep in this `state`."""
-    others = {key: others_entries(entry) for key, entry in state.items()}
+    others = {key: others_entries(entry) if isinstance(key, Tensor) else entry for key, entry in state.items()}
     merged = {p: others.pop(p, {}) | entry for p, entry in entries.items()}
-    return defaultdict(dict, merged | {key: entry for key, entry in others.items() if entry != {}})
+    return defaultdict(dict, merged | {key: e for key, e in others.items() if not isinstance(key, Tensor) or e})
 
 
 def local_shard(tensor: Tensor) -> Tensor:

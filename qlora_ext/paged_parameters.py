@@ -117,6 +117,7 @@ class PagedParameters:
                 del store  # which the exception would keep, with its page file, if it is new
                 raise
             self._stores[device] = store
+            self._followed = []  # they may go again before they are seen
             self._states |= {p: _States(device, *states) for p, *states in zip(new, ids, numels, strict=True)}
 
     def follow(self, params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
@@ -126,14 +127,9 @@ class PagedParameters:
         names there; tensors are taken over. To be called before step() and save().
         """
         self.check_restored()
-        if (now := [id(p) for p in params]) != self._followed:
+        if changed := (now := [id(p) for p in params]) != self._followed:
             check(len(set(now)) == len(now), "params", "each parameter once", "one of them twice")
-            of_parameters = {key for key in state if isinstance(key, Tensor)}
-            for p in (self._states.keys() | of_parameters) - set(params):
-                state.pop(p, None)
-                self.forget(p)
-            self._followed = now
-        given = {}
+        given, anew = {}, []
         for index, p in enumerate(params):
             entry = state.get(p, {})
             named = [name for name in NAMES if name in entry]
@@ -145,11 +141,19 @@ class PagedParameters:
                     "got the names of another parameter's"
                 )
             elif not named and self.steps(p):  # it was taken out
+                anew.append(p)
+        if changed:
+            of_parameters = {key for key in state if isinstance(key, Tensor)}
+            for p in (self._states.keys() | of_parameters) - set(params):
+                state.pop(p, None)
                 self.forget(p)
+        for p in anew:
+            self.forget(p)
         for p in given:
             if p in self._states and not self._fits(p):
                 self.forget(p)
         self.reserve(given)
+        self._followed = now
         self.put(given)
         for p, saved in given.items():
             state[p] = others_entries(state[p]) | (self.names(p) if saved.steps else {})

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qlora_ext.functional import has_values
 
 SAMPLE = 65536  # bytes: a large weight loads as fast as without a look at it
+ENOUGH = 32  # of a code, that the lack of one as frequent is no chance
 
 
 def quant_type_of(packed: Tensor) -> str | None:
@@ -26,4 +27,4 @@ def quant_type_of(packed: Tensor) -> str | None:
     if 8 * count[8] > count[9]:
         return "nf4"
     others = [number for code, number in enumerate(count) if code != 8]
-    return "fp4" if all(others) and 2 * count[15] > count[7] else None
+    return "fp4" if all(others) and count[9] >= ENOUGH and 2 * count[15] > count[7] else None

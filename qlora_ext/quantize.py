@@ -82,7 +82,8 @@ def quantize_model(
     if not quantized:
         others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"}
         got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
-        raise ValueError(f"quantize_model: model: expected an nn.Linear in it that is not in skip={skip}, got {got}")
+        expected = f"an nn.Linear in it that is not in skip={(*skip, *sorted(head))}"
+        raise ValueError(f"quantize_model: model: expected {expected}, got {got}")
     return model
 
 

@@ -48,12 +48,14 @@ def trained_modules(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
     return sorted(names), {place: places[place][1] for place in wanted}
 
 
-def are_weights_tied(tensors: dict[str, Tensor]) -> bool:
-    """Whether PEFT can tie what is tied in these: it makes a layer of the weight alone, and drops a bias."""
+def are_weights_tied(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Whether PEFT can tie what is tied in these: it makes an nn.Linear of the weight alone, and drops a bias."""
+    modules = dict(_modules(model))
     owners = Counter(place.rpartition(".")[0] for place in tensors)
     ids = Counter(id(tensor) for tensor in tensors.values())
-    tied = [place for place, tensor in tensors.items() if ids[id(tensor)] > 1]
-    return bool(tied) and all(owners[place.rpartition(".")[0]] == 1 for place in tied)
+    tied = [place.rpartition(".")[0] for place, tensor in tensors.items() if ids[id(tensor)] > 1]
+    embeddings = sum(isinstance(modules[owner], nn.Embedding) for owner in tied)  # T5 has three
+    return bool(tied) and embeddings < 2 and all(owners[owner] == 1 for owner in tied)
 
 
 def fit_modules(

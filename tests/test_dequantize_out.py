@@ -62,6 +62,28 @@ def test_compiled() -> None:
     assert_same(twice_as_much, out * 2)
 
 
+@pytest.mark.parametrize("negate", [torch._neg_view, lambda t: torch.complex(t, t).conj().imag], ids=["neg", "conj"])
+def test_a_negated_view_is_refused(negate: Callable[[Tensor], Tensor]) -> None:
+    q = quantized(4, 64)
+    expected = dequantize_4bit(*q)
+    for _ in range(20):  # what is left on torch's stack would end the process
+        with pytest.raises(ValueError, match=r"^dequantize_4bit: out: expected "):
+            dequantize_4bit(*q, out=negate(torch.zeros(4, 64)))
+        out = torch.zeros(4, 64)
+        dequantize_4bit(*q, out=out)
+        assert_same(out, expected)
+
+
+def test_memory_that_is_read_is_refused() -> None:
+    packed, state = quantized(256, 256)
+    memory = torch.empty(256 * 256, dtype=torch.float32)
+    inside = memory.view(torch.uint8)[-packed.numel() :].view(packed.shape)
+    inside.copy_(packed)
+    with pytest.raises(ValueError, match="out: expected memory of its own, got some of what is read"):
+        dequantize_4bit(inside, state, out=memory.view(256, 256))
+    assert torch.equal(inside, packed)
+
+
 ERRORS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "type": (lambda: [0.0], TypeError, "a torch.Tensor, got list"),
     "shape": (lambda: torch.empty(64, 4), ValueError, r"shape \[4, 64\], got \[64, 4\]"),

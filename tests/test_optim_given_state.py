@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import as_torch
@@ -205,3 +206,37 @@ def test_states_without_values_change_nothing(make: Callable[[], Tensor]) -> Non
     with pytest.raises(ValueError, match=r"load_state_dict: exp_avg of parameter 0: expected floats \[3\], got floats"):
         optimizer.load_state_dict(bad)
     assert optimizer.state_dict()["state"][0]["step"] == 1
+
+
+def test_what_others_keep_is_saved_and_loaded_as_torch_does() -> None:
+    def run(make: Callable[..., Optimizer]) -> tuple[Any, Any, Any]:
+        p, q = (Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+        optimizer, loaded = make([p], lr=LR), make([q], lr=LR)
+        p.grad = q.grad = torch.ones(4, dtype=torch.bfloat16)
+        optimizer.step()
+        optimizer.state[p]["mine"] = torch.ones(4)
+        optimizer.state["x"] = {"step": 3, "array": np.array([1, 2])}
+        optimizer.state["y"] = {}
+        optimizer.state["z"] = np.array([1, 2])
+        loaded.load_state_dict(optimizer.state_dict())
+        loaded.step()
+        mine = loaded.state[q]["mine"]
+        rest = {key: repr(entry) for key, entry in loaded.state.items() if isinstance(key, str)}
+        return mine.dtype, mine is optimizer.state[p]["mine"], rest
+
+    assert run(PagedAdamW) == run(torch.optim.AdamW)
+
+
+def test_moved_names_can_be_moved_back() -> None:
+    p, q = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p])
+    p.grad = q.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = q
+    optimizer.state[q] = optimizer.state.pop(p)
+    with pytest.raises(ValueError, match="got the names of another parameter's"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"][0] = p
+    optimizer.state[p] = optimizer.state.pop(q)
+    optimizer.step()
+    assert optimizer.state_dict()["state"][0]["step"] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from layers import state_bytes
 from reference import assert_same
 from torch import nn
 from trained_models import CONFIG, MODELS, WEIGHTS, Model, adapted, by_model, change, config_of, make, others, trained
-from transformers import LlamaForSequenceClassification, PhiConfig, PhiForCausalLM
+from transformers import LlamaForSequenceClassification, PhiConfig, PhiForCausalLM, T5Config, T5ForConditionalGeneration
 
-from qlora_ext import load_adapter, save_adapter
+from qlora_ext import LoraConfig, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapter
 
 # --- both ways ------------------------------------------------------------------------------------------------------
 
@@ -152,3 +153,41 @@ def test_a_compiled_head_is_saved_and_loaded_as_the_plain_one(tmp_path: Path) ->
     loaded = with_compiled("score")(make(LlamaForSequenceClassification))
     load_adapter(loaded, tmp_path / "plain")
     assert_same(logits(loaded), logits(model))
+
+
+def t5() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = T5Config(d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=128)
+        return T5ForConditionalGeneration(config).eval()
+
+
+def t5_logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.arange(14).view(2, 7)
+    result: torch.Tensor = model(input_ids=ids, decoder_input_ids=ids).logits.detach()
+    return result
+
+
+def test_embeddings_that_are_tied_to_each_other(tmp_path: Path) -> None:
+    """T5's, in three places: PEFT's own tying knows a head only."""
+    ours = trained(t5(), ["shared"], ["q", "v"])
+    save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(t5(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(t5_logits(theirs), t5_logits(ours))
+    loaded = t5()
+    load_adapter(loaded, tmp_path / "ours")
+    assert_same(t5_logits(loaded), t5_logits(ours))
+
+
+def test_who_freezes_what_another_adapter_trained_is_told(tmp_path: Path) -> None:
+    build, names = MODELS["head"]
+    model = trained(build(), names)
+    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"^add_adapter: score.weight: trained beside another adapter, now frozen"):
+        add_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]), "other")
+    set_adapter(model, "default")
+    delete_adapter(model, "other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(model, tmp_path)
+        assert model.score.weight.requires_grad

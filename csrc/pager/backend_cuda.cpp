@@ -211,7 +211,8 @@ void CudaBackend::wait(Token token) {
   try {
     io_.wait(before->job);
   } catch (...) {  // jobs after one that failed are left out, and with them what they would have waited for
-    for (const cudaStream_t stream : {in_, out_, hooks_.compute_stream()}) cudaStreamSynchronize(stream);
+    for (const cudaStream_t stream : {in_, out_}) cudaStreamSynchronize(stream);
+    for (const Work& recent : recent_) cudaEventSynchronize(recent.event);
     throw;
   }
   check_cuda(cudaEventSynchronize(before->event), "cudaEventSynchronize");
