@@ -1,4 +1,4 @@
-"""Parameter groups of PagedAdamW that are added, removed and made anew: as in torch.optim.AdamW, and no page is lost."""
+"""Parameter groups of PagedAdamW that are added, removed and made anew: as torch has it, and no page is lost."""
 
 from __future__ import annotations
 
