@@ -100,7 +100,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(p: Any) -> bool:
-    """Whether this process has a part of p only."""
+    """Whether p is a DTensor of which this process has a part only."""
     placed = zip(p.placements, p.device_mesh.shape, strict=True) if hasattr(p, "placements") else ()
     return any(size > 1 and not placement.is_replicate() for placement, size in placed)
 

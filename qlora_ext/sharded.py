@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-def is_sharded(tensor: Tensor | None) -> bool:
+def _is_dtensor(tensor: Tensor | None) -> bool:
     # DTensor's module takes a second to import.
     return hasattr(tensor, "full_tensor")
 
@@ -18,14 +18,14 @@ def is_sharded(tensor: Tensor | None) -> bool:
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a DTensor, for which all its processes must call this; any other tensor itself."""
     whole: Any = tensor
-    return whole.full_tensor() if is_sharded(tensor) else tensor
+    return whole.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, of a DTensor into the parts; all its processes must call this."""
     into: Any = parameter
-    if is_sharded(parameter):
+    if _is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value.detach().to(into.dtype), into.device_mesh, into.placements)
@@ -46,6 +46,6 @@ def reshard(model: nn.Module) -> None:
 def check_whole(op: str, layers: Mapping[str, Any], instead: str = "add adapters before fully_shard") -> None:
     """Raise ValueError, which says what to do instead, if one of these layers has its weight in parts."""
     for name, layer in layers.items():
-        if is_sharded(getattr(getattr(layer, "base_layer", layer), "weight", None)):
+        if _is_dtensor(getattr(getattr(layer, "base_layer", layer), "weight", None)):
             expected = f"a layer whose weight is whole ({instead})"
             raise ValueError(f"{op}: model: {name}: expected {expected}, got a DTensor")
