@@ -36,7 +36,8 @@ foreach(sanitizer ${PAGER_SANITIZERS})
     add_executable(${name} ${source})
     if(source MATCHES test_cuda_backend)
       # The backend on a CUDA runtime of threads: no GPU.
-      target_sources(${name} PRIVATE csrc/pager/backend_cuda.cpp tests/cpp/pager/fake_cuda.cpp)
+      target_sources(${name} PRIVATE csrc/pager/backend_cuda.cpp csrc/pager/pinned_pages_cuda.cpp
+        tests/cpp/pager/fake_cuda.cpp)
       target_include_directories(${name} SYSTEM PRIVATE ${CUDA_RUNTIME_INCLUDE_DIR})
     endif()
     target_link_libraries(${name} PRIVATE qlora_pager${suffix})

@@ -156,14 +156,14 @@ using Place = std::tuple<int64_t, int, std::optional<Tensor>, int64_t>;
 class PagedStates {
  public:
   PagedStates(const std::string& device, int64_t page_bytes, std::optional<int64_t> device_budget,
-              std::optional<int64_t> host_budget, const std::string& page_file)
-      : device_(device), page_bytes_(page_bytes) {
-    QLORA_CHECK(device_.is_cpu() || (device_.is_cuda() && cuda_adamw() != nullptr), kOp, "params",
+              std::optional<int64_t> host_budget, const std::string& page_file) {
+    const at::Device where(device);
+    QLORA_CHECK(where.is_cpu() || (where.is_cuda() && cuda_adamw() != nullptr), kOp, "params",
                 cuda_adamw() != nullptr ? "device cpu or cuda" : "device cpu (built without CUDA)", device);
-    PagedAdamwDevice made = (device_.is_cpu() ? make_cpu : cuda_adamw())(device_, page_file);
+    PagedAdamwDevice made = (where.is_cpu() ? make_cpu : cuda_adamw())(where, page_file);
     compute_ = std::move(made.compute);
     auto tiers = make_tiers(*made.backend, page_bytes, device_budget, host_budget, !page_file.empty());
-    states_.emplace(std::make_unique<pager::Pager>(std::move(made.backend), page_bytes, std::move(tiers)), page_bytes);
+    states_.emplace(std::make_unique<pager::Pager>(std::move(made.backend), page_bytes, std::move(tiers)));
   }
 
   std::vector<int64_t> add(const std::vector<int64_t>& numels, const std::vector<int>& bits) {
@@ -239,7 +239,6 @@ class PagedStates {
     named["pages"] = by_tier(stats.pages);
     named["unwritten_pages"] = stats.pages[static_cast<int>(Tier::None)];
     named["ring_pages"] = stats.ring_pages;
-    named["page_bytes"] = page_bytes_;
     named["visits"] = stats.visits;
     named["hits"] = stats.hits;
     named["bytes_read"] = by_tier(stats.bytes_from);
@@ -263,8 +262,6 @@ class PagedStates {
     }
   }
 
-  at::Device device_;
-  int64_t page_bytes_;
   decltype(PagedAdamwDevice::compute) compute_;
   std::optional<pager::AdamwStates> states_;
 };

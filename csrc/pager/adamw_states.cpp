@@ -27,9 +27,6 @@ void transfer_file(int file, std::byte* memory, std::int64_t bytes, std::int64_t
 
 }  // namespace
 
-AdamwStates::AdamwStates(std::unique_ptr<Pager> pager, std::int64_t page_bytes)
-    : pager_(std::move(pager)), page_bytes_(page_bytes) {}
-
 std::vector<ParameterId> AdamwStates::add(std::span<const std::int64_t> numels, std::span<const int> bits) {
   // Pages that are not there yet are numbered from here on, until it is known how many it takes.
   constexpr std::int64_t kNew = std::int64_t{1} << 62;
@@ -37,7 +34,7 @@ std::vector<ParameterId> AdamwStates::add(std::span<const std::int64_t> numels, 
   std::int64_t next = kNew;
   std::vector<Parameter> added;
   for (std::size_t i = 0; i < numels.size(); ++i) {
-    added.push_back({bits[i], 0, cut(numels[i], bits[i], page_bytes_, next, tail)});
+    added.push_back({bits[i], 0, cut(numels[i], bits[i], pager_->page_bytes(), next, tail)});
     if (tail.page >= kNew) next = tail.page + 1;
   }
   const std::vector<PageId> pages = pager_->add(next - kNew);
@@ -102,34 +99,32 @@ void AdamwStates::step(std::span<Update> updates, const Compute& compute) {
   pager_->walk(plan.pages, true, [&](std::size_t position, std::span<std::byte* const> pages) {
     slices.clear();
     of.clear();
-    const auto add = [&](std::byte* page, const Plan::Item& item) {
-      const auto& [segment, index] = item;
-      const Update& update = updates[index];
-      const auto part = [&](Part which) -> std::byte* {
-        const std::int64_t at = segment->at[static_cast<int>(which)];
-        return at < 0 ? nullptr : page + at;
-      };
-      const auto element = [&](auto* base, DType dtype) {
-        return base == nullptr ? nullptr : base + segment->first * itemsize(dtype);
-      };
-      of.push_back(index);
-      slices.push_back({
-          .param = element(static_cast<std::byte*>(update.param), update.param_dtype),
-          .grad = element(static_cast<const std::byte*>(update.grad), update.grad_dtype),
-          .param_dtype = update.param_dtype,
-          .grad_dtype = update.grad_dtype,
-          .count = segment->count,
-          .first = segment->first,
-          .index = update.index,
-          .exp_avg = part(Part::ExpAvg),
-          .exp_avg_sq = part(Part::ExpAvgSq),
-          .exp_avg_absmax = reinterpret_cast<float*>(part(Part::ExpAvgAbsmax)),
-          .exp_avg_sq_absmax = reinterpret_cast<float*>(part(Part::ExpAvgSqAbsmax)),
-          .hyper = &update.hyper,
-      });
-    };
     for (std::byte* const page : pages) {
-      for (const Plan::Item& item : plan.items[position++]) add(page, item);
+      for (const auto& [segment, index] : plan.items[position++]) {
+        const Update& update = updates[index];
+        const auto part = [&, at = segment->at](Part which) -> std::byte* {
+          const std::int64_t offset = at[static_cast<int>(which)];
+          return offset < 0 ? nullptr : page + offset;
+        };
+        const auto element = [first = segment->first](auto* base, DType dtype) {
+          return base == nullptr ? nullptr : base + first * itemsize(dtype);
+        };
+        of.push_back(index);
+        slices.push_back({
+            .param = element(static_cast<std::byte*>(update.param), update.param_dtype),
+            .grad = element(static_cast<const std::byte*>(update.grad), update.grad_dtype),
+            .param_dtype = update.param_dtype,
+            .grad_dtype = update.grad_dtype,
+            .count = segment->count,
+            .first = segment->first,
+            .index = update.index,
+            .exp_avg = part(Part::ExpAvg),
+            .exp_avg_sq = part(Part::ExpAvgSq),
+            .exp_avg_absmax = reinterpret_cast<float*>(part(Part::ExpAvgAbsmax)),
+            .exp_avg_sq_absmax = reinterpret_cast<float*>(part(Part::ExpAvgSqAbsmax)),
+            .hyper = &update.hyper,
+        });
+      }
     }
     compute(slices, of);
   });
@@ -144,31 +139,31 @@ void AdamwStates::transfer(std::span<const PartPlace> places, int file, bool loa
   const Plan plan = this->plan(places);
   Backend& backend = pager_->backend();
   std::vector<std::byte> buffer;
-  const auto transfer_page = [&](std::byte* page, const std::vector<Plan::Item>& items) {
-    for (const auto& [segment, index] : items) {
-      const PartPlace& place = places[index];
-      const std::int64_t at = segment->at[static_cast<int>(place.part)];
-      const std::int64_t item = part_itemsize(place.part, parameters_[static_cast<std::size_t>(place.id)].bits);
-      const std::int64_t block = part_block(place.part);
-      const std::int64_t bytes = ceil_div(segment->count, block) * item;
-      const std::int64_t offset = segment->first / block * item;
-      if (place.memory == nullptr && backend.compute_tier() == Tier::Host) {
-        transfer_file(file, page + at, bytes, place.offset + offset, load);
-        continue;
-      }
-      if (place.memory == nullptr) buffer.resize(static_cast<std::size_t>(bytes));
-      std::byte* memory = place.memory == nullptr ? buffer.data() : place.memory + offset;
-      if (load) {
-        if (place.memory == nullptr) transfer_file(file, memory, bytes, place.offset + offset, true);
-        backend.write(memory, page + at, bytes);
-      } else {
-        backend.read(page + at, memory, bytes);
-        if (place.memory == nullptr) transfer_file(file, memory, bytes, place.offset + offset, false);
+  pager_->walk(plan.pages, load, [&](std::size_t position, std::span<std::byte* const> pages) {
+    for (std::byte* const page : pages) {
+      for (const auto& [segment, index] : plan.items[position++]) {
+        const PartPlace& place = places[index];
+        const std::int64_t item = part_itemsize(place.part, parameters_[static_cast<std::size_t>(place.id)].bits);
+        const std::int64_t block = part_block(place.part);
+        const std::int64_t bytes = ceil_div(segment->count, block) * item;
+        const std::int64_t offset = segment->first / block * item;
+        std::byte* const states = page + segment->at[static_cast<int>(place.part)];
+        const bool in_file = place.memory == nullptr;
+        if (in_file && backend.compute_tier() == Tier::Host) {
+          transfer_file(file, states, bytes, place.offset + offset, load);
+          continue;
+        }
+        if (in_file) buffer.resize(static_cast<std::size_t>(bytes));
+        std::byte* const memory = in_file ? buffer.data() : place.memory + offset;
+        if (load) {
+          if (in_file) transfer_file(file, memory, bytes, place.offset + offset, load);
+          backend.write(memory, states, bytes);
+        } else {
+          backend.read(states, memory, bytes);
+          if (in_file) transfer_file(file, memory, bytes, place.offset + offset, load);
+        }
       }
     }
-  };
-  pager_->walk(plan.pages, load, [&](std::size_t position, std::span<std::byte* const> pages) {
-    for (std::byte* const page : pages) transfer_page(page, plan.items[position++]);
   });
 }
 

@@ -34,7 +34,7 @@ struct PartPlace {
 
 class AdamwStates {
  public:
-  AdamwStates(std::unique_ptr<Pager> pager, std::int64_t page_bytes);
+  explicit AdamwStates(std::unique_ptr<Pager> pager) : pager_(std::move(pager)) {}
 
   // Parameters of these numbers of elements, with states of zeros of these widths (32 or 8). All or, if it throws
   // (see Pager::add), none.
@@ -76,7 +76,6 @@ class AdamwStates {
   void transfer(std::span<const PartPlace> places, int file, bool load);
 
   std::unique_ptr<Pager> pager_;
-  std::int64_t page_bytes_;
   std::vector<Parameter> parameters_;
   std::vector<ParameterId> unused_;       // numbers of removed parameters
   std::vector<std::int64_t> page_users_;  // segments in each page, by PageId

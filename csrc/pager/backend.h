@@ -35,8 +35,9 @@ class Backend {
   // How many pages of Host it takes to move pages between File and another compute tier.
   virtual int staging_pages() const { return 0; }
 
-  // Memory in Device or Host; zeros if it is the compute tier. release: once all work with it is done; does not throw.
-  virtual std::byte* allocate(Tier tier, std::int64_t bytes) = 0;
+  // Memory for a page in Device or Host; zeros if it is the compute tier. The tier may have `room` more of these pages,
+  // at least this one. release: once all work with it is done; does not throw.
+  virtual std::byte* allocate(Tier tier, std::int64_t bytes, std::int64_t room) = 0;
   virtual void release(Tier tier, std::byte* memory, std::int64_t bytes) = 0;
 
   // Copies a page from one tier to another, or zeros if from is None, when both tokens' work is done.

@@ -4,8 +4,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "host_memory.h"
-
 namespace qlora::pager {
 namespace {
 
@@ -41,7 +39,7 @@ cudaEvent_t new_event() {
 }  // namespace
 
 CudaBackend::CudaBackend(int device, const std::string& page_file, CudaHooks hooks)
-    : device_(device), hooks_(std::move(hooks)), recent_(kRecent) {
+    : device_(device), hooks_(std::move(hooks)), recent_(kRecent), pinned_(hooks_.warn) {
   const DeviceGuard guard(hooks_, device_);
   if (!page_file.empty()) file_.emplace(page_file);
   for (cudaStream_t* stream : {&in_, &out_}) {
@@ -61,7 +59,7 @@ CudaBackend::~CudaBackend() {
     const DeviceGuard guard(hooks_, device_);
     for (Staging& staging : staging_) {
       cudaEventSynchronize(staging.copied);
-      if (staging.memory != nullptr) release_pinned(staging.memory, staging_bytes_);
+      if (staging.memory != nullptr) pinned_.release(staging.memory);
       cudaEventDestroy(staging.copied);
     }
     for (const Work& work : recent_) cudaEventDestroy(work.event);
@@ -70,31 +68,9 @@ CudaBackend::~CudaBackend() {
   }
 }
 
-std::byte* CudaBackend::allocate_pinned(std::int64_t bytes) {
-  void* memory = nullptr;
-  const cudaError_t error = cudaHostAlloc(&memory, static_cast<std::size_t>(bytes), cudaHostAllocPortable);
-  if (error == cudaSuccess) return static_cast<std::byte*>(memory);
-  cudaGetLastError();
-  if (!std::exchange(warned_, true)) {
-    hooks_.warn("PagedAdamW: expected " + std::to_string(bytes) + " bytes of pinned host memory, got " +
-                cudaGetErrorName(error) + ". Using pageable memory, which moves more slowly");
-  }
-  std::byte* ordinary = allocate_host(bytes);
-  pageable_.insert(ordinary);
-  return ordinary;
-}
-
-void CudaBackend::release_pinned(std::byte* memory, std::int64_t bytes) {
-  if (pageable_.erase(memory) > 0) {
-    release_host(memory, bytes);
-  } else {
-    cudaFreeHost(memory);
-  }
-}
-
-std::byte* CudaBackend::allocate(Tier tier, std::int64_t bytes) {
+std::byte* CudaBackend::allocate(Tier tier, std::int64_t bytes, std::int64_t room) {
   const DeviceGuard guard(hooks_, device_);
-  if (tier == Tier::Host) return allocate_pinned(bytes);
+  if (tier == Tier::Host) return pinned_.allocate(bytes, room);
   std::byte* memory = hooks_.allocate_device(bytes);
   // The memory may still be in use by what this stream does; once it is zeros, any stream may have it.
   const cudaStream_t stream = hooks_.compute_stream();
@@ -103,12 +79,12 @@ std::byte* CudaBackend::allocate(Tier tier, std::int64_t bytes) {
   return memory;
 }
 
-void CudaBackend::release(Tier tier, std::byte* memory, std::int64_t bytes) {
+void CudaBackend::release(Tier tier, std::byte* memory, std::int64_t) {
   if (!usable()) return;
   try {
     const DeviceGuard guard(hooks_, device_);
     if (tier == Tier::Host) {
-      release_pinned(memory, bytes);
+      pinned_.release(memory);
     } else {
       hooks_.release_device(memory);
     }
@@ -141,9 +117,10 @@ Token CudaBackend::move(const Place& from, const Place& to, std::int64_t bytes, 
   const Token token = new_token();
   Work& done = recent_[static_cast<std::size_t>(token % kRecent)];
   if (from.tier == Tier::File || to.tier == Tier::File) {
-    if (from.tier != Tier::Host && to.tier != Tier::Host && staging_bytes_ == 0) {
-      for (Staging& staging : staging_) staging.memory = allocate_pinned(bytes);
-      staging_bytes_ = bytes;
+    if (from.tier != Tier::Host && to.tier != Tier::Host) {
+      for (Staging& staging : staging_) {
+        if (staging.memory == nullptr) staging.memory = pinned_.allocate(bytes, 1);
+      }
     }
     // The jobs before this one are done when it begins: only events are left to wait for.
     done.job = io_.submit([this, from, to, bytes, source = work(after_source), target = work(after_target),

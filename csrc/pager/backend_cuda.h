@@ -8,13 +8,13 @@
 
 #include <functional>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
 #include "backend.h"
 #include "io_thread.h"
 #include "page_file.h"
+#include "pinned_pages_cuda.h"
 
 namespace qlora::pager {
 
@@ -37,7 +37,7 @@ class CudaBackend final : public Backend {
   Tier compute_tier() const override { return Tier::Device; }
   std::int64_t ring_pages(std::int64_t) const override { return 3; }  // in, computed, out
   int staging_pages() const override { return kStaging; }
-  std::byte* allocate(Tier tier, std::int64_t bytes) override;
+  std::byte* allocate(Tier tier, std::int64_t bytes, std::int64_t room) override;
   void release(Tier tier, std::byte* memory, std::int64_t bytes) override;
   Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source, Token after_target) override;
   void before_compute(Token token) override;
@@ -67,8 +67,6 @@ class CudaBackend final : public Backend {
   Token new_token();
   const Work* work(Token token) const;  // null: it is done
   void stream_waits(cudaStream_t stream, Token token);
-  std::byte* allocate_pinned(std::int64_t bytes);
-  void release_pinned(std::byte* memory, std::int64_t bytes);
   void move_with_file(const Place& from, const Place& to, std::int64_t bytes, const Work* after_source,
                       const Work* after_target, cudaEvent_t done);
 
@@ -78,10 +76,8 @@ class CudaBackend final : public Backend {
   cudaStream_t in_ = nullptr, out_ = nullptr;
   std::vector<Work> recent_;
   Token last_ = 0;
-  std::set<std::byte*> pageable_;  // host memory that could not be pinned
-  bool warned_ = false;
+  PinnedPages pinned_;
   Staging staging_[kStaging];
-  std::int64_t staging_bytes_ = 0;
   int turn_ = 0;  // of staging_; the I/O thread's
   IoThread io_;   // last: its jobs use all of the above
 };

@@ -14,7 +14,7 @@ HostBackend::~HostBackend() {
   if (file_ && !io_.in_own_process()) file_->abandon();
 }
 
-std::byte* HostBackend::allocate(Tier, std::int64_t bytes) { return allocate_host(bytes); }
+std::byte* HostBackend::allocate(Tier, std::int64_t bytes, std::int64_t) { return allocate_host(bytes); }
 
 void HostBackend::release(Tier, std::byte* memory, std::int64_t bytes) { release_host(memory, bytes); }
 

@@ -21,7 +21,7 @@ class HostBackend final : public Backend {
   // The one thread writes a page and then reads the next into the same memory, while another is computed. A third page
   // makes up for moves that do not take the same time each.
   std::int64_t ring_pages(std::int64_t room) const override { return room < 3 ? 2 : 3; }
-  std::byte* allocate(Tier tier, std::int64_t bytes) override;
+  std::byte* allocate(Tier tier, std::int64_t bytes, std::int64_t room) override;
   void release(Tier tier, std::byte* memory, std::int64_t bytes) override;
   Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source, Token after_target) override;
   void before_compute(Token token) override { io_.wait(token); }

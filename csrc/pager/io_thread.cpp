@@ -93,9 +93,10 @@ bool IoThread::in_own_process() const { return ::getpid() == process_; }
 std::uint64_t IoThread::submit(std::function<void()> job) {
   if (!in_own_process()) refuse_fork();
   const std::lock_guard lock(shared_->mutex);
+  // First, for if there can be no thread there is no job either.
+  if (!shared_->thread.joinable()) shared_->thread = std::thread([shared = shared_] { run(*shared); });
   shared_->jobs.push_back(std::move(job));
   shared_->enough = true;
-  if (!shared_->thread.joinable()) shared_->thread = std::thread([shared = shared_] { run(*shared); });
   shared_->given.notify();
   return ++shared_->submitted;
 }

@@ -36,7 +36,8 @@ void Pager::finish(Token token) {
 std::vector<PageId> Pager::add(std::int64_t count) {
   if (!backend_->usable()) refuse_fork();
   // What the tiers above the file cannot hold of all the pages.
-  std::int64_t left = count_ + count;
+  const std::int64_t all = this->count() + count;
+  std::int64_t left = all;
   for (const TierRoom& room : tiers_) {
     if (room.tier == Tier::File) break;
     left = room.pages >= left ? 0 : left - std::max<std::int64_t>(0, room.pages - room.ring);
@@ -48,19 +49,17 @@ std::vector<PageId> Pager::add(std::int64_t count) {
       file_pages_ = left;
     }
   } else if (left > 0) {
-    throw std::length_error("expected room for " + std::to_string(count_ + count) + " pages of " +
-                            std::to_string(page_bytes_) + " bytes, got room for " +
-                            std::to_string(count_ + count - left));
+    throw std::length_error("expected room for " + std::to_string(all) + " pages of " + std::to_string(page_bytes_) +
+                            " bytes, got room for " + std::to_string(all - left));
   }
   std::vector<PageId> added;
-  for (; count > 0; --count, ++count_) {
+  while (count-- > 0) {
     if (unused_.empty()) {
       unused_.push_back(std::ssize(pages_));
       pages_.emplace_back();
     }
     added.push_back(unused_.back());
     unused_.pop_back();
-    at(added.back()) = Page{};
   }
   return added;
 }
@@ -75,9 +74,7 @@ void Pager::remove(PageId id) {
   }
   if (page.level >= 0) free(page.level, page.home);
   page = Page();
-  page.exists = false;
   unused_.push_back(id);
-  --count_;
 }
 
 bool Pager::has_room(int level) const {
@@ -86,10 +83,11 @@ bool Pager::has_room(int level) const {
 }
 
 Place Pager::allocate(int level) {
-  const Tier tier = tiers_[static_cast<std::size_t>(level)].tier;
-  Place place{.tier = tier};
-  if (tier != Tier::File) {
-    place.memory = backend_->allocate(tier, page_bytes_);
+  const TierRoom& room = tiers_[static_cast<std::size_t>(level)];
+  std::int64_t& used = used_[static_cast<std::size_t>(level)];
+  Place place{.tier = room.tier};
+  if (room.tier != Tier::File) {
+    place.memory = backend_->allocate(room.tier, page_bytes_, std::max<std::int64_t>(1, room.pages - room.ring - used));
   } else {
     if (free_offsets_.empty()) {
       backend_->reserve_file((file_pages_ + 1) * page_bytes_);
@@ -98,7 +96,7 @@ Place Pager::allocate(int level) {
     place.offset = free_offsets_.back();
     free_offsets_.pop_back();
   }
-  ++used_[static_cast<std::size_t>(level)];
+  ++used;
   return place;
 }
 
@@ -127,7 +125,10 @@ void Pager::set_ring(std::size_t size) {
     ring_.pop_back();
     turn_ = 0;
   }
-  while (ring_.size() < size) ring_.push_back({.memory = backend_->allocate(tiers_[0].tier, page_bytes_)});
+  while (ring_.size() < size) {
+    const auto missing = static_cast<std::int64_t>(size - ring_.size());
+    ring_.push_back({.memory = backend_->allocate(tiers_[0].tier, page_bytes_, missing)});
+  }
 }
 
 void Pager::rehome(Page& page, int level) {
@@ -267,9 +268,8 @@ void Pager::run(std::span<const PageId> order, bool writes, const Visit& visit) 
 
 Stats Pager::stats() const {
   Stats stats = stats_;
-  for (const Page& page : pages_) {
-    if (page.exists) ++stats.pages[static_cast<int>(page.home.tier)];
-  }
+  for (const Page& page : pages_) ++stats.pages[static_cast<int>(page.home.tier)];
+  stats.pages[static_cast<int>(Tier::None)] -= std::ssize(unused_);
   stats.ring_pages = std::ssize(ring_);
   stats.seconds_waited = backend_->seconds_waited();
   return stats;

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <span>
@@ -47,7 +48,8 @@ class Pager {
   // the disk none for what falls to the file; then there are no more pages than before.
   std::vector<PageId> add(std::int64_t count);
   void remove(PageId page);
-  std::int64_t count() const { return count_; }
+  std::int64_t count() const { return std::ssize(pages_) - std::ssize(unused_); }
+  std::int64_t page_bytes() const { return page_bytes_; }
 
   // Calls visit(position, pages) for all pages of `order`, none of which stands there twice, run by run: those from
   // `position` on, one that streams or up to kMostAtOnce that are at home. What it computes on them is kept if
@@ -65,7 +67,6 @@ class Pager {
 
  private:
   struct Page {
-    bool exists = true;
     int level = -1;  // of its home among the tiers; -1: it has none yet
     Place home;
     bool written = false;  // else it is zeros, and its home has anything
@@ -94,8 +95,7 @@ class Pager {
   std::vector<TierRoom> tiers_;
   std::vector<std::int64_t> used_;  // homes in each level
   std::vector<Page> pages_;
-  std::vector<PageId> unused_;  // numbers of removed pages
-  std::int64_t count_ = 0;
+  std::vector<PageId> unused_;              // numbers of removed pages
   std::vector<std::int64_t> free_offsets_;  // in the file
   std::int64_t file_pages_ = 0;             // reserved there
   std::vector<Slot> ring_;

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <random>
 #include <thread>
@@ -13,8 +14,10 @@
 namespace {
 
 std::atomic<int> failing{0}, things{0};
+std::atomic<int> pinned_made{0};
 std::mutex devices;
 std::set<int> with_context;
+std::map<void*, size_t> pinned_bytes;
 thread_local int current = 0;
 
 int open_current() {
@@ -87,6 +90,11 @@ namespace fake_cuda {
 void launch(cudaStream_t stream, std::function<void()> kernel) { stream->give(std::move(kernel)); }
 void fail_pinned(int count) { failing = count; }
 int alive() { return things; }
+Pinned pinned() {
+  std::size_t bytes = 0;
+  for (const auto& [memory, size] : pinned_bytes) bytes += size;
+  return {pinned_made, bytes};
+}
 std::set<int> opened() {
   const std::lock_guard lock(devices);
   return with_context;
@@ -175,14 +183,17 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
     return cudaErrorMemoryAllocation;
   }
   ++things;
+  ++pinned_made;
   open_current();
   *memory = std::malloc(bytes);
+  pinned_bytes[*memory] = bytes;
   std::memset(*memory, 0xcc, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* memory) {
   --things;
   open_current();
+  pinned_bytes.erase(memory);
   std::free(memory);
   return cudaSuccess;
 }

@@ -18,6 +18,13 @@ void fail_pinned(int count);
 // Pinned allocations, events and streams that have not been given back.
 int alive();
 
+// Pinned allocations made so far, and the bytes of those that have not been given back.
+struct Pinned {
+  int made;
+  std::size_t bytes;
+};
+Pinned pinned();
+
 // Devices with a context: those that something was made on, or that were made current.
 std::set<int> opened();
 

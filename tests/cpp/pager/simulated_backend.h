@@ -45,7 +45,7 @@ class SimulatedBackend final : public Backend {
   Tier compute_tier() const override { return costs_.one_engine ? Tier::Host : Tier::Device; }
   std::int64_t ring_pages(std::int64_t) const override { return 3; }
 
-  std::byte* allocate(Tier tier, std::int64_t bytes) override {
+  std::byte* allocate(Tier tier, std::int64_t bytes, std::int64_t) override {
     auto& now = trace_.allocated[tier];
     trace_.most[tier] = std::max(trace_.most[tier], ++now);
     return allocate_host(bytes);

@@ -90,7 +90,7 @@ struct Machine {
 void run(unsigned seed, std::int64_t device, std::int64_t host, bool with_file, int failing_pinned) {
   Machine machine;
   fake_cuda::fail_pinned(failing_pinned);
-  AdamwStates states(machine.make_pager(device, host, with_file), kPageBytes);
+  AdamwStates states(machine.make_pager(device, host, with_file));
   live(
       seed, states,
       [&](std::span<const AdamwSlice> slices) {
@@ -121,9 +121,38 @@ void a_file_cut_short_under_a_walk() {
   }
 }
 
+// Pinned memory comes in blocks of pages, and no more of it than the host may have.
+void pinned_pages_in_blocks() {
+  for (const std::int64_t host : {std::int64_t{500}, std::int64_t{1000}, kUnlimited}) {
+    const bool with_file = host == 500;
+    Machine machine;
+    const int made_before = fake_cuda::pinned().made;
+    const std::unique_ptr<Pager> pager = machine.make_pager(3, host, with_file);
+    std::vector<PageId> pages = pager->add(1000);
+    const auto touch = [&](std::size_t, std::span<std::byte* const>) {
+      CHECK(fake_cuda::pinned().bytes <= static_cast<std::size_t>(std::min<std::int64_t>(host, 1125) * kPageBytes));
+    };
+    pager->walk(pages, true, touch);
+    CHECK(fake_cuda::pinned().made - made_before < 60);
+    CHECK(fake_cuda::pinned().bytes >= static_cast<std::size_t>(std::min<std::int64_t>(host, 997) * kPageBytes));
+    // A block goes with the last of its pages; what is left is used again.
+    while (pages.size() > 300) {
+      pager->remove(pages.back());
+      pages.pop_back();
+    }
+    const std::size_t left = fake_cuda::pinned().bytes;
+    CHECK(left < 400 * kPageBytes);
+    const std::vector<PageId> added = pager->add(static_cast<std::int64_t>(left) / kPageBytes - 300);
+    pages.insert(pages.end(), added.begin(), added.end());
+    pager->walk(pages, true, touch);
+    if (!with_file) CHECK_EQ(fake_cuda::pinned().bytes, left);
+  }
+}
+
 }  // namespace
 
 int main() {
+  pinned_pages_in_blocks();
   a_file_cut_short_under_a_walk();
   for (unsigned seed = 0; seed < 5; ++seed) {
     run(seed, seed % 5 * 3, kUnlimited, false, 0);

@@ -62,7 +62,7 @@ bool contains(const std::string& text, const std::string& part) { return text.fi
 void lives(unsigned seed, std::int64_t room, const std::string& name) {
   const std::string path = room == kUnlimited ? "" : file_name(name);
   {
-    AdamwStates states(make_pager(path, room), kPageBytes);
+    AdamwStates states(make_pager(path, room));
     live(seed, states, update, [] {});
   }
   CHECK(path.empty() || !std::filesystem::exists(path));
