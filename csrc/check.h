@@ -21,17 +21,15 @@ namespace qlora {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Of a dtype that has been checked.
+inline DType dtype_of(at::ScalarType dtype) {
+  return dtype == at::kFloat ? DType::Float32 : dtype == at::kHalf ? DType::Float16 : DType::BFloat16;
+}
+
 inline DType checked_dtype(const char* op, const char* what, at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return DType::Float32;
-    case at::kHalf:
-      return DType::Float16;
-    case at::kBFloat16:
-      return DType::BFloat16;
-    default:
-      QLORA_CHECK_TYPE(false, op, what, "dtype float32, float16 or bfloat16", dtype);
-  }
+  QLORA_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op, what,
+                   "dtype float32, float16 or bfloat16", dtype);
+  return dtype_of(dtype);
 }
 
 inline void check_device(const char* op, const char* what, const at::Tensor& tensor, const at::Tensor& like) {
@@ -49,8 +47,9 @@ inline void check_blocksize(const char* op, int64_t blocksize) {
               blocksize);
 }
 
-// Whether the numbers of a 4-bit weight's tensor are in the weight's order: those of a contiguous one are, of any other
-// if it has the weight's rows, or is flat. What was transposed has other rows, but for a square.
+// Whether contiguous() gives the numbers of a 4-bit weight's tensor in the weight's order: of a contiguous one, of one
+// with rows as long as the weight's, and of a flat one. A transposed one has rows of another length, unless it is
+// square.
 inline bool is_in_order(const at::Tensor& tensor, int64_t row) {
   const auto sizes = tensor.sizes();
   return tensor.is_contiguous() || sizes.back() == row ||

@@ -25,14 +25,16 @@ constexpr int kNumCodes = 16;
 constexpr int kNumDynamicCodes = 256;
 constexpr int kNestedBlocksize = 256;
 
-#define QLORA_NF4_VALUES                                                                              \
-  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,    \
-      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, \
-      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
+// clang-format off
+constexpr float kNf4Values[kNumCodes] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
-#define QLORA_FP4_VALUES                                                                                       \
-  0.0f, 0.0625f / 12, 8.0f / 12, 12.0f / 12, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12, -0.0f, -0.0625f / 12, \
-      -8.0f / 12, -12.0f / 12, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12
+constexpr float kFp4Values[kNumCodes] = {
+    0.0f, 0.0625f / 12, 8.0f / 12, 12.0f / 12, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12,
+    -0.0f, -0.0625f / 12, -8.0f / 12, -12.0f / 12, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12};
+// clang-format on
 
 // A 4-bit codebook. The rank of x is the number of bounds below it; the code is that rank's code. Ranks exist because
 // FP4's values are not sorted by code, and because its two zeros are one value: ranks run over the distinct values.
@@ -61,7 +63,7 @@ constexpr Codebook make_codebook(const float (&values)[kNumCodes]) {
   return book;
 }
 
-inline constexpr Codebook kCodebooks[] = {make_codebook({QLORA_NF4_VALUES}), make_codebook({QLORA_FP4_VALUES})};
+inline constexpr Codebook kCodebooks[] = {make_codebook(kNf4Values), make_codebook(kFp4Values)};
 
 constexpr const Codebook& codebook(QuantType quant_type) { return kCodebooks[static_cast<int>(quant_type)]; }
 

@@ -1,4 +1,4 @@
-// The storage format, one value and one byte at a time (DESIGN of the bytes: README, "Storage format").
+// The storage format, one value and one byte at a time (described in README, "Storage format").
 //
 // A block of `blocksize` consecutive elements of the flattened tensor shares one absmax. Element 2j lies in the high
 // nibble of byte j, element 2j + 1 in the low nibble. Compile with -ffp-contract=off: every rounding here is part of

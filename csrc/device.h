@@ -1,4 +1,4 @@
-// What the ops ask of a device; one implementation each in ops_cpu.cpp and ops_cuda.cpp.
+// What the ops ask of a device; one implementation each in ops_cpu.cpp and ops_cuda.cpp, what they share in device.cpp.
 #pragma once
 
 #include <ATen/Tensor.h>
@@ -8,8 +8,8 @@
 
 namespace qlora {
 
-// A matrix whose elements count as 0 where the mask of its shape, if it is defined, is false. Any strides, which are
-// the mask's too.
+// A matrix whose elements count as 0 where the mask of its shape, if it is defined, is false. Both may have any
+// strides.
 struct MaskedMatrix {
   at::Tensor values, mask;
 };
@@ -27,7 +27,7 @@ using LowRankList = c10::ArrayRef<LowRank>;
 class Device {
  public:
   // packed and absmax of weight.
-  virtual void quantize_4bit(const at::Tensor& weight, DType dtype, QuantType quant_type, int64_t blocksize,
+  virtual void quantize_4bit(const at::Tensor& weight, QuantType quant_type, int64_t blocksize,
                              const at::Tensor& packed, const at::Tensor& absmax) const = 0;
 
   // codes, nested_absmax and nested_offset of absmax.
@@ -35,8 +35,7 @@ class Device {
                                const at::Tensor& nested_offset) const = 0;
 
   // The slice of the weight [*, K], dense, into out.
-  virtual void dequantize_4bit(const Packed4bit& w, int64_t K, const Slice& slice, DType dtype,
-                               const at::Tensor& out) const = 0;
+  virtual void dequantize_4bit(const Packed4bit& w, int64_t K, const Slice& slice, const at::Tensor& out) const = 0;
 
   // The size of the workspace on the tensor's device that a slice of the weight is decoded into: it should stay in the
   // cache between decoding and multiplying.
@@ -48,8 +47,8 @@ class Device {
   // y[M, N] = x[M, K] @ W[N, K]^T + bias + added and grad_x[M, K] = grad[M, N] @ W[N, K] + added without decoding the
   // weight to memory. False if the device has no kernel for these arguments.
   virtual bool fused_linear_4bit(const at::Tensor& x, const Packed4bit& w, const at::Tensor& bias, LowRankList added,
-                                 DType dtype, const at::Tensor& y) const = 0;
-  virtual bool fused_linear_4bit_dgrad(const at::Tensor& grad, const Packed4bit& w, LowRankList added, DType dtype,
+                                 const at::Tensor& y) const = 0;
+  virtual bool fused_linear_4bit_dgrad(const at::Tensor& grad, const Packed4bit& w, LowRankList added,
                                        const at::Tensor& grad_x) const = 0;
 
   // The update of n slices that lie on the device of `like`.

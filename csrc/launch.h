@@ -2,8 +2,8 @@
 //
 // A launcher enqueues its kernels on `stream` of the current device and returns at once: it neither allocates nor
 // waits, so it can be captured into a CUDA graph. It returns the first error of its calls, or cudaErrorInvalidValue for
-// a dtype or a product that it does not take. Sizes may be 0, but for a product's: then it launches nothing, but for
-// quantize_absmax, which writes an offset of 0.
+// a dtype or a product that it does not take. Sizes may be 0, except a product's: then nothing is launched
+// (quantize_absmax still writes an offset of 0).
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -19,8 +19,6 @@ namespace {
 
 using at::Tensor;
 
-const Device* cuda_device = nullptr;
-
 // --- quantize_4bit, quantize_absmax, dequantize_4bit --------------------------------------------------------------
 
 // Row layout [..., K / per] where whole blocks fill a row, else flat [ceil(n / per)]: the bytes are the same.
@@ -33,13 +31,13 @@ std::vector<int64_t> layout(const Tensor& weight, int64_t blocksize, int64_t per
 
 std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight_arg, std::string quant_type, int64_t blocksize) {
   constexpr const char* kOp = "quantize_4bit";
-  const DType dtype = checked_dtype(kOp, "weight", weight_arg.scalar_type());
+  checked_dtype(kOp, "weight", weight_arg.scalar_type());
   const QuantType type = checked_quant_type(kOp, quant_type);
   check_blocksize(kOp, blocksize);
   const Tensor weight = weight_arg.contiguous();
   Tensor packed = new_result(layout(weight, blocksize, 2), weight.options().dtype(at::kByte));
   Tensor absmax = new_result(layout(weight, blocksize, blocksize), weight.options().dtype(at::kFloat));
-  device_for(weight).quantize_4bit(weight, dtype, type, blocksize, packed, absmax);
+  device_for(weight).quantize_4bit(weight, type, blocksize, packed, absmax);
   return {packed, absmax};
 }
 
@@ -59,7 +57,7 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTens
                   const OptionalTensor& nested_offset, const std::string& quant_type, int64_t blocksize,
                   at::IntArrayRef shape, at::ScalarType dtype, Tensor out) {
   constexpr const char* kOp = "dequantize_4bit";
-  const DType type = checked_dtype(kOp, out.defined() ? "out" : "dtype", dtype);
+  checked_dtype(kOp, out.defined() ? "out" : "dtype", dtype);
   const bool negative = std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; });
   QLORA_CHECK(!negative, kOp, "shape", "sizes of at least 0", shape);
   const int64_t n = c10::multiply_integers(shape);
@@ -79,7 +77,7 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTens
   } else {
     out = new_result(shape, packed.options().dtype(dtype));
   }
-  device_for(out).dequantize_4bit(w.view, n, {0, 1, 0, n}, type, out);
+  device_for(out).dequantize_4bit(w.view, n, {0, 1, 0, n}, out);
   return out;
 }
 
@@ -138,12 +136,11 @@ int64_t slice_size(int64_t workspace_bytes, int64_t total, int64_t bytes_each) {
 void multiply_slices(const Tensor& x, const Packed4bit& w, const Tensor& bias, const Tensor& y) {
   const int64_t N = y.size(1), K = x.size(1);
   const Device& device = device_for(x);
-  const DType dtype = checked_dtype("linear_4bit", "x", x.scalar_type());
-  const int64_t step = slice_size(device.workspace_bytes(x), N, K * itemsize(dtype));
+  const int64_t step = slice_size(device.workspace_bytes(x), N, K * x.element_size());
   Tensor workspace = at::empty({std::min(step, N), K}, x.options());
   for (int64_t begin = 0; begin < N; begin += step) {
     const int64_t count = std::min(step, N - begin);
-    device.dequantize_4bit(w, K, {begin, begin + count, 0, K}, dtype, workspace);
+    device.dequantize_4bit(w, K, {begin, begin + count, 0, K}, workspace);
     const Tensor weight_t = workspace.narrow(0, 0, count).t();
     Tensor out = y.narrow(1, begin, count);
     if (bias.defined()) {
@@ -158,14 +155,14 @@ void multiply_slices(const Tensor& x, const Packed4bit& w, const Tensor& bias, c
 void multiply_slices_dgrad(const Tensor& grad, const Packed4bit& w, const Tensor& grad_x) {
   const int64_t N = grad.size(1), K = grad_x.size(1);
   const Device& device = device_for(grad);
-  const DType dtype = checked_dtype("linear_4bit_dgrad", "grad", grad.scalar_type());
   // Cut where vector kernels want it, unless blocks are so large that a slice would be the whole weight.
   const int64_t boundary = std::min<int64_t>(w.blocksize, 256);
-  const int64_t step = ceil_div(slice_size(device.workspace_bytes(grad), K, N * itemsize(dtype)), boundary) * boundary;
+  const int64_t step =
+      ceil_div(slice_size(device.workspace_bytes(grad), K, N * grad.element_size()), boundary) * boundary;
   Tensor workspace = at::empty({N * std::min(step, K)}, grad.options());
   for (int64_t begin = 0; begin < K; begin += step) {
     const int64_t count = std::min(step, K - begin);
-    device.dequantize_4bit(w, K, {0, N, begin, begin + count}, dtype, workspace);
+    device.dequantize_4bit(w, K, {0, N, begin, begin + count}, workspace);
     Tensor part = grad_x.narrow(1, begin, count);
     at::mm_out(part, grad, workspace.narrow(0, 0, N * count).view({N, count}));
   }
@@ -209,7 +206,7 @@ Tensor multiply(const LinearArguments& arguments, const Tensor& bias, LowRankLis
   Tensor y = new_result({x.size(0), N}, x.options());
   const Device& device = device_for(x);
   if (y.numel() == 0) return y;
-  if (device.fused_linear_4bit(x, w.view, bias, added, checked_dtype("linear_4bit", "x", dtype), y)) return y;
+  if (device.fused_linear_4bit(x, w.view, bias, added, y)) return y;
   const auto compute = device.compute_dtype(dtype);
   if (compute != dtype) y = at::empty(y.sizes(), y.options().dtype(compute));
   multiply_slices(x.to(compute), w.view, bias.defined() ? bias.to(compute) : bias, y);
@@ -223,9 +220,7 @@ Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added) {
   Tensor grad_x = new_result({grad.size(0), K}, grad.options());
   const Device& device = device_for(grad);
   if (grad_x.numel() == 0) return grad_x;
-  if (device.fused_linear_4bit_dgrad(grad, w.view, added, checked_dtype("linear_4bit_dgrad", "grad", dtype), grad_x)) {
-    return grad_x;
-  }
+  if (device.fused_linear_4bit_dgrad(grad, w.view, added, grad_x)) return grad_x;
   const auto compute = device.compute_dtype(dtype);
   if (compute != dtype) grad_x = at::empty(grad_x.sizes(), grad_x.options().dtype(compute));
   multiply_slices_dgrad(grad.to(compute), w.view, grad_x);
@@ -247,10 +242,6 @@ Tensor in_shape_of(const Tensor& rows, const Tensor& x) {
   return at::_unsafe_view(rows, sizes);
 }
 
-const Device& device_for(const Tensor& tensor) { return tensor.is_cuda() ? *cuda_device : cpu_device(); }
-
-void register_cuda_device(const Device& device) { cuda_device = &device; }
-
 void register_ops(torch::Library& m) {
   m.impl("quantize_4bit", quantize_4bit);
   m.impl("quantize_absmax", quantize_absmax);
@@ -258,6 +249,7 @@ void register_ops(torch::Library& m) {
   m.impl("dequantize_4bit.out", dequantize_4bit_out);
   m.impl("linear_4bit", linear_4bit);
   m.impl("linear_4bit_dgrad", linear_4bit_dgrad);
+  register_lora_ops(m);
 }
 
 }  // namespace qlora
@@ -285,7 +277,4 @@ TORCH_LIBRARY_IMPL(qlora_ext, Negative, m) { m.impl("dequantize_4bit.out", torch
 
 TORCH_LIBRARY_IMPL(qlora_ext, Conjugate, m) { m.impl("dequantize_4bit.out", torch::CppFunction::makeFallthrough()); }
 
-TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) {
-  qlora::register_ops(m);
-  qlora::register_lora_ops(m);
-}
+TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) { qlora::register_ops(m); }

@@ -45,7 +45,7 @@ void adamw_step(at::TensorList params, at::TensorList grads, at::TensorList exp_
                 at::TensorList exp_avg_absmax, at::TensorList exp_avg_sq_absmax, const AdamwHyper& hyper,
                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf, std::optional<uint64_t> seed);
 
-// The ops for a device's tensors, to be registered under its dispatch key.
+// The ops for a device's tensors, to be registered under its dispatch key. register_lora_ops: those of ops_lora.cpp.
 void register_ops(torch::Library& m);
 void register_lora_ops(torch::Library& m);
 

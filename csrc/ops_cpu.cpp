@@ -27,9 +27,10 @@ constexpr int64_t kMinFlops = 1 << 20;  // of a product that more than one threa
 
 class Cpu final : public Device {
  public:
-  void quantize_4bit(const Tensor& weight, DType dtype, QuantType quant_type, int64_t blocksize, const Tensor& packed,
+  void quantize_4bit(const Tensor& weight, QuantType quant_type, int64_t blocksize, const Tensor& packed,
                      const Tensor& absmax) const override {
     const int64_t n = weight.numel();
+    const DType dtype = dtype_of(weight.scalar_type());
     const void* values = weight.const_data_ptr();
     auto* bytes = packed.data_ptr<uint8_t>();
     auto* scales = absmax.data_ptr<float>();
@@ -55,9 +56,9 @@ class Cpu final : public Device {
     });
   }
 
-  void dequantize_4bit(const Packed4bit& w, int64_t K, const Slice& slice, DType dtype,
-                       const Tensor& out) const override {
+  void dequantize_4bit(const Packed4bit& w, int64_t K, const Slice& slice, const Tensor& out) const override {
     const int64_t width = slice.column_end - slice.column_begin;
+    const DType dtype = dtype_of(out.scalar_type());
     auto* bytes = static_cast<uint8_t*>(out.data_ptr());
     if (width == K) {  // one run of elements
       const int64_t first = slice.row_begin * K;
@@ -90,12 +91,13 @@ class Cpu final : public Device {
     return dtype == at::kHalf || (dtype == at::kBFloat16 && !cpu::has_native_bf16()) ? at::kFloat : dtype;
   }
 
-  bool fused_linear_4bit(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added, DType dtype,
+  bool fused_linear_4bit(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added,
                          const Tensor& y) const override {
     const int64_t M = x.size(0), K = x.size(1);
+    const DType dtype = dtype_of(x.scalar_type());
     if (K % w.blocksize != 0) return false;
     if (M <= cpu::most_few_rows(dtype)) {
-      multiply_few_rows(x.contiguous(), w, bias, added, dtype, y);
+      multiply_few_rows(x.contiguous(), w, bias, added, y);
       return true;
     }
     const DType compute = compute_in(dtype);
@@ -104,9 +106,9 @@ class Cpu final : public Device {
     return true;
   }
 
-  bool fused_linear_4bit_dgrad(const Tensor& grad, const Packed4bit& w, LowRankList added, DType dtype,
+  bool fused_linear_4bit_dgrad(const Tensor& grad, const Packed4bit& w, LowRankList added,
                                const Tensor& grad_x) const override {
-    const DType compute = compute_in(dtype);
+    const DType compute = compute_in(dtype_of(grad.scalar_type()));
     if (grad_x.size(1) % w.blocksize != 0 || !cpu::has_matmul(compute)) return false;
     multiply({{.R = grad.size(1), .x = matrix(grad), .kind = cpu::Term::Kind::Weight, .w = w}}, added, {}, compute,
              grad_x);
@@ -115,7 +117,7 @@ class Cpu final : public Device {
 
   Tensor mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
             at::ScalarType out_dtype) const override {
-    const DType type = compute_in(checked_dtype("mm", "compute", compute));
+    const DType type = compute_in(dtype_of(compute));
     if (!cpu::has_matmul(type)) return Device::mm(a, b, scale, compute, out_dtype);
     const bool masked = a.mask.defined() || b.mask.defined();
     // As out^T = b^T a^T: a panel would be filled in part only by so few columns, which are few rows there.
@@ -135,7 +137,7 @@ class Cpu final : public Device {
                                      .addend = nullptr,
                                      .addend_stride = 0,
                                      .out = out.data_ptr(),
-                                     .dtype = checked_dtype("mm", "out", out_dtype),
+                                     .dtype = dtype_of(out_dtype),
                                      .M = M,
                                      .N = N,
                                      .K = K};
@@ -161,11 +163,11 @@ class Cpu final : public Device {
   }
 
   static cpu::Matrix matrix(const Tensor& values, const Tensor& mask = {}) {
-    return {values.const_data_ptr(), checked_dtype("matmul", "x", values.scalar_type()), values.stride(0),
-            values.stride(1), mask.defined() ? mask.const_data_ptr<bool>() : nullptr};
+    return {values.const_data_ptr(), dtype_of(values.scalar_type()), values.stride(0), values.stride(1),
+            mask.defined() ? mask.const_data_ptr<bool>() : nullptr};
   }
 
-  // out = the terms + added + bias, so many rows at a time as x is arranged of.
+  // out = the terms + added + bias, in chunks of rows: x of one chunk is arranged at a time.
   static void multiply(std::vector<cpu::Term> terms, LowRankList added, const Tensor& bias, DType compute,
                        const Tensor& out) {
     std::vector<Tensor> masks;  // kept until the product is done
@@ -188,7 +190,7 @@ class Cpu final : public Device {
                               .num_terms = static_cast<int>(terms.size()),
                               .bias = bias.defined() ? bias_values.const_data_ptr() : nullptr,
                               .out = out.data_ptr(),
-                              .dtype = checked_dtype("matmul", "out", out.scalar_type()),
+                              .dtype = dtype_of(out.scalar_type()),
                               .compute = compute};
     const int64_t chunks = ceil_div(M, cpu::most_matmul_rows(product));
     const int64_t chunk = ceil_div(ceil_div(M, chunks), cpu::kMatmulRowBoundary) * cpu::kMatmulRowBoundary;
@@ -238,13 +240,12 @@ class Cpu final : public Device {
     });
   }
 
-  static cpu::Rows rows(const Tensor& m) {
-    return {m.const_data_ptr(), checked_dtype("row_products", "x", m.scalar_type()), m.stride(0)};
-  }
+  static cpu::Rows rows(const Tensor& m) { return {m.const_data_ptr(), dtype_of(m.scalar_type()), m.stride(0)}; }
 
   static void multiply_few_rows(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added,
-                                DType dtype, const Tensor& y) {
+                                const Tensor& y) {
     const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
+    const DType dtype = dtype_of(x.scalar_type());
     const Tensor arranged = at::empty({cpu::arranged_bytes(dtype, M, N, K)}, x.options().dtype(at::kByte));
     cpu::arrange_x(x.const_data_ptr(), dtype, M, N, K, arranged.data_ptr());
     const Tensor bias_values = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;

@@ -34,12 +34,13 @@ std::string describe(const Packed4bit& w) {
 
 class Cuda final : public Device {
  public:
-  void quantize_4bit(const Tensor& weight, DType dtype, QuantType quant_type, int64_t blocksize, const Tensor& packed,
+  void quantize_4bit(const Tensor& weight, QuantType quant_type, int64_t blocksize, const Tensor& packed,
                      const Tensor& absmax) const override {
     const c10::cuda::CUDAGuard guard(weight.device());
-    check_launch(cuda::launch_quantize_4bit(weight.const_data_ptr(), dtype, weight.numel(), blocksize, quant_type,
-                                            packed.data_ptr<uint8_t>(), absmax.data_ptr<float>(), stream()),
-                 "quantize_4bit", c10::str(weight.sizes(), " ", weight.scalar_type(), ", blocksize ", blocksize));
+    check_launch(
+        cuda::launch_quantize_4bit(weight.const_data_ptr(), dtype_of(weight.scalar_type()), weight.numel(), blocksize,
+                                   quant_type, packed.data_ptr<uint8_t>(), absmax.data_ptr<float>(), stream()),
+        "quantize_4bit", c10::str(weight.sizes(), " ", weight.scalar_type(), ", blocksize ", blocksize));
   }
 
   void quantize_absmax(const Tensor& absmax, const Tensor& codes, const Tensor& nested_absmax,
@@ -53,10 +54,10 @@ class Cuda final : public Device {
         "quantize_absmax", c10::str(absmax.sizes()));
   }
 
-  void dequantize_4bit(const Packed4bit& w, int64_t K, const Slice& slice, DType dtype,
-                       const Tensor& out) const override {
+  void dequantize_4bit(const Packed4bit& w, int64_t K, const Slice& slice, const Tensor& out) const override {
     const c10::cuda::CUDAGuard guard(out.device());
-    check_launch(cuda::launch_dequantize_4bit(w, K, slice, dtype, out.data_ptr(), stream()), "dequantize_4bit",
+    check_launch(cuda::launch_dequantize_4bit(w, K, slice, dtype_of(out.scalar_type()), out.data_ptr(), stream()),
+                 "dequantize_4bit",
                  c10::str("rows ", slice.row_begin, " to ", slice.row_end, ", columns ", slice.column_begin, " to ",
                           slice.column_end, " of ", K, ", ", describe(w), ", ", out.scalar_type()));
   }
@@ -79,22 +80,23 @@ class Cuda final : public Device {
   at::ScalarType compute_dtype(at::ScalarType dtype) const override { return dtype; }
 
   bool fused_linear_4bit(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias_arg, LowRankList added,
-                         DType dtype, const Tensor& y) const override {
+                         const Tensor& y) const override {
     if (x_arg.size(0) > cuda::kMostFusedRows) return false;
     const Tensor x = aligned(x_arg);
     const Tensor bias = bias_arg.defined() ? bias_arg.contiguous() : bias_arg;
     return launch_fused("linear_4bit", cuda::linear_4bit_workspace_bytes, cuda::launch_linear_4bit, y, added,
                         {x.const_data_ptr(), w, bias.defined() ? bias.const_data_ptr() : nullptr, y.data_ptr(),
-                         x.size(0), y.size(1), x.size(1), dtype});
+                         x.size(0), y.size(1), x.size(1), dtype_of(x.scalar_type())});
   }
 
-  bool fused_linear_4bit_dgrad(const Tensor& grad_arg, const Packed4bit& w, LowRankList added, DType dtype,
+  bool fused_linear_4bit_dgrad(const Tensor& grad_arg, const Packed4bit& w, LowRankList added,
                                const Tensor& grad_x) const override {
     if (grad_arg.size(0) > cuda::kMostFusedRows) return false;
     const Tensor grad = aligned(grad_arg);
-    return launch_fused(
-        "linear_4bit_dgrad", cuda::linear_4bit_dgrad_workspace_bytes, cuda::launch_linear_4bit_dgrad, grad_x, added,
-        {grad.const_data_ptr(), w, nullptr, grad_x.data_ptr(), grad.size(0), grad.size(1), grad_x.size(1), dtype});
+    return launch_fused("linear_4bit_dgrad", cuda::linear_4bit_dgrad_workspace_bytes, cuda::launch_linear_4bit_dgrad,
+                        grad_x, added,
+                        {grad.const_data_ptr(), w, nullptr, grad_x.data_ptr(), grad.size(0), grad.size(1),
+                         grad_x.size(1), dtype_of(grad.scalar_type())});
   }
 
  private:
@@ -141,7 +143,4 @@ const bool registered = [] {
 }  // namespace
 }  // namespace qlora
 
-TORCH_LIBRARY_IMPL(qlora_ext, CUDA, m) {
-  qlora::register_ops(m);
-  qlora::register_lora_ops(m);
-}
+TORCH_LIBRARY_IMPL(qlora_ext, CUDA, m) { qlora::register_ops(m); }

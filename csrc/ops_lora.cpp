@@ -1,12 +1,6 @@
 // lora_linear_4bit and its gradients: a 4-bit linear layer with adapters in one op, on any device.
-#include <ATen/ops/add.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/logical_not.h>
-#include <ATen/ops/masked_fill.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 
 #include <utility>
 #include <vector>
@@ -107,35 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
   return {grad_x, stacked(grad_A), stacked(grad_B)};
 }
 
-Tensor masked(const MaskedMatrix& matrix, at::ScalarType dtype) {
-  const Tensor values = matrix.values.to(dtype);
-  return matrix.mask.defined() ? at::masked_fill(values, at::logical_not(matrix.mask), 0) : values;
-}
-
 }  // namespace
-
-Tensor Device::mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
-                  at::ScalarType out) const {
-  Tensor product = at::mm(masked(a, compute), masked(b, compute));
-  if (scale != 1.0) product.mul_(scale);
-  return product.to(out);
-}
-
-// Adapters without a mask side by side, so that `out` is read and written once however many there are.
-void add_low_rank(const Tensor& out, LowRankList added) {
-  const auto dtype = out.scalar_type();
-  std::vector<Tensor> x, factors;
-  for (const LowRank& one : added) {
-    if (one.mask.defined()) {
-      const Tensor product = at::mm(one.x.to(dtype), at::mul(one.factor, one.scale).to(dtype));
-      out.add_(at::masked_fill(product, at::logical_not(one.mask), 0));
-    } else {
-      x.push_back(one.x.to(dtype));
-      factors.push_back(at::mul(one.factor, one.scale).to(dtype));
-    }
-  }
-  if (!x.empty()) out.addmm_(at::cat(x, 1), at::cat(factors, 0));
-}
 
 void register_lora_ops(torch::Library& m) {
   m.impl("lora_linear_4bit", lora_linear_4bit);

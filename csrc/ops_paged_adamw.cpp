@@ -65,8 +65,8 @@ void compute_cpu(pager::HostBackend& backend, std::span<const AdamwSlice> slices
     cpu::adamw(slices.data(), n, options, at, std::min(at + part, blocks));
     return true;
   };
-  const auto compute = [&](int64_t threads) {
-    parallel_for(0, std::min(threads, ceil_div(blocks, part)), 1, [&](int64_t begin, int64_t end) {
+  const auto compute = [&](int64_t count) {
+    parallel_for(0, std::min(count, ceil_div(blocks, part)), 1, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
         while (compute_part()) continue;
       }

@@ -48,7 +48,7 @@ std::int64_t arranged_row_bytes(const FewRowsKernel& kernel, std::int64_t K) {
 std::int64_t most_few_rows(DType dtype) {
   if (kernel_for(dtype, 1, 1) == nullptr) return 0;
   if (dtype == DType::BFloat16 && has_amx_bf16()) return 8;
-  return path() == Path::Avx2 ? 8 : kMostRowProducts;  // for their adapters
+  return path() == Path::Avx2 ? 8 : kMostRowProducts;  // which adds the adapters
 }
 
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K) {

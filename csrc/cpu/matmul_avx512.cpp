@@ -6,32 +6,19 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
-#include "matmul_loops.h"
-#include "simd_avx512.h"
-#include "transpose_bytes.h"
+#include "matmul_avx512.h"
 
 namespace qlora::cpu {
 namespace {
 
-struct Avx512 {
-  static constexpr std::int64_t kColumns = 32;
+struct Avx512 : Avx512Tiles {
   // Rounding errors of longer chains would grow beyond those of torch's kernels.
   static constexpr std::int64_t kChain = 64;
   static constexpr std::int64_t kPerStep = 1;
-  static constexpr std::int64_t kLanes = 16;
-  using Vector = __m512;
-  static constexpr int kTileRows = 12;
 
   template <typename T>
   static Vector places(const T* from) {
     return load16(from);
-  }
-
-  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
-
-  static void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
-  static void store_first(float* to, Vector x, std::int64_t lanes) {
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << lanes) - 1), x);
   }
 
   template <typename T>
@@ -89,11 +76,6 @@ struct Avx512 {
       _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sum[i][0]));
       _mm512_storeu_ps(sums + 16, _mm512_add_ps(_mm512_loadu_ps(sums + 16), sum[i][1]));
     }
-  }
-
-  template <typename T>
-  static void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {
-    cpu::store_row(sums, bias, columns, out);
   }
 };
 

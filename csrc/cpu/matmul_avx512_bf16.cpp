@@ -10,21 +10,15 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 
-#include "matmul_loops.h"
-#include "simd_avx512.h"
-#include "transpose_bytes.h"
+#include "matmul_avx512.h"
 
 namespace qlora::cpu {
 namespace {
 
-struct Avx512Bf16 {
-  static constexpr std::int64_t kColumns = 32;
+struct Avx512Bf16 : Avx512Tiles {
   static constexpr std::int64_t kPerStep = 2;
   // The whole depth: beside the rounding of x, W and out to bf16 the errors of longer chains do not show.
   static constexpr std::int64_t kChain = kDepth / kPerStep;
-  static constexpr std::int64_t kLanes = 16;
-  using Vector = __m512;
-  static constexpr int kTileRows = 12;
 
   static Vector places(const BFloat16* from) { return _mm512_castsi512_ps(_mm512_loadu_si512(from)); }
 
@@ -32,13 +26,6 @@ struct Avx512Bf16 {
   static Vector places(const T* from) {
     const __m256i low = round16(load16(from), BFloat16{}), high = round16(load16(from + 16), BFloat16{});
     return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-  }
-
-  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
-
-  static void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
-  static void store_first(float* to, Vector x, std::int64_t lanes) {
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << lanes) - 1), x);
   }
 
   // 16 pairs of rows r and r + 1, and where they belong in the panel.
@@ -124,11 +111,6 @@ struct Avx512Bf16 {
       _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sum[i][0]));
       _mm512_storeu_ps(sums + 16, _mm512_add_ps(_mm512_loadu_ps(sums + 16), sum[i][1]));
     }
-  }
-
-  template <typename T>
-  static void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {
-    cpu::store_row(sums, bias, columns, out);
   }
 };
 

@@ -12,7 +12,7 @@
 //   kPerStep               elements of the reduction in a row of the panel, and in a place of x: 1, or 2 in bf16
 //   kLanes                 places, 32 bits each, of a Vector
 //   places                 kLanes * kPerStep elements
-//   transpose              kLanes vectors: the lanes of each become one of each
+//   transpose              kLanes vectors: lane j of vector i goes to lane i of vector j
 //   store, store_first     a Vector, or its first so many lanes
 //   store_panel_rows       dense values, two rows of the panel
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows

@@ -9,7 +9,7 @@
 //   store         kLanes numbers, rounded to the dtype
 //   places        if kPerStep is 2: kLanes places of a row, or of its first `count` numbers with zeros behind
 //   side_by_side  likewise: one place of each of kLanes columns, of two rows
-//   transpose     kLanes vectors: the lanes of each become one of each
+//   transpose     kLanes vectors: lane j of vector i goes to lane i of vector j
 //   product       of places, onto fp32 sums
 //   splat, add, multiply
 namespace qlora::cpu {

@@ -51,7 +51,7 @@ inline std::uint32_t largest_lane(__m256i x) {
 inline __m256d low_pairs(const __m256* x) { return _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1])); }
 inline __m256d high_pairs(const __m256* x) { return _mm256_castps_pd(_mm256_unpackhi_ps(x[0], x[1])); }
 
-// The lanes of each become one of each. / Within halves of 4 lanes, then the halves.
+// Lane j of vector i goes to lane i of vector j: first within halves of 4 lanes, then the halves.
 inline void transpose(__m256 (&x)[8]) {
   __m256 halves[4][2];  // [j][i]: the j-th of 4 lanes, of both halves, of rows 4 i to 4 i + 3
 #pragma GCC unroll 2

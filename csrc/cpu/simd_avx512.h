@@ -75,7 +75,7 @@ __m512 across_lanes(const __m512* x, Combine combine) {
 inline __m512d low_pairs(const __m512* x) { return _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1])); }
 inline __m512d high_pairs(const __m512* x) { return _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1])); }
 
-// The lanes of each become one of each. / Within quarters of 4 lanes, then the quarters.
+// Lane j of vector i goes to lane i of vector j: first within quarters of 4 lanes, then the quarters.
 inline void transpose(__m512 (&x)[16]) {
   __m512 quarters[4][4];  // [j][i]: the j-th of 4 lanes, of every quarter, of rows 4 i to 4 i + 3
 #pragma GCC unroll 4
@@ -100,17 +100,6 @@ inline void transpose(__m512 (&x)[16]) {
     x[4 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0b10001000);
     x[12 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0b11011101);
   }
-}
-
-// sums + bias, rounded.
-template <typename T>
-void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {
-  std::int64_t j = 0;
-  for (; j + 16 <= columns; j += 16) {
-    const __m512 sum = _mm512_loadu_ps(sums + j);
-    store16(out + j, bias == nullptr ? sum : _mm512_add_ps(sum, load16(bias + j)));
-  }
-  for (; j < columns; ++j) out[j] = round_to<T>(bias == nullptr ? sums[j] : sums[j] + to_float(bias[j]));
 }
 
 // The dword indices of the 16 codes of 8 bytes; a lookup uses their low 4 bits only, so they need no mask.

@@ -17,7 +17,7 @@ namespace qlora::cuda {
 
 struct Split {
   int tiles, units, ctas;  // units: of a tile
-  int unit_steps;          // what the kernel computes between two looks at this
+  int unit_steps;          // of the kernel (kStepK, kStepN), in a unit
   int run, longer_runs;    // a CTA has `run` units, the first `longer_runs` CTAs one more
 
   __host__ __device__ int begin(int cta) const { return cta * run + (cta < longer_runs ? cta : longer_runs); }

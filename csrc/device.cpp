@@ -1,0 +1,52 @@
+#include "device.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/logical_not.h>
+#include <ATen/ops/masked_fill.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+
+#include <vector>
+
+namespace qlora {
+namespace {
+
+using at::Tensor;
+
+const Device* cuda_device = nullptr;
+
+Tensor masked(const MaskedMatrix& matrix, at::ScalarType dtype) {
+  const Tensor values = matrix.values.to(dtype);
+  return matrix.mask.defined() ? at::masked_fill(values, at::logical_not(matrix.mask), 0) : values;
+}
+
+}  // namespace
+
+const Device& device_for(const Tensor& tensor) { return tensor.is_cuda() ? *cuda_device : cpu_device(); }
+
+void register_cuda_device(const Device& device) { cuda_device = &device; }
+
+Tensor Device::mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
+                  at::ScalarType out) const {
+  Tensor product = at::mm(masked(a, compute), masked(b, compute));
+  if (scale != 1.0) product.mul_(scale);
+  return product.to(out);
+}
+
+// Adapters without a mask side by side, so that `out` is read and written once however many there are.
+void add_low_rank(const Tensor& out, LowRankList added) {
+  const auto dtype = out.scalar_type();
+  std::vector<Tensor> x, factors;
+  for (const LowRank& one : added) {
+    if (one.mask.defined()) {
+      const Tensor product = at::mm(one.x.to(dtype), at::mul(one.factor, one.scale).to(dtype));
+      out.add_(masked({product, one.mask}, dtype));
+    } else {
+      x.push_back(one.x.to(dtype));
+      factors.push_back(at::mul(one.factor, one.scale).to(dtype));
+    }
+  }
+  if (!x.empty()) out.addmm_(at::cat(x, 1), at::cat(factors, 0));
+}
+
+}  // namespace qlora
