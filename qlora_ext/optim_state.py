@@ -132,17 +132,19 @@ def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[s
                     f"{op}: {part} of parameter {index}: expected placements {placements(p)}, got {placements(value)}"
                 )
             value = local_shard(value)
-            # torch.optim.AdamW's states have the dtype of their parameter.
-            kind = "floats" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
-            expected_kind = "floats" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
-            has_values = value.layout is torch.strided and not value.is_meta and not value._is_zerotensor()
-            has_values = has_values and not is_traceable_wrapper_subclass(value) and not isinstance(value, FakeTensor)
-            if tuple(value.shape) == shape and kind == expected_kind and has_values:
+            readable = value.layout is torch.strided and not value.is_meta and not value._is_zerotensor()
+            readable = readable and not is_traceable_wrapper_subclass(value) and not isinstance(value, FakeTensor)
+            if tuple(value.shape) == shape and _kind(value.dtype) == _kind(dtype) and readable:
                 parts[part] = value
                 continue
-            got = f"{kind} {list(value.shape)}" + (
-                "" if has_values else f" ({type(value).__name__}, {value.layout}, on {value.device})"
+            got = f"{_kind(value.dtype)} {list(value.shape)}" + (
+                "" if readable else f" ({type(value).__name__}, {value.layout}, on {value.device})"
             )
-        expected = f"{'floats' if dtype.is_floating_point else 'uint8'} {list(shape)}"
+        expected = f"{_kind(dtype)} {list(shape)}"
         raise ValueError(f"{op}: {part} of parameter {index}: expected {expected}, got {got}")
     return Saved(int(steps), parts)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """All floats are one kind: torch.optim.AdamW's states have the dtype of their parameter."""
+    return "floats" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
