@@ -242,7 +242,7 @@ class PagedParameters:
             for name, value in store.stats().items():
                 if isinstance(value, dict):
                     total[name] = {tier: n + total[name][tier] for tier, n in value.items()}
-                elif name != "page_bytes":
+                else:
                     total[name] += value
         hit_rate = total["hits"] / total["visits"] if total["visits"] else 1.0
         return total | {"page_bytes": self._paging[0], "hit_rate": hit_rate}
