@@ -11,7 +11,7 @@ Table = list[list[str]]
 
 def milliseconds(row: Row) -> str:
     """The median, to three digits."""
-    return f"{row['p50'] * 1e3:.3g}" if row["p50"] < 1 else f"{row['p50'] * 1e3:.0f}"
+    return f"{row['p50'] * 1e3:.3g}" if row["p50"] < 0.9995 else f"{row['p50'] * 1e3:.0f}"
 
 
 def ratio(value: float) -> str:
