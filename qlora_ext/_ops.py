@@ -10,6 +10,8 @@ from torch import Tensor
 try:
     from qlora_ext import _C
 except ImportError as error:
+    if str(error).startswith("QLORA_EXT_CPU"):  # it does load, but for what the environment asks of it
+        raise
     raise ImportError(
         "qlora_ext: its compiled module _C does not load. Build it with `pip install --no-build-isolation -e .` "
         f"under the installed torch {torch.__version__}. The reason: {error}"

@@ -48,7 +48,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
 
     Raises:
         ValueError: there is no adapter of this name; a trained parameter is in no module that PEFT can save whole: it
-            belongs to the model itself, to a layer with an adapter or in 4 bits, or to a list or dict of modules.
+            belongs to the model itself, to a layer with an adapter or in 4 bits, or to a list or dict of modules; a
+            tensor is on meta, as of a trained module that accelerate has offloaded (of an adapter it is read).
 
     Source: PEFT's checkpoint format.
     """
@@ -60,10 +61,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     if config.target_modules == "all-linear" or _meant_modules(model, config.target_modules) != set(layers):
         config = replace(config, target_modules=_short_names(model, list(layers)))
     modules, others = trained_modules(model)
-    tensors = {f"{_PREFIX}{place}": _to_write(tensor) for place, tensor in others.items()}
+    tensors = {f"{_PREFIX}{place}": _to_write(place, tensor) for place, tensor in others.items()}
     for layer_name, layer in layers.items():
         for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            tensors[f"{_PREFIX}{layer_name}.{part}.weight"] = _to_write(table[name])
+            (tensor,) = table.forward([name])  # with its values, if accelerate has offloaded it
+            tensors[f"{_PREFIX}{layer_name}.{part}.weight"] = _to_write(f"{layer_name}.{part}.{name}", tensor)
     plain = unwrapped(model)
     model_config = getattr(plain, "config", None)
     described = {
@@ -165,8 +167,10 @@ def _short_names(model: nn.Module, layer_names: list[str]) -> str | list[str]:
     return "|".join(re.escape(name) for name in sorted(layer_names))
 
 
-def _to_write(tensor: Tensor) -> Tensor:
+def _to_write(name: str, tensor: Tensor) -> Tensor:
     """Whole, and in memory of its own, as safetensors wants it."""
+    if tensor.is_meta:
+        raise ValueError(f"save_adapter: model: {name}: expected a tensor with values, got one on meta")
     return gathered(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

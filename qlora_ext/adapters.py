@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
+from qlora_ext.layer_hooks import has_other_forward, is_hooked
 from qlora_ext.layer_names import check_name, is_pattern_of
-from qlora_ext.linear import Linear4bit, dense, is_hooked
+from qlora_ext.linear import Linear4bit, dense
 from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.model_layers import adapter_names, linear_layers, lora_layers, named_layers, replace_layers
 from qlora_ext.sharded import check_whole, reshard
@@ -30,7 +31,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
         TypeError: config is no LoraConfig, or name no str.
         ValueError: there is an adapter of this name, or none can have it; a name in target_modules matches no linear
             layer, or a key of rank_pattern or alpha_pattern none of those; merged adapters; a layer that fully_shard
-            has sharded: to be sharded, adapters have to be there before.
+            has sharded, or whose weight accelerate has offloaded: adapters have to be there before.
 
     Source: LoRA, arXiv 2106.09685, section 4.
     """
@@ -42,6 +43,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     targets = {layer_name: layers[layer_name] for layer_name in names}
     reshard(model)
     check_whole("add_adapter", targets)
+    for layer_name, layer in targets.items():
+        _check_not_offloaded(layer_name, layer)
     attach(model, targets, config, name)
     freeze("add_adapter", model)
     set_adapter(model, name)
@@ -66,11 +69,13 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     names = [] if name is None else [name] if isinstance(name, str) else list(dict.fromkeys(name))
     for wanted in names:
         check_has_adapter("set_adapter", model, wanted)
-    for _, layer in lora_layers(model):
-        layer.active_adapters = [n for n in names if n in layer.configs]
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:  # before any switches: of an inference tensor it is refused
         for each in layer.configs:
-            layer.lora_A[each].requires_grad_(each in layer.active_adapters)
-            layer.lora_B[each].requires_grad_(each in layer.active_adapters)
+            layer.lora_A[each].requires_grad_(each in names)
+            layer.lora_B[each].requires_grad_(each in names)
+    for layer in layers:
+        layer.active_adapters = [n for n in names if n in layer.configs]
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -217,6 +222,13 @@ def freeze(op: str, model: nn.Module, but: Iterable[Tensor] = ()) -> None:
 def check_not_hooked(op: str, name: str, module: nn.Module) -> None:
     if is_hooked(module):
         raise ValueError(f"{op}: {name}: expected no hooks, and its class's forward, got a layer that has them")
+
+
+def _check_not_offloaded(name: str, layer: nn.Module) -> None:
+    base = getattr(layer, "base_layer", layer)
+    if base.weight.is_meta and has_other_forward(base):
+        expected = "a layer with its weight in memory (add adapters before accelerate's dispatch or offload)"
+        raise ValueError(f"add_adapter: model: {name}: expected {expected}, got one on meta with accelerate's hook")
 
 
 def _check_mergeable(name: str, layer: LoraLinear) -> None:

@@ -5,7 +5,6 @@ Plain tensors, no tensor subclass; all metadata is on the module (described in R
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_ext import functional
 from qlora_ext._ops import ops
+from qlora_ext.layer_hooks import is_hooked, shallow_copy
 from qlora_ext.quant_state import QuantState
 from qlora_ext.quant_type import quant_type_of
 
@@ -92,10 +92,13 @@ class Linear4bit(nn.Module):
 
         Raises:
             TypeError: linear is no nn.Linear, or its weight's dtype is none of the three.
-            ValueError: an unknown quant_type or blocksize, or NaN or Inf in the weight.
+            ValueError: an unknown quant_type or blocksize, NaN or Inf in the weight, or hooks, which would be lost.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"Linear4bit.from_linear: linear: expected an nn.Linear, got {type(linear).__name__}")
+        if is_hooked(linear):
+            expected = "no hooks, and its class's forward"
+            raise ValueError(f"Linear4bit.from_linear: linear: expected {expected}, got a layer that has them")
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -112,9 +115,7 @@ class Linear4bit(nn.Module):
 
     def with_weight(self, weight: Tensor) -> Linear4bit:
         """A layer of the same kind, options and bias that holds `weight`, a float tensor [out, in], in 4 bits."""
-        layer = copy.copy(self)  # shares the bias; the tables of parameters and buffers must not be shared
-        layer._parameters = self._parameters.copy()
-        layer._buffers = self._buffers.copy()
+        layer = shallow_copy(self)  # shares the bias
         layer.quantize_(weight)
         return layer
 
@@ -136,9 +137,9 @@ class Linear4bit(nn.Module):
         shape = torch.Size((self.out_features, self.in_features))
         return QuantState(shape, self.dtype, self.quant_type, self.blocksize, *self._tensors()[1:])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in x's dtype."""
-        y: Tensor = self._multiply(ops.linear_4bit.default, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in] -> [..., out] in its dtype."""
+        y: Tensor = self._multiply(ops.linear_4bit.default, input)
         return y
 
     def forward_with_adapters(
@@ -165,8 +166,11 @@ class Linear4bit(nn.Module):
 
     def _multiply(self, op: Any, x: Tensor, *more: Any) -> Any:
         """The op on x and the weight. No QuantState is made: it costs as much time as one row of a small layer."""
-        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
-            functional.check_matrix(op.name().removeprefix("qlora_ext::"), self.state, x)  # says what is wrong with x
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            name = op.name().removeprefix("qlora_ext::")
+            functional.check_matrix(name, self.state, x)  # says what is wrong with x, if it is not this:
+            why = "; a model that casts to a layer's weight.dtype needs the layer in quantize_model's skip"
+            raise TypeError(f"{name}: x: expected dtype float32, float16 or bfloat16, got {x.dtype}{why}")
         x = functional.cast_as_autocast(x)
         return op(x, *self._tensors(), self.quant_type, self.blocksize, self.out_features, self.bias, *more)
 
@@ -273,8 +277,7 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Cal
 def dense(layer: nn.Linear | Linear4bit, weight: Tensor) -> nn.Linear:
     """The layer with this float weight [out, in], frozen, in its dtype; a 4-bit or parametrized one as nn.Linear."""
     if isinstance(layer, nn.Linear) and "weight" in layer._parameters:
-        linear, dtype = copy.copy(layer), layer.weight.dtype  # a subclass may compute in its own way
-        linear._parameters = layer._parameters.copy()
+        linear, dtype = shallow_copy(layer), layer.weight.dtype  # a subclass may compute in its own way
     else:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
         linear.register_parameter("bias", layer.bias)
@@ -287,14 +290,3 @@ def has_float_weight(layer: nn.Linear) -> bool:
     """Whether its weight is a plain one, not one of bitsandbytes' or torchao's."""
     weight = layer.weight
     return weight.is_floating_point() and tuple(weight.shape) == (layer.out_features, layer.in_features)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does more than its class says: hooks, or a forward of its own, as accelerate gives it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_ext.adapter_table import AdapterTable, check_device
 from qlora_ext.functional import cast_as_autocast
+from qlora_ext.layer_hooks import has_other_forward, is_hooked
 from qlora_ext.layer_names import by_pattern, check_name, check_regex
-from qlora_ext.linear import Linear4bit, dense, has_float_weight, is_hooked, keeping_dtype
+from qlora_ext.linear import Linear4bit, dense, has_float_weight, keeping_dtype
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class LoraLinear(nn.Module):
         scaling, configs: by adapter name.
         active_adapters: names of those that count.
         merged_base: while merged, a layer of the same kind with W0 + the active updates; base_layer stays untouched. It
-            is no part of the state_dict, but made again when one is loaded.
+            is no child and no part of the state_dict, but made again when one is loaded.
 
     Raises:
         TypeError: base_layer is another module.
@@ -109,8 +111,8 @@ class LoraLinear(nn.Module):
             got = type(base_layer).__name__
             raise TypeError(f"LoraLinear: base_layer: expected nn.Linear or Linear4bit, got {got}")
         self.base_layer = base_layer
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
+        self.lora_A = AdapterTable()
+        self.lora_B = AdapterTable()
         self.scaling: dict[str, float] = {}
         self.configs: dict[str, LoraConfig] = {}
         self.active_adapters: list[str] = []
@@ -151,10 +153,11 @@ class LoraLinear(nn.Module):
         check_name("LoraLinear", name, self.configs)
         r = config.rank(module_name)
         device = self.base_layer.weight.device
-        A = torch.empty(r, self.in_features, dtype=torch.float32, device=device)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(A)
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
+        with torch.inference_mode(False):  # an inference tensor could never be trained or, outside, be activated
+            A = torch.empty(r, self.in_features, dtype=torch.float32, device=device)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            self.lora_A[name] = nn.Parameter(A)
+            self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
         self.scaling[name] = config.scaling(module_name)
         self.configs[name] = config
 
@@ -164,38 +167,35 @@ class LoraLinear(nn.Module):
             del table[name]
         self.active_adapters = [active for active in self.active_adapters if active != name]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        base: Any = self._modules["base_layer"] if self.merged_base is None else self.merged_base  # without __getattr__
-        if self.merged or not self.active_adapters:
-            y: Tensor = base(x)
-            return y
-        A, B = self._active("lora_A"), self._active("lora_B")
-        scaling, masks = self._dropout(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in] -> [..., out]."""
+        # One look at each: another thread may merge them or activate others meanwhile.
+        merged, names = self.merged_base, self.active_adapters
+        base: Any = self._modules["base_layer"] if merged is None else merged  # without __getattr__
+        if merged is not None or not names:
+            return base(input)  # type: ignore[no-any-return]
+        tables: Any = self._modules
+        A, B = tables["lora_A"].forward(names), tables["lora_B"].forward(names)
         if isinstance(base, Linear4bit) and not is_hooked(base):
-            return base.forward_with_adapters(x, A, B, scaling, masks)
-        x = cast_as_autocast(x)
+            return base.forward_with_adapters(input, A, B, *self._dropout(input, names))
+        x = cast_as_autocast(input)
         y = base(x)
         if not isinstance(y, Tensor):
             expected = f"a tensor from {type(base).__name__}'s forward"
             raise TypeError(f"LoraLinear: base_layer: expected {expected}, got {type(y).__name__}")
+        if x.device != y.device:  # to which hooks of the base have taken it
+            x = x.to(y.device)
+        check_device(names, A, B, x.device)
+        scaling, masks = self._dropout(x, names)
         for i, (a, b) in enumerate(zip(A, B, strict=True)):
             low_rank = F.linear(x * masks[i] if masks else x, a.to(x.dtype))
             y = y + F.linear(low_rank, (b * scaling[i]).to(x.dtype))
         return y
 
-    def _active(self, matrix: str) -> list[Tensor]:
-        """lora_A or lora_B of each active adapter."""
-        table: Any = self._modules[matrix]
-        try:  # nn.ParameterDict's own lookup takes as long as a small layer's product with A
-            return [table._parameters[name] for name in self.active_adapters]
-        except KeyError:  # FSDP and parametrizations keep them elsewhere
-            return [table[name] for name in self.active_adapters]
-
-    def _dropout(self, x: Tensor) -> tuple[list[float], list[Tensor]]:
-        """The scaling of each active adapter, with dropout's 1 / (1 - p) in it, and the masks, if any."""
-        keep = [1 - self.configs[name].lora_dropout for name in self.active_adapters]
-        scaling = [self.scaling[name] for name in self.active_adapters]
+    def _dropout(self, x: Tensor, names: list[str]) -> tuple[list[float], list[Tensor]]:
+        """The scaling of each of these adapters, with dropout's 1 / (1 - p) in it, and the masks, if any."""
+        keep = [1 - self.configs[name].lora_dropout for name in names]
+        scaling = [self.scaling[name] for name in names]
         if not self.training or all(k == 1 for k in keep):
             return scaling, []
         masks = [torch.empty_like(x, dtype=torch.bool).bernoulli_(k) for k in keep]
@@ -208,12 +208,13 @@ class LoraLinear(nn.Module):
         It is made anew each time, with gradients for the adapters, without dropout; a 4-bit base has none. To assign
         it, or bias, is to assign the base's: so models tie weights.
         """
-        base = self.base_layer if self.merged_base is None else self.merged_base
+        merged, names = self.merged_base, self.active_adapters
+        base = self.base_layer if merged is None else merged
         if isinstance(base, Linear4bit) or not has_float_weight(base):
             raise AttributeError  # __getattr__ says why
-        if self.merged or not self.active_adapters:
+        if merged is not None or not names:
             return base.weight
-        return self._updated(base.weight.float()).to(base.weight.dtype)
+        return self._updated(base.weight.float(), names).to(base.weight.dtype)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":  # Python comes here when a property raises AttributeError, whose message is lost
@@ -245,21 +246,21 @@ class LoraLinear(nn.Module):
             TypeError: the base has a weight in a form of its own, or a forward that is not its class's.
         """
         base = self.base_layer
-        if "forward" in base.__dict__:  # of accelerate's hooks: it would go on computing with the base's weight
+        if has_other_forward(base):  # of accelerate's hooks: it would go on computing with the base's weight
             raise TypeError(
                 f"LoraLinear: base_layer: expected the forward of its class, {type(base).__name__}, got another"
             )
         if isinstance(base, Linear4bit):
-            return self._updated(base.dequantize(torch.float32))
+            return self._updated(base.dequantize(torch.float32), self.active_adapters)
         if not has_float_weight(base):
             expected = f"a float weight {[self.out_features, self.in_features]} to merge into"
             got = f"{type(base).__name__}'s {base.weight.dtype} {list(base.weight.shape)}"
             raise TypeError(f"LoraLinear: base_layer: expected {expected}, got {got}")
-        return self._updated(base.weight.float())
+        return self._updated(base.weight.float(), self.active_adapters)
 
-    def _updated(self, weight: Tensor) -> Tensor:
+    def _updated(self, weight: Tensor, names: list[str]) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            for name in self.active_adapters:
+            for name in names:
                 weight = weight.addmm(self.lora_B[name], self.lora_A[name], alpha=self.scaling[name])
         return weight
 
@@ -270,26 +271,25 @@ class LoraLinear(nn.Module):
         """
         base = self.base_layer
         weight = self.merged_weight()
-        self.merged_base = base.with_weight(weight) if isinstance(base, Linear4bit) else dense(base, weight)
+        merged = base.with_weight(weight) if isinstance(base, Linear4bit) else dense(base, weight)
+        # As a child it would be in the state_dict; left out of it, accelerate would not find there what it finds here.
+        object.__setattr__(self, "merged_base", merged)
 
     def unmerge(self) -> None:
         """Compute with the base and its adapters again."""
         self.merged_base = None
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        merged, self.merged_base = self.merged_base, None
-        try:
-            return super().state_dict(*args, **kwargs)
-        finally:
-            self.merged_base = merged
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.merged_base is not None:  # to the rest of the loading its tensors are not missing
-            state_dict |= self.merged_base.state_dict(prefix=f"{prefix}merged_base.")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def train(self, mode: bool = True) -> LoraLinear:
+        """As nn.Module's, of the merged layer too."""
+        if self.merged_base is not None:
+            self.merged_base.train(mode)
+        super().train(mode)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
         super()._apply(keeping_dtype(fn, [*self.lora_A.values(), *self.lora_B.values()]), recurse)  # type: ignore[no-untyped-call]
+        if self.merged_base is not None:
+            self.merged_base._apply(fn, recurse)
         return self
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_KINDS = {"dtype": torch.dtype, "quant_type": str, "blocksize": Integral, "absmax": Tensor}
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,13 +17,16 @@ class QuantState:
     """The description of one 4-bit tensor (README, "Storage format").
 
     Args:
-        shape: of the original tensor.
+        shape: of the original tensor, a torch.Size or another sequence of int.
         dtype: of the original tensor; what `dequantize_4bit` gives back by default.
         quant_type: "nf4" or "fp4".
         blocksize: elements per absmax, a power of two from 32 to 4096.
         absmax: float32 [num_blocks] (or row-shaped [..., in/blocksize]); uint8 codes with double quantization.
         nested_absmax: float32 [ceil(num_blocks/256)], with double quantization only.
         nested_offset: float32, 0-d, with double quantization only.
+
+    Raises:
+        TypeError: an argument of the wrong type. What the ops check (sizes, dtypes of tensors, values) they check.
     """
 
     shape: torch.Size
@@ -29,6 +36,19 @@ class QuantState:
     absmax: Tensor
     nested_absmax: Tensor | None = None
     nested_offset: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, torch.Size):
+            shape: Any = self.shape  # a list, say, as JSON gives it
+            if not isinstance(shape, (list, tuple)) or not all(isinstance(n, Integral | torch.SymInt) for n in shape):
+                raise TypeError(f"QuantState: shape: expected a torch.Size, got {shape!r}")
+            object.__setattr__(self, "shape", torch.Size(shape))
+        for what, kind in _KINDS.items():
+            if not isinstance(value := getattr(self, what), kind):
+                raise TypeError(f"QuantState: {what}: expected {kind.__name__}, got {value!r}")
+        for what in ("nested_absmax", "nested_offset"):
+            if not isinstance(value := getattr(self, what), Tensor | None):
+                raise TypeError(f"QuantState: {what}: expected Tensor or None, got {value!r}")
 
     @property
     def double_quant(self) -> bool:
@@ -46,3 +66,6 @@ class QuantState:
             None if self.nested_absmax is None else self.nested_absmax.to(device),
             None if self.nested_offset is None else self.nested_offset.to(device),
         )
+
+
+torch.serialization.add_safe_globals([QuantState])  # so torch.load reads one as it reads tensors

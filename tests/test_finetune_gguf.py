@@ -43,7 +43,8 @@ def write_gguf(path: Path, model: LlamaForCausalLM, quantized: bool = False, **m
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     for key, value in metadata.items():
-        writer.add_string(key.replace("__", "."), value)
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(key.replace("__", "."), value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -83,13 +84,29 @@ def test_quantized_gguf_is_decoded_row_by_row(tmp_path: Path, monkeypatch: pytes
     [
         ({"architecture": "qwen2"}, 'expected general.architecture "llama", got .qwen2.'),
         ({"llama__rope__scaling__type": "yarn"}, "scaled rotary embeddings are not handled"),
+        ({"llama__rope__scaling__factor": 4.0}, "scaled rotary embeddings are not handled"),
+        ({"llama__rope__scale_linear": 2.0}, "scaled rotary embeddings are not handled"),
     ],
-    ids=["architecture", "rope scaling"],
+    ids=["architecture", "rope scaling", "rope scaling without type", "rope scaling of old files"],
 )
 def test_gguf_of_a_kind_not_handled(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path), **metadata)
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama__rope__scaling__factor": 0.0},
+        {"llama__rope__scale_linear": 1.0},
+        {"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0},
+    ],
+    ids=["0", "1", "none"],
+)
+def test_a_scaling_that_does_nothing_is_read(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path), **metadata)
+    load(tmp_path / "m.gguf")
 
 
 def test_tokenizer_of_a_kind_not_known_is_refused(tmp_path: Path) -> None:

@@ -174,6 +174,20 @@ def test_a_4_bit_layer_with_an_adapter_has_no_weight_to_read() -> None:
     assert not hasattr(adapted(quantized=True)[0], "weight")
 
 
+def test_a_model_that_casts_to_the_dtype_of_a_4_bit_weight_is_told() -> None:
+    layer = adapted(quantized=True)[0]
+    for each in (layer, layer.base_layer):
+        with pytest.raises(TypeError, match=r"linear_4bit: x: expected dtype .*got torch\.uint8.*weight\.dtype.*skip"):
+            each(X.to(layer.base_layer.weight.dtype))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_input_is_a_keyword_as_of_nn_linear(quantized: bool) -> None:
+    layer = adapted(quantized=quantized)[0]
+    for each in (layer, layer.base_layer):
+        assert torch.equal(each(input=X), each(X))
+
+
 @pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
 @pytest.mark.parametrize("part", ["wo", "inner.wo", "wo.weight"])
 def test_what_transformers_keeps_in_fp32_is_not_quantized(part: str, attribute: str) -> None:
@@ -206,6 +220,8 @@ def test_a_layer_whose_hooks_would_be_lost_is_refused(change: Callable[[nn.Modul
     change(model[1])
     with pytest.raises(ValueError, match="quantize_model: 1: expected no hooks"):
         quantize_model(model)
+    with pytest.raises(ValueError, match=r"Linear4bit\.from_linear: linear: expected no hooks"):
+        Linear4bit.from_linear(model[1])
     for hooked in ("layer", "base", "without adapter"):
         model = adapted(quantized=True)
         if hooked == "without adapter":

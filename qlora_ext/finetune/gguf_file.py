@@ -42,7 +42,10 @@ class GgufFile:
     def config(self) -> LlamaConfig:
         """Build the model's config from the metadata."""
         tensors = {tensor.name for tensor in self.reader.tensors}
-        scaling = self._field("llama.rope.scaling.type", "none")
+        # Where there is a factor and no type, as in older files, llama.cpp scales linearly; by 0 it means not at all.
+        factors = [self._field(f"llama.rope.{key}", 1) for key in ("scaling.factor", "scale_linear")]
+        is_scaled = any(factor not in (0, 1) for factor in factors)
+        scaling = self._field("llama.rope.scaling.type", "linear" if is_scaled else "none")
         if scaling != "none" or "rope_freqs.weight" in tensors:
             raise ValueError(f"{self.path}: scaled rotary embeddings are not handled; use the Hugging Face folder")
         if self._field("llama.expert_count", 0):

@@ -1,0 +1,41 @@
+"""Layers that do more than their class says: what hooks they have, and copies without what belongs to the original."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether it has a forward in the place of its class's, as accelerate's hooks give it.
+
+    When they are removed they leave the class's own there, bound to the module.
+    """
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    return getattr(forward, "__self__", None) is not module or forward.__func__ is not type(module).forward
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its class says: hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_other_forward(module)
+    )
+
+
+def shallow_copy(layer: Module) -> Module:
+    """A copy that shares the tensors and hooks, with tables of its own to put other tensors into."""
+    twin = copy.copy(layer)
+    twin._parameters = layer._parameters.copy()
+    twin._buffers = layer._buffers.copy()
+    twin.__dict__.pop("forward", None)  # bound to the original, with whose tensors it computes
+    return twin
