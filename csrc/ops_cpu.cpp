@@ -64,9 +64,10 @@ class Cpu final : public Device {
       const int64_t first = slice.row_begin * K;
       const int64_t tile = std::max<int64_t>(w.blocksize, 4096);
       const int64_t tiles_end = ceil_div(slice.row_end * K - first, tile);
+      const bool past_caches = static_cast<int64_t>(out.nbytes()) > cpu::l3_bytes();  // they would not keep it
       parallel_for(0, tiles_end, kGrain / tile, [&](int64_t begin, int64_t end) {
         const int64_t last = std::min(first + end * tile, slice.row_end * K);
-        cpu::dequantize_4bit(w, first + begin * tile, last, dtype, bytes + begin * tile * itemsize(dtype));
+        cpu::dequantize_4bit(w, first + begin * tile, last, dtype, bytes + begin * tile * itemsize(dtype), past_caches);
       });
       return;
     }

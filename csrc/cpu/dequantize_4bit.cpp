@@ -32,7 +32,8 @@ void dequantize_portable(const Packed4bit& w, std::int64_t begin, std::int64_t e
 
 }  // namespace
 
-void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out) {
+void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
+                     bool past_caches) {
   with_type(dtype, [&](auto type) {
     auto* values = static_cast<decltype(type)*>(out);
 #if defined(__x86_64__)
@@ -42,7 +43,9 @@ void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, 
     if (chosen != Path::Portable && first < last) {
       const auto vector_kernel = chosen == Path::Avx2 ? dequantize_4bit_avx2 : dequantize_4bit_avx512;
       dequantize_portable(w, begin, first * w.blocksize, values);
-      vector_kernel(w, first, last, dtype, values + (first * w.blocksize - begin));
+      auto* blocks = values + (first * w.blocksize - begin);
+      const bool aligned = reinterpret_cast<std::uintptr_t>(blocks) % 64 == 0;
+      vector_kernel(w, first, last, dtype, blocks, past_caches && aligned);
       values += last * w.blocksize - begin;
       begin = last * w.blocksize;
     }

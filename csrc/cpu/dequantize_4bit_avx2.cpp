@@ -12,7 +12,25 @@
 namespace qlora::cpu {
 namespace {
 
-template <typename T>  // bf16 or fp16
+template <bool kPastCaches>
+inline void store(__m128i* to, __m128i x) {
+  if constexpr (kPastCaches) {
+    _mm_stream_si128(to, x);
+  } else {
+    _mm_storeu_si128(to, x);
+  }
+}
+
+template <bool kPastCaches>
+inline void store(float* to, __m256 x) {
+  if constexpr (kPastCaches) {
+    _mm256_stream_ps(to, x);
+  } else {
+    _mm256_storeu_ps(to, x);
+  }
+}
+
+template <bool kPastCaches, typename T>  // bf16 or fp16
 inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize, __m256 low, __m256 high, T* out) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(round_dwords(low, T{}), round_dwords(high, T{})),
                                                  0b11011000);  // 16 words in code order
@@ -32,35 +50,47 @@ inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize,
       const __m128i lo = _mm_shuffle_epi8(low_plane, codes[j]);
       const __m128i hi = _mm_shuffle_epi8(high_plane, codes[j]);
       auto* to = reinterpret_cast<__m128i*>(out + i + 16 * j);
-      _mm_storeu_si128(to, _mm_unpacklo_epi8(lo, hi));
-      _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(lo, hi));
+      store<kPastCaches>(to, _mm_unpacklo_epi8(lo, hi));
+      store<kPastCaches>(to + 1, _mm_unpackhi_epi8(lo, hi));
     }
   }
 }
 
+template <bool kPastCaches>
 inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize, __m256 low, __m256 high, float* out) {
   for (std::int64_t i = 0; i < blocksize; i += 8) {
     const __m128i bytes = _mm_loadu_si32(packed + i / 2);
     const __m256i qword = _mm256_cvtepu8_epi64(bytes);
     const __m256i index = _mm256_or_si256(_mm256_srli_epi64(qword, 4), _mm256_slli_epi64(qword, 32));
     const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    _mm256_storeu_ps(
+    store<kPastCaches>(
         out + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), bit3));
+  }
+}
+
+template <bool kPastCaches, typename T>
+void dequantize_blocks(const Packed4bit& w, std::int64_t begin, std::int64_t end, T* out) {
+  const float* values = codebook(w.quant_type).value;
+  const __m256 low_values = _mm256_loadu_ps(values);
+  const __m256 high_values = _mm256_loadu_ps(values + 8);
+  for (std::int64_t block = begin; block < end; ++block, out += w.blocksize) {
+    const __m256 absmax = _mm256_set1_ps(block_absmax(w, block));
+    dequantize_block<kPastCaches>(w.packed + block * w.blocksize / 2, w.blocksize, _mm256_mul_ps(low_values, absmax),
+                                  _mm256_mul_ps(high_values, absmax), out);
   }
 }
 
 }  // namespace
 
-void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out) {
-  const float* values = codebook(w.quant_type).value;
-  const __m256 low_values = _mm256_loadu_ps(values);
-  const __m256 high_values = _mm256_loadu_ps(values + 8);
+void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
+                          bool past_caches) {
   with_type(dtype, [&](auto type) {
-    auto* row = static_cast<decltype(type)*>(out);
-    for (std::int64_t block = begin; block < end; ++block, row += w.blocksize) {
-      const __m256 absmax = _mm256_set1_ps(block_absmax(w, block));
-      dequantize_block(w.packed + block * w.blocksize / 2, w.blocksize, _mm256_mul_ps(low_values, absmax),
-                       _mm256_mul_ps(high_values, absmax), row);
+    auto* values = static_cast<decltype(type)*>(out);
+    if (past_caches) {
+      dequantize_blocks<true>(w, begin, end, values);
+      _mm_sfence();  // such stores are seen by others in any order
+    } else {
+      dequantize_blocks<false>(w, begin, end, values);
     }
   });
 }

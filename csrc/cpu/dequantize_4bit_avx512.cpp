@@ -13,7 +13,16 @@
 namespace qlora::cpu {
 namespace {
 
-template <typename T>  // bf16 or fp16
+template <bool kPastCaches>
+inline void store(void* to, __m512i x) {
+  if constexpr (kPastCaches) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), x);
+  } else {
+    _mm512_storeu_si512(to, x);
+  }
+}
+
+template <bool kPastCaches, typename T>  // bf16 or fp16
 inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize, __m512 products, T* out) {
   const __m512i table = _mm512_broadcast_i64x4(round16(products, T{}));
   for (std::int64_t i = 0; i < blocksize; i += 32) {
@@ -21,25 +30,37 @@ inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize,
     const __m512i dword = _mm512_cvtepu8_epi32(bytes);
     // Low word: the high nibble, which is the even element; high word: the whole byte, whose low nibble is the odd one.
     const __m512i index = _mm512_or_si512(_mm512_srli_epi32(dword, 4), _mm512_slli_epi32(dword, 16));
-    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, table));
+    store<kPastCaches>(out + i, _mm512_permutexvar_epi16(index, table));
   }
 }
 
+template <bool kPastCaches>
 inline void dequantize_block(const std::uint8_t* packed, std::int64_t blocksize, __m512 products, float* out) {
   for (std::int64_t i = 0; i < blocksize; i += 16) {
-    _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(indices(packed + i / 2), products));
+    store<kPastCaches>(out + i, _mm512_castps_si512(_mm512_permutexvar_ps(indices(packed + i / 2), products)));
+  }
+}
+
+template <bool kPastCaches, typename T>
+void dequantize_blocks(const Packed4bit& w, std::int64_t begin, std::int64_t end, T* out) {
+  const __m512 values = _mm512_loadu_ps(codebook(w.quant_type).value);
+  for (std::int64_t block = begin; block < end; ++block, out += w.blocksize) {
+    const __m512 products = _mm512_mul_ps(values, _mm512_set1_ps(block_absmax(w, block)));
+    dequantize_block<kPastCaches>(w.packed + block * w.blocksize / 2, w.blocksize, products, out);
   }
 }
 
 }  // namespace
 
-void dequantize_4bit_avx512(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out) {
-  const __m512 values = _mm512_loadu_ps(codebook(w.quant_type).value);
+void dequantize_4bit_avx512(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
+                            bool past_caches) {
   with_type(dtype, [&](auto type) {
-    auto* row = static_cast<decltype(type)*>(out);
-    for (std::int64_t block = begin; block < end; ++block, row += w.blocksize) {
-      const __m512 products = _mm512_mul_ps(values, _mm512_set1_ps(block_absmax(w, block)));
-      dequantize_block(w.packed + block * w.blocksize / 2, w.blocksize, products, row);
+    auto* values = static_cast<decltype(type)*>(out);
+    if (past_caches) {
+      dequantize_blocks<true>(w, begin, end, values);
+      _mm_sfence();  // such stores are seen by others in any order
+    } else {
+      dequantize_blocks<false>(w, begin, end, values);
     }
   });
 }

@@ -12,8 +12,10 @@ namespace qlora::cpu {
 void quantize_4bit(const void* weight, DType dtype, std::int64_t n, std::int64_t blocksize, QuantType quant_type,
                    std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
 
-// out[i - begin] = round_to_dtype(value[code i] * absmax of i's block), for elements [begin, end).
-void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
+// out[i - begin] = round_to_dtype(value[code i] * absmax of i's block), for elements [begin, end). past_caches: written
+// to memory at once, where vector kernels can. A line that is written into a cache is read from memory before.
+void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
+                     bool past_caches = false);
 
 // The sums of groups [begin, end) of 256 of absmax[n], in order, in fp64.
 void sum_absmax(const float* absmax, std::int64_t n, std::int64_t begin, std::int64_t end, double* sums);
@@ -35,7 +37,9 @@ void quantize_absmax_avx2(const float* absmax, float offset, std::int64_t begin,
                           float* nested_absmax);
 void quantize_absmax_avx512(const float* absmax, float offset, std::int64_t begin, std::int64_t end,
                             std::uint8_t* codes, float* nested_absmax);
-void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
-void dequantize_4bit_avx512(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out);
+void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
+                          bool past_caches);
+void dequantize_4bit_avx512(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
+                            bool past_caches);
 
 }  // namespace qlora::cpu

@@ -42,12 +42,17 @@ Quantized quantize(const void* weight, DType dtype, std::int64_t n, std::int64_t
   return out;
 }
 
-std::vector<std::uint8_t> dequantize(const Packed4bit& w, std::int64_t n, DType dtype, std::int64_t step) {
-  std::vector<std::uint8_t> out(static_cast<std::size_t>(n * itemsize(dtype)));
+std::vector<std::uint8_t> dequantize(const Packed4bit& w, std::int64_t n, DType dtype, std::int64_t step,
+                                     bool past_caches = false, std::size_t offset = 0) {
+  constexpr std::size_t kAlignment = 64;
+  std::vector<std::uint8_t> memory(static_cast<std::size_t>(n * itemsize(dtype)) + offset + kAlignment);
+  const std::size_t before = -reinterpret_cast<std::uintptr_t>(memory.data()) % kAlignment + offset;
   for (std::int64_t begin = 0; begin < n; begin += step) {
-    cpu::dequantize_4bit(w, begin, std::min(n, begin + step), dtype, out.data() + begin * itemsize(dtype));
+    cpu::dequantize_4bit(w, begin, std::min(n, begin + step), dtype, memory.data() + before + begin * itemsize(dtype),
+                         past_caches);
   }
-  return out;
+  const auto first = memory.begin() + static_cast<std::ptrdiff_t>(before);
+  return {first, first + n * itemsize(dtype)};
 }
 
 void check(std::int64_t n, std::int64_t blocksize, DType dtype, QuantType quant_type) {
@@ -79,6 +84,10 @@ void check(std::int64_t n, std::int64_t blocksize, DType dtype, QuantType quant_
     for (std::int64_t step : {std::int64_t{7}, blocksize + 1, 3 * blocksize, n}) {
       CHECK(dequantize(w, n, dtype, step) == expected_values);
       CHECK(dequantize(double_quantized, n, dtype, step) == expected_double);
+    }
+    for (std::size_t offset : {0, 4}) {  // on the boundary that stores past the caches need, and not
+      CHECK(dequantize(w, n, dtype, n, true, offset) == expected_values);
+      CHECK(dequantize(double_quantized, n, dtype, blocksize, true, offset) == expected_double);
     }
   }
 }

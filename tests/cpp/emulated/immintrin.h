@@ -160,6 +160,8 @@ inline __m256i _mm512_cvtps_ph(__m512 a, int) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm256_cvtps_ph(_mm512_extractf32x8_ps(a, 1), 0), 1);
 }
 
+inline void _mm512_stream_si512(void* to, __m512i x) { _mm512_store_si512(to, x); }
+
 // --- What SIMDe rounds otherwise: a multiply-add twice; in vdpbf16ps it adds the two products first, flushes nothing -
 // (Forms of the multiply-add that no kernel takes are left as they are: one that comes into use belongs here.)
 #undef _mm_fmadd_ps
