@@ -134,6 +134,7 @@ inline std::uint16_t classify(__m512 a, int classes) {
 #undef _mm512_fpclass_ps_mask
 #undef _mm512_maskz_loadu_epi8
 #undef _mm512_reduce_add_ps
+#undef _mm512_stream_si512
 
 inline __m128i _mm512_cvtepi32_epi8(__m512i a) { return emulated::convert<std::uint32_t, std::uint8_t>(a, __m128i{}); }
 inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
