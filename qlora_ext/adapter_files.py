@@ -6,7 +6,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -113,54 +113,30 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     check_name("load_adapter", name)
     reshard(model)
     folder = Path(folder)
+    path = folder / WEIGHTS_FILE
     config, module_names, demands = read_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    tensors = _read_tensors(path)
     given = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items() if key.startswith(_PREFIX)}
-    modules = fit_modules(model, module_names, name, given, folder / WEIGHTS_FILE)
+    modules = fit_modules(model, module_names, name, given, path)
     layers = linear_layers(model)
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(_PREFIX) and key.removeprefix(_PREFIX) in modules:
             continue
-        layer_name, part = _parse_key(key, layers, folder)
+        layer_name, part = _parse_key(key, layers, path)
         if part == "base_layer":
-            _check_base(key, layers[layer_name], tensor, folder)
+            _check_base(key, layers[layer_name], tensor, path)
         else:
             weights.setdefault(layer_name, {})[part] = tensor
     for layer_name, parts in weights.items():
-        layer, r = layers[layer_name], config.rank(layer_name)
-        if any(parameter.is_meta for parameter in layer.parameters()):
-            raise ValueError(f"load_adapter: model: {layer_name}: expected a layer with values, got one on meta")
-        for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
-            got = parts.get(part)
-            if got is not None and not got.is_floating_point():
-                raise ValueError(
-                    f"load_adapter: {folder / WEIGHTS_FILE}: {layer_name}.{part}: expected floats, got {got.dtype}"
-                )
-            if got is None or tuple(got.shape) != shape:
-                raise ValueError(
-                    f"load_adapter: {folder / WEIGHTS_FILE}: {layer_name}.{part}: expected shape {list(shape)}, "
-                    f"got {'no tensor' if got is None else list(got.shape)}"
-                )
+        _check_parts(layer_name, layers[layer_name], parts, config.rank(layer_name), path)
     targets = [layer_name for layer_name in named_layers(model, config.target_modules) if demands(layer_name)]
-    bare = [layer_name for layer_name in targets if layer_name not in weights]
-    if bare:
-        raise ValueError(
-            f"load_adapter: {folder / WEIGHTS_FILE}: {bare[0]}: expected tensors as for every layer that {CONFIG_FILE} "
-            f"targets, got none (for {len(bare)} of {len(targets)} layers)"
-        )
-    existing = {n: layer.lora_A[name].shape[0] for n, layer in lora_layers(model) if name in layer.configs}
-    ranks = {layer_name: config.rank(layer_name) for layer_name in weights}
-    if existing:
-        for layer_name in sorted(existing.keys() | ranks.keys()):
-            before, now = existing.get(layer_name, "none"), ranks.get(layer_name, "none")
-            if before != now:
-                raise ValueError(
-                    f"load_adapter: name: {layer_name}: expected {name!r} to have rank {before}, got {now}"
-                )
-    if not existing:
+    _check_complete(targets, weights, path)
+    if existing := {n: layer.lora_A[name].shape[0] for n, layer in lora_layers(model) if name in layer.configs}:
+        _check_ranks(name, existing, {layer_name: config.rank(layer_name) for layer_name in weights})
+    else:
         check_whole("load_adapter", {layer_name: layers[layer_name] for layer_name in weights})
-        attach(model, dict.fromkeys(weights, config), name)
+        attach(model, weights, config, name)
     for layer_name, layer in lora_layers(model):
         if layer_name in weights:
             fill(layer.lora_A[name], weights[layer_name]["lora_A"])
@@ -221,21 +197,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _parse_key(key: str, layers: dict[str, Any], folder: Path) -> tuple[str, str]:
+def _parse_key(key: str, layers: dict[str, Any], path: Path) -> tuple[str, str]:
     """(layer name, lora_A, lora_B or base_layer) of a key base_model.model.<layer>.lora_A.weight."""
-    path, _, kind = key.rpartition(".")
-    layer_name, _, part = path.removeprefix(_PREFIX).rpartition(".")
+    owner, _, kind = key.rpartition(".")
+    layer_name, _, part = owner.removeprefix(_PREFIX).rpartition(".")
     if not key.startswith(_PREFIX) or kind not in _KINDS.get(part, ()):
         expected = f"keys {_PREFIX}<layer>.lora_A.weight and .lora_B.weight, or of tensors in modules_to_save"
-        raise ValueError(f"load_adapter: {folder / WEIGHTS_FILE}: expected {expected}, got {key!r}")
+        raise ValueError(f"load_adapter: {path}: expected {expected}, got {key!r}")
     if layer_name not in layers:
-        raise ValueError(
-            f"load_adapter: {folder / WEIGHTS_FILE}: {key}: expected a linear layer of the model, got none"
-        )
+        raise ValueError(f"load_adapter: {path}: {key}: expected a linear layer of the model, got none")
     return layer_name, part
 
 
-def _check_base(key: str, layer: AnyLinear, given: Tensor, folder: Path) -> None:
+def _check_base(key: str, layer: AnyLinear, given: Tensor, path: Path) -> None:
     """PEFT writes an output head beside its adapter: nothing new, unless the head was resized or trained."""
     base = layer.base_layer if isinstance(layer, LoraLinear) else layer
     is_bias = key.endswith(".bias")
@@ -245,6 +219,35 @@ def _check_base(key: str, layer: AnyLinear, given: Tensor, folder: Path) -> None
         fits = given.is_floating_point() and tuple(given.shape) == (base.out_features, base.in_features)
         given = base.with_weight(given.to(base.dtype)).weight if fits and given.isfinite().all() else given
     if own is None or given.shape != own.shape or not torch.equal(given.to(own), own):
+        raise ValueError(f"load_adapter: {path}: {key}: expected what the model has in this place, got another")
+
+
+def _check_parts(name: str, layer: AnyLinear, parts: dict[str, Tensor], r: int, path: Path) -> None:
+    """That a file has both matrices of an adapter of this rank on this layer."""
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        raise ValueError(f"load_adapter: model: {name}: expected a layer with values, got one on meta")
+    for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
+        given = parts.get(part)
+        if given is not None and not given.is_floating_point():
+            raise ValueError(f"load_adapter: {path}: {name}.{part}: expected floats, got {given.dtype}")
+        if given is None or tuple(given.shape) != shape:
+            got = "no tensor" if given is None else list(given.shape)
+            raise ValueError(f"load_adapter: {path}: {name}.{part}: expected shape {list(shape)}, got {got}")
+
+
+def _check_complete(targets: list[str], given: Collection[str], path: Path) -> None:
+    """That no layer which the config targets is left out of those that the file has tensors of."""
+    bare = [layer_name for layer_name in targets if layer_name not in given]
+    if bare:
         raise ValueError(
-            f"load_adapter: {folder / WEIGHTS_FILE}: {key}: expected what the model has in this place, got another"
+            f"load_adapter: {path}: {bare[0]}: expected tensors as for every layer that {CONFIG_FILE} targets, "
+            f"got none (for {len(bare)} of {len(targets)} layers)"
         )
+
+
+def _check_ranks(name: str, existing: dict[str, int], given: dict[str, int]) -> None:
+    """That the adapter of this name is on the same layers in the file, with the same ranks."""
+    for layer_name in sorted(existing.keys() | given.keys()):
+        before, now = existing.get(layer_name, "none"), given.get(layer_name, "none")
+        if before != now:
+            raise ValueError(f"load_adapter: name: {layer_name}: expected {name!r} to have rank {before}, got {now}")

@@ -6,7 +6,7 @@ Saving and loading them is in adapter_files.py.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
@@ -39,9 +39,10 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
         raise TypeError(f"add_adapter: config: expected a qlora_ext.LoraConfig, got {type(config)}")
     check_name("add_adapter", name, adapter_names(model))
     names, layers = target_modules(model, config), linear_layers(model)
+    targets = {layer_name: layers[layer_name] for layer_name in names}
     reshard(model)
-    check_whole("add_adapter", {layer_name: layers[layer_name] for layer_name in names})
-    attach(model, dict.fromkeys(names, config), name)
+    check_whole("add_adapter", targets)
+    attach(model, targets, config, name)
     freeze("add_adapter", model)
     set_adapter(model, name)
 
@@ -123,10 +124,9 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     """
     check_not_merged("merge_adapter", model)
     reshard(model)
-    touched = {n: m for n, m in linear_layers(model).items() if isinstance(m, LoraLinear) or dequantize}
-    instead = "save_adapter, and merge it in a model without fully_shard"
-    check_whole("merge_adapter", touched, instead)
-    for name, layer in linear_layers(model).items():  # before any layer is touched
+    layers = {n: m for n, m in linear_layers(model).items() if isinstance(m, LoraLinear) or dequantize}
+    check_whole("merge_adapter", layers, "save_adapter, and merge it in a model without fully_shard")
+    for name, layer in layers.items():  # before any layer is touched
         if dequantize:
             for lost in (layer, getattr(layer, "base_layer", layer)):
                 if isinstance(lost, (LoraLinear, Linear4bit)):
@@ -184,14 +184,14 @@ def target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     return names
 
 
-def attach(model: nn.Module, configs: dict[str, LoraConfig], name: str) -> None:
-    """Wrap the layers that are keys of `configs` in LoraLinear where they are not yet, and add an inactive adapter."""
+def attach(model: nn.Module, names: Collection[str], config: LoraConfig, name: str) -> None:
+    """Wrap the layers of these names in LoraLinear where they are not yet, and add an inactive adapter to them."""
 
     def wrap(module_name: str, module: nn.Module) -> nn.Module:
-        if module_name not in configs:
+        if module_name not in names:
             return module
         layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
-        layer.add_adapter(name, configs[module_name], module_name)
+        layer.add_adapter(name, config, module_name)
         return layer
 
     replace_layers(model, wrap)
@@ -201,12 +201,11 @@ def freeze(op: str, model: nn.Module, but: Iterable[Tensor] = ()) -> None:
     """Freeze all parameters. Warns of those, beside `but`, that were trained with another adapter: they go into the
     file of none from now on."""
     known = {id(tensor) for tensor in but}
-    several = len(adapter_names(model)) > 1
-    for layer in (layer for _, layer in lora_layers(model) if several):
+    for _, layer in lora_layers(model):
         known |= {id(tensor) for table in (layer.lora_A, layer.lora_B) for tensor in table.values()}
     stopped = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     model.requires_grad_(False)
-    if several and stopped:
+    if stopped and len(adapter_names(model)) > 1:
         warnings.warn(
             f"{op}: {', '.join(stopped[:5])}{' and more' if len(stopped) > 5 else ''}: trained beside another adapter, "
             "now frozen: to go into its file, it has to require gradients when that is saved",

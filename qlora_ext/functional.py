@@ -47,10 +47,8 @@ def quantize_4bit(
             f"quantize_4bit: weight: expected finite values, got NaN or Inf in {len(blocks)} of {absmax.numel()} "
             f"blocks of {blocksize}, the first at element {int(blocks[0]) * blocksize}"
         )
-    state = QuantState(weight.shape, weight.dtype, quant_type, blocksize, absmax)
-    if double_quant:
-        state = QuantState(weight.shape, weight.dtype, quant_type, blocksize, *ops.quantize_absmax(absmax))
-    return packed, state
+    scales = ops.quantize_absmax(absmax) if double_quant else (absmax,)
+    return packed, QuantState(weight.shape, weight.dtype, quant_type, blocksize, *scales)
 
 
 def dequantize_4bit(
@@ -105,12 +103,11 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
     Source: QLoRA, arXiv 2305.14314, equation 5.
     """
     _check_type("linear_4bit", "packed", packed, Tensor)
-    _check_type("linear_4bit", "x", x, Tensor)
+    check_matrix("linear_4bit", state, x)
     if bias is not None:
         _check_type("linear_4bit", "bias", bias, Tensor)
     x = cast_as_autocast(x)
-    out_features = matrix_shape("linear_4bit", state, x)[0]
-    y: Tensor = ops.linear_4bit(x, packed, *_weight_arguments(state), out_features, bias)
+    y: Tensor = ops.linear_4bit(x, packed, *_weight_arguments(state), state.shape[0], bias)
     return y
 
 
@@ -126,15 +123,14 @@ def cast_as_autocast(x: Tensor) -> Tensor:
     return x
 
 
-def matrix_shape(op: str, state: QuantState, x: Tensor) -> tuple[int, int]:
-    """(out, in) of a 4-bit matrix that x[..., in] is to be multiplied with."""
+def check_matrix(op: str, state: QuantState, x: Tensor) -> None:
+    """Raise TypeError or ValueError unless the state is of a matrix [out, in] and x is [..., in]."""
     _check_type(op, "x", x, Tensor)
     _check_type(op, "state", state, QuantState)
     if len(state.shape) != 2:
         raise ValueError(f"{op}: state.shape: expected [out, in], got {list(state.shape)}")
     if x.dim() == 0 or x.shape[-1] != state.shape[1]:
         raise ValueError(f"{op}: x: expected [..., {state.shape[1]}], got {list(x.shape)}")
-    return state.shape[0], state.shape[1]
 
 
 def has_values(tensor: Tensor) -> bool:

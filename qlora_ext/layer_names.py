@@ -1,4 +1,5 @@
-"""Names of a model's layers, by which adapters and their files mean them: those of the plain model; and of adapters.
+"""The names by which adapters and their files refer to a model's layers, those of the plain model; and the names that
+an adapter may have.
 
 A model, or a part of it, may be wrapped in torch.compile's module or in one of data parallelism, which put a name of
 their own in between.
@@ -29,7 +30,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def children(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module]]:
-    """(attribute, name, child) below the module of this name, in the plain model: what is wrapped has its wrapper's."""
+    """(attribute, name, child) of each child of the module of this name. What is wrapped has its wrapper's name."""
     for key, child in module._modules.items():  # named_children names a shared child once
         if child is not None:
             yield key, name if is_wrapper(module) else f"{name}.{key}" if name else key, child

@@ -1,6 +1,6 @@
 """Linear4bit: a frozen linear layer whose weight is stored in 4 bits and decoded only inside the multiply.
 
-Plain tensors, no tensor subclass; all metadata is on the module (DESIGN of the storage: README, "Storage format").
+Plain tensors, no tensor subclass; all metadata is on the module (described in README, "Storage format").
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Linear4bit(nn.Module):
     def _multiply(self, op: Any, x: Tensor, *more: Any) -> Any:
         """The op on x and the weight. No QuantState is made: it costs as much time as one row of a small layer."""
         if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
-            functional.matrix_shape(op.name().removeprefix("qlora_ext::"), self.state, x)  # says what is wrong with x
+            functional.check_matrix(op.name().removeprefix("qlora_ext::"), self.state, x)  # says what is wrong with x
         x = functional.cast_as_autocast(x)
         return op(x, *self._tensors(), self.quant_type, self.blocksize, self.out_features, self.bias, *more)
 
@@ -232,27 +232,30 @@ class Linear4bit(nn.Module):
             # The scales were made here: to the rest of the loading they are neither missing nor different.
             state_dict = dict(state_dict) | {prefix + name: own for name, own in self._storage().items()}
             dtype = weight.dtype
-        elif isinstance(weight, Tensor):
-            bias = state_dict.get(prefix + "bias")
-            dtype = local_metadata.get("dtype", bias.dtype if isinstance(bias, Tensor) else dtype)
-        for name, own in self._storage().items():
-            given = state_dict.get(prefix + name)
-            if not isinstance(given, Tensor):
-                continue  # missing: torch reports it
-            if given.dtype != own.dtype:  # torch would cast
-                raise TypeError(f"Linear4bit: {prefix}{name}: expected dtype {own.dtype}, got {given.dtype}")
-            if given.shape != own.shape:
-                expected = list(own.shape)
-                raise ValueError(f"Linear4bit: {prefix}{name}: expected shape {expected}, got {list(given.shape)}")
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
-            other = local_metadata.get("quant_type") or quant_type_of(weight) or self.quant_type
-            if other != self.quant_type:
-                how = "" if "quant_type" in local_metadata else ", by its codes' frequencies"
-                wanted = f"quant_type {self.quant_type!r}"
-                raise ValueError(f"Linear4bit: {prefix}weight: expected {wanted}, got {other!r}{how}")
+        else:
+            self._check_stored(state_dict, prefix, local_metadata)
+            if isinstance(weight, Tensor):
+                bias = state_dict.get(prefix + "bias")
+                dtype = local_metadata.get("dtype", bias.dtype if isinstance(bias, Tensor) else dtype)
         if local_metadata.get("assign_to_params_buffers"):  # nn.Linear's weight has the given dtype then, too
             self.dtype = dtype
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _check_stored(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+        """That what there is of a 4-bit weight, perhaps not all of it, is of this layer's kind."""
+        at = f"Linear4bit: {prefix}"
+        for name, own in self._storage().items():
+            if not isinstance(given := state_dict.get(prefix + name), Tensor):
+                continue  # missing: torch reports it
+            if given.dtype != own.dtype:  # torch would cast
+                raise TypeError(f"{at}{name}: expected dtype {own.dtype}, got {given.dtype}")
+            if given.shape != own.shape:
+                raise ValueError(f"{at}{name}: expected shape {list(own.shape)}, got {list(given.shape)}")
+        if isinstance(weight := state_dict.get(prefix + "weight"), Tensor):
+            other = local_metadata.get("quant_type") or quant_type_of(weight) or self.quant_type
+            if other != self.quant_type:
+                how = "" if "quant_type" in local_metadata else ", by its codes' frequencies"
+                raise ValueError(f"{at}weight: expected quant_type {self.quant_type!r}, got {other!r}{how}")
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:

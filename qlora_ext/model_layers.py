@@ -87,10 +87,10 @@ def _replace_below(
 def output_head(model: nn.Module) -> set[str]:
     """The layers that make logits, scores and the like, by name, and those that share their weight."""
     layers = linear_layers(model)
-    get_head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)
-    heads = {id(unwrapped(head)) for head in [get_head()] if head is not None} | {
-        id(layer) for name, layer in layers.items() if is_named(name, HEADS)
-    }
+    heads = {id(layer) for name, layer in layers.items() if is_named(name, HEADS)}
+    head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
+    if head is not None:
+        heads.add(id(unwrapped(head)))
     weights = {id(layer.weight) for layer in layers.values() if id(layer) in heads and isinstance(layer, nn.Linear)}
     return {
         name

@@ -264,7 +264,7 @@ class PagedAdamW(Optimizer):
         """Where the states are and what has moved, over all devices.
 
         Returns:
-            pages: how many have their home in "device", "host" and "file"; unwritten_pages: how many have none yet;
+            pages: how many have their home in "device", "host" and "file"; unwritten_pages: how many have no home yet;
             ring_pages: of the computing devices, that others stream through; page_bytes;
             bytes_read, bytes_written: moved from and to each of these since the start or the last loading;
             visits, hits, hit_rate: pages computed, those at home in the computing device's memory, their quotient;

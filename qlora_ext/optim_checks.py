@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_ext import _C
-from qlora_ext.optim_state import local_shard
+from qlora_ext.sharded import is_dtensor, local_shard
 
 Hyper = tuple[float, float, float, float, float, bool]  # lr, beta1, beta2, eps, weight_decay, maximize
 
@@ -54,8 +54,11 @@ def check(condition: bool, what: str, expected: object, got: object, error: type
 
 
 def refusal(what: str, expected: object, got: object, error: type[Exception] = ValueError) -> Exception:
-    """What `check` raises. What is checked of every parameter at every step raises it itself: `check` would have the
-    message made even where all is well."""
+    """The error that `check` raises.
+
+    Code that runs for every parameter at every step tests first and raises this itself: the arguments of a call of
+    `check` are made even where all is well.
+    """
     return error(f"PagedAdamW: {what}: expected {expected}, got {got!r}")
 
 
@@ -133,14 +136,14 @@ def checked_gradient(index: int, p: Any) -> Tensor:
         raise refusal(what, f"shape {list(p.shape)}", list(grad.shape))
     if not p.is_contiguous() and any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
         raise refusal(f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
-    if hasattr(p, "placements") or hasattr(grad, "placements"):
+    if is_dtensor(p) or is_dtensor(grad):
         grad = _local_gradient(what, p, grad)
     return in_memory(what, grad)
 
 
 def _local_gradient(what: str, p: Any, grad: Any) -> Tensor:
     """Of the shard that this process has of p, a DTensor."""
-    if hasattr(p, "placements") != hasattr(grad, "placements"):
+    if is_dtensor(p) != is_dtensor(grad):
         raise TypeError(f"PagedAdamW: {what}: expected {type(p.data).__name__}, got {type(grad).__name__}")
     if grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)

@@ -9,8 +9,9 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from qlora_ext.optim_checks import checked_hyper
-from qlora_ext.optim_state import MOST_STEPS, Saved, shard_number, state_forms
+from qlora_ext.optim_state import MOST_STEPS, Saved, state_forms
 from qlora_ext.paged_parameters import PagedParameters
+from qlora_ext.sharded import shard_number
 from qlora_ext.state_file import read_header, write_state_file
 
 _METADATA = "PagedAdamW"

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_ext import _C
+from qlora_ext.sharded import is_dtensor, local_shard, placements
 
 PARTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")  # in the order of the C++ enum Part
 NAMES = ("step", *PARTS)  # in a state_dict
@@ -91,41 +92,6 @@ def with_others_entries(
     return defaultdict(dict, merged | {key: e for key, e in others.items() if not isinstance(key, Tensor) or e})
 
 
-def local_shard(tensor: Tensor) -> Tensor:
-    """What this process has of a DTensor; any other tensor itself."""
-    if not hasattr(tensor, "to_local"):
-        return tensor
-    local: Tensor = tensor.to_local()
-    return local.wait() if hasattr(local, "wait") else local  # for a collective that is under way
-
-
-def is_sharded(p: Any) -> bool:
-    """Whether p is a DTensor of which this process has a part only."""
-    placed = zip(p.placements, p.device_mesh.shape, strict=True) if hasattr(p, "placements") else ()
-    return any(size > 1 and not placement.is_replicate() for placement, size in placed)
-
-
-def shard_number(p: Any) -> int:
-    """Which of p's shards this process has, the same on all that have it; 0 if p is no DTensor."""
-    coordinate = p.device_mesh.get_coordinate() if hasattr(p, "placements") else None  # None: has none of them
-    number = 0
-    if coordinate is not None:
-        for placement, size, at in zip(p.placements, p.device_mesh.shape, coordinate, strict=True):
-            if not placement.is_replicate():
-                number = number * size + at
-    return number
-
-
-def like_parameter(p: Any, state: Tensor) -> Tensor:
-    """The state of the local shard of p, as a DTensor if p is one."""
-    if not hasattr(p, "to_local"):
-        return state
-    from torch.distributed.tensor import DTensor
-
-    stride = torch.empty(p.shape, device="meta").stride()
-    return DTensor.from_local(state, p.device_mesh, p.placements, shape=p.shape, stride=stride)
-
-
 def state_width(p: Tensor, state_bits: int) -> int:
     """How many bits p's states have."""
     return state_bits if local_shard(p).numel() >= _MIN_8BIT_SIZE else 32
@@ -161,24 +127,24 @@ def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[s
         value = entry.get(part)
         got = "nothing" if value is None else type(value).__name__
         if isinstance(value, Tensor):
-            placements = getattr(value, "placements", None)
-            if placements is not None and placements != getattr(p, "placements", None):
+            if is_dtensor(value) and placements(value) != placements(p):
                 raise ValueError(
-                    f"{op}: {part} of parameter {index}: expected placements {getattr(p, 'placements', None)}, "
-                    f"got {placements}"
+                    f"{op}: {part} of parameter {index}: expected placements {placements(p)}, got {placements(value)}"
                 )
             value = local_shard(value)
-            # torch.optim.AdamW's states have the dtype of their parameter.
-            kind = "floats" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
-            expected_kind = "floats" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
-            has_values = value.layout is torch.strided and not value.is_meta and not value._is_zerotensor()
-            has_values = has_values and not is_traceable_wrapper_subclass(value) and not isinstance(value, FakeTensor)
-            if tuple(value.shape) == shape and kind == expected_kind and has_values:
+            readable = value.layout is torch.strided and not value.is_meta and not value._is_zerotensor()
+            readable = readable and not is_traceable_wrapper_subclass(value) and not isinstance(value, FakeTensor)
+            if tuple(value.shape) == shape and _kind(value.dtype) == _kind(dtype) and readable:
                 parts[part] = value
                 continue
-            got = f"{kind} {list(value.shape)}" + (
-                "" if has_values else f" ({type(value).__name__}, {value.layout}, on {value.device})"
+            got = f"{_kind(value.dtype)} {list(value.shape)}" + (
+                "" if readable else f" ({type(value).__name__}, {value.layout}, on {value.device})"
             )
-        expected = f"{'floats' if dtype.is_floating_point else 'uint8'} {list(shape)}"
+        expected = f"{_kind(dtype)} {list(shape)}"
         raise ValueError(f"{op}: {part} of parameter {index}: expected {expected}, got {got}")
     return Saved(int(steps), parts)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """All floats are one kind: torch.optim.AdamW's states have the dtype of their parameter."""
+    return "floats" if dtype.is_floating_point else str(dtype).removeprefix("torch.")

@@ -20,14 +20,11 @@ from qlora_ext.optim_state import (
     PARTS,
     Saved,
     checked_state,
-    is_sharded,
-    like_parameter,
-    local_shard,
     others_entries,
-    shard_number,
     state_forms,
     state_width,
 )
+from qlora_ext.sharded import is_sharded, like_parameter, local_shard, shard_number
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
@@ -89,9 +86,6 @@ class PagedParameters:
         self._states: dict[Tensor, _States] = {}
         self._followed: list[int] = []  # the parameters of the last time, by identity
         self._half_restored = False
-
-    def __len__(self) -> int:
-        return len(self._states)
 
     def reserve(self, params: Iterable[Tensor]) -> None:
         """Room for the states of those of these that have none yet; all or, if it raises, none on that device."""

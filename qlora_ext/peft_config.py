@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,17 @@ def read_config(folder: Path) -> tuple[LoraConfig, list[str], Callable[[str], bo
         raise ValueError(f"load_adapter: {path}: {error}") from error
 
 
-def _is_module_to_save(layer_name: str, name: str) -> bool:
-    """Whether PEFT puts no adapter on the layer since modules_to_save has this name."""
-    return re.match(rf"(^|.*\.){name}($|\..*)", layer_name) is not None
-
-
 def _demands(given: dict[str, Any]) -> Callable[[str], bool]:
     """Whether this config of PEFT's demands tensors of a layer of this name that its target_modules match."""
     targets, exclude = given.get("target_modules"), given.get("exclude_modules")
     excluded, patterns = _listed(given, "exclude_modules", str), _listed(given, "layers_pattern", str)
     indexes, saved = _listed(given, "layers_to_transform", int), _listed(given, "modules_to_save", str)
+
+    @cache  # re's own keeps 512, and there may be more modules
+    def saved_whole(each: str) -> re.Pattern[str]:
+        """What PEFT puts no adapter on since modules_to_save has this name."""
+        return re.compile(rf"(^|.*\.){each}($|\..*)")
+
     blocks = [rf"(?:.*?\.)?{pattern}\.(?P<index>\d+)\." for pattern in patterns]
 
     def demands(name: str) -> bool:
@@ -74,7 +76,7 @@ def _demands(given: dict[str, Any]) -> Callable[[str], bool]:
             return False
         if re.fullmatch(exclude, name) if isinstance(exclude, str) else is_named(name, excluded):
             return False
-        if any(_is_module_to_save(name, each) for each in saved):
+        if any(saved_whole(each).match(name) for each in saved):
             return False
         if not indexes or isinstance(targets, str) or name in targets:
             return True

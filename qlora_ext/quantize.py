@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -49,11 +50,7 @@ def quantize_model(
         raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
     head = output_head(model) if skip is HEADS else set()
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     kept = [_kept_in_fp32(module) for module in model.modules()]
     in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
     quantized: list[str] = []
@@ -61,7 +58,7 @@ def quantize_model(
     def convert(name: str, module: nn.Module) -> nn.Module:
         linear = module.base_layer if isinstance(module, LoraLinear) else module
         # A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's.
-        if type(linear) is not nn.Linear or owners.get(id(linear.weight)) != 1:
+        if type(linear) is not nn.Linear or owners[id(linear.weight)] != 1:
             return module
         if name in head or is_named(name, skip) or in_fp32.search(f"{name}.weight"):
             return module

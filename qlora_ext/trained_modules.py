@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Set
 from pathlib import Path
 
 import torch
@@ -35,11 +35,12 @@ def trained_modules(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
         _check_savable(names, modules, places)
         meant = _meant(modules, names)
         wanted = _with_tied(places, meant)
-        more = {places[place][0] for place in wanted} - owners
-        if all(_is_in(owner, meant) for owner in more):
+        more = {owner for owner in (places[place][0] for place in wanted) if not _is_in(owner, meant)}
+        if not more:
             break
-        owners |= {owner for owner in more if not _is_in(owner, meant)}
-    for other, reason in _refused(meant, modules).items():
+        owners |= more
+    if refused := _refused(meant, modules):
+        other, reason = next(iter(refused.items()))
         name = next(name for name in names if other.endswith(name))
         raise ValueError(
             f"save_adapter: model: {name}: expected a trained module with a name that PEFT can tell from others', "
@@ -69,7 +70,8 @@ def fit_modules(
     """
     modules, places = dict(_modules(model)), _places(model)
     meant = _meant(modules, names)
-    for name, reason in _refused(meant, modules).items():
+    if refused := _refused(meant, modules):
+        name, reason = next(iter(refused.items()))
         raise ValueError(f"load_adapter: model: {name}: expected a module for {path} to replace, got one in {reason}")
     fitting: dict[str, tuple[Tensor, Tensor]] = {}
     first: dict[int, str] = {}  # of the places that are tied
@@ -114,20 +116,27 @@ def _places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     return places
 
 
-def _is_in(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+def _around(name: str) -> list[str]:
+    """The names of the modules that the one of this name is in, but for the model itself."""
+    return [name[:end] for end, c in enumerate(name) if c == "."]
 
 
-def _outermost(names: Collection[str]) -> set[str]:
-    return {name for name in names if not _is_in(name, (other for other in names if other != name))}
+def _is_in(name: str, modules: Set[str]) -> bool:
+    return not modules.isdisjoint((name, *_around(name)))
+
+
+def _outermost(names: Set[str]) -> set[str]:
+    return {name for name in names if names.isdisjoint(_around(name))}
 
 
 def _meant(modules: Iterable[str], names: Collection[str]) -> set[str]:
-    """The modules that PEFT takes these names to mean: it looks for no dot."""
-    return {module for module in modules if module.endswith(tuple(names))}
+    """The modules that PEFT takes these names to mean: those that end so. It looks for no dot."""
+    ends = set(names)
+    sizes = {len(end) for end in ends}  # few, where str.endswith would try every name
+    return {m for m in modules if any(m[len(m) - size :] in ends for size in sizes if size <= len(m))}
 
 
-def _with_tied(places: dict[str, tuple[str, Tensor]], modules: Collection[str]) -> list[str]:
+def _with_tied(places: dict[str, tuple[str, Tensor]], modules: Set[str]) -> list[str]:
     """The places in these modules, and those that hold the same tensors."""
     ids = {id(tensor) for owner, tensor in places.values() if _is_in(owner, modules)}
     return [place for place, (_, tensor) in places.items() if id(tensor) in ids]
@@ -153,7 +162,7 @@ def _why_not(name: str, modules: dict[str, nn.Module]) -> str:
     parts = list(module.modules())
     if not name:
         return "the model itself, not in a module of it"
-    above = (other for prefix, other in modules.items() if name.startswith(f"{prefix}."))
+    above = (modules.get(other) for other in _around(name))
     if any(isinstance(each, LoraLinear) for each in (*parts, *above)):
         return "a layer with an adapter (target_modules can leave it out)"
     if any(isinstance(part, Linear4bit) for part in parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_missing_compiler_is_named() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_command_line(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses are those of a run without it; inductor spends a minute in the C++ compiler."""
-    monkeypatch.setattr("qlora_ext.finetune.compile.BACKEND", backend)
+    monkeypatch.setattr("qlora_ext.finetune.run.compile_layers", partial(compile_layers, backend=backend))
     save_tiny_model(tmp_path / "model")
     data = tmp_path / "pairs.jsonl"
     data.write_text(

@@ -22,8 +22,13 @@ def jsonl(path: Path, *records: Any) -> Path:
     return path
 
 
+def load(path: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Dataset:
+    usual = {"max_length": 512, "held_out_fraction": 0.1, "seed": 0, "use_chat_template": True}
+    return load_data(path, tokenizer, **usual | options)
+
+
 def load_one(path: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Example:
-    (example,) = load_data(path, tokenizer, held_out_fraction=0, **options).train
+    (example,) = load(path, tokenizer, held_out_fraction=0, **options).train
     return example
 
 
@@ -77,7 +82,7 @@ def test_empty_system_turn_is_none(tmp_path: Path, tokenizer: PreTrainedTokenize
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     plain = {"messages": turns}
     with_empty = {"messages": [{"role": "system", "content": ""}, *turns]}
-    data = load_data(jsonl(tmp_path / "d.jsonl", plain, with_empty), tokenizer, held_out_fraction=0)
+    data = load(jsonl(tmp_path / "d.jsonl", plain, with_empty), tokenizer, held_out_fraction=0)
     assert (len(data.train), data.duplicates) == (1, 1)
 
 
@@ -105,7 +110,7 @@ def test_error_of_the_template_names_the_line(tmp_path: Path) -> None:
 def test_text_is_packed_into_windows_with_loss_on_all(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     text = "".join(chr(ord("a") + index % 26) + str(index) for index in range(100)) + "é\n"
     (tmp_path / "d.txt").write_text(text, encoding="utf-8")
-    data = load_data(tmp_path / "d.txt", tokenizer, max_length=32, held_out_fraction=0.2, seed=1)
+    data = load(tmp_path / "d.txt", tokenizer, max_length=32, held_out_fraction=0.2, seed=1)
     windows = data.train + data.held_out
     assert all(window.labels == window.input_ids for window in windows)
     expected = tokenizer(text)["input_ids"]
@@ -118,7 +123,7 @@ def test_duplicates_go_before_the_split(tmp_path: Path, tokenizer: PreTrainedTok
         "messages": [{"role": "user", "content": "question 0"}, {"role": "assistant", "content": "answer 0"}]
     }
     records = [pair(index % 20) for index in range(60)] + [as_messages]
-    data = load_data(jsonl(tmp_path / "d.jsonl", *records), tokenizer, held_out_fraction=0.25)
+    data = load(jsonl(tmp_path / "d.jsonl", *records), tokenizer, held_out_fraction=0.25)
     assert (len(data.train), len(data.held_out), data.duplicates) == (15, 5, 41)
     assert len({tuple(example.input_ids) for example in data.train + data.held_out}) == 20
 
@@ -128,7 +133,7 @@ def test_split_depends_on_the_seed_alone(tmp_path: Path, tokenizer: PreTrainedTo
 
     def split(seed: int) -> Dataset:
         torch.manual_seed(torch.seed())
-        return load_data(path, tokenizer, seed=seed)
+        return load(path, tokenizer, seed=seed)
 
     assert split(3) == split(3)
     assert split(3).held_out != split(4).held_out
@@ -139,20 +144,20 @@ def test_truncation_keeps_the_left_and_drops_what_has_no_answer(
 ) -> None:
     records = [pair(0), {"prompt": "q" * 100, "response": "lost"}, {"prompt": "q", "response": "a" * 100}]
     path = jsonl(tmp_path / "d.jsonl", *records)
-    data = load_data(path, tokenizer, max_length=60, held_out_fraction=0)
+    data = load(path, tokenizer, max_length=60, held_out_fraction=0)
     assert (len(data.train), data.truncated, data.dropped) == (2, 2, 1)
     cut = max(data.train, key=lambda example: len(example.input_ids))
     assert len(cut.input_ids) == len(cut.labels) == 60
     assert labelled(tokenizer, cut) == "a" * (60 - cut.prompt_length)
     with pytest.raises(ValueError, match="no example has a token to learn within 8 tokens"):
-        load_data(path, tokenizer, max_length=8)
+        load(path, tokenizer, max_length=8)
 
 
 def test_one_example_cannot_be_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = jsonl(tmp_path / "d.jsonl", pair(0))
     with pytest.raises(ValueError, match=r"1 example\(s\) are too few to hold out 0\.1"):
-        load_data(path, tokenizer)
-    assert len(load_data(path, tokenizer, held_out_fraction=0).train) == 1
+        load(path, tokenizer)
+    assert len(load(path, tokenizer, held_out_fraction=0).train) == 1
 
 
 BAD_LINES = {
@@ -179,7 +184,7 @@ def test_bad_line_is_named(line: str, tmp_path: Path, tokenizer: PreTrainedToken
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(pair(0)) + "\n\n" + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"d\.jsonl, line 3: " + BAD_LINES[line]):
-        load_data(path, tokenizer)
+        load(path, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.txt"])
@@ -187,10 +192,10 @@ def test_bad_bytes_and_empty_files(name: str, tmp_path: Path, tokenizer: PreTrai
     path = tmp_path / name
     path.write_bytes(b'{"prompt": "a", "response": "b"}\n\xff\n')
     with pytest.raises(ValueError, match=name + ", line 2: expected UTF-8 text"):
-        load_data(path, tokenizer)
+        load(path, tokenizer)
     path.write_text(" \n\n")
     with pytest.raises(ValueError, match=name + ": the file is empty"):
-        load_data(path, tokenizer)
+        load(path, tokenizer)
 
 
 def test_byte_order_mark_is_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from layers import randomize_adapters
 from tiny_model import one_thread as one_thread
 from tiny_model import tiny_config, tiny_tokenizer
+from tiny_training import SCHEDULE
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +21,7 @@ import qlora_ext
 from qlora_ext.finetune.data import IGNORE, Dataset, Example, PadToLongest
 from qlora_ext.finetune.evaluate import held_out_loss
 from qlora_ext.finetune.loss import answer_loss, check_head, chunked_cross_entropy, suitable_chunk
-from qlora_ext.finetune.train import Outcome, Schedule, train
+from qlora_ext.finetune.train import Outcome, train
 
 VOCABULARY = 258
 CHUNKS = (1, 3, 7, 100)
@@ -148,7 +150,7 @@ def run(folder: Path, chunk: int | None, method: str) -> tuple[dict[str, Tensor]
     ]
     model = build(method)
     set_seed(1)
-    schedule = Schedule(steps=5, batch_size=2, accumulate=3, lr=1e-3, eval_steps=2, loss_chunk=chunk)
+    schedule = replace(SCHEDULE, steps=5, accumulate=3, lr=1e-3, eval_steps=2, loss_chunk=chunk)
     data = Dataset(examples[5:], examples[:5], 0, 0, 0)
     outcome = train(model, tiny_tokenizer(), data, schedule, folder, adapter=method != "full")
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, outcome

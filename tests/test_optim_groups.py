@@ -75,7 +75,7 @@ def test_groups_that_come_and_go_leave_no_pages(method: bool) -> None:
         p.grad = torch.ones_like(p)
         optimizer.step()
         stats = optimizer.stats()
-        pages.append((stats["pages"]["host"], stats["unwritten_pages"], len(optimizer._paged)))
+        pages.append((stats["pages"]["host"], stats["unwritten_pages"], len(optimizer._paged._states)))
     assert set(pages) == {(2, 0, 1)}
 
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.testing._internal.two_tensor import TwoTensor
 
 from qlora_ext import PagedAdamW
-from qlora_ext.optim_state import is_sharded, shard_number
+from qlora_ext.sharded import is_sharded, shard_number
 
 LR = 0.1
 
@@ -117,10 +117,15 @@ def test_an_eps_that_rounds_to_nothing_makes_no_nan() -> None:
     assert torch.equal(p, torch.ones(300))
 
 
+def like_dtensor(placements: list[Any], shape: tuple[int, ...], coordinate: list[int]) -> Any:
+    """As on one of several processes."""
+    mesh = SimpleNamespace(shape=shape, get_coordinate=lambda: coordinate)
+    return SimpleNamespace(placements=placements, device_mesh=mesh, full_tensor=None)
+
+
 def test_each_shard_has_its_number() -> None:
     def number(placements: list[Any], shape: tuple[int, ...], coordinate: list[int]) -> int:
-        mesh = SimpleNamespace(shape=shape, get_coordinate=lambda: coordinate)
-        return shard_number(SimpleNamespace(placements=placements, device_mesh=mesh))
+        return shard_number(like_dtensor(placements, shape, coordinate))
 
     assert shard_number(Parameter(torch.ones(3))) == 0
     assert [number([Shard(0)], (4,), [i]) for i in range(4)] == [0, 1, 2, 3]
@@ -199,9 +204,9 @@ def test_a_default_device_is_not_where_states_are() -> None:
 
 def test_states_of_8_bits_of_a_shard_are_no_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their absmax would pass for that of every shard."""
-    assert is_sharded(SimpleNamespace(placements=[Replicate(), Shard(0)], device_mesh=SimpleNamespace(shape=(2, 2))))
-    assert not is_sharded(SimpleNamespace(placements=[Shard(0)], device_mesh=SimpleNamespace(shape=(1,))))
-    assert not is_sharded(SimpleNamespace(placements=[Replicate()], device_mesh=SimpleNamespace(shape=(2,))))
+    assert is_sharded(like_dtensor([Replicate(), Shard(0)], (2, 2), [0, 0]))
+    assert not is_sharded(like_dtensor([Shard(0)], (1,), [0]))
+    assert not is_sharded(like_dtensor([Replicate()], (2,), [0]))
     assert not is_sharded(torch.zeros(3))
     monkeypatch.setattr("qlora_ext.paged_parameters.is_sharded", lambda p: True)
     small, large = Parameter(torch.zeros(3)), Parameter(torch.zeros(5000))

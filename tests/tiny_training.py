@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, set_seed
 
 import qlora_ext
 from qlora_ext.finetune.data import IGNORE, Dataset, Example, PadToLongest
+from qlora_ext.finetune.optimizer import OptimizerChoice
 from qlora_ext.finetune.train import Outcome, Schedule, train
 
 TOKENIZER = tiny_tokenizer()
@@ -36,7 +37,20 @@ def example(index: int) -> Example:
 
 
 DATA = Dataset([example(i) for i in range(21)], [example(i) for i in range(30, 35)], 0, 0, 0)
-SCHEDULE = Schedule(steps=8, batch_size=2, accumulate=2, lr=1e-2, save_steps=100)  # an epoch is 6 steps, the last short
+SCHEDULE = Schedule(
+    steps=8,  # an epoch is 6 steps, the last short
+    batch_size=2,
+    accumulate=2,
+    lr=1e-2,
+    kind="linear",
+    warmup=0.03,
+    eval_steps=0,
+    save_steps=100,
+    seed=0,
+    gradient_checkpointing=False,
+    loss_chunk=None,
+    optimizer=OptimizerChoice(),
+)
 
 
 def build(method: str) -> LlamaForCausalLM:

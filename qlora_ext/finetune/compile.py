@@ -9,21 +9,18 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-BACKEND = "inductor"
 
-
-def compile_layers(model: PreTrainedModel, backend: Any = None) -> int:
+def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> int:
     """Compile every layer of the model in place, at its first call; return how many there are.
 
     The layers share their graphs: one for the first, whose input needs no gradient, and one for all the others.
     Nothing is compiled under `torch.compiler.set_stance("force_eager")`.
 
     Args:
-        backend: of torch.compile; None: inductor.
+        backend: of torch.compile.
 
     Raises: ValueError when the model has no layers of the kind, or there is no C++ compiler for its device.
     """
-    backend = backend or BACKEND
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"--compile: {type(model).__name__}: expected layers of transformers' kind, got none")

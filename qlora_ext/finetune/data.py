@@ -52,10 +52,10 @@ def load_data(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_length: int = 512,
-    held_out_fraction: float = 0.1,
-    seed: int = 0,
-    use_chat_template: bool = True,
+    max_length: int,
+    held_out_fraction: float,
+    seed: int,
+    use_chat_template: bool,
 ) -> Dataset:
     """Read, de-duplicate, tokenize and split a data file; the same file and seed give the same split.
 

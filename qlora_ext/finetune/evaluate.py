@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Example, PadToLongest
+from .data import IGNORE, Example, PadToLongest
 from .fit import position_limit
 from .loss import answer_loss
 
@@ -62,6 +62,24 @@ def sample_answers(
             answer = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
             answers.append(str(answer).strip())
     return answers
+
+
+def compared(
+    tokenizer: PreTrainedTokenizerBase, examples: list[Example], before: list[str], after: list[str]
+) -> list[dict[str, Any]]:
+    """Of each example its prompt and reference, and what was answered before and after the training."""
+    return [
+        {
+            "prompt": example.question or tokenizer.decode(example.input_ids[: example.prompt_length]),
+            "reference": tokenizer.decode(
+                [label for label in example.labels[example.prompt_length :] if label != IGNORE],
+                skip_special_tokens=True,
+            ),
+            "before": answer_before,
+            "after": answer_after,
+        }
+        for example, answer_before, answer_after in zip(examples, before, after, strict=True)
+    ]
 
 
 @contextmanager

@@ -18,14 +18,14 @@ from qlora_ext.info import built_for_cuda, describe
 
 from .callbacks import check_finite
 from .compile import compile_layers
-from .data import IGNORE, PadToLongest, load_data
-from .evaluate import held_out_loss, sample_answers
+from .data import Dataset, PadToLongest, load_data
+from .evaluate import compared, held_out_loss, sample_answers
 from .fit import check_fits, check_runs
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice
 from .report import composition, peak_rss, replace, table, write
-from .train import Schedule, discard_checkpoints, newest_checkpoint, saved_state, total_steps, train
+from .train import Outcome, Schedule, discard_checkpoints, newest_checkpoint, saved_state, total_steps, train
 
 # What --resume must not change: the base, the examples and their split, the adapter, the optimizer and its schedule.
 SAME_RUN = (
@@ -130,12 +130,40 @@ def run(options: argparse.Namespace) -> int:
     loss_after, answers_after = evaluate()
     if loss_after is not None:
         check_finite(loss_after, "held-out loss", outcome.step)
-    report: dict[str, Any] = {
+    report = _report(
+        options,
+        data,
+        outcome,
+        base={
+            **figures,
+            "dtype": str(dtype).removeprefix("torch."),
+            "attention": model.config._attn_implementation,
+            "loss_chunk": chunk,
+        },
+        loss_before=loss_before,
+        loss_after=loss_after,
+        samples=compared(tokenizer, shown, answers_before, answers_after),
+    )
+    write(report, options.output)
+    print(table(report))
+    _say(f"report.json and report.png are in {options.output}")
+    return 0
+
+
+def _report(
+    options: argparse.Namespace,
+    data: Dataset,
+    outcome: Outcome,
+    *,
+    base: dict[str, Any],
+    loss_before: float | None,
+    loss_after: float | None,
+    samples: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What report.json says: of the model in `base`, of its training, and held-out losses and answers around that."""
+    return {
         "method": options.method,
-        **figures,
-        "dtype": str(dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "loss_chunk": chunk,
+        **base,
         "gradient_bytes": outcome.gradient_bytes,
         "optimizer_bytes": outcome.optimizer.state_bytes,
         "optimizer": {"kind": options.optimizer, **dataclasses.asdict(outcome.optimizer)},
@@ -149,18 +177,7 @@ def run(options: argparse.Namespace) -> int:
         "held_out_loss_after": loss_after,
         "held_out_losses": outcome.held_out,
         "losses": outcome.losses,
-        "samples": [
-            {
-                "prompt": example.question or tokenizer.decode(example.input_ids[: example.prompt_length]),
-                "reference": tokenizer.decode(
-                    [label for label in example.labels[example.prompt_length :] if label != IGNORE],
-                    skip_special_tokens=True,
-                ),
-                "before": before,
-                "after": after,
-            }
-            for example, before, after in zip(shown, answers_before, answers_after, strict=True)
-        ],
+        "samples": samples,
         "examples": {
             "train": len(data.train),
             "held_out": len(data.held_out),
@@ -171,10 +188,6 @@ def run(options: argparse.Namespace) -> int:
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "environment": {**describe(), "transformers": transformers.__version__},
     }
-    write(report, options.output)
-    print(table(report))
-    _say(f"report.json and report.png are in {options.output}")
-    return 0
 
 
 def _device(method: str) -> torch.device:

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,7 +31,7 @@ from .optimizer import OptimizerChoice, StatesReport, for_trainer, paged, where_
 
 STAGING = ".incomplete"
 PAGED_STATES = "optimizer.safetensors"
-# Trainer warns when steps between checkpoints are not those of the run it resumes, and takes the old: Watch the new.
+# Resuming with other --save-steps, Trainer warns that it keeps the old ones; Watch.on_train_begin sets the new.
 DIFFERS = "do not match the ones in the `trainer_state.json`"
 logging.getLogger("transformers.trainer_utils").addFilter(lambda record: DIFFERS not in record.getMessage())
 
@@ -41,17 +41,17 @@ class Schedule:
     """How to train: one optimizer step takes `batch_size * accumulate` examples."""
 
     steps: int
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float = 2e-4
-    kind: str = "linear"  # linear, cosine or constant
-    warmup: float = 0.03  # steps, or a share of all steps when below 1
-    eval_steps: int = 0  # 0: no held-out loss during training
-    save_steps: int = 100
-    seed: int = 0
-    gradient_checkpointing: bool = False
-    loss_chunk: int | None = None  # tokens whose logits exist together; None: all
-    optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
+    batch_size: int
+    accumulate: int
+    lr: float
+    kind: str  # linear, cosine or constant
+    warmup: float  # steps, or a share of all steps when below 1
+    eval_steps: int  # 0: no held-out loss during training
+    save_steps: int
+    seed: int
+    gradient_checkpointing: bool
+    loss_chunk: int | None  # tokens whose logits exist together; None: all
+    optimizer: OptimizerChoice
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,15 @@ def train(
     Args:
         adapter: save and load the adapter "default" only; False saves the whole model.
         autocast: bfloat16 computation from float32 weights.
-        resume: go on from the newest checkpoint in `output`; without it checkpoints there are deleted first.
+        resume: go on from the newest checkpoint in `output`; without it there are to be none there.
 
     Raises: ValueError when the loss is not finite, or when there is nothing to resume.
     """
-    checkpoint = newest_checkpoint(output)
+    checkpoint = newest_checkpoint(output) if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"{output}: expected a checkpoint to resume from, got none")
     if (output / STAGING).exists():
         shutil.rmtree(output / STAGING)
-    if not resume:
-        discard_checkpoints(output)
 
     arguments = _arguments(schedule, output, model.device, autocast)
     trainer = _Trainer(model, tokenizer, data, arguments, schedule, adapter=adapter, autocast=autocast)
@@ -133,14 +131,14 @@ def train(
     trainer.add_callback(interrupt)
 
     states = StatesReport()
-    done = saved_state(checkpoint) if resume and checkpoint else None
+    done = saved_state(checkpoint) if checkpoint else None
     if done is not None and done.global_step >= schedule.steps:
         trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step too many
         trainer.state = done
     else:
         previous = signal.signal(signal.SIGINT, interrupt.ask)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             states = where_states_are(trainer.optimizer)
         except UnpicklingError as error:
             expected = "training state of plain values and tensors"
