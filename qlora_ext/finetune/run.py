@@ -64,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
         f"{len(data.train)} examples to train on, {len(data.held_out)} held out ({data.duplicates} duplicates removed, "
         f"{data.truncated} truncated to {options.max_length} tokens, {data.dropped} dropped with no answer left)"
     )
+    if data.unread:
+        _say(f"{options.data}: fields that are not read: {', '.join(data.unread)}")
     steps = options.steps or total_steps(len(data.train), options.epochs, options.batch_size, options.accumulate)
     if options.resume and _is_done(options.output, steps):
         _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
