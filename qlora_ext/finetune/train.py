@@ -113,7 +113,7 @@ def train(
     Args:
         adapter: save and load the adapter "default" only; False saves the whole model.
         autocast: bfloat16 computation from float32 weights.
-        resume: go on from the newest checkpoint in `output`; without it there are to be none there.
+        resume: go on from the newest checkpoint in `output`; without it, no checkpoint may be there.
 
     Raises: ValueError when the loss is not finite, or when there is nothing to resume.
     """
