@@ -11,6 +11,7 @@ from typing import Any
 from qlora_ext import LoraConfig
 
 from .optimizer import KINDS
+from .output_folder import earlier_run
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -141,13 +142,10 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--output {options.output}: not a folder")
     if options.resume and options.overwrite:
         command.error("--resume and --overwrite exclude each other")
-    earlier = any(options.output.glob("checkpoint-*"))
-    if options.resume and not earlier:
+    if options.resume and not any(options.output.glob("checkpoint-*")):
         command.error(f"--resume: no checkpoint in {options.output}")
-    if earlier and not (options.resume or options.overwrite):
-        command.error(f"--output {options.output} holds an earlier run: add --resume or --overwrite")
-    if any(options.output.glob("*.safetensors")) and not (options.resume or options.overwrite):
-        command.error(f"--output {options.output} holds a model or an adapter: add --overwrite")
+    if not (options.resume or options.overwrite) and (reason := earlier_run(options.output)):
+        command.error(reason)
     model = Path(options.model)
     if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
         command.error(f"--output {options.output}: expected a folder that does not hold --model")

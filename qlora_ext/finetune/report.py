@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Iterable
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import qlora_ext
+
+from .output_folder import write_files
 
 MIB = 2**20
 
@@ -96,7 +97,6 @@ def table(report: dict[str, Any]) -> str:
 def write(report: dict[str, Any], folder: Path) -> None:
     """Write report.json and report.png (loss curve; memory of each part) into `folder`."""
     text = json.dumps(_no_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
-    replace(folder / "report.json", (text + "\n").encode())
     figure = Figure(figsize=(11, 4), layout="constrained")
     curve, memory = figure.subplots(1, 2)
 
@@ -129,7 +129,8 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
-    replace(folder / "report.png", drawn.getvalue())
+    # report.json last: it says that the run is done.
+    write_files(folder, {"report.png": drawn.getvalue(), "report.json": (text + "\n").encode()})
 
 
 def _no_nan(value: Any) -> Any:
@@ -150,13 +151,6 @@ def _states_line(optimizer: dict[str, Any]) -> str:
         line += f"; {optimizer['moved_bytes'] / MIB:.0f} MiB moved through {optimizer['ring_bytes'] / MIB:.1f} MiB, "
         line += f"{optimizer['hit_rate']:.0%} of pages not moved, {optimizer['seconds_waited']:.1f} s waited"
     return line
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it: it is never half written."""
-    partial = path.with_name("." + path.name)
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

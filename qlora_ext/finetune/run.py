@@ -24,8 +24,9 @@ from .fit import check_fits, check_runs
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice
-from .report import composition, peak_rss, replace, table, write
-from .train import Outcome, Schedule, discard_checkpoints, newest_checkpoint, saved_state, total_steps, train
+from .output_folder import OutputFolder, write_files
+from .report import composition, peak_rss, table, write
+from .train import Outcome, Schedule, newest_checkpoint, saved_state, total_steps, train
 
 # What --resume must not change: the base, the examples and their split, the adapter, the optimizer and its schedule.
 SAME_RUN = (
@@ -38,6 +39,11 @@ SAME_RUN = (
 
 def run(options: argparse.Namespace) -> int:
     """Load, train, evaluate before and after, save and report; return 0, or 130 when Ctrl-C ended the training."""
+    with OutputFolder(options.output) as folder:
+        return _run(options, folder)
+
+
+def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     adapter = options.method != "full"
     device = _device(options.method)
     if options.device_budget is not None and device.type == "cpu":
@@ -92,12 +98,8 @@ def run(options: argparse.Namespace) -> int:
     chunk = suitable_chunk(model) if options.loss_chunk is None else options.loss_chunk or None
     if options.compile:
         _say(f"{compile_layers(model)} layers to compile: the first step takes a minute")
-    options.output.mkdir(parents=True, exist_ok=True)
-    if not options.resume:
-        discard_checkpoints(options.output)  # before run.json says that it is another run
-    replace(options.output / "run.json", (json.dumps(same, indent=2) + "\n").encode())
-    for name in ("report.json", "report.png"):  # of an earlier run
-        (options.output / name).unlink(missing_ok=True)
+    folder.begin(resume=options.resume, overwrite=options.overwrite)
+    write_files(options.output, {"run.json": (json.dumps(same, indent=2) + "\n").encode()})
 
     collate = PadToLongest(tokenizer.pad_token_id or 0)
     shown = (data.held_out or data.train)[: options.samples]
@@ -234,7 +236,11 @@ def _is_done(output: Path, steps: int) -> bool:
     done = saved_state(checkpoint).global_step if checkpoint else 0
     if done > steps:
         raise ValueError(f"--resume: --steps: expected at least the {done} that are done, got {steps}")
-    return done == steps and any(output.glob("*.safetensors")) and (output / "report.json").exists()
+    return (
+        done == steps
+        and any(output.glob("*.safetensors"))
+        and all((output / name).exists() for name in ("report.json", "report.png"))
+    )
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -21,7 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from .callbacks import Interrupt, Watch
 from .data import Dataset
 from .optimizer import OptimizerChoice, StatesReport, paged, where_states_are
-from .trainer import STAGING, AnswerTrainer
+from .output_folder import STAGING
+from .trainer import AnswerTrainer
 
 # Resuming with other --save-steps, Trainer warns that it keeps the old ones; Watch.on_train_begin sets the new.
 DIFFERS = "do not match the ones in the `trainer_state.json`"
@@ -81,12 +82,6 @@ def saved_state(checkpoint: Path) -> TrainerState:
     if checkpoint.name != f"checkpoint-{state.global_step}":
         raise ValueError(f"{file}: expected the state of {checkpoint.name}, got global_step {state.global_step!r}")
     return state
-
-
-def discard_checkpoints(output: Path) -> None:
-    """Delete the checkpoints of an earlier run."""
-    for stale in output.glob("checkpoint-*"):
-        shutil.rmtree(stale)
 
 
 def train(

@@ -19,8 +19,8 @@ from .data import IGNORE, Dataset, PadToLongest
 from .evaluate import held_out_loss
 from .loss import answer_loss
 from .optimizer import OptimizerChoice, for_trainer, paged
+from .output_folder import STAGING
 
-STAGING = ".incomplete"
 PAGED_STATES = "optimizer.safetensors"
 
 
