@@ -24,6 +24,26 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
+def test_resume_keeps_the_examples_of_a_step(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else steps of the one size would count as steps of the other, and examples be left out or learned twice."""
+    arguments |= {"method": "lora", "dtype": "fp32", "schedule": "constant", "warmup": 0}
+    assert cli.main(words(arguments)) == 0
+    for change in ({"batch-size": 8}, {"accumulate": 2}):
+        assert cli.main(words({**arguments, **change, "steps": 6, "resume": True})) == 2
+        assert (
+            "error: --resume: --batch-size * --accumulate: expected '4' as before, got '8'" in capsys.readouterr().err
+        )
+    divided = {**arguments, "batch-size": 2, "accumulate": 2, "steps": 9}  # over the end of an epoch of 7 steps
+    assert cli.main(words({**divided, "resume": True})) == 0
+    assert cli.main(words({**arguments, "steps": 9, "output": tmp_path / "whole"})) == 0
+    got, whole = (
+        json.loads((folder / "report.json").read_text()) for folder in (arguments["output"], tmp_path / "whole")
+    )
+    assert got["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_resume_refuses_another_run(
     change: dict[str, Any], arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -60,14 +80,10 @@ def test_resume_of_a_finished_run_leaves_its_report(
     assert cli.main(words({**arguments, "steps": 2, "resume": True})) == 2
     assert "--steps: expected at least the 3 that are done, got 2" in capsys.readouterr().err
     assert report.read_bytes() == before
-    for lost in (
-        report,
-        report.with_suffix(".png"),
-        arguments["output"] / "adapter_model.safetensors",
-    ):  # as when a run ends after the last step
-        lost.unlink()
+    for name in ("report.json", "report.png", "adapter_model.safetensors"):  # as when a run ends after the last step
+        (arguments["output"] / name).unlink()
         assert cli.main(words({**arguments, "resume": True})) == 0
-        assert lost.exists()
+        assert (arguments["output"] / name).exists()
 
 
 def test_what_replaces_a_run_is_not_resumed_from_it(

@@ -1,4 +1,4 @@
-"""What happens beside the steps of training: the progress bar and the clock, and Ctrl-C."""
+"""What happens beside the steps of training: the progress bar and the clock, and signals to stop."""
 
 import math
 import os
@@ -58,14 +58,27 @@ class Watch(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """On the first SIGINT, end after the running step, with a checkpoint; on the second, at once."""
+    """A context in which the first Ctrl-C, or SIGTERM, ends training after the running step, with a checkpoint.
+
+    The second ends it at once, as KeyboardInterrupt, so that what is to be undone is.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the second from a scheduler of jobs, or a machine that shuts down
 
     def __init__(self) -> None:
         self.asked = False
 
+    def __enter__(self) -> None:
+        self.previous = {number: signal.signal(number, self.ask) for number in self.SIGNALS}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
     def ask(self, *_: Any) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in self.SIGNALS:
+            signal.signal(number, signal.default_int_handler)
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\ninterrupted: this step ends, then all is saved; Ctrl-C again stops at once\n")
 

@@ -77,7 +77,7 @@ class OutputFolder:
             self._take()
         if not (resume or overwrite) and (reason := earlier_run(self.path)):  # one that began and ended meanwhile
             raise ValueError(reason)
-        # What a folder holds that no run was found in is not this program's to delete, but for reports.
+        # Without --overwrite there is nothing of a run but, perhaps, its reports; other files are not its own.
         for pattern in PRODUCTS if overwrite else ("report.json", "report.png"):
             for product in self.path.glob(pattern):
                 if product.is_dir() and not product.is_symlink():

@@ -35,10 +35,11 @@ SAME_RUN = (
     *("quant_type", "blocksize", "no_double_quant", "skip"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
 )
+NOTED_AS = {"data_sha256": "--data: sha256", "examples_of_a_step": "--batch-size * --accumulate"}
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load, train, evaluate before and after, save and report; return 0, or 130 when Ctrl-C ended the training."""
+    """Load, train, evaluate before and after, save and report; return 0, or 130 when a signal ended the training."""
     with OutputFolder(options.output) as folder:
         return _run(options, folder)
 
@@ -128,7 +129,7 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     what = "adapter" if adapter else "model"
     _say(f"step {outcome.step} of {schedule.steps}: {what} saved in {options.output}")
     if outcome.interrupted:
-        _say("stopped by Ctrl-C: the same command with --resume goes on from here")
+        _say("stopped: the same command with --resume goes on from here")
         return 130
 
     loss_after, answers_after = evaluate()
@@ -207,6 +208,8 @@ def _device(method: str) -> torch.device:
 
 def _what_stays(options: argparse.Namespace) -> dict[str, str]:
     same = {name: str(getattr(options, name)) for name in SAME_RUN}
+    # How a step's examples are divided does not matter to it: memory may ask for another batch size.
+    same["examples_of_a_step"] = str(options.batch_size * options.accumulate)
     return {**same, "data_sha256": hashlib.sha256(options.data.read_bytes()).hexdigest()}
 
 
@@ -216,7 +219,7 @@ def _check_same_run(output: Path, same: dict[str, str]) -> None:
     before = {"optimizer": "adamw", **_noted(file)} if file.exists() else same
     for name, value in same.items():
         if before.get(name, value) != value:
-            option = "--data: sha256" if name == "data_sha256" else f"--{name.replace('_', '-')}"
+            option = NOTED_AS.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(f"--resume: {option}: expected {before[name]!r} as before, got {value!r}")
 
 
@@ -236,11 +239,8 @@ def _is_done(output: Path, steps: int) -> bool:
     done = saved_state(checkpoint).global_step if checkpoint else 0
     if done > steps:
         raise ValueError(f"--resume: --steps: expected at least the {done} that are done, got {steps}")
-    return (
-        done == steps
-        and any(output.glob("*.safetensors"))
-        and all((output / name).exists() for name in ("report.json", "report.png"))
-    )
+    reported = all((output / name).exists() for name in ("report.json", "report.png"))
+    return done == steps and any(output.glob("*.safetensors")) and reported
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -1,12 +1,11 @@
 """The training run: a schedule, what it measures, and how it is interrupted and resumed.
 
-Ctrl-C lets the running step end, then saves; a second Ctrl-C stops at once.
+Ctrl-C or SIGTERM lets the running step end, then saves; a second one stops at once.
 """
 
 import logging
 import math
 import shutil
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -124,15 +123,14 @@ def train(
         trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step too many
         trainer.state = done
     else:
-        previous = signal.signal(signal.SIGINT, interrupt.ask)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with interrupt:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             states = where_states_are(trainer.optimizer)
         except UnpicklingError as error:
             expected = "training state of plain values and tensors"
             raise ValueError(f"{checkpoint}: expected {expected}, got something else, not loaded") from error
         finally:
-            signal.signal(signal.SIGINT, previous)
             if optimizer := paged(trainer.optimizer):
                 optimizer.release()  # now, not with the last reference: the page file must not outlive the run
     trainer.save_model()
