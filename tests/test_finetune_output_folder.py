@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import re
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +103,34 @@ def test_run_that_ended_meanwhile_is_not_overwritten(
     assert cli.main(words({**arguments, "seed": 3})) == 2
     assert "holds an earlier run: add --resume or --overwrite" in capsys.readouterr().err
     assert (arguments["output"] / "adapter_model.safetensors").read_bytes() == kept
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As a disk that is full: beyond `size` bytes no file grows."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# method, the largest file that fits, what does not: the model has 360 KB, its adapter 131, AdamW's states twice that
+FULL = [
+    ("lora", 30_000, r"checkpoint-3/adapter_model\.safetensors: not written: .*"),
+    ("lora", 200_000, r"\S+: not written, is the disk full\? .*"),
+    ("full", 200_000, r"\S+: not written, is the disk full\? .*"),
+    ("lora", 500, r"\[Errno 27\] File too large: .*"),
+]
+
+
+@pytest.mark.parametrize(("method", "size", "reason"), FULL, ids=["adapter", "states", "model", "note of the run"])
+def test_full_disk_is_one_line(
+    method: str, size: int, reason: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with largest_file(size):
+        assert cli.main(words({**arguments, "method": method, "r": 16})) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(f"error: .*{reason}", last_line), last_line
+    assert {path.name for path in arguments["output"].iterdir()} <= {"run.json"}

@@ -24,6 +24,11 @@ class Watch(TrainerCallback):
         self.tokens = 0
         self.seconds = 0.0
         self.gradient_bytes = 0
+        self.bar = tqdm(disable=True)
+
+    def close(self) -> None:
+        """Leave the bar, which else would write itself once more below the error that ended training."""
+        self.bar.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)  # Trainer takes those of the run it resumes
@@ -41,7 +46,6 @@ class Watch(TrainerCallback):
         logs: dict[str, float] = kwargs["logs"]
         for name, what in (("loss", "loss"), ("eval_loss", "held-out loss")):
             if not math.isfinite(logs.get(name, 0)):
-                self.bar.close()
                 check_finite(logs[name], what, state.global_step)
         if "eval_loss" in logs:
             self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", file=sys.stderr)

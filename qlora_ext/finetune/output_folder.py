@@ -41,7 +41,8 @@ def write_files(folder: Path, contents: dict[str, bytes]) -> None:
         for name in contents:
             os.replace(partial[name], folder / name)
     except OSError as error:
-        error.filename = error.filename or str(folder)  # a full disk is not told by name
+        if error.errno is not None and error.filename is None:  # a full disk is not told by name
+            error.filename = str(folder)
         raise
     finally:
         for path in partial.values():

@@ -131,6 +131,7 @@ def train(
             expected = "training state of plain values and tensors"
             raise ValueError(f"{checkpoint}: expected {expected}, got something else, not loaded") from error
         finally:
+            watch.close()
             if optimizer := paged(trainer.optimizer):
                 optimizer.release()  # now, not with the last reference: the page file must not outlive the run
     trainer.save_model()

@@ -4,10 +4,15 @@ A checkpoint is written beside its place and renamed, so a save cut short leaves
 """
 
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
@@ -22,6 +27,7 @@ from .optimizer import OptimizerChoice, for_trainer, paged
 from .output_folder import STAGING
 
 PAGED_STATES = "optimizer.safetensors"
+WRITER = re.compile("inline_container|PytorchStreamWriter")  # named by every error of the file that torch.save writes
 
 
 class AnswerTrainer(Trainer):
@@ -79,12 +85,11 @@ class AnswerTrainer(Trainer):
         if self.adapter:
             qlora_ext.save_adapter(self.tuned, folder)
             return
-        staging = folder / STAGING
-        self.tuned.save_pretrained(staging)
-        self.tokenizer.save_pretrained(staging)
-        for file in staging.iterdir():
-            os.replace(file, folder / file.name)
-        staging.rmdir()
+        with _staging(folder) as staging:
+            self.tuned.save_pretrained(staging)
+            self.tokenizer.save_pretrained(staging)
+            for file in staging.iterdir():
+                os.replace(file, folder / file.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter:
@@ -111,13 +116,32 @@ class AnswerTrainer(Trainer):
         scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        staging = self.folder / STAGING
-        self.args.output_dir = str(staging)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(self.folder)
-        name = f"checkpoint-{self.state.global_step}"
-        os.replace(staging / name, self.folder / name)
-        staging.rmdir()
+        with _staging(self.folder) as staging:
+            self.args.output_dir = str(staging)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(self.folder)
+            name = f"checkpoint-{self.state.global_step}"
+            os.replace(staging / name, self.folder / name)
         rotate_checkpoints(str(self.folder), self.args.save_total_limit)
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """Where to write what goes into `folder` when it is whole; gone afterwards.
+
+    Raises: OSError when it cannot be written: safetensors and torch.save say in other ways that a disk is full.
+    """
+    try:
+        yield folder / STAGING
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(folder)
+        raise
+    except (SafetensorError, RuntimeError) as error:
+        if not isinstance(error, SafetensorError) and not WRITER.search(str(error)):
+            raise
+        raise OSError(f"{folder}: not written, is the disk full? {error}") from error
+    finally:
+        shutil.rmtree(folder / STAGING, ignore_errors=True)
