@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice
 from .output_folder import OutputFolder, write_files
 from .report import composition, peak_rss, table, write
+from .targets import target_modules
 from .train import Outcome, Schedule, newest_checkpoint, saved_state, total_steps, train
 
 # What --resume must not change: the base, the examples and their split, the adapter, the optimizer and its schedule.
@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     model.config._name_or_path = options.model
     transformers.set_seed(options.seed)  # the adapter starts the same on every base
     if adapter:
-        qlora_ext.add_adapter(model, _lora_config(options))
+        qlora_ext.add_adapter(model, _lora_config(options, model))
     check_fits(model, data, tokenizer.pad_token_id or 0)
     if options.method == "qlora":
         check_runs(model)
@@ -254,20 +254,12 @@ def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
     }
 
 
-def _lora_config(options: argparse.Namespace) -> qlora_ext.LoraConfig:
-    text: str = options.target_modules
-    targets: str | list[str] = text
-    if text != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
-        targets = text.split(",")
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"--target-modules: expected names or a regex, got {text!r} ({error})") from error
+def _lora_config(options: argparse.Namespace, model: transformers.PreTrainedModel) -> qlora_ext.LoraConfig:
     return qlora_ext.LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=targets,
+        target_modules=target_modules(options.target_modules, model),
         use_rslora=options.use_rslora,
     )
 
