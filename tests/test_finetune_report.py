@@ -101,6 +101,14 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
     write(a_report(held_out_loss_before=None, held_out_loss_after=None), tmp_path)
 
 
+def test_states_that_this_process_has_not_seen(tmp_path: Path) -> None:
+    unseen = {"kind": "adamw", **dict.fromkeys(asdict(StatesReport()))}
+    report = a_report(optimizer=unseen, optimizer_bytes=None, gradient_bytes=None)
+    assert "optimizer: adamw, states: not seen, as all steps had been made before --resume" in table(report)
+    write(report, tmp_path)
+    assert (tmp_path / "report.png").exists()
+
+
 @pytest.mark.parametrize("failing", ["report.json", "report.png"])
 def test_failure_leaves_no_report(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run takes report.json to say that all is done."""

@@ -84,6 +84,8 @@ def test_resume_of_a_finished_run_leaves_its_report(
         (arguments["output"] / name).unlink()
         assert cli.main(words({**arguments, "resume": True})) == 0
         assert (arguments["output"] / name).exists()
+    unseen = json.loads(report.read_text())
+    assert unseen["gradient_bytes"] is unseen["optimizer_bytes"] is unseen["optimizer"]["host_bytes"] is None
 
 
 def test_what_replaces_a_run_is_not_resumed_from_it(

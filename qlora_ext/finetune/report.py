@@ -113,14 +113,15 @@ def write(report: dict[str, Any], folder: Path) -> None:
     curve.set(xlabel="step", ylabel="loss, nats per answer token", title=f"{report['method']}: loss")
     curve.legend()
 
-    parts = {
-        "base": report["base_bytes"],
-        "adapter": report["adapter_bytes"],
-        "gradients": report["gradient_bytes"],
-        "optimizer": report["optimizer_bytes"] - report["optimizer"]["file_bytes"] + report["optimizer"]["ring_bytes"],
-        "optimizer, in a file": report["optimizer"]["file_bytes"],
-        "peak RSS": report["peak_rss_bytes"],
-    }
+    parts = {"base": report["base_bytes"], "adapter": report["adapter_bytes"]}
+    if report["optimizer_bytes"] is not None:
+        states = report["optimizer"]
+        parts |= {
+            "gradients": report["gradient_bytes"],
+            "optimizer": report["optimizer_bytes"] - states["file_bytes"] + states["ring_bytes"],
+            "optimizer, in a file": states["file_bytes"],
+        }
+    parts["peak RSS"] = report["peak_rss_bytes"]
     bars = memory.barh(list(parts), [size / MIB for size in parts.values()])
     memory.bar_label(bars, fmt="%.1f", padding=3)
     memory.margins(x=0.15)
@@ -144,6 +145,8 @@ def _no_nan(value: Any) -> Any:
 
 def _states_line(optimizer: dict[str, Any]) -> str:
     """Where the states of the optimizer were, and what moved."""
+    if optimizer["moved_bytes"] is None:
+        return f"optimizer: {optimizer['kind']}, states: not seen, as all steps had been made before --resume"
     places = {"on the device": "device_bytes", "in host memory": "host_bytes", "in the page file": "file_bytes"}
     held = [f"{optimizer[key] / MIB:.1f} MiB {place}" for place, key in places.items() if optimizer[key]]
     line = f"optimizer: {optimizer['kind']}, states: {', '.join(held) or 'none'}"

@@ -22,7 +22,7 @@ from .evaluate import compared, held_out_loss, sample_answers
 from .fit import check_fits, check_runs
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
-from .optimizer import OptimizerChoice
+from .optimizer import OptimizerChoice, StatesReport
 from .output_folder import OutputFolder, write_files
 from .report import composition, peak_rss, table, write
 from .targets import target_modules
@@ -36,6 +36,9 @@ SAME_RUN = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
 )
 NOTED_AS = {"data_sha256": "--data: sha256", "examples_of_a_step": "--batch-size * --accumulate"}
+
+# Where the states were, when all steps were made by a process that ended before it could say.
+NOT_SEEN: dict[str, Any] = {field.name: None for field in dataclasses.fields(StatesReport)}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -166,12 +169,13 @@ def _report(
     samples: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What report.json says: of the model in `base`, of its training, and held-out losses and answers around that."""
+    states = outcome.optimizer
     return {
         "method": options.method,
         **base,
         "gradient_bytes": outcome.gradient_bytes,
-        "optimizer_bytes": outcome.optimizer.state_bytes,
-        "optimizer": {"kind": options.optimizer, **dataclasses.asdict(outcome.optimizer)},
+        "optimizer_bytes": states.state_bytes if states else None,
+        "optimizer": {"kind": options.optimizer, **(dataclasses.asdict(states) if states else NOT_SEEN)},
         "peak_rss_bytes": peak_rss(),
         # Of the steps of this process: with --resume, of those after it.
         "tokens_per_second": outcome.tokens / outcome.seconds if outcome.seconds else None,

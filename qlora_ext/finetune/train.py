@@ -56,8 +56,8 @@ class Outcome:
     held_out: list[tuple[int, float]]  # (step, loss) seen during training
     tokens: int  # input tokens without padding
     seconds: float  # inside steps: forward, backward and optimizer, without evaluation and saving
-    gradient_bytes: int
-    optimizer: StatesReport
+    gradient_bytes: int | None  # None, as the states': no step was left to take
+    optimizer: StatesReport | None
 
 
 def total_steps(examples: int, epochs: float, batch_size: int, accumulate: int) -> int:
@@ -117,7 +117,7 @@ def train(
     trainer.add_callback(watch)
     trainer.add_callback(interrupt)
 
-    states = StatesReport()
+    states = None
     done = saved_state(checkpoint) if checkpoint else None
     if done is not None and done.global_step >= schedule.steps:
         trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step too many
@@ -144,7 +144,7 @@ def train(
         held_out=[(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         tokens=watch.tokens,
         seconds=watch.seconds,
-        gradient_bytes=watch.gradient_bytes,
+        gradient_bytes=watch.gradient_bytes or None,
         optimizer=states,
     )
 
