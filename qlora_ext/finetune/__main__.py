@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m qlora_ext.finetune",
         description="Fine-tune a causal language model on questions with answers, conversations or plain text.",
-        epilog="Ctrl-C ends the running step and saves; the same command with --resume goes on from there.",
+        epilog="Ctrl-C or SIGTERM ends the running step and saves; the same command with --resume goes on from there.",
         formatter_class=_Formatter,
     )
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         **required,
     )
     top.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
-    top.add_argument("--overwrite", action="store_true", help="replace an earlier run, or a model, in --output")
+    top.add_argument("--overwrite", action="store_true", help="delete an earlier run, or a model, in --output first")
 
     run = top.add_argument_group("training")
     length = run.add_mutually_exclusive_group()

@@ -96,7 +96,9 @@ def _turn(message: dict[str, Any]) -> Turn:
 
 
 def _check_others(given: dict[str, Any], read: tuple[str, ...], meant: tuple[str, ...], unread: set[str]) -> None:
-    for field in given.keys() - {*read}:
+    for field in given:
+        if field in read:
+            continue
         if field not in meant:
             unread.add(field)
         elif given[field] not in (None, "", [], {}) and (field, given[field]) != ("weight", 1):

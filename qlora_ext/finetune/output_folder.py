@@ -18,7 +18,8 @@ PRODUCTS = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "additional_chat_templates", "vocab.json", "merges.txt", "vocab.txt", "*.model"),
+    *("chat_template.jinja", "additional_chat_templates", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("run.json", "report.json", "report.png", ".run.json", ".report.json", ".report.png"),
 )
 

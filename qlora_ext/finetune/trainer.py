@@ -59,9 +59,11 @@ class AnswerTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # of any model: compute_loss leaves nothing for Trainer to divide
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Tensor | None]:
         """The batches of a step, and its labelled tokens: for many models Trainer counts the first of each, or none."""
-        batches = super().get_batch_samples(*args, **kwargs)[0]
+        batches: list[dict[str, Tensor]] = super().get_batch_samples(*args, **kwargs)[0]
+        if not batches:
+            return batches, None
         counts = [(batch["labels"][:, 1:] != IGNORE).sum() for batch in batches]
         return batches, torch.stack(counts).sum().to(self.args.device)
 
