@@ -27,7 +27,7 @@ from .optimizer import OptimizerChoice, for_trainer, paged
 from .output_folder import STAGING
 
 PAGED_STATES = "optimizer.safetensors"
-WRITER = re.compile("inline_container|PytorchStreamWriter")  # named by every error of the file that torch.save writes
+WRITER = re.compile("inline_container|PytorchStreamWriter|basic_ios")  # in every error of the file of torch.save
 
 
 class AnswerTrainer(Trainer):
