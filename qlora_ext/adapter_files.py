@@ -50,6 +50,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         ValueError: there is no adapter of this name; a trained parameter is in no module that PEFT can save whole: it
             belongs to the model itself, to a layer with an adapter or in 4 bits, or to a list or dict of modules; a
             tensor is on meta, as of a trained module that accelerate has offloaded (of an adapter it is read).
+        OSError: a file cannot be written, as on a full disk; those that were there are as they were.
 
     Source: PEFT's checkpoint format.
     """
@@ -180,7 +181,14 @@ def _write_all(writers: dict[Path, Callable[[Path], object]]) -> None:
     beside = {path: path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp") for path in writers}
     try:
         for path, write in writers.items():
-            write(beside[path])
+            try:
+                write(beside[path])
+            except SafetensorError as error:  # as safetensors says that a disk is full
+                raise OSError(f"save_adapter: {path}: not written: {error}") from error
+            except OSError as error:
+                if error.errno is not None and error.filename is None:
+                    error.filename = str(path)
+                raise
         for path in writers:
             os.replace(beside[path], path)
     finally:

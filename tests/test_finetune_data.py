@@ -69,6 +69,28 @@ def test_conversation_may_begin_with_the_assistant(tmp_path: Path, template: str
     assert example.question == ""
 
 
+def test_text_of_the_template_in_a_first_answer_is_no_border(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for said in ("m_e", "end", "assistant", "  "):
+        messages = [{"role": "assistant", "content": said}]
+        example = load_one(jsonl(tmp_path / "d.jsonl", {"messages": messages}), tokenizer)
+        assert labelled(tokenizer, example) == f"{said}<|im_end|>"
+
+
+THOUGHT = {"<think>\n": "a", "<think>\n\n</think>\n\n": "<b>a"}
+
+
+@pytest.mark.parametrize("ending", THOUGHT, ids=["thinks", "does not think"])
+def test_prompt_that_ends_in_a_thought_is_cut_before_it(tmp_path: Path, ending: str) -> None:
+    tokenizer = tiny_tokenizer(CHATML.replace("assistant\n{% endif", f"assistant\n{ending}{{% endif"))
+    record = {"prompt": "q", "response": THOUGHT[ending]}
+    example = load_one(jsonl(tmp_path / "d.jsonl", record), tokenizer)
+    assert labelled(tokenizer, example) == f"{THOUGHT[ending]}<|im_end|>"
+    thought = {"prompt": "q", "response": f"{ending}a"}
+    assert labelled(tokenizer, load_one(jsonl(tmp_path / "d.jsonl", thought), tokenizer)) == "a<|im_end|>"
+
+
 def test_first_turn_that_the_template_changes_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", {"messages": [{"role": "assistant", "content": "hi"}]})
     template = CHATML.replace("message['content']", "message['content'] | upper")
@@ -86,6 +108,23 @@ def test_empty_system_turn_is_none(tmp_path: Path, tokenizer: PreTrainedTokenize
     assert (len(data.train), data.duplicates) == (1, 1)
 
 
+def test_answer_of_weight_0_is_context(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    turns: list[dict[str, Any]] = [{"role": "user", "content": "q", "weight": 0}]
+    turns += [{"role": "assistant", "content": f"answer {weight}", "weight": weight} for weight in (0, 1)]
+    example = load_one(jsonl(tmp_path / "d.jsonl", {"messages": turns}), tokenizer)
+    assert labelled(tokenizer, example) == "answer 1<|im_end|>"
+    assert "answer 0<|im_end|>" in tokenizer.decode(example.input_ids[: example.prompt_length])
+    data = load(jsonl(tmp_path / "d.jsonl", pair(0), {"messages": turns[:2]}), tokenizer, held_out_fraction=0)
+    assert (len(data.train), data.dropped) == (1, 1)
+
+
+def test_fields_that_say_nothing_here_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [{"role": "user", "content": "q", "name": "bob"}, {"role": "assistant", "content": "a", "tool_calls": None}]
+    records = [{**pair(0), "id": 7, "tools": [], "weight": 1}, {"messages": turns, "prompt": "q", "source": "web"}]
+    data = load(jsonl(tmp_path / "d.jsonl", *records), tokenizer, held_out_fraction=0)
+    assert data.unread == ("id", "name", "prompt", "source")
+
+
 @pytest.mark.parametrize("template", [None, CHATML], ids=["no template", "template set aside"])
 def test_plain_conversation(tmp_path: Path, template: str | None) -> None:
     tokenizer = tiny_tokenizer(template)
@@ -97,8 +136,13 @@ def test_plain_conversation(tmp_path: Path, template: str | None) -> None:
 
 def test_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['content'] if loop.last else '-' }}<|im_end|>{% endfor %}"
-    with pytest.raises(ValueError, match=r"d\.jsonl, line 1: the chat template rewrites earlier turns"):
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 1: the chat template rewrites earlier turns: .*--chat plain"):
         load_one(jsonl(tmp_path / "d.jsonl", pair(0)), tiny_tokenizer(template))
+    shown = "message['content'] if loop.last or message['role'] == 'user' else '-'"
+    last = tiny_tokenizer(CHATML.replace("message['content']", shown))
+    messages = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(ValueError, match="give one assistant turn, the last, per example, or --chat plain"):
+        load_one(jsonl(tmp_path / "d.jsonl", {"messages": messages}), last)
 
 
 def test_error_of_the_template_names_the_line(tmp_path: Path) -> None:
@@ -175,6 +219,11 @@ BAD_LINES = {
     '{"messages": [{"role": "assistant"}]}': 'expected a field "content", got "role"',
     '{"messages": [{"role": "user", "content": ""}]}': 'expected "content" to be a non-empty string, got ""',
     '{"prompt": "a", "response": "\\ud800"}': r"expected \"response\" to be Unicode text, got half a .*'\\ud800'",
+    '{"prompt": "a", "response": "b", "system": "c"}': '.* role "system", got the field "system"',
+    '{"prompt": "a", "response": "b", "weight": 0}': 'expected an example without it, got the field "weight"',
+    '{"messages": [{"role": "assistant", "tool_calls": [{}]}]}': 'expected .* got the field "tool_calls"',
+    '{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}': 'expected "weight" to be 0 or 1, got 0.5',
+    '{"messages": [{"role": "user", "content": "a", "weight": 1}]}': 'expected no "weight" but 0 .*"user", got 1',
     "[" * 100_000: "expected JSON of few levels, got it nested too deep",
 }
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from finetune_command import arguments as arguments
@@ -93,3 +94,16 @@ def test_layer_whose_weight_is_read_stays_as_it_is(
     assert cli.main(words({**command, "skip": "x_proj,dt_proj,out_proj"})) == 0
     report = json.loads((arguments["output"] / "report.json").read_text(encoding="utf-8"))
     assert report["arguments"]["skip"] == ["x_proj", "dt_proj", "out_proj"]
+    peft.PeftModel.from_pretrained(MambaForCausalLM.from_pretrained(mamba), arguments["output"])
+
+
+@pytest.mark.parametrize("targets", ["in_proj,out_proj", ".*_proj"])
+def test_layers_that_peft_refuses_are_refused_before_training(
+    targets: str, arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=258, state_size=8)
+    mamba = save(MambaForCausalLM(config), tmp_path / "mamba")
+    assert cli.main(words({**arguments, "model": mamba, "method": "lora", "target-modules": targets})) == 2
+    expected = "error: --target-modules: expected layers that PEFT takes in a model of type mamba, got out_proj"
+    assert expected in capsys.readouterr().err
+    assert not arguments["output"].exists()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import assert_same_model, load, save_tiny_model
 from tiny_model import one_thread as one_thread
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import qlora_ext
 from qlora_ext.finetune.load import compute_dtype, load_model, open_checkpoint, suitable_attention
@@ -89,6 +89,44 @@ def test_dtype_is_that_of_the_load(tmp_path: Path) -> None:
     assert torch.equal(model.model.norm.weight, saved.model.norm.weight.bfloat16())
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(model.model.rotary_emb.inv_freq, saved.model.rotary_emb.inv_freq)
+
+
+def test_buffers_that_no_file_holds_are_those_of_transformers(tmp_path: Path) -> None:
+    """GPT-J's positions above 256 have no place in bfloat16."""
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "rotary_dim": 16, "vocab_size": 258, "n_positions": 2048}
+    GPTJForCausalLM(GPTJConfig(**sizes)).save_pretrained(tmp_path)
+    expected = dict(GPTJForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).named_buffers())
+    got = dict(load(tmp_path, torch.bfloat16).named_buffers())
+    assert got.keys() == expected.keys() != set()
+    for name, buffer in expected.items():
+        torch.testing.assert_close(got[name], buffer, rtol=0, atol=0, msg=name)
+
+
+def test_model_saved_without_its_head(tmp_path: Path) -> None:
+    saved = save_tiny_model(tmp_path)
+    saved.model.save_pretrained(tmp_path)
+    assert "embed_tokens.weight" in load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_model(load(tmp_path), saved)
+    assert isinstance(load(tmp_path, quantize=QUANTIZE).model.layers[0].mlp.up_proj, qlora_ext.Linear4bit)
+
+
+def test_what_older_versions_stored_and_the_model_computes_is_left_out(tmp_path: Path) -> None:
+    saved = save_tiny_model(tmp_path / "llama")
+    edit(tmp_path / "llama", model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))
+    assert_same_model(load(tmp_path / "llama"), saved)
+    sizes = {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}
+    neo = GPTNeoForCausalLM(GPTNeoConfig(**sizes, vocab_size=258)).eval()
+    neo.save_pretrained(tmp_path / "neo")
+    attention = "transformer__h__0__attn__attention__"
+    masks = {f"{attention}bias": torch.zeros(1, 1, 4, 4), f"{attention}masked_bias": torch.tensor(-1e9)}
+    edit(tmp_path / "neo", **masks)
+    assert_same_model(load(tmp_path / "neo"), neo)
+    edit(tmp_path / "neo", **{f"{attention}other_bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"unknown tensor 'transformer\.h\.0\.attn\.attention\.other_bias'"):
+        load(tmp_path / "neo")
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -15,7 +15,15 @@ from tiny_training import SCHEDULE
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    set_seed,
+)
 
 import qlora_ext
 from qlora_ext.finetune.data import IGNORE, Dataset, Example, PadToLongest
@@ -165,6 +173,37 @@ def test_training_with_accumulation_takes_the_same_steps(tmp_path: Path, method:
     assert [loss for _, loss in chunked.held_out] == pytest.approx([loss for _, loss in whole.held_out], rel=1e-4)
     for name, parameter in expected.items():
         torch.testing.assert_close(got[name], parameter, rtol=1e-3, atol=2e-4, msg=name)
+
+
+class NoLossArguments(LlamaForCausalLM):
+    """As Gemma 3n and 4, for which Trainer counts no tokens."""
+
+    accepts_loss_kwargs = False
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "no loss arguments"])
+@pytest.mark.parametrize("labels_from", [0, 3], ids=["all", "answers"])
+def test_accumulation_is_one_large_batch(tmp_path: Path, kind: str, labels_from: int) -> None:
+    """Of examples of 2 to 12 tokens, each token of a step weighs the same, and the first of an example nothing."""
+    rows = [list(range(20 + i, 32 + i))[: 4 + 8 * (i % 2)] for i in range(4)]
+    examples = [Example(row, [IGNORE] * labels_from + row[labels_from:], 3, "") for row in rows]
+    losses, trained = [], []
+    for batch_size, accumulate in ((4, 1), (1, 4), (2, 2)):
+        torch.manual_seed(0)
+        plain = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY}
+        dropout = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
+        model = GPT2LMHeadModel(GPT2Config(**plain, **dropout)) if kind == "gpt2" else NoLossArguments(tiny_config())
+        if batch_size == 4:
+            first = answer_loss(model, PadToLongest(0)(examples))
+        set_seed(1)
+        schedule = replace(SCHEDULE, steps=1, batch_size=batch_size, accumulate=accumulate, warmup=0, lr=1e-3)
+        folder = tmp_path / f"{batch_size}"
+        outcome = train(model, tiny_tokenizer(), Dataset(examples, [], 0, 0, 0), schedule, folder, adapter=False)
+        losses += outcome.losses
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert losses == pytest.approx([(first[0] / first[1]).item()] * 3, rel=1e-5)
+    for got in trained[1:]:
+        assert (got - trained[0]).norm() < 1e-2 * 1e-3 * len(got) ** 0.5, "AdamW's first step is lr in each place"
 
 
 def test_held_out_loss_by_chunks() -> None:

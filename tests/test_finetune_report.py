@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import subprocess
@@ -98,6 +99,30 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
     with Image.open(tmp_path / "report.png") as image:
         assert len(image.convert("L").getcolors(maxcolors=256) or []) > 10, "not a blank picture"
     write(a_report(held_out_loss_before=None, held_out_loss_after=None), tmp_path)
+
+
+def test_states_that_this_process_has_not_seen(tmp_path: Path) -> None:
+    unseen = {"kind": "adamw", **dict.fromkeys(asdict(StatesReport()))}
+    report = a_report(optimizer=unseen, optimizer_bytes=None, gradient_bytes=None)
+    assert "optimizer: adamw, states: not seen, as all steps had been made before --resume" in table(report)
+    write(report, tmp_path)
+    assert (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize("failing", ["report.json", "report.png"])
+def test_failure_leaves_no_report(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run takes report.json to say that all is done."""
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name.endswith(failing):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        write(a_report(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_report_is_json_without_nan(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,20 +18,30 @@ from tiny_model import one_thread as one_thread
 
 from qlora_ext.finetune import __main__ as cli
 
-
-def test_earlier_run_is_not_mixed_with_a_new_one(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(words(arguments)) == 0
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(words(arguments))
-    assert "holds an earlier run: add --resume or --overwrite" in capsys.readouterr().err
-    assert cli.main(words({**arguments, "steps": 1, "overwrite": True})) == 0
-    assert [path.name for path in arguments["output"].glob("checkpoint-*")] == ["checkpoint-1"]
-
-
 CHANGES: list[dict[str, Any]] = [
     *({"seed": 5}, {"method": "lora"}, {"r": 4}, {"blocksize": 32}, {"optimizer": "paged_adamw32"}),
     *({"lr": 1e-3}, {"schedule": "cosine"}, {"warmup": 2}, {"lora-dropout": 0.5}, {"skip": "q_proj"}),
 ]
+
+
+def test_resume_keeps_the_examples_of_a_step(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else steps of the one size would count as steps of the other, and examples be left out or learned twice."""
+    arguments |= {"method": "lora", "dtype": "fp32", "schedule": "constant", "warmup": 0}
+    assert cli.main(words(arguments)) == 0
+    for change in ({"batch-size": 8}, {"accumulate": 2}):
+        assert cli.main(words({**arguments, **change, "steps": 6, "resume": True})) == 2
+        assert (
+            "error: --resume: --batch-size * --accumulate: expected '4' as before, got '8'" in capsys.readouterr().err
+        )
+    divided = {**arguments, "batch-size": 2, "accumulate": 2, "steps": 9}  # over the end of an epoch of 7 steps
+    assert cli.main(words({**divided, "resume": True})) == 0
+    assert cli.main(words({**arguments, "steps": 9, "output": tmp_path / "whole"})) == 0
+    got, whole = (
+        json.loads((folder / "report.json").read_text()) for folder in (arguments["output"], tmp_path / "whole")
+    )
+    assert got["losses"] == pytest.approx(whole["losses"], rel=1e-4)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
@@ -71,27 +80,12 @@ def test_resume_of_a_finished_run_leaves_its_report(
     assert cli.main(words({**arguments, "steps": 2, "resume": True})) == 2
     assert "--steps: expected at least the 3 that are done, got 2" in capsys.readouterr().err
     assert report.read_bytes() == before
-    for lost in (report, arguments["output"] / "adapter_model.safetensors"):  # as when a run ends after the last step
-        lost.unlink()
+    for name in ("report.json", "report.png", "adapter_model.safetensors"):  # as when a run ends after the last step
+        (arguments["output"] / name).unlink()
         assert cli.main(words({**arguments, "resume": True})) == 0
-        assert lost.exists()
-
-
-def test_a_model_is_not_overwritten(
-    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = {**arguments, "model": tmp_path / "own", "method": "full"}
-    shutil.copytree(arguments["model"], own["model"])
-    shutil.copytree(own["model"], tmp_path / "other")
-    for output, overwrite, reason in (
-        ("own", True, "expected a folder that does not hold --model"),
-        ("", True, "expected a folder that does not hold --model"),
-        ("other", None, "holds a model or an adapter: add --overwrite"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            cli.main(words({**own, "output": tmp_path / output, "overwrite": overwrite}))
-        assert reason in capsys.readouterr().err
-    assert cli.main(words({**own, "output": tmp_path / "other", "overwrite": True})) == 0
+        assert (arguments["output"] / name).exists()
+    unseen = json.loads(report.read_text())
+    assert unseen["gradient_bytes"] is unseen["optimizer_bytes"] is unseen["optimizer"]["host_bytes"] is None
 
 
 def test_what_replaces_a_run_is_not_resumed_from_it(

@@ -59,10 +59,23 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert first.tokens + second.tokens == whole.tokens
 
 
-def test_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_saves_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what schedulers of jobs send."""
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt_at(monkeypatch, 6, signal.SIGTERM)
+    _, outcome = run(tmp_path)
+    assert outcome.interrupted
+    assert newest_checkpoint(tmp_path) == tmp_path / f"checkpoint-{outcome.step}"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_interrupt_stops_at_once(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def twice(*_: object) -> dict[str, Tensor]:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
+        signal.raise_signal(number)
         raise AssertionError("the second signal must not return")
 
     monkeypatch.setattr(PadToLongest, "__call__", twice)

@@ -81,14 +81,14 @@ def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Raise SIGINT while the `call`-th batch is being made, as Ctrl-C in the middle of a step would."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int, number: signal.Signals = signal.SIGINT) -> None:
+    """Raise a signal while the `call`-th batch is being made, as Ctrl-C in the middle of a step would."""
     collate, calls = PadToLongest.__call__, [0]
 
     def counting(self: PadToLongest, examples: Sequence[Example]) -> dict[str, Tensor]:
         calls[0] += 1
         if calls[0] == call:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return collate(self, examples)
 
     monkeypatch.setattr(PadToLongest, "__call__", counting)

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_ext import LoraConfig
 
 from .optimizer import KINDS
+from .output_folder import earlier_run
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m qlora_ext.finetune",
         description="Fine-tune a causal language model on questions with answers, conversations or plain text.",
-        epilog="Ctrl-C ends the running step and saves; the same command with --resume goes on from there.",
+        epilog="Ctrl-C or SIGTERM ends the running step and saves; the same command with --resume goes on from there.",
         formatter_class=_Formatter,
     )
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         **required,
     )
     top.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
-    top.add_argument("--overwrite", action="store_true", help="replace an earlier run, or a model, in --output")
+    top.add_argument("--overwrite", action="store_true", help="delete an earlier run, or a model, in --output first")
 
     run = top.add_argument_group("training")
     length = run.add_mutually_exclusive_group()
@@ -141,13 +142,10 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--output {options.output}: not a folder")
     if options.resume and options.overwrite:
         command.error("--resume and --overwrite exclude each other")
-    earlier = any(options.output.glob("checkpoint-*"))
-    if options.resume and not earlier:
+    if options.resume and not any(options.output.glob("checkpoint-*")):
         command.error(f"--resume: no checkpoint in {options.output}")
-    if earlier and not (options.resume or options.overwrite):
-        command.error(f"--output {options.output} holds an earlier run: add --resume or --overwrite")
-    if any(options.output.glob("*.safetensors")) and not (options.resume or options.overwrite):
-        command.error(f"--output {options.output} holds a model or an adapter: add --overwrite")
+    if not (options.resume or options.overwrite) and (reason := earlier_run(options.output)):
+        command.error(reason)
     model = Path(options.model)
     if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
         command.error(f"--output {options.output}: expected a folder that does not hold --model")

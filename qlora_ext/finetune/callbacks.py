@@ -1,4 +1,4 @@
-"""What happens beside the steps of training: the progress bar and the clock, and Ctrl-C."""
+"""What happens beside the steps of training: the progress bar and the clock, and signals to stop."""
 
 import math
 import os
@@ -24,6 +24,11 @@ class Watch(TrainerCallback):
         self.tokens = 0
         self.seconds = 0.0
         self.gradient_bytes = 0
+        self.bar = tqdm(disable=True)
+
+    def close(self) -> None:
+        """Leave the bar, which else would write itself once more below the error that ended training."""
+        self.bar.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)  # Trainer takes those of the run it resumes
@@ -41,7 +46,6 @@ class Watch(TrainerCallback):
         logs: dict[str, float] = kwargs["logs"]
         for name, what in (("loss", "loss"), ("eval_loss", "held-out loss")):
             if not math.isfinite(logs.get(name, 0)):
-                self.bar.close()
                 check_finite(logs[name], what, state.global_step)
         if "eval_loss" in logs:
             self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", file=sys.stderr)
@@ -58,14 +62,27 @@ class Watch(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """On the first SIGINT, end after the running step, with a checkpoint; on the second, at once."""
+    """A context in which the first Ctrl-C, or SIGTERM, ends training after the running step, with a checkpoint.
+
+    The second ends it at once, as KeyboardInterrupt, so that what is to be undone is.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the second from a scheduler of jobs, or a machine that shuts down
 
     def __init__(self) -> None:
         self.asked = False
 
+    def __enter__(self) -> None:
+        self.previous = {number: signal.signal(number, self.ask) for number in self.SIGNALS}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
     def ask(self, *_: Any) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in self.SIGNALS:
+            signal.signal(number, signal.default_int_handler)
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\ninterrupted: this step ends, then all is saved; Ctrl-C again stops at once\n")
 

@@ -1,18 +1,17 @@
 """Training examples from a file: token ids, and labels on the answers only.
 
 JSONL holds one example a line, {"prompt": str, "response": str} or {"messages": [{"role": str, "content": str},
-...]}. A conversation is rendered as text by the tokenizer's chat template, tokenized once, and a token gets a label
-when its characters lie in an assistant turn, the end-of-turn token included, so that the model learns to stop. A .txt
-file is tokenized whole and cut into windows of max_length tokens with a label on every one.
+...]}; a message of weight 0 is no answer to learn. A conversation is rendered as text by the tokenizer's chat template,
+tokenized once, and a token gets a label when its characters lie in an assistant turn, the end-of-turn token included,
+so that the model learns to stop. A .txt file is tokenized whole and cut into windows of max_length tokens with a label
+on every one.
 """
 
-import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import torch
@@ -21,10 +20,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .conversations import Conversation, Turn, read_conversations, read_lines
+
 IGNORE = -100  # the label that cross entropy leaves out
 TEXT_PROMPT = 16  # tokens of a text window that a sample answer continues
-
-Conversation = tuple[tuple[str, str], ...]  # (role, content) of each turn
+# How a chat template may end a prompt so that the model thinks first, which answers in data seldom do.
+THINKING = re.compile(r"(</?\w+>\s*)+$")
+MARK = "\ue000"  # no letter of any language: in no template, and stays as it is when a template strips or folds
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Dataset:
     duplicates: int
     truncated: int
     dropped: int  # no answer token within max_length
+    unread: tuple[str, ...] = ()  # fields of the file that say nothing here
 
 
 def load_data(
@@ -72,10 +75,11 @@ def load_data(
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__}: expected a fast tokenizer (tokenizer.json), got another")
+    unread: set[str] = set()
     if path.suffix == ".txt":
         candidates, duplicates = _text_windows(path, tokenizer, max_length)
     else:
-        lines = list(_read_conversations(path))
+        lines = list(read_conversations(path, unread))
         first_line: dict[Conversation, int] = {}
         for number, conversation in lines:
             first_line.setdefault(conversation, number)
@@ -106,6 +110,7 @@ def load_data(
         duplicates=duplicates,
         truncated=truncated,
         dropped=len(candidates) - len(kept),
+        unread=tuple(sorted(unread)),
     )
 
 
@@ -130,72 +135,8 @@ class PadToLongest:
         }
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: expected UTF-8 text, got {error.reason}") from error
-
-
-def _read_conversations(path: Path) -> Iterator[tuple[int, Conversation]]:
-    empty = True
-    for number, line in _read_lines(path):
-        if not line.strip():
-            continue
-        empty = False
-        try:
-            yield number, _conversation(json.loads(line.rstrip()))
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg}, column {error.colno}"
-            raise ValueError(f"{path}, line {number}: expected JSON ({reason})") from error
-        except RecursionError as error:
-            raise ValueError(f"{path}, line {number}: expected JSON of few levels, got it nested too deep") from error
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if empty:
-        raise ValueError(f"{path}: the file is empty")
-
-
-def _conversation(record: Any) -> Conversation:
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {_kind(record)}")
-    if "messages" not in record:
-        return (("user", _text(record, "prompt")), ("assistant", _text(record, "response")))
-    messages = record["messages"]
-    if not isinstance(messages, list):
-        raise ValueError(f'expected "messages" to be an array, got {_kind(messages)}')
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"expected messages[{index}] to be an object, got {_kind(message)}")
-    # An empty system turn, common in public data, says nothing.
-    spoken = [m for m in messages if (m.get("role"), m.get("content")) != ("system", "")]
-    turns = tuple((_text(message, "role"), _text(message, "content")) for message in spoken)
-    if not any(role == "assistant" for role, _ in turns):
-        raise ValueError('expected a message whose "role" is "assistant", got none')
-    return turns
-
-
-def _text(record: dict[str, Any], field: str) -> str:
-    if field not in record:
-        raise ValueError(f'expected a field "{field}", got {", ".join(map(json.dumps, record)) or "no field"}')
-    value = record[field]
-    if not isinstance(value, str) or not value:
-        raise ValueError(f'expected "{field}" to be a non-empty string, got {_kind(value)}')
-    if surrogate := re.search(r"[\ud800-\udfff]", value):
-        raise ValueError(f'expected "{field}" to be Unicode text, got half a character: {surrogate[0]!a}')
-    return value
-
-
-def _kind(value: Any) -> str:
-    if value is None or value == "":
-        return json.dumps(value)
-    return {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}.get(type(value), "a number")
-
-
 class _Render:
-    """Turns (role, content) pairs into text: by the chat template, or as lines of "role: content"."""
+    """Makes text of turns: by the chat template, or as lines of "role: content"."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, use_chat_template: bool) -> None:
         self.tokenizer = tokenizer
@@ -204,12 +145,12 @@ class _Render:
 
     def __call__(self, turns: Conversation, answer_follows: bool = False) -> str:
         if self.templated:
-            messages = [{"role": role, "content": content} for role, content in turns]
+            messages = [{"role": turn.role, "content": turn.content} for turn in turns]
             return str(
                 self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
             )
         end = {"assistant": self.tokenizer.eos_token or ""}
-        lines = "".join(f"{role}: {content}{end.get(role, '')}\n" for role, content in turns)
+        lines = "".join(f"{turn.role}: {turn.content}{end.get(turn.role, '')}\n" for turn in turns)
         return lines + ("assistant:" if answer_follows else "")
 
 
@@ -219,14 +160,14 @@ def _encode(turns: Conversation, render: _Render) -> Example:
     encoding = render.tokenizer(text, add_special_tokens=not render.templated, return_offsets_mapping=True)
     ids: list[int] = encoding["input_ids"]
     labels = [IGNORE] * len(ids)
-    for index, (role, _) in enumerate(turns):
-        if role != "assistant":
+    for index, turn in enumerate(turns):
+        if not turn.learned:
             continue
         through = render(turns[: index + 1])
-        # transformers refuses to render no turns, so before a first answer is what its own text has ahead of it.
-        before = render(turns[:index], True) if index or not render.templated else _head(through, turns[0][1])
-        if not (through.startswith(before) and text.startswith(through)):
-            raise ValueError("the chat template rewrites earlier turns; give one assistant turn, the last, per example")
+        before = _before(turns[: index + 1], through, render)
+        if not text.startswith(through):
+            advice = "give one assistant turn, the last, per example, or --chat plain"
+            raise ValueError(f"the chat template rewrites earlier turns; {advice}")
         answer = [
             position
             for position, (start, end) in enumerate(encoding["offset_mapping"])
@@ -238,20 +179,36 @@ def _encode(turns: Conversation, render: _Render) -> Example:
             if not ends or position <= ends[-1]:
                 labels[position] = ids[position]
     answered = (position for position, label in enumerate(labels) if label != IGNORE)
-    first_answer = next(index for index, (role, _) in enumerate(turns) if role == "assistant")
+    first_answer = next((index for index, turn in enumerate(turns) if turn.learned), 0)
     prompt_length = max(1, next(answered, len(ids)))  # a sample answer has to start from something
-    return Example(ids, labels, prompt_length, question=turns[first_answer - 1][1] if first_answer else "")
+    return Example(ids, labels, prompt_length, question=turns[first_answer - 1].content if first_answer else "")
 
 
-def _head(text: str, content: str) -> str:
-    start = text.rfind(content.strip())  # as many templates strip it
-    if start < 0:
-        raise ValueError("the chat template rewrites the first turn, of the assistant; begin with one of the user")
-    return text[:start]
+def _before(turns: Conversation, through: str, render: _Render) -> str:
+    """What of `through`, the text of `turns`, comes ahead of the last of them, an answer."""
+    if len(turns) == 1 and render.templated:
+        # transformers refuses to render no turns, so before a first answer is what its own text has ahead of it.
+        head = render((Turn("assistant", MARK, True),)).partition(MARK)[0]
+        if not through.startswith(head) or not through[len(head) :].lstrip().startswith(turns[0].content.strip()):
+            raise ValueError("the chat template rewrites the first turn, of the assistant; begin with one of the user")
+        return head
+    prompt = render(turns[:-1], True)
+    bare = render(turns[:-1])
+    for before in (prompt, THINKING.sub("", prompt), bare):
+        if through.startswith(before):
+            return before
+    raise ValueError(
+        f"the chat template rewrites earlier turns: expected a text that begins with {_end(bare)}, its own of the "
+        f"turns before an answer, got {_end(through[: len(bare)])}; --chat plain does without the template"
+    )
+
+
+def _end(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"...{text[-60:]}")
 
 
 def _text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[Example], int]:
-    text = "".join(line for _, line in _read_lines(path))
+    text = "".join(line for _, line in read_lines(path))
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]

@@ -25,6 +25,12 @@ from .gguf_file import GgufFile
 from .model_folder import ModelFolder
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+# What a model that computes a buffer of such a name may find in older files; the first two transformers ignores, too.
+FORMERLY = {
+    r"rotary_emb\.inv_freq": r"(^|\.)rotary_emb\.inv_freq$",
+    "position_ids": r"(^|\.)position_ids$",
+    r"attention\.bias": r"\.attention\.masked_bias$",
+}
 EAGER_ON_CPU = 128  # tokens, in bf16: faster than torch's kernel up to 512, but for memory (bench/NOTES.md)
 
 
@@ -103,11 +109,24 @@ def load_model(
         if quantize is not None:
             _quantize(model, quantize)
     else:
+        _compute_buffers(model)
         _stream(model, checkpoint, device, quantize)
         if (checkpoint.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute anew what no checkpoint holds: from_config does it in the model's dtype, from_pretrained in float32.
+
+    In bfloat16 the positions of GPT-J, whole numbers above 256, are wrong before their sine is taken.
+    """
+    module: Any
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            module._is_hf_initialized = False  # by which transformers knows what is left to do
+    model.initialize_weights()
 
 
 def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
@@ -125,20 +144,21 @@ def _stream(
     quantize: dict[str, Any] | None,
 ) -> None:
     expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    ignored = _ignored(model)
     if quantize is not None:
         _quantize(model, quantize)
     missing = set(expected)
     stored = checkpoint.tensors(model)
     for name, shape, read in tqdm(stored, total=len(expected), desc="loading", unit="tensor", leave=False):
-        if name not in expected:
-            if any(pattern.search(name) for pattern in ignored):
+        places = [place for place in _places(name, model.base_model_prefix) if place in expected]
+        if not places:
+            if ignored.search(name):
                 continue
             raise ValueError(f"{checkpoint.path}: unknown tensor {name!r} for {type(model).__name__}")
-        wanted, dtype = expected[name]
+        wanted, dtype = expected[places[0]]
         if shape != wanted:
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: expected shape {wanted}, got {shape}")
-        owner_name, _, leaf = name.rpartition(".")
+        owner_name, _, leaf = places[0].rpartition(".")
         owner = model.get_submodule(owner_name)
         layer = owner if isinstance(owner, qlora_ext.Linear4bit) and leaf == "weight" else None
         tensor = read(dtype if layer is None else None).to(device)
@@ -149,9 +169,27 @@ def _stream(
                 layer.quantize_(tensor)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: {error}") from error
-        missing.discard(name)
+        missing.discard(places[0])
     model.tie_weights(missing_keys=missing)
     _check_complete(model, checkpoint.path)
+
+
+def _places(name: str, prefix: str) -> tuple[str, ...]:
+    """What a stored tensor may be called in the model, the likeliest first: many were saved without their head."""
+    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
+
+
+def _ignored(model: PreTrainedModel) -> re.Pattern[str]:
+    """Names of stored tensors to leave out: those that the model's class lists, and what the model computes itself.
+
+    Versions before stored that: the same buffer, one of each layer that is now one of the model, the value of a mask.
+    """
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ())]
+    for name, _ in model.named_non_persistent_buffers():
+        patterns += [rf"^{re.escape(place)}$" for place in _places(name, model.base_model_prefix)]
+        for ending, before in FORMERLY.items():
+            patterns += [before] if re.search(rf"(^|\.){ending}$", name) else []
+    return re.compile("|".join(f"({pattern})" for pattern in dict.fromkeys(patterns)) or r"(?!)")
 
 
 def _check_complete(model: nn.Module, path: Path) -> None:

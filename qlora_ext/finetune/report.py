@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Iterable
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import qlora_ext
+
+from .output_folder import write_files
 
 MIB = 2**20
 
@@ -96,7 +97,6 @@ def table(report: dict[str, Any]) -> str:
 def write(report: dict[str, Any], folder: Path) -> None:
     """Write report.json and report.png (loss curve; memory of each part) into `folder`."""
     text = json.dumps(_no_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
-    replace(folder / "report.json", (text + "\n").encode())
     figure = Figure(figsize=(11, 4), layout="constrained")
     curve, memory = figure.subplots(1, 2)
 
@@ -113,14 +113,15 @@ def write(report: dict[str, Any], folder: Path) -> None:
     curve.set(xlabel="step", ylabel="loss, nats per answer token", title=f"{report['method']}: loss")
     curve.legend()
 
-    parts = {
-        "base": report["base_bytes"],
-        "adapter": report["adapter_bytes"],
-        "gradients": report["gradient_bytes"],
-        "optimizer": report["optimizer_bytes"] - report["optimizer"]["file_bytes"] + report["optimizer"]["ring_bytes"],
-        "optimizer, in a file": report["optimizer"]["file_bytes"],
-        "peak RSS": report["peak_rss_bytes"],
-    }
+    parts = {"base": report["base_bytes"], "adapter": report["adapter_bytes"]}
+    if report["optimizer_bytes"] is not None:
+        states = report["optimizer"]
+        parts |= {
+            "gradients": report["gradient_bytes"],
+            "optimizer": report["optimizer_bytes"] - states["file_bytes"] + states["ring_bytes"],
+            "optimizer, in a file": states["file_bytes"],
+        }
+    parts["peak RSS"] = report["peak_rss_bytes"]
     bars = memory.barh(list(parts), [size / MIB for size in parts.values()])
     memory.bar_label(bars, fmt="%.1f", padding=3)
     memory.margins(x=0.15)
@@ -129,7 +130,8 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
-    replace(folder / "report.png", drawn.getvalue())
+    # report.json last: it says that the run is done.
+    write_files(folder, {"report.png": drawn.getvalue(), "report.json": (text + "\n").encode()})
 
 
 def _no_nan(value: Any) -> Any:
@@ -143,6 +145,8 @@ def _no_nan(value: Any) -> Any:
 
 def _states_line(optimizer: dict[str, Any]) -> str:
     """Where the states of the optimizer were, and what moved."""
+    if optimizer["moved_bytes"] is None:
+        return f"optimizer: {optimizer['kind']}, states: not seen, as all steps had been made before --resume"
     places = {"on the device": "device_bytes", "in host memory": "host_bytes", "in the page file": "file_bytes"}
     held = [f"{optimizer[key] / MIB:.1f} MiB {place}" for place, key in places.items() if optimizer[key]]
     line = f"optimizer: {optimizer['kind']}, states: {', '.join(held) or 'none'}"
@@ -150,13 +154,6 @@ def _states_line(optimizer: dict[str, Any]) -> str:
         line += f"; {optimizer['moved_bytes'] / MIB:.0f} MiB moved through {optimizer['ring_bytes'] / MIB:.1f} MiB, "
         line += f"{optimizer['hit_rate']:.0%} of pages not moved, {optimizer['seconds_waited']:.1f} s waited"
     return line
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it: it is never half written."""
-    partial = path.with_name("." + path.name)
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from .evaluate import compared, held_out_loss, sample_answers
 from .fit import check_fits, check_runs
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
-from .optimizer import OptimizerChoice
-from .report import composition, peak_rss, replace, table, write
-from .train import Outcome, Schedule, discard_checkpoints, newest_checkpoint, saved_state, total_steps, train
+from .optimizer import OptimizerChoice, StatesReport
+from .output_folder import OutputFolder, write_files
+from .report import composition, peak_rss, table, write
+from .targets import target_modules
+from .train import Outcome, Schedule, newest_checkpoint, saved_state, total_steps, train
 
 # What --resume must not change: the base, the examples and their split, the adapter, the optimizer and its schedule.
 SAME_RUN = (
@@ -34,10 +35,19 @@ SAME_RUN = (
     *("quant_type", "blocksize", "no_double_quant", "skip"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
 )
+NOTED_AS = {"data_sha256": "--data: sha256", "examples_of_a_step": "--batch-size * --accumulate"}
+
+# Where the states were, when all steps were made by a process that ended before it could say.
+NOT_SEEN: dict[str, Any] = {field.name: None for field in dataclasses.fields(StatesReport)}
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load, train, evaluate before and after, save and report; return 0, or 130 when Ctrl-C ended the training."""
+    """Load, train, evaluate before and after, save and report; return 0, or 130 when a signal ended the training."""
+    with OutputFolder(options.output) as folder:
+        return _run(options, folder)
+
+
+def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     adapter = options.method != "full"
     device = _device(options.method)
     if options.device_budget is not None and device.type == "cpu":
@@ -64,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
         f"{len(data.train)} examples to train on, {len(data.held_out)} held out ({data.duplicates} duplicates removed, "
         f"{data.truncated} truncated to {options.max_length} tokens, {data.dropped} dropped with no answer left)"
     )
+    if data.unread:
+        _say(f"{options.data}: fields that are not read: {', '.join(data.unread)}")
     steps = options.steps or total_steps(len(data.train), options.epochs, options.batch_size, options.accumulate)
     if options.resume and _is_done(options.output, steps):
         _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
@@ -81,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     model.config._name_or_path = options.model
     transformers.set_seed(options.seed)  # the adapter starts the same on every base
     if adapter:
-        qlora_ext.add_adapter(model, _lora_config(options))
+        qlora_ext.add_adapter(model, _lora_config(options, model))
     check_fits(model, data, tokenizer.pad_token_id or 0)
     if options.method == "qlora":
         check_runs(model)
@@ -90,12 +102,8 @@ def run(options: argparse.Namespace) -> int:
     chunk = suitable_chunk(model) if options.loss_chunk is None else options.loss_chunk or None
     if options.compile:
         _say(f"{compile_layers(model)} layers to compile: the first step takes a minute")
-    options.output.mkdir(parents=True, exist_ok=True)
-    if not options.resume:
-        discard_checkpoints(options.output)  # before run.json says that it is another run
-    replace(options.output / "run.json", (json.dumps(same, indent=2) + "\n").encode())
-    for name in ("report.json", "report.png"):  # of an earlier run
-        (options.output / name).unlink(missing_ok=True)
+    folder.begin(resume=options.resume, overwrite=options.overwrite)
+    write_files(options.output, {"run.json": (json.dumps(same, indent=2) + "\n").encode()})
 
     collate = PadToLongest(tokenizer.pad_token_id or 0)
     shown = (data.held_out or data.train)[: options.samples]
@@ -124,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
     what = "adapter" if adapter else "model"
     _say(f"step {outcome.step} of {schedule.steps}: {what} saved in {options.output}")
     if outcome.interrupted:
-        _say("stopped by Ctrl-C: the same command with --resume goes on from here")
+        _say("stopped: the same command with --resume goes on from here")
         return 130
 
     loss_after, answers_after = evaluate()
@@ -161,12 +169,13 @@ def _report(
     samples: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What report.json says: of the model in `base`, of its training, and held-out losses and answers around that."""
+    states = outcome.optimizer
     return {
         "method": options.method,
         **base,
         "gradient_bytes": outcome.gradient_bytes,
-        "optimizer_bytes": outcome.optimizer.state_bytes,
-        "optimizer": {"kind": options.optimizer, **dataclasses.asdict(outcome.optimizer)},
+        "optimizer_bytes": states.state_bytes if states else None,
+        "optimizer": {"kind": options.optimizer, **(dataclasses.asdict(states) if states else NOT_SEEN)},
         "peak_rss_bytes": peak_rss(),
         # Of the steps of this process: with --resume, of those after it.
         "tokens_per_second": outcome.tokens / outcome.seconds if outcome.seconds else None,
@@ -203,6 +212,8 @@ def _device(method: str) -> torch.device:
 
 def _what_stays(options: argparse.Namespace) -> dict[str, str]:
     same = {name: str(getattr(options, name)) for name in SAME_RUN}
+    # How a step's examples are divided does not matter to it: memory may ask for another batch size.
+    same["examples_of_a_step"] = str(options.batch_size * options.accumulate)
     return {**same, "data_sha256": hashlib.sha256(options.data.read_bytes()).hexdigest()}
 
 
@@ -212,7 +223,7 @@ def _check_same_run(output: Path, same: dict[str, str]) -> None:
     before = {"optimizer": "adamw", **_noted(file)} if file.exists() else same
     for name, value in same.items():
         if before.get(name, value) != value:
-            option = "--data: sha256" if name == "data_sha256" else f"--{name.replace('_', '-')}"
+            option = NOTED_AS.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(f"--resume: {option}: expected {before[name]!r} as before, got {value!r}")
 
 
@@ -232,7 +243,8 @@ def _is_done(output: Path, steps: int) -> bool:
     done = saved_state(checkpoint).global_step if checkpoint else 0
     if done > steps:
         raise ValueError(f"--resume: --steps: expected at least the {done} that are done, got {steps}")
-    return done == steps and any(output.glob("*.safetensors")) and (output / "report.json").exists()
+    reported = all((output / name).exists() for name in ("report.json", "report.png"))
+    return done == steps and any(output.glob("*.safetensors")) and reported
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -246,20 +258,12 @@ def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
     }
 
 
-def _lora_config(options: argparse.Namespace) -> qlora_ext.LoraConfig:
-    text: str = options.target_modules
-    targets: str | list[str] = text
-    if text != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
-        targets = text.split(",")
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"--target-modules: expected names or a regex, got {text!r} ({error})") from error
+def _lora_config(options: argparse.Namespace, model: transformers.PreTrainedModel) -> qlora_ext.LoraConfig:
     return qlora_ext.LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=targets,
+        target_modules=target_modules(options.target_modules, model),
         use_rslora=options.use_rslora,
     )
 

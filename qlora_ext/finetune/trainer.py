@@ -1,0 +1,149 @@
+"""transformers.Trainer with the loss of this package, and checkpoints that hold the adapter and never the base.
+
+A checkpoint is written beside its place and renamed, so a save cut short leaves nothing that --resume would take.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+import qlora_ext
+
+from .data import IGNORE, Dataset, PadToLongest
+from .evaluate import held_out_loss
+from .loss import answer_loss
+from .optimizer import OptimizerChoice, for_trainer, paged
+from .output_folder import STAGING
+
+PAGED_STATES = "optimizer.safetensors"
+WRITER = re.compile("inline_container|PytorchStreamWriter|basic_ios")  # in every error of the file of torch.save
+
+
+class AnswerTrainer(Trainer):
+    """Trainer, but for the loss, the optimizer and what a checkpoint holds."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Dataset,
+        args: TrainingArguments,
+        optimizer: OptimizerChoice,
+        *,
+        loss_chunk: int | None,
+        adapter: bool,
+        autocast: bool,
+    ) -> None:
+        self.tuned, self.tokenizer, self.held_out = model, tokenizer, data.held_out
+        self.loss_chunk, self.adapter, self.autocast = loss_chunk, adapter, autocast
+        self.collate = PadToLongest(tokenizer.pad_token_id or 0)
+        self.folder = Path(str(args.output_dir))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self.collate,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            optimizer_cls_and_kwargs=for_trainer(optimizer, args),
+        )
+        self.model_accepts_loss_kwargs = True  # of any model: compute_loss leaves nothing for Trainer to divide
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """The batches of a step, and its labelled tokens: for many models Trainer counts the first of each, or none."""
+        batches: list[dict[str, Tensor]] = super().get_batch_samples(*args, **kwargs)[0]
+        if not batches:
+            return batches, None
+        counts = [(batch["labels"][:, 1:] != IGNORE).sum() for batch in batches]
+        return batches, torch.stack(counts).sum().to(self.args.device)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        _, batch = args
+        loss, _ = answer_loss(self.tuned, batch, self.loss_chunk)
+        tokens: Tensor = kwargs["num_items_in_batch"]
+        return loss / tokens
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        batch_size = self.args.per_device_train_batch_size
+        how: dict[str, Any] = {"autocast": self.autocast, "chunk": self.loss_chunk}
+        loss = held_out_loss(self.tuned, self.held_out, self.collate, batch_size, **how)
+        metrics = {"eval_loss": loss}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = self.folder if output_dir is None else Path(output_dir)
+        if self.adapter:
+            qlora_ext.save_adapter(self.tuned, folder)
+            return
+        with _staging(folder) as staging:
+            self.tuned.save_pretrained(staging)
+            self.tokenizer.save_pretrained(staging)
+            for file in staging.iterdir():
+                os.replace(file, folder / file.name)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.adapter:
+            qlora_ext.load_adapter(self.tuned, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = paged(self.optimizer)
+        if optimizer is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer.save_states(Path(output_dir) / PAGED_STATES)  # state_dict() would hold all states in memory again
+        scheduler: Any = self.lr_scheduler
+        torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = paged(self.optimizer)
+        if optimizer is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer.load_states(Path(checkpoint) / PAGED_STATES)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with _staging(self.folder) as staging:
+            self.args.output_dir = str(staging)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(self.folder)
+            name = f"checkpoint-{self.state.global_step}"
+            os.replace(staging / name, self.folder / name)
+        rotate_checkpoints(str(self.folder), self.args.save_total_limit)
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """Where to write what goes into `folder` when it is whole; gone afterwards.
+
+    Raises: OSError when it cannot be written: safetensors and torch.save say in other ways that a disk is full.
+    """
+    try:
+        yield folder / STAGING
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(folder)
+        raise
+    except (SafetensorError, RuntimeError) as error:
+        if not isinstance(error, SafetensorError) and not WRITER.search(str(error)):
+            raise
+        raise OSError(f"{folder}: not written, is the disk full? {error}") from error
+    finally:
+        shutil.rmtree(folder / STAGING, ignore_errors=True)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_command import arguments as arguments
+from finetune_command import data as data
+from finetune_command import model as model
+from finetune_command import words
+from safetensors.torch import load_file
+from tiny_model import one_thread as one_thread
+from transformers import AutoModelForCausalLM
+
+from qlora_ext.finetune import __main__ as cli
+from qlora_ext.finetune.output_folder import OutputFolder
+
+REPORTS = {"run.json", "report.json", "report.png"}
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+MODEL = {"config.json", "generation_config.json", "model.safetensors"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
+def test_earlier_run_is_not_mixed_with_a_new_one(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words(arguments)) == 0
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words(arguments))
+    assert "holds an earlier run: add --resume or --overwrite" in capsys.readouterr().err
+    assert cli.main(words({**arguments, "steps": 1, "overwrite": True})) == 0
+    assert [path.name for path in arguments["output"].glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_model_is_not_overwritten(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {**arguments, "model": tmp_path / "own", "method": "full"}
+    shutil.copytree(arguments["model"], own["model"])
+    shutil.copytree(own["model"], tmp_path / "other")
+    for output, overwrite, reason in (
+        ("own", True, "expected a folder that does not hold --model"),
+        ("", True, "expected a folder that does not hold --model"),
+        ("other", None, "holds a model or an adapter: add --overwrite"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(words({**own, "output": tmp_path / output, "overwrite": overwrite}))
+        assert reason in capsys.readouterr().err
+    assert cli.main(words({**own, "output": tmp_path / "other", "overwrite": True})) == 0
+
+
+@pytest.mark.parametrize("methods", [("lora", "full"), ("full", "lora")], ids=" then ".join)
+def test_nothing_of_another_run_stays_beside_a_new_one(methods: tuple[str, str], arguments: dict[str, Any]) -> None:
+    """transformers puts an adapter that it finds in the folder on the model that it finds there."""
+    output: Path = arguments["output"]
+    for method in methods:
+        assert cli.main(words({**arguments, "method": method, "overwrite": True})) == 0
+        (output / "notes.txt").write_text("mine")
+    own = MODEL | TOKENIZER if methods[1] == "full" else ADAPTER
+    assert {path.name for path in output.iterdir()} == REPORTS | own | {"checkpoint-3", "notes.txt"}
+    if methods[1] == "full":
+        got, stored = AutoModelForCausalLM.from_pretrained(output), load_file(output / "model.safetensors")
+        assert torch.equal(got.model.layers[0].mlp.up_proj.weight, stored["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_what_no_run_has_written_stays(arguments: dict[str, Any]) -> None:
+    arguments["output"].mkdir()
+    (arguments["output"] / "config.json").write_text("mine")
+    assert cli.main(words(arguments)) == 0
+    assert (arguments["output"] / "config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", ["", "overwrite", "resume"])
+def test_two_runs_do_not_share_a_folder(
+    change: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output: Path = arguments["output"]
+    if change:
+        assert cli.main(words(arguments)) == 0
+        arguments |= {change: True, "steps": 4}
+    before = {path.name for path in output.glob("*")}
+    with OutputFolder(output) as other:
+        other.begin(resume=True, overwrite=False)
+        shown = {path.name for path in output.iterdir()}
+        assert cli.main(words(arguments)) == 2
+        assert {path.name for path in output.iterdir()} == shown
+    assert f"error: --output {output}: expected no other run in it, got one at work" in capsys.readouterr().err
+    assert {path.name for path in output.iterdir()} == before - {"report.json", "report.png"}, "no lock is left"
+    assert cli.main(words(arguments)) == 0
+
+
+def test_run_that_ended_meanwhile_is_not_overwritten(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found an empty folder when they began."""
+    assert cli.main(words(arguments)) == 0
+    monkeypatch.setattr(cli, "earlier_run", lambda path: None)
+    kept = (arguments["output"] / "adapter_model.safetensors").read_bytes()
+    assert cli.main(words({**arguments, "seed": 3})) == 2
+    assert "holds an earlier run: add --resume or --overwrite" in capsys.readouterr().err
+    assert (arguments["output"] / "adapter_model.safetensors").read_bytes() == kept
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As a disk that is full: beyond `size` bytes no file grows."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# method, the largest file that fits, what does not: the model has 360 KB, its adapter 131, AdamW's states twice that
+FULL = [
+    ("lora", 30_000, r"checkpoint-3/adapter_model\.safetensors: not written: .*"),
+    ("lora", 200_000, r"\S+: not written, is the disk full\? .*"),
+    ("full", 200_000, r"\S+: not written, is the disk full\? .*"),
+    ("lora", 500, r"\[Errno 27\] File too large: .*"),
+]
+
+
+@pytest.mark.parametrize(("method", "size", "reason"), FULL, ids=["adapter", "states", "model", "note of the run"])
+def test_full_disk_is_one_line(
+    method: str, size: int, reason: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with largest_file(size):
+        assert cli.main(words({**arguments, "method": method, "r": 16})) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(f"error: .*{reason}", last_line), last_line
+    assert {path.name for path in arguments["output"].iterdir()} <= {"run.json"}
