@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -24,9 +23,11 @@ class AdapterTable(nn.ParameterDict):
             return [self[name] for name in names]
 
 
-def check_device(names: list[str], A: list[Tensor], B: list[Tensor], device: torch.device) -> None:
-    """Raise ValueError unless these adapters are there: torch multiplies with a tensor on meta, and gives garbage."""
+def check_values(names: list[str], A: list[Tensor], B: list[Tensor], like: Tensor) -> None:
+    """Raise ValueError if one of these adapters is on meta: torch multiplies with such a tensor, and gives garbage."""
+    if like.is_meta:
+        return
     for i, tensor in enumerate((*A, *B)):
-        if tensor.device != device:
+        if tensor.is_meta:
             name = f"{'lora_A' if i < len(A) else 'lora_B'}.{names[i % len(A)]}"
-            raise ValueError(f"LoraLinear: {name}: expected device {device}, got {tensor.device}")
+            raise ValueError(f"LoraLinear: {name}: expected device {like.device}, got {tensor.device}")

@@ -44,7 +44,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     reshard(model)
     check_whole("add_adapter", targets)
     for layer_name, layer in targets.items():
-        _check_not_offloaded(layer_name, layer)
+        _check_not_offloaded("add_adapter", layer_name, layer)
     attach(model, targets, config, name)
     freeze("add_adapter", model)
     set_adapter(model, name)
@@ -69,13 +69,19 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     names = [] if name is None else [name] if isinstance(name, str) else list(dict.fromkeys(name))
     for wanted in names:
         check_has_adapter("set_adapter", model, wanted)
-    layers = [layer for _, layer in lora_layers(model)]
-    for layer in layers:  # before any switches: of an inference tensor it is refused
+    layers = list(lora_layers(model))
+    for layer_name, layer in layers:  # before any switches
+        for each in layer.configs.keys() & set(names):
+            if layer.lora_A[each].is_inference() or layer.lora_B[each].is_inference():
+                expected = "an adapter made outside torch.inference_mode(), so that it can be trained"
+                raise ValueError(
+                    f"set_adapter: model: {layer_name}: expected {expected}, got inference tensors: {each}"
+                )
+    for _, layer in layers:
+        layer.active_adapters = [n for n in names if n in layer.configs]
         for each in layer.configs:
             layer.lora_A[each].requires_grad_(each in names)
             layer.lora_B[each].requires_grad_(each in names)
-    for layer in layers:
-        layer.active_adapters = [n for n in names if n in layer.configs]
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -85,11 +91,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Modules that were trained beside it, or loaded with it (`modules_to_save`), stay as they are.
 
     Raises:
-        ValueError: there is no adapter of this name; merged adapters.
+        ValueError: there is no adapter of this name; merged adapters; a layer that accelerate has offloaded.
     """
     check_not_merged("delete_adapter", model)
     check_has_adapter("delete_adapter", model, name)
-
+    for layer_name, layer in lora_layers(model):
+        _check_not_offloaded("delete_adapter", layer_name, layer)
     was_active = any(name in layer.active_adapters for _, layer in lora_layers(model))
 
     def remove(_: str, module: nn.Module) -> nn.Module:
@@ -224,11 +231,14 @@ def check_not_hooked(op: str, name: str, module: nn.Module) -> None:
         raise ValueError(f"{op}: {name}: expected no hooks, and its class's forward, got a layer that has them")
 
 
-def _check_not_offloaded(name: str, layer: nn.Module) -> None:
-    base = getattr(layer, "base_layer", layer)
-    if base.weight.is_meta and has_other_forward(base):
-        expected = "a layer with its weight in memory (add adapters before accelerate's dispatch or offload)"
-        raise ValueError(f"add_adapter: model: {name}: expected {expected}, got one on meta with accelerate's hook")
+def _check_not_offloaded(op: str, name: str, layer: nn.Module) -> None:
+    """Raise ValueError if parameters of the layer are kept elsewhere, and its hooks know which."""
+    for part in layer.modules():
+        if has_other_forward(part) and any(
+            tensor.is_meta for tensor in part._parameters.values() if tensor is not None
+        ):
+            expected = "a layer in memory (add and delete adapters before accelerate's dispatch or offload)"
+            raise ValueError(f"{op}: model: {name}: expected {expected}, got one on meta with accelerate's hook")
 
 
 def _check_mergeable(name: str, layer: LoraLinear) -> None:

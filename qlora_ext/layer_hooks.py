@@ -39,3 +39,16 @@ def shallow_copy(layer: Module) -> Module:
     twin._buffers = layer._buffers.copy()
     twin.__dict__.pop("forward", None)  # bound to the original, with whose tensors it computes
     return twin
+
+
+def with_bias_of(layer: nn.Module, other: Module) -> Module:
+    """`other`, or a copy of it, with the bias that `layer` has now, as inside torch.func.functional_call."""
+    bias, own = layer._parameters.get("bias"), other._parameters.get("bias")
+    if bias is own or "bias" not in layer._parameters:
+        return other
+    if bias is not None and bias.is_meta and own is not None:  # offloaded
+        return other
+    twin = shallow_copy(other)
+    twin.__dict__.pop("bias", None)  # None, of a layer without
+    twin._parameters["bias"] = bias
+    return twin

@@ -166,7 +166,7 @@ class Linear4bit(nn.Module):
 
     def _multiply(self, op: Any, x: Tensor, *more: Any) -> Any:
         """The op on x and the weight. No QuantState is made: it costs as much time as one row of a small layer."""
-        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,) or x.dtype is torch.uint8:
             name = op.name().removeprefix("qlora_ext::")
             functional.check_matrix(name, self.state, x)  # says what is wrong with x, if it is not this:
             why = "; a model that casts to a layer's weight.dtype needs the layer in quantize_model's skip"

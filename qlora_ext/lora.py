@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_ext.adapter_table import AdapterTable, check_device
+from qlora_ext.adapter_table import AdapterTable, check_values
 from qlora_ext.functional import cast_as_autocast
-from qlora_ext.layer_hooks import has_other_forward, is_hooked
+from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
 from qlora_ext.layer_names import by_pattern, check_name, check_regex
 from qlora_ext.linear import Linear4bit, dense, has_float_weight, keeping_dtype
 
@@ -169,23 +169,23 @@ class LoraLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out]."""
-        # One look at each: another thread may merge them or activate others meanwhile.
+        # One look at each: another thread may merge or activate others meanwhile.
         merged, names = self.merged_base, self.active_adapters
-        base: Any = self._modules["base_layer"] if merged is None else merged  # without __getattr__
+        parts: Any = self._modules  # without __getattr__
+        base = parts["base_layer"] if merged is None else with_bias_of(parts["base_layer"], merged)
         if merged is not None or not names:
             return base(input)  # type: ignore[no-any-return]
-        tables: Any = self._modules
-        A, B = tables["lora_A"].forward(names), tables["lora_B"].forward(names)
+        A, B = parts["lora_A"].forward(names), parts["lora_B"].forward(names)
         if isinstance(base, Linear4bit) and not is_hooked(base):
             return base.forward_with_adapters(input, A, B, *self._dropout(input, names))
         x = cast_as_autocast(input)
         y = base(x)
         if not isinstance(y, Tensor):
-            expected = f"a tensor from {type(base).__name__}'s forward"
-            raise TypeError(f"LoraLinear: base_layer: expected {expected}, got {type(y).__name__}")
+            kind, got = type(base).__name__, type(y).__name__
+            raise TypeError(f"LoraLinear: base_layer: expected a tensor from {kind}'s forward, got {got}")
         if x.device != y.device:  # to which hooks of the base have taken it
             x = x.to(y.device)
-        check_device(names, A, B, x.device)
+        check_values(names, A, B, x)
         scaling, masks = self._dropout(x, names)
         for i, (a, b) in enumerate(zip(A, B, strict=True)):
             low_rank = F.linear(x * masks[i] if masks else x, a.to(x.dtype))
@@ -247,21 +247,22 @@ class LoraLinear(nn.Module):
         """
         base = self.base_layer
         if has_other_forward(base):  # of accelerate's hooks: it would go on computing with the base's weight
-            raise TypeError(
-                f"LoraLinear: base_layer: expected the forward of its class, {type(base).__name__}, got another"
-            )
+            kind = type(base).__name__
+            raise TypeError(f"LoraLinear: base_layer: expected the forward of its class, {kind}, got another")
         if isinstance(base, Linear4bit):
             return self._updated(base.dequantize(torch.float32), self.active_adapters)
         if not has_float_weight(base):
-            expected = f"a float weight {[self.out_features, self.in_features]} to merge into"
             got = f"{type(base).__name__}'s {base.weight.dtype} {list(base.weight.shape)}"
-            raise TypeError(f"LoraLinear: base_layer: expected {expected}, got {got}")
+            shape = [self.out_features, self.in_features]
+            raise TypeError(f"LoraLinear: base_layer: expected a float weight {shape} to merge into, got {got}")
         return self._updated(base.weight.float(), self.active_adapters)
 
     def _updated(self, weight: Tensor, names: list[str]) -> Tensor:
+        A, B = self.lora_A.forward(names), self.lora_B.forward(names)
+        check_values(names, A, B, weight)
         with torch.autocast(weight.device.type, enabled=False):
-            for name in names:
-                weight = weight.addmm(self.lora_B[name], self.lora_A[name], alpha=self.scaling[name])
+            for name, a, b in zip(names, A, B, strict=True):
+                weight = weight.addmm(b, a, alpha=self.scaling[name])
         return weight
 
     def merge(self) -> None:
@@ -272,8 +273,7 @@ class LoraLinear(nn.Module):
         base = self.base_layer
         weight = self.merged_weight()
         merged = base.with_weight(weight) if isinstance(base, Linear4bit) else dense(base, weight)
-        # As a child it would be in the state_dict; left out of it, accelerate would not find there what it finds here.
-        object.__setattr__(self, "merged_base", merged)
+        object.__setattr__(self, "merged_base", merged)  # as a child it would be in the state_dict
 
     def unmerge(self) -> None:
         """Compute with the base and its adapters again."""
@@ -288,8 +288,8 @@ class LoraLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
         super()._apply(keeping_dtype(fn, [*self.lora_A.values(), *self.lora_B.values()]), recurse)  # type: ignore[no-untyped-call]
-        if self.merged_base is not None:
-            self.merged_base._apply(fn, recurse)
+        if recurse and self.merged_base is not None:
+            self.merged_base._apply(fn)
         return self
 
 

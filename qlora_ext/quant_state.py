@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -40,8 +41,8 @@ class QuantState:
     def __post_init__(self) -> None:
         if not isinstance(self.shape, torch.Size):
             shape: Any = self.shape  # a list, say, as JSON gives it
-            if not isinstance(shape, (list, tuple)) or not all(isinstance(n, Integral | torch.SymInt) for n in shape):
-                raise TypeError(f"QuantState: shape: expected a torch.Size, got {shape!r}")
+            if not isinstance(shape, Sequence) or not all(isinstance(n, Integral | torch.SymInt) for n in shape):
+                raise TypeError(f"QuantState: shape: expected a torch.Size or another sequence of int, got {shape!r}")
             object.__setattr__(self, "shape", torch.Size(shape))
         for what, kind in _KINDS.items():
             if not isinstance(value := getattr(self, what), kind):

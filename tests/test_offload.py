@@ -13,7 +13,16 @@ from layers import BASES, make_base, make_lora, state_bytes
 from reference import assert_same
 from torch import nn
 
-from qlora_ext import LoraConfig, LoraLinear, add_adapter, merge_adapter, quantize_model, save_adapter, set_adapter
+from qlora_ext import (
+    LoraConfig,
+    LoraLinear,
+    add_adapter,
+    delete_adapter,
+    merge_adapter,
+    quantize_model,
+    save_adapter,
+    set_adapter,
+)
 
 CPU = torch.device("cpu")
 X = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
@@ -109,6 +118,25 @@ def test_an_adapter_on_another_device_than_x_is_named(base: str) -> None:
     layer.lora_B.to("meta")
     with pytest.raises(ValueError, match=r"(lora_B\.a0|lora_linear_4bit: B): expected device cpu, got meta"):
         layer(X)
+
+
+@by_base
+def test_an_adapter_without_values_is_not_merged(base: str) -> None:
+    layer = make_lora(make_base(base), LoraConfig())
+    layer.lora_A.to("meta")
+    with pytest.raises(ValueError, match=r"lora_A\.a0: expected device cpu, got meta"):
+        layer.merge()
+
+
+def test_adapters_stay_the_same_while_some_are_offloaded() -> None:
+    model = nn.Sequential(nn.Linear(48, 48))
+    add_adapter(model, LoraConfig())
+    cpu_offload(model[0].lora_B, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"add_adapter: model: 0: .*got one on meta"):
+        add_adapter(model, LoraConfig(), "second")
+    with pytest.raises(ValueError, match=r"delete_adapter: model: 0: .*got one on meta"):
+        delete_adapter(model, "default")
+    assert model[0].configs.keys() == {"default"}
 
 
 @by_base

@@ -120,9 +120,30 @@ def test_a_switch_that_fails_switches_no_layer() -> None:
         add_adapter(model, LoraConfig(r=2), name)
     with torch.inference_mode():
         model[1].lora_A["a"] = nn.Parameter(torch.zeros(2, 8))
-    with pytest.raises(RuntimeError, match="inference tensor"):
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match=r"set_adapter: model: 1: .*got inference tensors: a"):
         set_adapter(model, "a")
     assert [layer.active_adapters for layer in model] == [["b"], ["b"]]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+@by_base
+def test_a_merged_layer_has_the_bias_that_its_base_has(base: str) -> None:
+    layer = make_lora(make_base(base), LoraConfig())
+    layer.merge()
+    other = torch.arange(48.0)
+    expected = layer(X) - layer.bias + other
+    torch.testing.assert_close(torch.func.functional_call(layer, {"base_layer.bias": other}, (X,)), expected)
+    layer.bias = nn.Parameter(other, requires_grad=False)
+    torch.testing.assert_close(layer(X), expected)
+
+
+def test_applying_to_a_layer_alone_leaves_what_is_merged() -> None:
+    layer = make_lora(make_base(BASES[0]), LoraConfig())
+    layer.merge()
+    expected = layer(X)
+    layer._apply(torch.zeros_like, recurse=False)
+    assert_same(layer(X), expected)
 
 
 def test_an_adapter_made_in_inference_mode_is_one_like_others(tmp_path: Path) -> None:
