@@ -91,6 +91,14 @@ def test_prompt_that_ends_in_a_thought_is_cut_before_it(tmp_path: Path, ending: 
     assert labelled(tokenizer, load_one(jsonl(tmp_path / "d.jsonl", thought), tokenizer)) == "a<|im_end|>"
 
 
+def test_tags_of_a_template_are_no_thought(tmp_path: Path) -> None:
+    tags = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
+    tokenizer = tiny_tokenizer(tags + "{% if add_generation_prompt %}<assistant>\n{% endif %}")
+    record = {"prompt": "what is <b>", "response": "a"}
+    example = load_one(jsonl(tmp_path / "d.jsonl", record), tokenizer)
+    assert labelled(tokenizer, example) == "<assistant>a</assistant>", "what follows the user's turn"
+
+
 def test_first_turn_that_the_template_changes_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", {"messages": [{"role": "assistant", "content": "hi"}]})
     template = CHATML.replace("message['content']", "message['content'] | upper")
@@ -172,6 +180,22 @@ def test_duplicates_go_before_the_split(tmp_path: Path, tokenizer: PreTrainedTok
     assert len({tuple(example.input_ids) for example in data.train + data.held_out}) == 20
 
 
+def test_conversations_that_say_the_same_are_one_with_all_that_is_learned(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    said = [("user", "q"), ("assistant", "one"), ("user", "q"), ("assistant", "two"), ("assistant", "three")]
+
+    def record(*weights: int) -> dict[str, Any]:
+        of_answers = iter(weights)
+        turns = [{"role": role, "content": content} for role, content in said]
+        return {"messages": [t | {"weight": next(of_answers)} if t["role"] == "assistant" else t for t in turns]}
+
+    path = jsonl(tmp_path / "d.jsonl", record(1, 0, 0), record(0, 0, 1))
+    data = load(path, tokenizer, held_out_fraction=0)
+    assert (len(data.train), data.duplicates) == (1, 1)
+    assert labelled(tokenizer, data.train[0]) == "one<|im_end|>three<|im_end|>"
+
+
 def test_split_depends_on_the_seed_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = jsonl(tmp_path / "d.jsonl", *map(pair, range(30)))
 
@@ -221,6 +245,8 @@ BAD_LINES = {
     '{"prompt": "a", "response": "\\ud800"}': r"expected \"response\" to be Unicode text, got half a .*'\\ud800'",
     '{"prompt": "a", "response": "b", "system": "c"}': '.* role "system", got the field "system"',
     '{"prompt": "a", "response": "b", "weight": 0}': 'expected an example without it, got the field "weight"',
+    '{"prompt": "a", "response": "b", "context": "c"}': 'expected an example without it, got the field "context"',
+    '{"messages": [{"role": "assistant", "content": "a"}], "response": "b"}': 'expected .* got the field "response"',
     '{"messages": [{"role": "assistant", "tool_calls": [{}]}]}': 'expected .* got the field "tool_calls"',
     '{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}': 'expected "weight" to be 0 or 1, got 0.5',
     '{"messages": [{"role": "user", "content": "a", "weight": 1}]}': 'expected no "weight" but 0 .*"user", got 1',

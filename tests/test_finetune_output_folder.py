@@ -19,7 +19,7 @@ from tiny_model import one_thread as one_thread
 from transformers import AutoModelForCausalLM
 
 from qlora_ext.finetune import __main__ as cli
-from qlora_ext.finetune.output_folder import OutputFolder
+from qlora_ext.finetune.output_folder import LOCK, OutputFolder
 
 REPORTS = {"run.json", "report.json", "report.png"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -68,10 +68,26 @@ def test_nothing_of_another_run_stays_beside_a_new_one(methods: tuple[str, str],
 
 
 def test_what_no_run_has_written_stays(arguments: dict[str, Any]) -> None:
-    arguments["output"].mkdir()
-    (arguments["output"] / "config.json").write_text("mine")
+    own = [arguments["output"] / name for name in ("config.json", "checkpoint-notes.txt", "checkpoint-best/model.json")]
+    own[-1].parent.mkdir(parents=True)
+    for path in own:
+        path.write_text("mine")
     assert cli.main(words(arguments)) == 0
-    assert (arguments["output"] / "config.json").read_text() == "mine"
+    assert cli.main(words({**arguments, "overwrite": True})) == 0
+    assert [path.read_text() for path in own] == ["mine"] * len(own)
+
+
+def test_the_lock_is_a_file_of_its_own(tmp_path: Path) -> None:
+    lock = tmp_path / LOCK
+    with OutputFolder(tmp_path):
+        lock.unlink()
+        lock.write_text("another run's, in a folder that was made anew")
+    assert lock.exists()
+    lock.unlink()
+    lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=LOCK), OutputFolder(tmp_path):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("change", ["", "overwrite", "resume"])

@@ -11,7 +11,7 @@ from typing import Any
 from qlora_ext import LoraConfig
 
 from .optimizer import KINDS
-from .output_folder import earlier_run
+from .output_folder import checkpoints, earlier_run
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--output {options.output}: not a folder")
     if options.resume and options.overwrite:
         command.error("--resume and --overwrite exclude each other")
-    if options.resume and not any(options.output.glob("checkpoint-*")):
+    if options.resume and not checkpoints(options.output):
         command.error(f"--resume: no checkpoint in {options.output}")
     if not (options.resume or options.overwrite) and (reason := earlier_run(options.output)):
         command.error(reason)

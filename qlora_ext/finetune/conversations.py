@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 
 # Fields that would change what is learned, were they read; any others (id, source, ...) are only counted.
 MEANT_FOR_EXAMPLE = (
-    *("system", "tools", "functions", "weight", "history", "chat_template_kwargs"),
+    *("system", "system_prompt", "instruction", "input", "context", "history"),
+    *("tools", "functions", "weight", "chat_template_kwargs"),
     *("images", "videos", "audios", "documents"),
 )
 MEANT_FOR_MESSAGE = (
     *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
     *("train", "images", "videos", "audios"),
 )
+
+
+NOTHING = (("weight", 1), ("train", 1))  # says no more than is meant without
 
 
 class Turn(NamedTuple):
@@ -72,7 +76,7 @@ def _conversation(record: Any, unread: set[str]) -> Conversation:
     messages = record["messages"]
     if not isinstance(messages, list):
         raise ValueError(f'expected "messages" to be an array, got {_kind(messages)}')
-    _check_others(record, ("messages",), MEANT_FOR_EXAMPLE, unread)
+    _check_others(record, ("messages",), (*MEANT_FOR_EXAMPLE, "response"), unread)
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(f"expected messages[{index}] to be an object, got {_kind(message)}")
@@ -101,7 +105,7 @@ def _check_others(given: dict[str, Any], read: tuple[str, ...], meant: tuple[str
             continue
         if field not in meant:
             unread.add(field)
-        elif given[field] not in (None, "", [], {}) and (field, given[field]) != ("weight", 1):
+        elif (value := given[field]) not in (None, "", [], {}) and value is not False and (field, value) not in NOTHING:
             advice = 'a message of the role "system"' if field == "system" else "an example without it"
             raise ValueError(f'expected {advice}, got the field "{field}", which is not read')
 

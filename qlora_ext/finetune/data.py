@@ -25,7 +25,7 @@ from .conversations import Conversation, Turn, read_conversations, read_lines
 IGNORE = -100  # the label that cross entropy leaves out
 TEXT_PROMPT = 16  # tokens of a text window that a sample answer continues
 # How a chat template may end a prompt so that the model thinks first, which answers in data seldom do.
-THINKING = re.compile(r"(</?\w+>\s*)+$")
+THINKING = re.compile(r"(</?think(ing)?>\s*)+$")
 MARK = "\ue000"  # no letter of any language: in no template, and stays as it is when a template strips or folds
 
 
@@ -80,13 +80,17 @@ def load_data(
         candidates, duplicates = _text_windows(path, tokenizer, max_length)
     else:
         lines = list(read_conversations(path, unread))
-        first_line: dict[Conversation, int] = {}
+        first: dict[tuple[tuple[str, str], ...], tuple[int, Conversation]] = {}  # line, of those that say the same
         for number, conversation in lines:
-            first_line.setdefault(conversation, number)
-        duplicates = len(lines) - len(first_line)
+            said = tuple((turn.role, turn.content) for turn in conversation)
+            at, same = first.get(said, (number, conversation))
+            # What is to be learned in any of them is.
+            learned = tuple(max(pair, key=lambda turn: turn.learned) for pair in zip(same, conversation, strict=True))
+            first[said] = at, learned
+        duplicates = len(lines) - len(first)
         render = _Render(tokenizer, use_chat_template)
         candidates = []
-        for conversation, number in tqdm(first_line.items(), desc="tokenizing", unit="example", leave=False):
+        for number, conversation in tqdm(first.values(), desc="tokenizing", unit="example", leave=False):
             try:
                 candidates.append(_encode(conversation, render))
             except (ValueError, TypeError, jinja2.TemplateError) as error:
@@ -99,7 +103,9 @@ def load_data(
         if any(label != IGNORE for label in example.labels[1:])
     ]
     if not kept:
-        raise ValueError(f"{path}: no example has a token to learn within {max_length} tokens")
+        raise ValueError(
+            f"{path}: no example has a token to learn within {max_length} tokens, in answers of a weight other than 0"
+        )
     random.Random(seed).shuffle(kept)
     held_out = max(1, round(len(kept) * held_out_fraction)) if held_out_fraction > 0 else 0
     if held_out >= len(kept):
@@ -194,7 +200,8 @@ def _before(turns: Conversation, through: str, render: _Render) -> str:
         return head
     prompt = render(turns[:-1], True)
     bare = render(turns[:-1])
-    for before in (prompt, THINKING.sub("", prompt), bare):
+    unthinking = THINKING.sub("", prompt)
+    for before in (prompt, unthinking if len(unthinking) >= len(bare) else bare, bare):
         if through.startswith(before):
             return before
     raise ValueError(

@@ -1,36 +1,52 @@
 """The folder of a run: no two runs write into it at once, and none leaves products of another beside its own."""
 
-import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
 LOCK = ".finetune.lock"
 STAGING = ".incomplete"
-# All that a run writes. Checkpoints go first: what --resume goes on from must not be of another run than run.json says.
-PRODUCTS = (
-    *("checkpoint-*", STAGING),
-    *("adapter_config.json", "adapter_model.safetensors", "adapter_*.tmp"),
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+# What a run writes, beside checkpoints and its reports.
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_*.tmp")
+MODEL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+BESIDE_MODEL = (
     *("config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "additional_chat_templates", "vocab.json", "merges.txt", "vocab.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("run.json", "report.json", "report.png", ".run.json", ".report.json", ".report.png"),
 )
+REPORTS = ("report.json", "report.png")
+PARTIAL = (STAGING, ".run.json", ".report.json", ".report.png")
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Those of a run; a copy that someone has put aside under another name is none."""
+    return [each for each in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", each.name) and each.is_dir()]
 
 
 def earlier_run(path: Path) -> str | None:
     """What a run may not write beside unless it resumes or overwrites, and how to have it do so; None: nothing."""
-    if any(path.glob("checkpoint-*")):
+    if checkpoints(path):
         return f"--output {path} holds an earlier run: add --resume or --overwrite"
     if any(path.glob("*.safetensors")):
         return f"--output {path} holds a model or an adapter: add --overwrite"
     return None
+
+
+def _products(path: Path) -> list[Path]:
+    """Checkpoints first: what --resume goes on from must not be of another run than run.json says."""
+    beside = BESIDE_MODEL if _found(path, MODEL) else ()  # else they are somebody's own
+    return [*checkpoints(path), *_found(path, (*ADAPTER, *MODEL, *beside, "run.json", *REPORTS, *PARTIAL))]
+
+
+def _found(path: Path, patterns: Iterable[str]) -> list[Path]:
+    return [each for pattern in patterns for each in path.glob(pattern)]
 
 
 def write_files(folder: Path, contents: dict[str, bytes]) -> None:
@@ -66,7 +82,8 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.lock is not None:
-            (self.path / LOCK).unlink(missing_ok=True)  # first: another run takes only what has its name
+            if self._is_there(self.lock):
+                (self.path / LOCK).unlink(missing_ok=True)  # first: another run takes only what has its name
             self.lock.close()
 
     def begin(self, *, resume: bool, overwrite: bool) -> None:
@@ -80,25 +97,34 @@ class OutputFolder:
         if not (resume or overwrite) and (reason := earlier_run(self.path)):  # one that began and ended meanwhile
             raise ValueError(reason)
         # Without --overwrite there is nothing of a run but, perhaps, its reports; other files are not its own.
-        for pattern in PRODUCTS if overwrite else ("report.json", "report.png"):
-            for product in self.path.glob(pattern):
-                if product.is_dir() and not product.is_symlink():
-                    shutil.rmtree(product)
-                else:
-                    product.unlink()
+        for product in _products(self.path) if overwrite else _found(self.path, REPORTS):
+            if product.is_dir() and not product.is_symlink():
+                shutil.rmtree(product)
+            else:
+                product.unlink()
 
     def _take(self) -> None:
         path = self.path / LOCK
         while self.lock is None:
-            file = open(path, "ab", buffering=0)  # noqa: SIM115
+            file = open(path, "ab", buffering=0, opener=_no_link)  # noqa: SIM115
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):  # where there are no locks
                     file.close()
                     raise ValueError(f"--output {self.path}: expected no other run in it, got one at work") from error
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(path.lstat(), os.fstat(file.fileno())):
-                    self.lock = file
-                    return
+            if self._is_there(file):
+                self.lock = file
+                return
             file.close()  # of a run that has just ended
+
+    def _is_there(self, file: FileIO) -> bool:
+        """Whether the file that has the lock's name is this one."""
+        try:
+            return os.path.samestat((self.path / LOCK).lstat(), os.fstat(file.fileno()))
+        except FileNotFoundError:
+            return False
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
