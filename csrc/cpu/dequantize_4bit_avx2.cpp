@@ -14,20 +14,12 @@ namespace {
 
 template <bool kPastCaches>
 inline void store(__m128i* to, __m128i x) {
-  if constexpr (kPastCaches) {
-    _mm_stream_si128(to, x);
-  } else {
-    _mm_storeu_si128(to, x);
-  }
+  kPastCaches ? _mm_stream_si128(to, x) : _mm_storeu_si128(to, x);
 }
 
 template <bool kPastCaches>
 inline void store(float* to, __m256 x) {
-  if constexpr (kPastCaches) {
-    _mm256_stream_ps(to, x);
-  } else {
-    _mm256_storeu_ps(to, x);
-  }
+  kPastCaches ? _mm256_stream_ps(to, x) : _mm256_storeu_ps(to, x);
 }
 
 template <bool kPastCaches, typename T>  // bf16 or fp16
@@ -78,6 +70,7 @@ void dequantize_blocks(const Packed4bit& w, std::int64_t begin, std::int64_t end
     dequantize_block<kPastCaches>(w.packed + block * w.blocksize / 2, w.blocksize, _mm256_mul_ps(low_values, absmax),
                                   _mm256_mul_ps(high_values, absmax), out);
   }
+  if constexpr (kPastCaches) _mm_sfence();  // others see such stores in any order
 }
 
 }  // namespace
@@ -85,13 +78,9 @@ void dequantize_blocks(const Packed4bit& w, std::int64_t begin, std::int64_t end
 void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
                           bool past_caches) {
   with_type(dtype, [&](auto type) {
-    auto* values = static_cast<decltype(type)*>(out);
-    if (past_caches) {
-      dequantize_blocks<true>(w, begin, end, values);
-      _mm_sfence();  // such stores are seen by others in any order
-    } else {
-      dequantize_blocks<false>(w, begin, end, values);
-    }
+    using T = decltype(type);
+    const auto blocks = past_caches ? dequantize_blocks<true, T> : dequantize_blocks<false, T>;
+    blocks(w, begin, end, static_cast<T*>(out));
   });
 }
 

@@ -15,11 +15,7 @@ namespace {
 
 template <bool kPastCaches>
 inline void store(void* to, __m512i x) {
-  if constexpr (kPastCaches) {
-    _mm512_stream_si512(static_cast<__m512i*>(to), x);
-  } else {
-    _mm512_storeu_si512(to, x);
-  }
+  kPastCaches ? _mm512_stream_si512(static_cast<__m512i*>(to), x) : _mm512_storeu_si512(to, x);
 }
 
 template <bool kPastCaches, typename T>  // bf16 or fp16
@@ -48,6 +44,7 @@ void dequantize_blocks(const Packed4bit& w, std::int64_t begin, std::int64_t end
     const __m512 products = _mm512_mul_ps(values, _mm512_set1_ps(block_absmax(w, block)));
     dequantize_block<kPastCaches>(w.packed + block * w.blocksize / 2, w.blocksize, products, out);
   }
+  if constexpr (kPastCaches) _mm_sfence();  // others see such stores in any order
 }
 
 }  // namespace
@@ -55,13 +52,9 @@ void dequantize_blocks(const Packed4bit& w, std::int64_t begin, std::int64_t end
 void dequantize_4bit_avx512(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
                             bool past_caches) {
   with_type(dtype, [&](auto type) {
-    auto* values = static_cast<decltype(type)*>(out);
-    if (past_caches) {
-      dequantize_blocks<true>(w, begin, end, values);
-      _mm_sfence();  // such stores are seen by others in any order
-    } else {
-      dequantize_blocks<false>(w, begin, end, values);
-    }
+    using T = decltype(type);
+    const auto blocks = past_caches ? dequantize_blocks<true, T> : dequantize_blocks<false, T>;
+    blocks(w, begin, end, static_cast<T*>(out));
   });
 }
 
