@@ -33,7 +33,7 @@ void dequantize_portable(const Packed4bit& w, std::int64_t begin, std::int64_t e
 }  // namespace
 
 void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
-                     bool past_caches) {
+                     [[maybe_unused]] bool past_caches) {
   with_type(dtype, [&](auto type) {
     auto* values = static_cast<decltype(type)*>(out);
 #if defined(__x86_64__)
