@@ -61,7 +61,8 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
 
     Raises:
         TypeError: name is no str, no list of them and not None.
-        ValueError: there is no adapter of such a name; merged adapters.
+        ValueError: there is no adapter of such a name; merged adapters; one made of inference tensors. Nothing has
+            changed then.
     """
     check_not_merged("set_adapter", model)
     if name is not None and not isinstance(name, Iterable):
