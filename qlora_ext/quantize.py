@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
@@ -36,7 +37,7 @@ def quantize_model(
         quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
     Returns:
-        The same model.
+        The same model. Warns if most of its weights are not in layers, but in 3-D tensors, as fused experts are.
 
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
@@ -81,7 +82,27 @@ def quantize_model(
         got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
         expected = f"an nn.Linear in it that is not in skip={(*skip, *sorted(head))}"
         raise ValueError(f"quantize_model: model: expected {expected}, got {got}")
+    _warn_of_experts(model)
     return model
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Say so if 3-D tensors, as transformers fuses experts into, hold more weights than the 4-bit layers do."""
+    quantized = 0
+    fused: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            quantized += module.in_features * module.out_features
+        elif not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+            own = module.named_parameters(name, recurse=False)
+            fused |= {key: p.numel() for key, p in own if p.dim() == 3 and p.is_floating_point()}
+    if (left := sum(fused.values())) > quantized:
+        warnings.warn(
+            f"quantize_model: model: {left:,} weights stay as they are, in tensors of 3 dimensions (fused experts, "
+            f"as {next(iter(fused))}); in 4 bits are {quantized:,}, those of layers",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_model(model: nn.Module) -> None:

@@ -153,7 +153,8 @@ def test_rearranged_architecture_loads_and_its_linears_are_quantized(tmp_path: P
     stored = load_file(tmp_path / "model.safetensors").keys()
     assert stored != saved.state_dict().keys(), "the case needs an architecture whose file has other names"
     assert_same_model(load(tmp_path), saved)
-    model = load(tmp_path, quantize=QUANTIZE)
+    with pytest.warns(UserWarning, match="fused experts"):
+        model = load(tmp_path, quantize=QUANTIZE)
     assert isinstance(model.model.layers[0].self_attn.q_proj, qlora_ext.Linear4bit)
     eager = load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention="eager")
     assert eager.config._attn_implementation == "eager"
