@@ -11,6 +11,8 @@ export GOMP_SPINCOUNT := 10000
 export QLORA_EXT_CUDA ?= $(if $(or $(CUDA_HOME),$(shell which nvcc 2> /dev/null)),,0)
 SOURCES := pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.h *.cpp cpu/*.h cpu/*.cpp pager/*.h pager/*.cpp cuda/*.cu cuda/*.cuh))
 CUDA_VENV := .venv-cuda
+# Most of their time is Python on one core. A process takes 1 to 4 GB.
+PYTEST_FLAGS := -n logical --maxprocesses 4 --dist worksteal
 DEMO := build/demo
 DEMO_FLAGS ?= --steps 60
 
@@ -21,8 +23,8 @@ demo: $(VENV)/.installed-finetune  ## fine-tune SmolLM2-135M-Instruct with QLoRA
 	$(BIN)/python -m qlora_ext.finetune --model $(DEMO)/model.gguf --data $(DEMO)/pairs.jsonl --method qlora \
 	  --output $(DEMO)/qlora --overwrite --batch-size 8 --lr 1e-3 --schedule constant --r 8 $(DEMO_FLAGS)
 
-test: $(VENV)/.installed-dev  ## all tests but the slow ones
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## all tests but the slow ones, several at a time
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy, clang-format
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
@@ -34,7 +36,7 @@ aarch64: $(VENV)/.installed-dev  ## the CPU kernels and their C++ tests for 64-b
 	$(BIN)/cmake -S . -B build/aarch64 --toolchain cmake/aarch64.cmake && $(BIN)/cmake --build build/aarch64 -j 2 && $(BIN)/ctest --test-dir build/aarch64 --output-on-failure
 
 cuda:  ## build for CUDA in .venv-cuda, from packages alone, and check it; a GPU is not needed
-	tools/cuda_env.sh $(CUDA_VENV) && tools/cuda_check.sh $(CUDA_VENV)/bin/python
+	tools/cuda_env.sh $(CUDA_VENV) && tools/cuda_check.sh $(CUDA_VENV)/bin/python $(PYTEST_FLAGS)
 
 # The user's python3, not that of .venv.
 gpu: export PATH := $(USER_PATH)
