@@ -287,7 +287,7 @@ class LoraLinear(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
-        super()._apply(keeping_dtype(fn, [*self.lora_A.values(), *self.lora_B.values()]), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_dtype(fn, [*self.lora_A.parameters(), *self.lora_B.parameters()]), recurse)  # type: ignore[no-untyped-call]
         if recurse and self.merged_base is not None:
             self.merged_base._apply(fn)
         return self
