@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
+from qlora_ext.functional import has_values
 from qlora_ext.layer_hooks import has_other_forward, is_hooked
 from qlora_ext.layer_names import check_name, is_pattern_of
 from qlora_ext.linear import Linear4bit, dense
@@ -247,7 +248,7 @@ def _check_mergeable(name: str, layer: LoraLinear) -> None:
         weight = layer.merged_weight()
     except TypeError as error:
         raise TypeError(f"merge_adapter: {name}: {error}") from error
-    if not weight.to(layer.dtype).isfinite().all():
+    if has_values(weight) and not weight.to(layer.dtype).isfinite().all():
         adapters = ", ".join(layer.active_adapters)
         raise ValueError(f"merge_adapter: {name}: expected finite values with {adapters}, got NaN or Inf")
 
