@@ -171,23 +171,25 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
   // Of what is saved: after the weight's tensors x and xA, then A, B and the masks of all adapters.
   static constexpr size_t kX = Weight::kTensors, kXA = kX + 1, kAdapters = kXA + 1;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, at::TensorList A,
-                               at::TensorList B, const Weight& w, const c10::SymInt& out_features,
-                               const ScalingAndMasks& scaling_and_masks) {
+  // Returns y. xA is no second output: it would have to be marked as not differentiable, and compiled autograd takes no
+  // function that marks one.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, at::TensorList A,
+                        at::TensorList B, const Weight& w, const c10::SymInt& out_features,
+                        const ScalingAndMasks& scaling_and_masks, Tensor* xA) {
     const auto& [scaling, masks] = scaling_and_masks;
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, xA] = call_lora(x, w, out_features, bias, A, B, scaling, masks);
+    Tensor y;
+    std::tie(y, *xA) = call_lora(x, w, out_features, bias, A, B, scaling, masks);
     variable_list saved = w.save(ctx);
-    saved.insert(saved.end(), {x, xA});
+    saved.insert(saved.end(), {x, *xA});
     saved.insert(saved.end(), A.begin(), A.end());
     saved.insert(saved.end(), B.begin(), B.end());
     saved.insert(saved.end(), masks.begin(), masks.end());
     ctx->saved_data["scaling"] = scaling;
     save_bias(ctx, bias);
     ctx->save_for_backward(std::move(saved));
-    ctx->mark_non_differentiable({xA});
     ctx->set_materialize_grads(false);
-    return {y, xA};
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -199,7 +201,7 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     const at::TensorList B = at::TensorList(saved).slice(kAdapters + count, count);
     const at::TensorList masks = at::TensorList(saved).slice(kAdapters + 2 * count);
     const size_t first_B = 2 + count;  // of the gradients, in the order of forward's arguments: x, bias, A, B, ...
-    variable_list out(2 + 2 * count + 3);
+    variable_list out(2 + 2 * count + 4);
     if (!grads[0].defined()) return out;
 
     {
@@ -254,9 +256,10 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
     at::AutoDispatchBelowADInplaceOrView below;
     return call_lora(x, w, out_features, bias, A, B, scaling, dropout_mask);
   }
-  const auto out =
-      LoraLinear4bit::apply(x, bias, A, B, w, out_features, ScalingAndMasks{scaling.vec(), dropout_mask.vec()});
-  return {out[0], out[1]};
+  Tensor xA;
+  const Tensor y =
+      LoraLinear4bit::apply(x, bias, A, B, w, out_features, ScalingAndMasks{scaling.vec(), dropout_mask.vec()}, &xA);
+  return {y, xA};
 }
 
 }  // namespace

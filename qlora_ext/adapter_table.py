@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class AdapterTable(nn.ParameterDict):
@@ -21,6 +22,12 @@ class AdapterTable(nn.ParameterDict):
             return [parameters[name] for name in names]  # type: ignore[misc]
         except KeyError:  # FSDP and parametrizations keep them elsewhere
             return [self[name] for name in names]
+
+    def leaves(self, name: str) -> list[Tensor]:
+        """What trains of this adapter: its tensor, or what a parametrization makes that of, anew at each look."""
+        if is_parametrized(self, name):
+            return list(self.parametrizations[name].parameters())  # type: ignore[index, union-attr]
+        return [self[name]]
 
 
 def check_values(names: list[str], A: list[Tensor], B: list[Tensor], like: Tensor) -> None:

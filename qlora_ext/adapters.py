@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
+from qlora_ext.functional import has_values
 from qlora_ext.layer_hooks import has_other_forward, is_hooked
 from qlora_ext.layer_names import check_name, is_pattern_of
 from qlora_ext.linear import Linear4bit, dense
@@ -73,7 +74,7 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     layers = list(lora_layers(model))
     for layer_name, layer in layers:  # before any switches
         for each in layer.configs.keys() & set(names):
-            if layer.lora_A[each].is_inference() or layer.lora_B[each].is_inference():
+            if any(leaf.is_inference() for leaf in (*layer.lora_A.leaves(each), *layer.lora_B.leaves(each))):
                 expected = "an adapter made outside torch.inference_mode(), so that it can be trained"
                 raise ValueError(
                     f"set_adapter: model: {layer_name}: expected {expected}, got inference tensors: {each}"
@@ -81,8 +82,8 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     for _, layer in layers:
         layer.active_adapters = [n for n in names if n in layer.configs]
         for each in layer.configs:
-            layer.lora_A[each].requires_grad_(each in names)
-            layer.lora_B[each].requires_grad_(each in names)
+            for leaf in (*layer.lora_A.leaves(each), *layer.lora_B.leaves(each)):
+                leaf.requires_grad_(each in names)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -215,7 +216,7 @@ def freeze(op: str, model: nn.Module, but: Iterable[Tensor] = ()) -> None:
     file of none from now on."""
     known = {id(tensor) for tensor in but}
     for _, layer in lora_layers(model):
-        known |= {id(tensor) for table in (layer.lora_A, layer.lora_B) for tensor in table.values()}
+        known |= {id(tensor) for table in (layer.lora_A, layer.lora_B) for tensor in table.parameters()}
     stopped = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     model.requires_grad_(False)
     if stopped and len(adapter_names(model)) > 1:
@@ -247,7 +248,7 @@ def _check_mergeable(name: str, layer: LoraLinear) -> None:
         weight = layer.merged_weight()
     except TypeError as error:
         raise TypeError(f"merge_adapter: {name}: {error}") from error
-    if not weight.to(layer.dtype).isfinite().all():
+    if has_values(weight) and not weight.to(layer.dtype).isfinite().all():
         adapters = ", ".join(layer.active_adapters)
         raise ValueError(f"merge_adapter: {name}: expected finite values with {adapters}, got NaN or Inf")
 

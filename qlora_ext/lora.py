@@ -260,7 +260,7 @@ class LoraLinear(nn.Module):
     def _updated(self, weight: Tensor, names: list[str]) -> Tensor:
         A, B = self.lora_A.forward(names), self.lora_B.forward(names)
         check_values(names, A, B, weight)
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # meta has none
             for name, a, b in zip(names, A, B, strict=True):
                 weight = weight.addmm(b, a, alpha=self.scaling[name])
         return weight
@@ -287,7 +287,7 @@ class LoraLinear(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
-        super()._apply(keeping_dtype(fn, [*self.lora_A.values(), *self.lora_B.values()]), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_dtype(fn, [*self.lora_A.parameters(), *self.lora_B.parameters()]), recurse)  # type: ignore[no-untyped-call]
         if recurse and self.merged_base is not None:
             self.merged_base._apply(fn)
         return self

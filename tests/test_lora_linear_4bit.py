@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch.nn.functional as F
 from cases import DTYPES, normal, pairwise, quantized_normal
 from reference import Quantized, assert_as_exact_as_torch, assert_same, dequantize_4bit
@@ -260,3 +261,13 @@ def test_the_second_derivative_of_a_linear_function_is_none() -> None:
     x = normal(3, 256).requires_grad_()
     (grad_x,) = torch.autograd.grad(linear_4bit(x, *WEIGHT, 48, None).sum(), x, create_graph=True)
     assert not grad_x.requires_grad
+
+
+def test_compiled_autograd_takes_its_node() -> None:
+    """As torch._dynamo.config.compiled_autograd has it, of what runs eagerly forward."""
+    a, b, scaling = adapters((8, 4), 48, 256)
+    leaves = [torch.randn(5, 256), torch.randn(48), *a, *b]
+    grad, forward = torch.randn(5, 48), fused(WEIGHT, 48, scaling, [])
+    eager = with_gradients(forward, leaves, grad)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        torch.testing.assert_close(with_gradients(forward, leaves, grad), eager)

@@ -1,0 +1,52 @@
+"""Tables whose tensors are computed from others, by torch.nn.utils.parametrize."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from adapted_model import trainable
+from layers import BASES, make_base, make_lora
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from qlora_ext import LoraConfig, LoraLinear, add_adapter, set_adapter
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * 2
+
+
+def parametrized(base: str) -> nn.Sequential:
+    """Adapters a0 and a1, A of a1 being twice its parameter; both active."""
+    layer = make_lora(make_base(base), LoraConfig(r=2), LoraConfig(r=2))
+    layer.base_layer.requires_grad_(False)
+    register_parametrization(layer.lora_A, "a1", Doubled())
+    return nn.Sequential(layer)
+
+
+TRAINED = {"a0": {"0.lora_A.a0", "0.lora_B.a0"}, "a1": {"0.lora_A.parametrizations.a1.original", "0.lora_B.a1"}}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_a_parametrized_adapter_is_made_of_is_what_trains(base: str) -> None:
+    model = parametrized(base)
+    for name in ("a0", "a1", "a0", None, "a1"):
+        set_adapter(model, name)
+        assert trainable(model) == TRAINED.get(name, set())
+    model(torch.ones(1, 256)).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_parametrized_adapter_is_frozen_without_a_word_and_never_cast(base: str) -> None:
+    model = parametrized(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_adapter(model, LoraConfig(), "other")
+    assert trainable(model) == {"0.lora_A.other", "0.lora_B.other"}
+    model.bfloat16()
+    assert isinstance(model[0], LoraLinear)
+    assert model[0].lora_A["a1"].dtype == torch.float32
