@@ -224,13 +224,12 @@ def _parse_key(key: str, layers: dict[str, Any], path: Path) -> tuple[str, str]:
 def _check_base(key: str, layer: AnyLinear, given: Tensor, path: Path) -> None:
     """PEFT writes an output head beside its adapter: nothing new, unless the head was resized or trained."""
     base = layer.base_layer if isinstance(layer, LoraLinear) else layer
-    is_bias = key.endswith(".bias")
-    own = base.bias if is_bias else base.weight
+    own = base.bias if key.endswith(".bias") else base.weight
     own = own if own is None else gathered(own.detach())
-    if own is not None and isinstance(base, Linear4bit) and not is_bias:
+    if isinstance(base, Linear4bit):
         fits = given.is_floating_point() and tuple(given.shape) == (base.out_features, base.in_features)
         given = base.with_weight(given.to(base.dtype)).weight if fits and given.isfinite().all() else given
-    if own is None or given.shape != own.shape or not torch.equal(given.to(own), own):
+    if own is None or not torch.equal(given.to(own), own):
         raise ValueError(f"load_adapter: {path}: {key}: expected what the model has in this place, got another")
 
 

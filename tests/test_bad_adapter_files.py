@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from qlora_ext import LoraLinear, load_adapter, save_adapter
+from qlora_ext.peft_config import read_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 A, B = f"{PREFIX}{Q_PROJ}.lora_A.weight", f"{PREFIX}{Q_PROJ}.lora_B.weight"
+BASE = f"{PREFIX}{Q_PROJ}.base_layer.weight"
 WIDE = torch.ones(4, 64)
 
 
@@ -104,7 +106,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         WEIGHTS,
     ),
     "weights-torch-save": (lambda folder: torch.save({A: torch.ones(4, 64)}, folder / WEIGHTS), ValueError, WEIGHTS),
-    "weights-none": (lambda folder: save_file({}, folder / WEIGHTS), ValueError, f"{WEIGHTS}.*none"),
+    "weights-none": (lambda folder: save_file({}, folder / WEIGHTS), ValueError, f"{WEIGHTS}.*tensors, got none$"),
     "another-models-key": (change_tensors({"norm.weight": WIDE}), ValueError, f"{WEIGHTS}.*'norm.weight'"),
     "key-without-prefix": (
         change_tensors({f"{Q_PROJ}.lora_A.weight": WIDE}, drop=(A,)),
@@ -116,6 +118,19 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         ValueError,
         f"{WEIGHTS}.*lora_magnitude_vector",
     ),
+    "bias-of-b": (
+        change_tensors({B.replace("weight", "bias"): torch.ones(64)}),
+        ValueError,
+        f"{WEIGHTS}.*keys.*{Q_PROJ}.lora_B.bias",
+    ),
+    **{
+        f"base-{kind}": (change_tensors({BASE: tensor}), ValueError, f"{WEIGHTS}.*{BASE}: expected what the model has")
+        for kind, tensor in {
+            "of-another-shape": WIDE,
+            "nan": torch.full((64, 64), torch.nan),
+            "integers": torch.ones(64, 64, dtype=torch.int64),
+        }.items()
+    },
     "embedding": (
         change_tensors({f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.ones(4, 258)}),
         ValueError,
@@ -158,6 +173,23 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "integers": (change_tensors({A: WIDE.long()}), ValueError, f"{WEIGHTS}.*{Q_PROJ}.lora_A.*int64"),
     **{key: (change_config(**{key: value}), ValueError, f"{CONFIG}.*{key}") for key, value in UNSUPPORTED.items()},
 }
+
+
+@pytest.mark.parametrize(
+    ("targets", "demanded"),
+    [
+        (["q_proj"], [1]),
+        (["q_proj", "model.layers.0.q_proj"], [0, 1]),
+        (r".*q_proj", [0, 1]),
+        (None, []),
+    ],
+    ids=["name", "whole-name", "regex", "none"],
+)
+def test_which_layers_are_demanded_with_layers_to_transform(targets: Any, demanded: list[int], tmp_path: Path) -> None:
+    fields = {"peft_type": "LORA", "target_modules": targets, "layers_to_transform": [1]}
+    (tmp_path / CONFIG).write_text(json.dumps(fields))
+    _, _, demands = read_config(tmp_path)
+    assert [i for i in range(2) if demands(f"model.layers.{i}.q_proj")] == demanded
 
 
 @pytest.mark.parametrize(("name", "error"), [("keys", ValueError), ("a.b", ValueError), (1, TypeError)], ids=str)

@@ -62,6 +62,17 @@ def test_a_name_that_peft_would_take_to_mean_a_layer_with_an_adapter_is_refused(
         save_adapter(model, tmp_path)
 
 
+@pytest.mark.parametrize("kind", [nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList])
+def test_a_name_that_peft_would_take_to_mean_what_is_never_called_is_refused(
+    kind: type[nn.Module], tmp_path: Path
+) -> None:
+    model = nn.ModuleDict({"head": nn.Linear(8, 8), "proj": nn.Linear(8, 8), "inner": nn.ModuleDict({"head": kind()})})
+    add_adapter(model, LoraConfig(r=2, target_modules=["proj"]))
+    model["head"].requires_grad_(True)
+    with pytest.raises(ValueError, match=rf"save_adapter: model: head: .*inner\.head too, in a {kind.__name__}"):
+        save_adapter(model, tmp_path)
+
+
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,37 @@ def test_what_no_run_has_written_stays(arguments: dict[str, Any]) -> None:
     assert [path.read_text() for path in own] == ["mine"] * len(own)
 
 
+OF_A_RUN = (
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.0.tmp", "run.json"),
+    *("report.json", "report.png", ".run.json", ".report.json", ".report.png", ".incomplete/checkpoint-9/model"),
+    *("checkpoint-3/model.safetensors", "checkpoint-12/model.safetensors"),
+)
+BESIDE_A_MODEL = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "additional_chat_templates/rag.jinja", "vocab.json", "merges.txt"),
+    *("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+
+
+@pytest.mark.parametrize(
+    "weights", ["", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+)
+def test_overwrite_deletes_what_runs_write_and_nothing_else(weights: str, tmp_path: Path) -> None:
+    """A tokenizer of one's own stays, but where it is a model's, which goes."""
+    folder, others = tmp_path / "out", {"notes.txt", "checkpoint-best/model", "run.json.bak", "model.txt"}
+    for name in (*OF_A_RUN, *BESIDE_A_MODEL, *others, *filter(None, [weights])):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    (tmp_path / "precious").mkdir()
+    (folder / "checkpoint-5").symlink_to(tmp_path / "precious")
+    with OutputFolder(folder) as output:
+        output.begin(resume=False, overwrite=True)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert left == others | (set() if weights else set(BESIDE_A_MODEL))
+    assert (tmp_path / "precious").exists()
+    assert not (folder / "checkpoint-5").is_symlink()
+
+
 def test_the_lock_is_a_file_of_its_own(tmp_path: Path) -> None:
     lock = tmp_path / LOCK
     with OutputFolder(tmp_path):

@@ -86,6 +86,19 @@ def test_what_others_keep_in_state_stays() -> None:
     assert again.state_dict()["state"] == saved
 
 
+def test_states_put_in_that_do_not_lie_in_memory_as_they_are() -> None:
+    def run(make: Callable[..., Optimizer]) -> Tensor:
+        p = Parameter(torch.ones(4, 30))
+        optimizer = make([p], lr=LR)
+        negated, of_graph = torch._neg_view(torch.full((4, 30), -2.0)), torch.ones(4, 30, requires_grad=True) * 3
+        optimizer.state[p] = {"step": torch.tensor(7.0), "exp_avg": negated, "exp_avg_sq": of_graph.expand(4, 30)}
+        p.grad = torch.ones(4, 30)
+        optimizer.step()
+        return p.detach()
+
+    as_torch(run)
+
+
 def test_names_of_another_parameter_are_no_state() -> None:
     p, other = Parameter(torch.ones(3)), Parameter(torch.ones(3))
     optimizer = PagedAdamW([p])
@@ -153,6 +166,29 @@ def test_a_state_without_steps_is_saved_as_none() -> None:
     optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.state_dict()["state"] == {}
+
+
+def test_a_loaded_state_without_steps_begins_anew() -> None:
+    def run(make: Callable[..., Optimizer]) -> Tensor:
+        p = Parameter(torch.ones(3))
+        optimizer = make([p], lr=LR)
+        state = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: state}})
+        p.grad = torch.ones(3)
+        optimizer.step()
+        return p.detach()
+
+    as_torch(run)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(4095, torch.float32), (4096, torch.uint8)])
+def test_states_have_8_bits_from_4096_elements_on(size: int, dtype: torch.dtype) -> None:
+    """A file of another version has them so."""
+    p = Parameter(torch.ones(size))
+    optimizer = PagedAdamW([p], state_bits=8)
+    p.grad = torch.ones(size)
+    optimizer.step()
+    assert optimizer.state_dict()["state"][0]["exp_avg"].dtype == dtype
 
 
 def test_bad_states_in_state_change_nothing() -> None:

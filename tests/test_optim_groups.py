@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +101,13 @@ def test_changing_groups_takes_no_pages() -> None:
         optimizer.param_groups.clear()
         optimizer.add_param_group({"params": [p]})
     assert set(pages) == {13}
+
+
+def test_what_save_states_writes_of_a_group_and_what_stays_of_ones_own(tmp_path: Path) -> None:
+    p = Parameter(torch.ones(3))
+    PagedAdamW([{"params": [p], "initial_lr": 0.25}], lr=0.5, betas=(0.5, 0.75)).save_states(tmp_path / "states")
+    named = PagedAdamW([("weight", p)], lr=LR)
+    named.load_states(tmp_path / "states")
+    (group,) = named.param_groups
+    assert (group["lr"], group["betas"], group["initial_lr"]) == (0.5, (0.5, 0.75), 0.25)
+    assert group["param_names"] == ["weight"]

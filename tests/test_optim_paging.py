@@ -99,6 +99,28 @@ def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
+def test_a_gradient_is_taken_as_its_parameter_lies() -> None:
+    """On one of two processes; the other needs no word of it: what it replicates is here, too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        mesh, values, grad = init_device_mesh("cpu", (2,)), torch.randn(7, 5), torch.randn(7, 5)
+        plain = Parameter(values[4:].clone())
+        sharded = Parameter(DTensor.from_local(values[4:], mesh, [Shard(0)], shape=(7, 5), stride=(5, 1)))
+        plain.grad, sharded.grad = grad[4:], DTensor.from_local(grad, mesh, [Replicate()])
+        for p in (plain, sharded):
+            optimizer = PagedAdamW([p], lr=LR)
+            optimizer.step()
+        assert bits([sharded.to_local()]) == bits([plain])
+        state = optimizer.state_dict()["state"][0]["exp_avg"]
+        assert (state.shape, state.placements, state.to_local().shape) == ((7, 5), (Shard(0),), (3, 5))
+    finally:
+        dist.destroy_process_group()
+
+
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
 CUDA_PAGINGS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from optim_cases import PAGINGS, bits, paging, parameters, set_gradients, state_
 from safetensors.torch import load_file
 from torch.nn import Parameter
 
-from qlora_ext import PagedAdamW
+from qlora_ext import PagedAdamW, optim_files, paged_parameters
 
 LR = 1e-2
 
@@ -72,8 +72,21 @@ def test_states_stay_fp32_for_bf16_parameters() -> None:
     assert torch.equal(again.state_dict()["state"][0]["exp_avg"], narrow.state[params[0]]["exp_avg"].float())
 
 
+def test_states_that_are_converted_are_loaded_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, narrow = train(partial(torch.optim.AdamW, lr=LR), 2, torch.bfloat16)
+    whole, by_piece = PagedAdamW(params), PagedAdamW(params)
+    whole.load_state_dict(narrow.state_dict())
+    sizes, load = [], by_piece._paged._load
+    monkeypatch.setattr(paged_parameters, "_CHUNK", 100_000)
+    monkeypatch.setattr(by_piece._paged, "_load", lambda held, file: (sizes.append(len(held)), load(held, file)))
+    by_piece.load_state_dict(narrow.state_dict())
+    assert sizes == [6, 8], "parts of parameters of fewer than 100 KB in all before the last"
+    assert state_bits(by_piece) == state_bits(whole)
+
+
 def test_hooks_see_tensors() -> None:
     _, optimizer = train(partial(PagedAdamW, lr=LR), 2)
+    optimizer.load_state_dict(optimizer.state_dict())
     seen = []
     optimizer.register_state_dict_post_hook(lambda _, state: seen.append(type(state["state"][0]["exp_avg"])))
     optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(type(state["state"][0]["exp_avg"])))
@@ -266,3 +279,18 @@ def test_a_file_for_other_parameters(tmp_path: Path) -> None:
         PagedAdamW(parameters(), state_bits=8).load_states(path)
     with pytest.raises(FileNotFoundError):
         optimizer.load_states(tmp_path / "none")
+
+
+def test_a_file_of_another_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shards have the same shapes."""
+    params, optimizer = train(partial(PagedAdamW, lr=LR), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(optim_files, "shard_number", lambda p: 3 if p is params[1] else 0)
+        optimizer.save_states(path := tmp_path / "states.safetensors")
+        optimizer.load_states(path)
+    states = state_bits(optimizer)
+    take_steps(params, optimizer, [1])
+    later = state_bits(optimizer)
+    with pytest.raises(ValueError, match=r"expected the shards of this process, \{\}, got \{'1': 3\}"):
+        optimizer.load_states(path)
+    assert state_bits(optimizer) == later != states

@@ -127,6 +127,24 @@ def test_a_module_is_saved_whole_and_in_its_dtype_and_so_is_what_peft_cannot_tel
     torch.testing.assert_close(theirs(x), model(x))
 
 
+def test_of_a_loaded_module_the_float_parameters_train(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        norm = nn.BatchNorm1d(8)  # with buffers of floats and of an integer
+        norm.ids = nn.Parameter(torch.arange(3), requires_grad=False)
+        return nn.ModuleDict({"proj": nn.Linear(8, 8), "norm": norm})
+
+    model, loaded = build(), build()
+    add_adapter(model, LoraConfig(r=2, target_modules=["proj"]))
+    model["norm"].weight.requires_grad_(True)
+    model["norm"](torch.randn(4, 8))
+    model["norm"].ids.data += 1
+    save_adapter(model, tmp_path)
+    load_adapter(loaded, tmp_path)
+    assert state_bytes(loaded["norm"]) == state_bytes(model["norm"])
+    tensors = {**dict(loaded["norm"].named_parameters()), **dict(loaded["norm"].named_buffers())}
+    assert {name for name, tensor in tensors.items() if tensor.requires_grad} == {"weight", "bias"}
+
+
 def test_what_is_tied_to_a_frozen_part_of_a_trained_module_goes_with_it(tmp_path: Path) -> None:
     def build() -> Model:
         model = adapted()
