@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, freeze, set_adapter
 from qlora_ext.layer_names import check_name, is_named, plain_modules, unwrapped
@@ -107,8 +108,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         TypeError, ValueError: no adapter can have this name.
         ValueError: a file is truncated or foreign, is no LoRA adapter, uses what is not supported here (by name), lacks
             tensors of a layer or module that its config names, or does not fit the model; it would change a module
-            that adapters of other names are used with; a new adapter for layers that fully_shard has sharded. The
-            model is then as it was.
+            that adapters of other names are used with; the adapter of this name has a parametrization; a new adapter
+            for layers that fully_shard has sharded. The model is then as it was.
 
     Source: PEFT's checkpoint format.
     """
@@ -136,6 +137,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     targets = [layer_name for layer_name in named_layers(model, config.target_modules) if demands(layer_name)]
     _check_complete(targets, weights, path)
     if existing := {n: layer.lora_A[name].shape[0] for n, layer in lora_layers(model) if name in layer.configs}:
+        _check_not_computed(model, name)
         _check_ranks(name, existing, {layer_name: config.rank(layer_name) for layer_name in weights})
     else:
         check_whole("load_adapter", {layer_name: layers[layer_name] for layer_name in weights})
@@ -254,6 +256,15 @@ def _check_complete(targets: list[str], given: Collection[str], path: Path) -> N
             f"load_adapter: {path}: {bare[0]}: expected tensors as for every layer that {CONFIG_FILE} targets, "
             f"got none (for {len(bare)} of {len(targets)} layers)"
         )
+
+
+def _check_not_computed(model: nn.Module, name: str) -> None:
+    """That values can be put into the adapter of this name: those of a parametrization are computed at each look."""
+    for layer_name, layer in lora_layers(model):
+        for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if is_parametrized(table, name):
+                at = f"load_adapter: model: {layer_name}.{part}.{name}"
+                raise ValueError(f"{at}: expected a parameter, got one with a parametrization")
 
 
 def _check_ranks(name: str, existing: dict[str, int], given: dict[str, int]) -> None:

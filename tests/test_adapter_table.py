@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from adapted_model import trainable
-from layers import BASES, make_base, make_lora
+from layers import BASES, make_base, make_lora, state_bytes
+from reference import assert_same
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from qlora_ext import LoraConfig, LoraLinear, add_adapter, set_adapter
+from qlora_ext import LoraConfig, LoraLinear, add_adapter, load_adapter, save_adapter, set_adapter
 
 
 class Doubled(nn.Module):
@@ -50,3 +52,15 @@ def test_a_parametrized_adapter_is_frozen_without_a_word_and_never_cast(base: st
     model.bfloat16()
     assert isinstance(model[0], LoraLinear)
     assert model[0].lora_A["a1"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_parametrized_adapter_is_saved_but_not_loaded_into(base: str, tmp_path: Path) -> None:
+    model = parametrized(base)
+    save_adapter(model, tmp_path, "a1")
+    before = state_bytes(model)
+    with pytest.raises(ValueError, match=r"load_adapter: model: 0\.lora_A\.a1: expected a parameter, got one with a"):
+        load_adapter(model, tmp_path, "a1")
+    assert state_bytes(model) == before
+    load_adapter(model, tmp_path, "again")
+    assert_same(model[0].lora_A["again"], model[0].lora_A["a1"])
