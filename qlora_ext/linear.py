@@ -129,7 +129,8 @@ class Linear4bit(nn.Module):
         if tuple(weight.shape) != (self.out_features, self.in_features):
             expected = [self.out_features, self.in_features]
             raise ValueError(f"Linear4bit: weight: expected shape {expected}, got {list(weight.shape)}")
-        self._set(*self._quantize(weight))
+        with torch.inference_mode(False):  # autograd saves no inference tensor, not even a frozen one
+            self._set(*self._quantize(weight))
 
     @property
     def state(self) -> QuantState:
