@@ -231,7 +231,7 @@ def _check_base(key: str, layer: AnyLinear, given: Tensor, path: Path) -> None:
     if isinstance(base, Linear4bit):
         fits = given.is_floating_point() and tuple(given.shape) == (base.out_features, base.in_features)
         given = base.with_weight(given.to(base.dtype)).weight if fits and given.isfinite().all() else given
-    if own is None or not torch.equal(given.to(own), own):
+    if own is None or own.is_meta or not torch.equal(given.to(own), own):
         raise ValueError(f"load_adapter: {path}: {key}: expected what the model has in this place, got another")
 
 

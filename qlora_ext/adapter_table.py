@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+
+from qlora_ext.linear import keeping_dtype
 
 
 class AdapterTable(nn.ParameterDict):
@@ -26,8 +30,19 @@ class AdapterTable(nn.ParameterDict):
     def leaves(self, name: str) -> list[Tensor]:
         """What trains of this adapter: its tensor, or what a parametrization makes that of, anew at each look."""
         if is_parametrized(self, name):
-            return list(self.parametrizations[name].parameters())  # type: ignore[index, union-attr]
+            parameters = self.parametrizations[name].parameters()  # type: ignore[index, union-attr]
+            return [parameter for parameter in parameters if parameter.is_floating_point()]
         return [self[name]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTable:
+        """Adapters follow a move to another device, but no cast; nor does what they are made of."""
+        super()._apply(keeping_dtype(fn, [*self.parameters(), *self.buffers()]), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __delitem__(self, name: str) -> None:
+        if is_parametrized(self, name):
+            remove_parametrizations(self, name)
+        super().__delitem__(name)
 
 
 def check_values(names: list[str], A: list[Tensor], B: list[Tensor], like: Tensor) -> None:

@@ -81,7 +81,7 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
                 )
     for _, layer in layers:
         layer.active_adapters = [n for n in names if n in layer.configs]
-        for each in layer.configs:
+        for each in sorted(layer.configs, key=names.__contains__):  # what two share trains if one is active
             for leaf in (*layer.lora_A.leaves(each), *layer.lora_B.leaves(each)):
                 leaf.requires_grad_(each in names)
 

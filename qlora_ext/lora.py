@@ -15,7 +15,7 @@ from qlora_ext.adapter_table import AdapterTable, check_values
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
 from qlora_ext.layer_names import by_pattern, check_name, check_regex
-from qlora_ext.linear import Linear4bit, dense, has_float_weight, keeping_dtype
+from qlora_ext.linear import Linear4bit, dense, has_float_weight
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ class LoraLinear(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
-        super()._apply(keeping_dtype(fn, [*self.lora_A.parameters(), *self.lora_B.parameters()]), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if recurse and self.merged_base is not None:
             self.merged_base._apply(fn)
         return self

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from qlora_ext.adapters import check_not_hooked, check_not_merged
 from qlora_ext.layer_names import is_named
@@ -89,17 +90,17 @@ def quantize_model(
 def _warn_of_experts(model: nn.Module) -> None:
     """Say so if 3-D tensors, as transformers fuses experts into, hold more weights than the 4-bit layers do."""
     quantized = 0
-    fused: dict[str, int] = {}
+    fused: dict[Tensor, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             quantized += module.in_features * module.out_features
-        elif not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        elif not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, ParametrizationList)):  # which are mostly of those
             own = module.named_parameters(name, recurse=False)
-            fused |= {key: p.numel() for key, p in own if p.dim() == 3 and p.is_floating_point()}
-    if (left := sum(fused.values())) > quantized:
+            fused |= {p: key for key, p in own if p.dim() == 3 and p.is_floating_point()}
+    if (left := sum(p.numel() for p in fused)) > quantized:
         warnings.warn(
             f"quantize_model: model: {left:,} weights stay as they are, in tensors of 3 dimensions (fused experts, "
-            f"as {next(iter(fused))}); in 4 bits are {quantized:,}, those of layers",
+            f"as {fused[max(fused, key=Tensor.numel)]}); in 4 bits are {quantized:,}, those of layers",
             UserWarning,
             stacklevel=3,
         )

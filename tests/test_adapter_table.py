@@ -11,9 +11,10 @@ from adapted_model import trainable
 from layers import BASES, make_base, make_lora, state_bytes
 from reference import assert_same
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
 
-from qlora_ext import LoraConfig, LoraLinear, add_adapter, load_adapter, save_adapter, set_adapter
+from qlora_ext import LoraConfig, LoraLinear, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapter
 
 
 class Doubled(nn.Module):
@@ -64,3 +65,39 @@ def test_a_parametrized_adapter_is_saved_but_not_loaded_into(base: str, tmp_path
     assert state_bytes(model) == before
     load_adapter(model, tmp_path, "again")
     assert_same(model[0].lora_A["again"], model[0].lora_A["a1"])
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_a_parametrization_keeps_in_buffers_is_not_cast_either(base: str) -> None:
+    layer = make_lora(make_base(base), LoraConfig(r=2))
+    spectral_norm(layer.lora_A, "a0")
+    layer.bfloat16()
+    assert {tensor.dtype for tensor in (*layer.lora_A.parameters(), *layer.lora_A.buffers())} == {torch.float32}
+    layer(torch.ones(1, 256, dtype=torch.bfloat16)).sum().backward()
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+        self.count = nn.Parameter(torch.tensor(2), requires_grad=False)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * self.factor * self.count
+
+
+def test_what_adapters_share_trains_while_one_is_active() -> None:
+    layer = make_lora(make_base(BASES[0]), LoraConfig(r=2), LoraConfig(r=2))
+    shared = Shared()
+    for name in ("a0", "a1"):
+        register_parametrization(layer.lora_A, name, shared)
+    for active, trains in (("a0", True), (None, False), ("a1", True)):
+        set_adapter(nn.Sequential(layer), active)
+        assert shared.factor.requires_grad is trains
+        assert not shared.count.requires_grad
+
+
+def test_a_parametrized_adapter_is_deleted_whole() -> None:
+    model = parametrized(BASES[0])
+    delete_adapter(model, "a1")
+    assert set(model.state_dict()) == {"0.base_layer.weight", "0.base_layer.bias", "0.lora_A.a0", "0.lora_B.a0"}

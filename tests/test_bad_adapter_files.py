@@ -248,3 +248,14 @@ def test_an_adapter_of_another_model_does_not_fit(tmp_path: Path) -> None:
         load_adapter(model, tmp_path)
     assert everything(model) == before
     assert not names_of(model, LoraLinear)
+
+
+def test_a_base_on_meta_is_not_what_a_file_has(tmp_path: Path) -> None:
+    model = with_adapter()
+    save_adapter(model, tmp_path)
+    weight = model.get_submodule(Q_PROJ).base_layer.weight
+    save_file(load_file(tmp_path / WEIGHTS) | {BASE: weight.detach().clone()}, tmp_path / WEIGHTS)
+    load_adapter(model, tmp_path)
+    model.get_submodule(Q_PROJ).base_layer.to("meta")
+    with pytest.raises(ValueError, match=r"q_proj\.base_layer\.weight: expected what the model has in this place"):
+        load_adapter(model, tmp_path)

@@ -70,7 +70,8 @@ def test_fused_experts_stay_as_they_are_and_are_named() -> None:
 
 
 def test_convolutions_are_no_experts(recwarn: pytest.WarningsRecorder) -> None:
-    quantize_model(nn.Sequential(nn.Conv1d(64, 64, 3), nn.ConvTranspose1d(64, 64, 3), nn.Linear(64, 64)))
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 64, 3))
+    quantize_model(nn.Sequential(nn.Conv1d(64, 64, 3), nn.ConvTranspose1d(64, 64, 3), normed, nn.Linear(64, 64)))
     assert not recwarn.list
 
 
