@@ -11,7 +11,7 @@ export GOMP_SPINCOUNT := 10000
 export QLORA_EXT_CUDA ?= $(if $(or $(CUDA_HOME),$(shell which nvcc 2> /dev/null)),,0)
 SOURCES := pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.h *.cpp cpu/*.h cpu/*.cpp pager/*.h pager/*.cpp cuda/*.cu cuda/*.cuh))
 CUDA_VENV := .venv-cuda
-# Most of their time is Python on one core. A process takes 1 to 4 GB.
+# Most of their time is Python on one core. Four processes at most, for the sake of memory.
 PYTEST_FLAGS := -n logical --maxprocesses 4 --dist worksteal
 DEMO := build/demo
 DEMO_FLAGS ?= --steps 60

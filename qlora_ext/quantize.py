@@ -94,7 +94,7 @@ def _warn_of_experts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             quantized += module.in_features * module.out_features
-        elif not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, ParametrizationList)):  # which are mostly of those
+        elif not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, ParametrizationList)):  # the last: mostly of those
             own = module.named_parameters(name, recurse=False)
             fused |= {p: key for key, p in own if p.dim() == 3 and p.is_floating_point()}
     if (left := sum(p.numel() for p in fused)) > quantized:
