@@ -30,10 +30,10 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy, clang-format
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 ctest: $(VENV)/.installed-dev  ## the kernels and their C++ tests, without torch on the include path
-	$(BIN)/cmake -S . -B build/cmake && $(BIN)/cmake --build build/cmake -j 2 && $(BIN)/ctest --test-dir build/cmake --output-on-failure
+	$(BIN)/cmake -S . -B build/cmake && $(BIN)/cmake --build build/cmake -j 2 && $(BIN)/ctest --test-dir build/cmake -j 2 --output-on-failure
 
 aarch64: $(VENV)/.installed-dev  ## the CPU kernels and their C++ tests for 64-bit Arm; needs g++-aarch64-linux-gnu and qemu-user
-	$(BIN)/cmake -S . -B build/aarch64 --toolchain cmake/aarch64.cmake && $(BIN)/cmake --build build/aarch64 -j 2 && $(BIN)/ctest --test-dir build/aarch64 --output-on-failure
+	$(BIN)/cmake -S . -B build/aarch64 --toolchain cmake/aarch64.cmake && $(BIN)/cmake --build build/aarch64 -j 2 && $(BIN)/ctest --test-dir build/aarch64 -j 2 --output-on-failure
 
 cuda:  ## build for CUDA in .venv-cuda, from packages alone, and check it; a GPU is not needed
 	tools/cuda_env.sh $(CUDA_VENV) && tools/cuda_check.sh $(CUDA_VENV)/bin/python $(PYTEST_FLAGS)
