@@ -214,6 +214,8 @@ def test_what_is_not_a_model_folder(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     for content, message in [
         ("[]", "expected a safetensors index with a weight_map"),
+        ("[" * 100_000, "expected a safetensors index with a weight_map"),
+        (json.dumps({"weight_map": {"a": 5}}), "expected the file 5 beside it"),
         (json.dumps({"weight_map": {"a": "gone.safetensors"}}), r"expected the file 'gone\.safetensors' beside it"),
         (json.dumps({"weight_map": {"a": "../pytorch_model.bin"}}), r"expected the file '\.\./pytorch_model\.bin'"),
     ]:

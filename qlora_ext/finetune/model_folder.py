@@ -58,10 +58,10 @@ class ModelFolder:
             raise ValueError(f"{self.path}: expected model.safetensors (pickled checkpoints are not read), got none")
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index}: expected a safetensors index with a weight_map ({error})") from error
         for name in names:
-            if Path(name).name != name or not (self.path / name).is_file():
+            if not isinstance(name, str) or Path(name).name != name or not (self.path / name).is_file():
                 raise ValueError(f"{index}: expected the file {name!r} beside it, got none")
         return [self.path / name for name in names]
 
