@@ -30,8 +30,8 @@ class ModelFolder:
         self.files = self._weight_files()
 
     def config(self) -> PreTrainedConfig:
-        """Read config.json; ValueError if it is that of a model in bitsandbytes' layers."""
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.path, local_files_only=True)
+        """Read config.json; ValueError if it is damaged, or that of a model in bitsandbytes' layers."""
+        config: PreTrainedConfig = self._read(AutoConfig, "config")
         if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "bitsandbytes":
             raise ValueError(f"{self.path}: expected the original model, got one that bitsandbytes has quantized")
         return config
@@ -47,8 +47,15 @@ class ModelFolder:
                 raise ValueError(f"{path}: not a readable safetensors file, or a truncated one ({error})") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer of the folder."""
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        """Load the tokenizer of the folder; ValueError if there is none, or a damaged one."""
+        tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer, "tokenizer")
+        return tokenizer
+
+    def _read(self, kind: Any, what: str) -> Any:
+        try:
+            return kind.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # of JSON, of tokenizers, of strict dataclasses: they have no other base
+            raise ValueError(f"{self.path}: expected a {what} that transformers can read, got: {error}") from error
 
     def _weight_files(self) -> list[Path]:
         single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
