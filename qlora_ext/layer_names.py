@@ -15,6 +15,8 @@ from torch import nn
 
 Number = TypeVar("Number", int, float)
 
+LAST_PARTS = r"(.*\.)?({})"  # what a key of rank_pattern or alpha_pattern stands in
+
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether it only runs its one child in another way, as torch.compile and data parallelism do."""
@@ -53,7 +55,7 @@ def is_named(name: str, wanted: Iterable[str]) -> bool:
 
 def is_pattern_of(key: str, name: str) -> bool:
     """Whether this key of rank_pattern or alpha_pattern means the layer of this name."""
-    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+    return re.fullmatch(LAST_PARTS.format(key), name) is not None
 
 
 def by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
@@ -61,13 +63,17 @@ def by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Num
     return next((value for key, value in pattern.items() if is_pattern_of(key, name)), default)
 
 
-def check_regex(what: str, pattern: object) -> None:
-    """Raises TypeError or ValueError, which begins with `what`, if the pattern is no regular expression in a str."""
+def check_regex(what: str, pattern: object, within: str = "{}") -> None:
+    """Raises TypeError or ValueError, which begins with `what`, if the pattern is no regular expression in a str.
+
+    Args:
+        within: the longer one that it is used in, where (?i) may not stand.
+    """
     if not isinstance(pattern, str):
         raise TypeError(f"{what}: expected a regular expression, got {pattern!r}")
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.compile(within.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{what}: expected a regular expression, got {pattern!r} ({error})") from error
 
 

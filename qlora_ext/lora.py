@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qlora_ext.adapter_table import AdapterTable, check_values
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
-from qlora_ext.layer_names import by_pattern, check_name, check_regex
+from qlora_ext.layer_names import LAST_PARTS, by_pattern, check_name, check_regex
 from qlora_ext.linear import Linear4bit, dense, has_float_weight
 
 
@@ -50,7 +50,7 @@ class LoraConfig:
             if not isinstance(pattern := getattr(self, what), dict):
                 raise TypeError(f"LoraConfig: {what}: expected a dict, got {pattern!r}")
             for key in pattern:
-                check_regex(f"LoraConfig: {what}", key)
+                check_regex(f"LoraConfig: {what}", key, LAST_PARTS)
         if isinstance(self.target_modules, str):
             check_regex("LoraConfig: target_modules", self.target_modules)
         if not isinstance(self.use_rslora, bool):
@@ -62,7 +62,7 @@ class LoraConfig:
             ("lora_alpha", self.lora_alpha),
             *(("alpha_pattern", a) for a in self.alpha_pattern.values()),
         ]:
-            if not _is_number(alpha) or not math.isfinite(alpha):
+            if not _is_number(alpha) or not abs(alpha) <= torch.finfo(torch.float64).max:
                 raise ValueError(f"LoraConfig: {what}: expected a finite number, got {alpha!r}")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoraConfig: lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}")

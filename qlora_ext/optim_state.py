@@ -118,7 +118,7 @@ def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[s
         raise ValueError(f"{op}: state of parameter {index}: expected no max_exp_avg_sq, got that of amsgrad=True")
     try:
         steps = float(entry["step"])
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
         steps = -1.0
     if not steps.is_integer() or not 0 <= steps < MOST_STEPS:
         raise ValueError(f"{op}: step of parameter {index}: expected a whole number, got {entry.get('step')}")

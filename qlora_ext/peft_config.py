@@ -33,6 +33,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
 }
+# What PEFT puts a name from modules_to_save, and one from layers_pattern, into.
+_SAVED_WHOLE = r"(^|.*\.){}($|\..*)"
+_BLOCK = r"(?:.*?\.)?{}\.(?P<index>\d+)\."
 
 
 def read_config(folder: Path) -> tuple[LoraConfig, list[str], Callable[[str], bool]]:
@@ -43,7 +46,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, list[str], Callable[[str], bo
         raise FileNotFoundError(f"load_adapter: folder: expected {expected}, got {str(folder)!r}")
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested too deep
         raise ValueError(f"load_adapter: {path}: expected JSON, got an error at reading: {error}") from error
     if not isinstance(given, dict) or given.get("peft_type") != "LORA":
         got = given.get("peft_type") if isinstance(given, dict) else type(given).__name__
@@ -53,7 +56,11 @@ def read_config(folder: Path) -> tuple[LoraConfig, list[str], Callable[[str], bo
             raise ValueError(f"load_adapter: {path}: {key}: expected {neutral[0]!r}, got {given[key]!r} (unsupported)")
     known = {f.name: given[f.name] for f in fields(LoraConfig) if given.get(f.name) is not None}
     try:
-        return LoraConfig(**_PEFTS_DEFAULTS | known), _listed(given, "modules_to_save", str), _demands(given)
+        return (
+            LoraConfig(**_PEFTS_DEFAULTS | known),
+            _listed(given, "modules_to_save", str, _SAVED_WHOLE),
+            _demands(given),
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_adapter: {path}: {error}") from error
 
@@ -61,15 +68,15 @@ def read_config(folder: Path) -> tuple[LoraConfig, list[str], Callable[[str], bo
 def _demands(given: dict[str, Any]) -> Callable[[str], bool]:
     """Whether this config of PEFT's demands tensors of a layer of this name that its target_modules match."""
     targets, exclude = given.get("target_modules"), given.get("exclude_modules")
-    excluded, patterns = _listed(given, "exclude_modules", str), _listed(given, "layers_pattern", str)
-    indexes, saved = _listed(given, "layers_to_transform", int), _listed(given, "modules_to_save", str)
+    excluded, patterns = _listed(given, "exclude_modules", str), _listed(given, "layers_pattern", str, _BLOCK)
+    indexes, saved = _listed(given, "layers_to_transform", int), _listed(given, "modules_to_save", str, _SAVED_WHOLE)
 
     @cache  # re's own keeps 512, and there may be more modules
     def saved_whole(each: str) -> re.Pattern[str]:
         """What PEFT puts no adapter on since modules_to_save has this name."""
-        return re.compile(rf"(^|.*\.){each}($|\..*)")
+        return re.compile(_SAVED_WHOLE.format(each))
 
-    blocks = [rf"(?:.*?\.)?{pattern}\.(?P<index>\d+)\." for pattern in patterns]
+    blocks = [_BLOCK.format(pattern) for pattern in patterns]
 
     def demands(name: str) -> bool:
         if targets is None:  # PEFT goes by the kind of model
@@ -86,12 +93,12 @@ def _demands(given: dict[str, Any]) -> Callable[[str], bool]:
     return demands
 
 
-def _listed(given: dict[str, Any], key: str, kind: type) -> list[Any]:
-    """A field that may hold several, one alone, or nothing."""
+def _listed(given: dict[str, Any], key: str, kind: type, within: str = "{}") -> list[Any]:
+    """A field that may hold several, one alone, or nothing; a str is used within this regular expression."""
     value = given.get(key)
     values = [] if value in (None, "") else value if isinstance(value, list) else [value]
     if not all(isinstance(each, kind) for each in values):
         raise ValueError(f"{key}: expected {kind.__name__} or a list of {kind.__name__}, got {value!r}")
     for each in values if kind is str else []:
-        check_regex(key, each)
+        check_regex(key, each, within)
     return values

@@ -91,11 +91,21 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "config-empty": (lambda folder: (folder / CONFIG).write_text(""), ValueError, f"{CONFIG}.*JSON"),
     "config-half": (lambda folder: (folder / CONFIG).write_text('{"r": 4,'), ValueError, f"{CONFIG}.*JSON"),
     "config-binary": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x80"), ValueError, f"{CONFIG}.*JSON"),
+    "config-deep": (lambda folder: (folder / CONFIG).write_text("[" * 100_000), ValueError, f"{CONFIG}.*JSON"),
     "config-list": (lambda folder: (folder / CONFIG).write_text("[1]"), ValueError, f"{CONFIG}.*LORA.*list"),
     "peft-type": (change_config(peft_type="LOHA"), ValueError, f"{CONFIG}.*peft_type.*LORA.*LOHA"),
     "no-peft-type": (change_config(peft_type=None), ValueError, f"{CONFIG}.*peft_type.*LORA.*None"),
     "r": (change_config(r=0), ValueError, f"{CONFIG}.*r: expected.*0"),
     "rank-pattern": (change_config(rank_pattern=["q"]), ValueError, f"{CONFIG}.*rank_pattern.*'q'"),
+    **{
+        f"{key}-flag": (change_config(**{key: value}), ValueError, rf"{CONFIG}.*{key}.*\(\?i\)q")
+        for key, value in {
+            "rank_pattern": {"(?i)q": 4},
+            "alpha_pattern": {"(?i)q": 4},
+            "modules_to_save": ["(?i)q"],
+            "layers_pattern": ["(?i)q"],
+        }.items()
+    },
     "weights-empty": (cut(0), ValueError, WEIGHTS),
     "weights-without-header": (cut(5), ValueError, WEIGHTS),
     "weights-in-header": (cut(100), ValueError, WEIGHTS),
@@ -163,6 +173,11 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         change_config(layers_to_transform=[0, 1], layers_pattern=["("]),
         ValueError,
         rf"{CONFIG}.*layers_pattern.*\(",
+    ),
+    "layers-pattern-group": (
+        change_config(layers_to_transform=[0, 1], layers_pattern=["(?P<index>q)"]),
+        ValueError,
+        f"{CONFIG}.*layers_pattern.*index",
     ),
     "modules-to-save": (change_config(modules_to_save="("), ValueError, rf"{CONFIG}.*modules_to_save.*'\('"),
     "modules-to-save-without-tensors": (

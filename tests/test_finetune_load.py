@@ -204,6 +204,25 @@ def test_a_model_that_bitsandbytes_has_quantized(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"model_type": "llama", "vocab_size": "258"}'),
+        ("config.json", '{"model_type": "llama",'),
+        ("tokenizer.json", '{"version": "1.0",'),
+        ("tokenizer.json", '{"version": "1.0"}'),
+        ("tokenizer_config.json", "\xff"),
+    ],
+    ids=["config-type", "config-half", "tokenizer-half", "tokenizer-parts", "tokenizer-config"],
+)
+def test_a_damaged_file_of_transformers_is_told_with_its_folder(tmp_path: Path, name: str, content: str) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    checkpoint, what = open_checkpoint(str(tmp_path)), name.partition("_")[0].removesuffix(".json")
+    with pytest.raises(ValueError, match=f"{tmp_path}: expected a {what} that transformers can read, got: "):
+        getattr(checkpoint, what)()
+
+
 def test_what_is_not_a_model_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a model folder with config\.json"):
         open_checkpoint(str(tmp_path))
@@ -214,6 +233,8 @@ def test_what_is_not_a_model_folder(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     for content, message in [
         ("[]", "expected a safetensors index with a weight_map"),
+        ("[" * 100_000, "expected a safetensors index with a weight_map"),
+        (json.dumps({"weight_map": {"a": 5}}), "expected the file 5 beside it"),
         (json.dumps({"weight_map": {"a": "gone.safetensors"}}), r"expected the file 'gone\.safetensors' beside it"),
         (json.dumps({"weight_map": {"a": "../pytorch_model.bin"}}), r"expected the file '\.\./pytorch_model\.bin'"),
     ]:

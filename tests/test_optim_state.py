@@ -114,6 +114,7 @@ def bad_state(change: Any) -> dict[str, Any]:
         (lambda s: s["state"][2].update(step=torch.tensor(1.5)), "step of parameter 2: expected a whole number"),
         (lambda s: s["state"][2].update(step=torch.tensor(2.0**60)), "step of parameter 2: expected a whole number"),
         (lambda s: s["state"].update({2: None}), "state of parameter 2: expected a dict, got NoneType"),
+        (lambda s: s["state"][2].update(step=10**400), "step of parameter 2: expected a whole number, got 10*$"),
         (lambda s: s["state"][2].update(step=None), "step of parameter 2: expected a whole number, got None"),
         (
             lambda s: s["state"][2].update(exp_avg=torch.ones(1000, 30, device="meta")),

@@ -53,7 +53,7 @@ class GgufFile:
         heads = self._field("llama.attention.head_count")
         hidden = self._field("llama.embedding_length")
         return LlamaConfig(
-            vocab_size=self._field("llama.vocab_size", None) or len(self.reader.fields["tokenizer.ggml.tokens"].data),
+            vocab_size=self._field("llama.vocab_size", None) or len(self._field("tokenizer.ggml.tokens")),
             hidden_size=hidden,
             intermediate_size=self._field("llama.feed_forward_length"),
             num_hidden_layers=self._field("llama.block_count"),

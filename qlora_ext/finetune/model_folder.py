@@ -30,8 +30,8 @@ class ModelFolder:
         self.files = self._weight_files()
 
     def config(self) -> PreTrainedConfig:
-        """Read config.json; ValueError if it is that of a model in bitsandbytes' layers."""
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.path, local_files_only=True)
+        """Read config.json; ValueError if it is damaged, or that of a model in bitsandbytes' layers."""
+        config: PreTrainedConfig = self._read(AutoConfig, "config")
         if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "bitsandbytes":
             raise ValueError(f"{self.path}: expected the original model, got one that bitsandbytes has quantized")
         return config
@@ -47,8 +47,15 @@ class ModelFolder:
                 raise ValueError(f"{path}: not a readable safetensors file, or a truncated one ({error})") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer of the folder."""
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        """Load the tokenizer of the folder; ValueError if there is none, or a damaged one."""
+        tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer, "tokenizer")
+        return tokenizer
+
+    def _read(self, kind: Any, what: str) -> Any:
+        try:
+            return kind.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # of JSON, of tokenizers, of strict dataclasses: they have no other base
+            raise ValueError(f"{self.path}: expected a {what} that transformers can read, got: {error}") from error
 
     def _weight_files(self) -> list[Path]:
         single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
@@ -58,10 +65,10 @@ class ModelFolder:
             raise ValueError(f"{self.path}: expected model.safetensors (pickled checkpoints are not read), got none")
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index}: expected a safetensors index with a weight_map ({error})") from error
         for name in names:
-            if Path(name).name != name or not (self.path / name).is_file():
+            if not isinstance(name, str) or Path(name).name != name or not (self.path / name).is_file():
                 raise ValueError(f"{index}: expected the file {name!r} beside it, got none")
         return [self.path / name for name in names]
 
