@@ -39,8 +39,8 @@ class PagedAdamW(Optimizer):
         host_budget: bytes of host memory for states, of each device (of a CUDA device, pinned: for what its own memory
             does not hold); None: no limit. If it does not hold all, the others stream through two pages of it (or two
             pages, if it is less).
-        page_file: path of a file for what the budgets do not hold, on a disk of this machine. Its space is reserved
-            when parameters are added. It is deleted at the end: it is scratch space, not a checkpoint.
+        page_file: path of a file for what the budgets do not hold, on a disk of this machine, another in each process.
+            Its space is reserved when parameters are added. It is deleted at the end: scratch space, not a checkpoint.
         stochastic_rounding, seed: round bfloat16 parameters up or down by chance, so that updates smaller than half
             their last bit count on average. Chance depends on (seed, step, parameter, shard, element) alone.
         maximize: go up the gradient.
