@@ -33,7 +33,8 @@ PageFile::PageFile(const std::string& path) : path_(path) {
           "' with other content");
     }
     if (::flock(file_, LOCK_EX | LOCK_NB) != 0)
-      fail("lock (another optimizer pages to it: release() that first)", errno);
+      fail("lock (another optimizer pages to it, here or in another process: release() that, or give this one its own)",
+           errno);
     if (::ftruncate(file_, 0) != 0) fail("truncate", errno);
     const ssize_t written = ::pwrite(file_, kMagic.data(), kMagic.size(), 0);
     if (written != static_cast<ssize_t>(kMagic.size())) fail("write", written < 0 ? errno : ENOSPC);
