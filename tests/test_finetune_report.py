@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_model import tiny_config
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import qlora_ext
 from qlora_ext.finetune.optimizer import StatesReport
@@ -56,6 +56,13 @@ def test_composition_of_a_plain_base(dtype: torch.dtype, bits: int) -> None:
     assert full["trainable_percent"] == 100
     assert full["adapter_bytes"] == 0
     assert full["base_bytes"] == got["base_bytes"]
+
+
+def test_model_without_linear_layers_has_no_bits() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=258))
+    got = composition(gpt2, adapter=False)
+    assert (got["base_bits"], got["trainable_percent"]) == (None, 100)
+    assert table(a_report(base_bits=None, method="full")).splitlines()[1].startswith("full    -  ")
 
 
 def a_report(**changes: Any) -> dict[str, Any]:

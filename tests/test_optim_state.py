@@ -219,7 +219,8 @@ def test_what_fails_to_load_cannot_be_used_until_it_is_loaded(tmp_path: Path) ->
         optimizer.load_states(tmp_path / "states")
     folder.mkdir()
     set_gradients(params, 2)
-    for act in (optimizer.step, optimizer.state_dict, lambda: optimizer.save_states(tmp_path / "states")):
+    add = partial(optimizer.add_param_group, {"params": [Parameter(torch.ones(3))]})
+    for act in (optimizer.step, optimizer.state_dict, partial(optimizer.save_states, tmp_path / "states"), add):
         with pytest.raises(RuntimeError, match="could not be loaded"):
             act()
     assert bits(params) == before
