@@ -110,7 +110,7 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
 
 def test_states_that_this_process_has_not_seen(tmp_path: Path) -> None:
     unseen = {"kind": "adamw", **dict.fromkeys(asdict(StatesReport()))}
-    report = a_report(optimizer=unseen, optimizer_bytes=None, gradient_bytes=None)
+    report = a_report(optimizer=unseen, optimizer_bytes=None, gradient_bytes=None, tokens_per_second=None)
     assert "optimizer: adamw, states: not seen, as all steps had been made before --resume" in table(report)
     write(report, tmp_path)
     assert (tmp_path / "report.png").exists()
@@ -133,7 +133,7 @@ def test_failure_leaves_no_report(failing: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_report_is_json_without_nan(tmp_path: Path) -> None:
-    write(a_report(losses=[1.0, math.nan], held_out_loss_before=math.inf), tmp_path)
+    write(a_report(losses=[1.0, math.nan], held_out_losses=[(1, math.nan)], held_out_loss_before=math.inf), tmp_path)
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)

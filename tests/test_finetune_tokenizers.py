@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_model import CHATML, tiny_tokenizer
+import torch
+from tiny_model import CHATML, tiny_config, tiny_tokenizer
 from tokenizers import processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers import ByT5Tokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qlora_ext.finetune.data import IGNORE, Example, load_data
+from qlora_ext.finetune.evaluate import sample_answers
 
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -49,6 +51,19 @@ def test_an_answer_ends_at_a_special_token_and_at_no_other_added_one(
     example = load_one(tmp_path, tokenizer, "a<tool>b")
     labels = [label for label in example.labels if label != IGNORE]
     assert tokenizer.decode(labels).removeprefix("assistant: ").rstrip("\n") == learned
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["text", "special"])
+def test_a_sample_answer_stops_at_special_tokens_alone(special: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<tool>"], special_tokens=special)
+    model = LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer), tie_word_embeddings=False)).eval()
+    model.lm_head = torch.nn.Linear(64, len(tokenizer))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias.data.copy_(torch.arange(len(tokenizer)))  # it can only say the last token
+    answers = sample_answers(model, tokenizer, [Example([1, 2, 3], [1, 2, 3], 3, "")], max_new_tokens=3)
+    assert answers == ["" if special else "<tool><tool><tool>"]
+    assert not model.training
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
