@@ -168,7 +168,7 @@ class PagedAdamW(Optimizer):
                     self.state[p] = others_entries(self.state.get(p, {}))
             raise
         finally:  # after Ctrl-C during the step, too
-            torch.autograd.graph.increment_version([u.parameter for u in updates if not u.parameter.is_inference()])
+            torch.autograd.graph.increment_version([u.parameter for u in updates])
 
     @in_turn
     def state_dict(self) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def read_header(at: str, file: BinaryIO) -> tuple[dict[str, str], dict[str, Form
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER):
+    if length > min(size - 8, _MAX_HEADER):
         raise ValueError(f"{at}: expected a whole safetensors file, got {size} bytes")
     text = file.read(length)
     forms, offsets, start = {}, {}, 8 + length

@@ -150,6 +150,13 @@ def test_a_head_that_another_adapter_is_used_with_is_not_changed(tmp_path: Path)
     assert_same(logits(base), logits(first))
 
 
+def test_a_head_that_another_adapter_is_used_with_may_be_in_another_dtype(tmp_path: Path) -> None:
+    save_adapter(trained(make(LlamaForSequenceClassification), ["score"]), tmp_path)
+    base = make(LlamaForSequenceClassification).bfloat16()
+    load_adapter(base, tmp_path, "a")
+    load_adapter(base, tmp_path, "again")
+
+
 def test_a_head_on_meta_is_not_filled(tmp_path: Path) -> None:
     base = make(LlamaForSequenceClassification)
     save_adapter(trained(base, ["score"]), tmp_path)

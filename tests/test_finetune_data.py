@@ -170,6 +170,12 @@ def test_text_is_packed_into_windows_with_loss_on_all(tmp_path: Path, tokenizer:
     assert all(0 < window.prompt_length < len(window.input_ids) for window in windows)
 
 
+def test_window_of_one_token_has_nothing_to_learn(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "d.txt").write_text("a" * 32 + "b")
+    data = load(tmp_path / "d.txt", tokenizer, max_length=32, held_out_fraction=0)
+    assert (len(data.train), data.dropped) == (1, 1)
+
+
 def test_duplicates_go_before_the_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     as_messages = {
         "messages": [{"role": "user", "content": "question 0"}, {"role": "assistant", "content": "answer 0"}]
@@ -236,6 +242,7 @@ BAD_LINES = {
     '{"prompt": "a"}': 'expected a field "response", got "prompt"',
     "{}": 'expected a field "prompt", got no field',
     '{"prompt": "a", "response": 3}': 'expected "response" to be a non-empty string, got a number',
+    '{"prompt": true}': 'expected "prompt" to be a non-empty string, got a boolean',
     '{"prompt": "", "response": "a"}': 'expected "prompt" to be a non-empty string, got ""',
     '{"messages": {}}': 'expected "messages" to be an array, got an object',
     '{"messages": []}': 'expected a message whose "role" is "assistant", got none',

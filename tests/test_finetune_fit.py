@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from qlora_ext.finetune import __main__ as cli
-from qlora_ext.finetune.data import Example
+from qlora_ext.finetune.data import Dataset, Example
 from qlora_ext.finetune.evaluate import sample_answers
-from qlora_ext.finetune.fit import position_limit
+from qlora_ext.finetune.fit import check_fits, check_runs, position_limit
+from qlora_ext.finetune.targets import target_modules
 
 OPT = OPTConfig(
     **{"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 1},
@@ -57,6 +58,20 @@ def test_examples_beyond_the_tables_of_the_model_are_refused_before_the_earlier_
     assert "--max-length: expected at most the 28 positions of OPTForCausalLM, got " in said
     assert kept.exists()
     assert cli.main(words({**arguments, "model": opt, "overwrite": True, "max-length": 28})) == 0
+
+
+def test_the_longest_example_may_be_held_out() -> None:
+    short, long = (Example(ids, ids, 1, "") for ids in ([1] * 28, [1] * 29))
+    check_fits(OPTForCausalLM(OPT), Dataset([short], [short], 0, 0, 0), 0)
+    with pytest.raises(ValueError, match="at most the 28 positions of OPTForCausalLM, got 29"):
+        check_fits(OPTForCausalLM(OPT), Dataset([short], [long], 0, 0, 0), 0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_was_tried_is_in_the_mode_it_was_in(training: bool) -> None:
+    model = OPTForCausalLM(OPT).train(training)
+    check_runs(model)
+    assert model.training is training
 
 
 def test_position_limit_is_of_models_with_a_table() -> None:
@@ -107,3 +122,4 @@ def test_layers_that_peft_refuses_are_refused_before_training(
     expected = "error: --target-modules: expected layers that PEFT takes in a model of type mamba, got out_proj"
     assert expected in capsys.readouterr().err
     assert not arguments["output"].exists()
+    assert target_modules("q_proj,out_proj", OPTForCausalLM(OPT)) == ["q_proj", "out_proj"], "in no other model"

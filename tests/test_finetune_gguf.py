@@ -42,6 +42,10 @@ def write_gguf(path: Path, model: LlamaForCausalLM, quantized: bool = False, **m
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.head_dim != config.hidden_size // config.num_attention_heads:
+        writer.add_key_length(config.head_dim)
+    if metadata.pop("rope_freqs", False):
+        writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
     for key, value in metadata.items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         add(key.replace("__", "."), value)
@@ -59,17 +63,20 @@ def write_gguf(path: Path, model: LlamaForCausalLM, quantized: bool = False, **m
     writer.close()
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_gguf_gives_the_model_it_was_made_of(tmp_path: Path, tied: bool) -> None:
-    saved = save_tiny_model(tmp_path, tie_word_embeddings=tied, rope_theta=1234.0, rms_norm_eps=1e-3)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": False}, {"head_dim": 32}], ids=["tied", "untied", "wide heads"]
+)
+def test_gguf_gives_the_model_it_was_made_of(tmp_path: Path, changes: dict[str, Any]) -> None:
+    saved = save_tiny_model(tmp_path, **changes, rope_theta=1234.0, rms_norm_eps=1e-3)
     write_gguf(tmp_path / "m.gguf", saved)
     assert_same_model(load(tmp_path / "m.gguf"), saved)
 
 
-def test_quantized_gguf_is_decoded_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [1000, 10], ids=["borders in the middle of every tensor", "a row at a time"])
+def test_quantized_gguf_is_decoded_row_by_row(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = save_tiny_model(tmp_path)
     write_gguf(tmp_path / "m.gguf", saved, quantized=True)
-    monkeypatch.setattr("qlora_ext.finetune.gguf_file.CHUNK", 1000)  # borders in the middle of every tensor
+    monkeypatch.setattr("qlora_ext.finetune.gguf_file.CHUNK", chunk)
     model = load(tmp_path / "m.gguf")
     for name, weight in saved.state_dict().items():
         if weight.ndim == 2:
@@ -86,8 +93,9 @@ def test_quantized_gguf_is_decoded_row_by_row(tmp_path: Path, monkeypatch: pytes
         ({"llama__rope__scaling__type": "yarn"}, "scaled rotary embeddings are not handled"),
         ({"llama__rope__scaling__factor": 4.0}, "scaled rotary embeddings are not handled"),
         ({"llama__rope__scale_linear": 2.0}, "scaled rotary embeddings are not handled"),
+        ({"rope_freqs": True}, "scaled rotary embeddings are not handled"),
     ],
-    ids=["architecture", "rope scaling", "rope scaling without type", "rope scaling of old files"],
+    ids=["architecture", "rope scaling", "rope scaling without type", "rope scaling of old files", "rope frequencies"],
 )
 def test_gguf_of_a_kind_not_handled(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path), **metadata)

@@ -15,6 +15,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoConfig, GPTNeoForCau
 
 import qlora_ext
 from qlora_ext.finetune.load import compute_dtype, load_model, open_checkpoint, suitable_attention
+from qlora_ext.finetune.model_folder import ModelFolder
 
 CPU = torch.device("cpu")
 
@@ -70,10 +71,20 @@ def test_only_a_package_of_the_attention_is_called_so(tmp_path: Path, monkeypatc
 def test_folder_gives_the_saved_model(tmp_path: Path, tied: bool, shard: str) -> None:
     saved = save_tiny_model(tmp_path, tie_word_embeddings=tied, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "50KB")
+    assert ModelFolder(tmp_path).files == sorted(tmp_path.glob("*.safetensors"))
     model = load(tmp_path)
     assert_same_model(model, saved)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert not model.training
+
+
+def test_later_changes_of_the_file_do_not_reach_the_model(tmp_path: Path) -> None:
+    saved = save_tiny_model(tmp_path)
+    model = load(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-1000, 2)
+        file.write(bytes(1000))
+    assert_same_model(model, saved)
 
 
 def test_tied_head_may_be_stored_in_place_of_the_embedding(tmp_path: Path) -> None:
@@ -223,6 +234,9 @@ def test_a_damaged_file_of_transformers_is_told_with_its_folder(tmp_path: Path, 
         getattr(checkpoint, what)()
 
 
+BAD_INDICES = ("[]", "{}", "{", "[" * 100_000, '{"weight_map": []}', '{"weight_map": {"a": 1}}')
+
+
 def test_what_is_not_a_model_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a model folder with config\.json"):
         open_checkpoint(str(tmp_path))
@@ -231,12 +245,11 @@ def test_what_is_not_a_model_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected model\.safetensors \(pickled checkpoints are not read\)"):
         open_checkpoint(str(tmp_path))
     index = tmp_path / "model.safetensors.index.json"
+    elsewhere = f"../{tmp_path.name}/pytorch_model.bin"
     for content, message in [
-        ("[]", "expected a safetensors index with a weight_map"),
-        ("[" * 100_000, "expected a safetensors index with a weight_map"),
-        (json.dumps({"weight_map": {"a": 5}}), "expected the file 5 beside it"),
+        *((bad, "expected a safetensors index with a weight_map") for bad in BAD_INDICES),
         (json.dumps({"weight_map": {"a": "gone.safetensors"}}), r"expected the file 'gone\.safetensors' beside it"),
-        (json.dumps({"weight_map": {"a": "../pytorch_model.bin"}}), r"expected the file '\.\./pytorch_model\.bin'"),
+        (json.dumps({"weight_map": {"a": elsewhere}}), f"expected the file '{elsewhere}' beside it"),
     ]:
         index.write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import re
 import resource
 import shutil
@@ -94,7 +96,10 @@ BESIDE_A_MODEL = (
 )
 def test_overwrite_deletes_what_runs_write_and_nothing_else(weights: str, tmp_path: Path) -> None:
     """A tokenizer of one's own stays, but where it is a model's, which goes."""
-    folder, others = tmp_path / "out", {"notes.txt", "checkpoint-best/model", "run.json.bak", "model.txt"}
+    folder, others = (
+        tmp_path / "out",
+        {"notes.txt", "checkpoint-7", "checkpoint-best/model", "run.json.bak", "model.txt"},
+    )
     for name in (*OF_A_RUN, *BESIDE_A_MODEL, *others, *filter(None, [weights])):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
@@ -119,6 +124,16 @@ def test_the_lock_is_a_file_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=LOCK), OutputFolder(tmp_path):
         pass
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_where_there_are_no_locks_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with OutputFolder(tmp_path / "new") as output:
+        output.begin(resume=False, overwrite=False)
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 @pytest.mark.parametrize("change", ["", "overwrite", "resume"])

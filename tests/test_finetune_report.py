@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_model import tiny_config
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import qlora_ext
 from qlora_ext.finetune.optimizer import StatesReport
@@ -56,6 +56,13 @@ def test_composition_of_a_plain_base(dtype: torch.dtype, bits: int) -> None:
     assert full["trainable_percent"] == 100
     assert full["adapter_bytes"] == 0
     assert full["base_bytes"] == got["base_bytes"]
+
+
+def test_model_without_linear_layers_has_no_bits() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=258))
+    got = composition(gpt2, adapter=False)
+    assert (got["base_bits"], got["trainable_percent"]) == (None, 100)
+    assert table(a_report(base_bits=None, method="full")).splitlines()[1].startswith("full    -  ")
 
 
 def a_report(**changes: Any) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
 
 def test_states_that_this_process_has_not_seen(tmp_path: Path) -> None:
     unseen = {"kind": "adamw", **dict.fromkeys(asdict(StatesReport()))}
-    report = a_report(optimizer=unseen, optimizer_bytes=None, gradient_bytes=None)
+    report = a_report(optimizer=unseen, optimizer_bytes=None, gradient_bytes=None, tokens_per_second=None)
     assert "optimizer: adamw, states: not seen, as all steps had been made before --resume" in table(report)
     write(report, tmp_path)
     assert (tmp_path / "report.png").exists()
@@ -126,7 +133,7 @@ def test_failure_leaves_no_report(failing: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_report_is_json_without_nan(tmp_path: Path) -> None:
-    write(a_report(losses=[1.0, math.nan], held_out_loss_before=math.inf), tmp_path)
+    write(a_report(losses=[1.0, math.nan], held_out_losses=[(1, math.nan)], held_out_loss_before=math.inf), tmp_path)
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_training
 import torch
 from safetensors.torch import load_file
 from tiny_model import one_thread as one_thread
@@ -151,6 +152,16 @@ def test_training_learns_and_measures(tmp_path: Path) -> None:
     moments = 2 * bytes_trained
     assert moments <= outcome.optimizer.state_bytes <= moments + 4 * len(trained(model))  # a step count for each
     assert outcome.seconds > 0
+
+
+def test_the_first_token_of_a_window_of_text_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = [replace(example, labels=example.input_ids) for example in DATA.train[:2]]
+    expected = held_out_loss(build("lora"), windows, PadToLongest(0), 2)
+    monkeypatch.setattr(tiny_training, "DATA", replace(DATA, train=windows))
+    _, outcome = run(tmp_path, steps=1, accumulate=1)
+    assert outcome.losses == pytest.approx([expected], rel=1e-5)
 
 
 def test_tokens_are_those_of_the_input_without_padding(tmp_path: Path) -> None:

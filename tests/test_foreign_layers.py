@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import types
 import weakref
 from collections.abc import Callable
 
@@ -66,6 +67,7 @@ def replace_forward(layer: nn.Module) -> None:
 
 CHANGES: list[Callable[[nn.Module], object]] = [
     replace_forward,
+    lambda layer: setattr(layer, "forward", types.MethodType(refuse, layer)),
     lambda layer: layer.register_forward_hook(refuse),
     lambda layer: layer.register_forward_pre_hook(refuse),
     lambda layer: layer.register_full_backward_hook(refuse),

@@ -91,6 +91,16 @@ def test_what_bytes_tell(blocksize: int, quant_type: str) -> None:
         assert told(torch.empty(64, 64)) is None
 
 
+@pytest.mark.parametrize(("lacking", "times"), [([8], 4), ([8, 12], 64)], ids=["few", "not all"])
+def test_the_lack_of_a_code_may_be_chance(lacking: list[int], times: int) -> None:
+    def told(lacking: list[int], times: int) -> str | None:
+        codes = torch.tensor([code for code in range(16) if code not in lacking] * times, dtype=torch.uint8)
+        return quant_type_of(codes[::2] << 4 | codes[1::2])
+
+    assert told([8], 64) == "fp4"
+    assert told(lacking, times) is None
+
+
 def test_no_subclass_is_looked_into() -> None:
     """A DTensor's bytes are on several devices."""
 

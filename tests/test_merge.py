@@ -280,10 +280,11 @@ def test_merge_without_active_adapter() -> None:
 
 @by_base
 @pytest.mark.parametrize("dequantize", [False, True], ids=["", "dequantize"])
-def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_merged(dequantize: bool, base: str) -> None:
+@pytest.mark.parametrize("value", [torch.nan, 1e30])
+def test_an_adapter_that_is_not_finite_is_named_and_not_merged(value: float, dequantize: bool, base: str) -> None:
     """As after a training that diverged; with dequantize it could not be undone."""
-    model = make_model(base)
-    nn.init.constant_(model.model.layers[1].mlp.up_proj.lora_B["b"], torch.nan)
+    model = make_model(base, torch.float16)
+    nn.init.constant_(model.model.layers[1].mlp.up_proj.lora_B["b"], value)
     before = everything(model)
     with pytest.raises(ValueError, match=r"merge_adapter.*layers\.1\.mlp\.up_proj.*finite"):
         merge_adapter(model, dequantize=dequantize)

@@ -45,6 +45,16 @@ def test_stats_count_what_streams(tmp_path: Path) -> None:
     assert after["hit_rate"] == pytest.approx(at_home / (at_home + in_file))
 
 
+def test_frozen_parameters_take_no_pages(tmp_path: Path) -> None:
+    p, frozen = Parameter(torch.ones(1000)), Parameter(torch.ones(100_000), requires_grad=False)
+    optimizer = PagedAdamW([p, frozen], page_bytes=4 * KIB)
+    pages = optimizer.stats()["unwritten_pages"]
+    take_steps([p], optimizer, range(1))
+    optimizer.save_states(tmp_path / "states")
+    optimizer.load_states(tmp_path / "states")
+    assert pages == sum(optimizer.stats()["pages"].values()) + optimizer.stats()["unwritten_pages"] == 2
+
+
 def test_release_frees_all_and_a_step_after_it_begins_anew(tmp_path: Path) -> None:
     options = {"page_bytes": 8 * KIB, "host_budget": 64 * KIB, "page_file": tmp_path / "pages"}
     params, optimizer = train(partial(PagedAdamW, lr=LR, **options), 2)

@@ -192,6 +192,7 @@ def damage(path: Path, change: str) -> None:
         *("short", "long", "huge header", "empty", "no metadata", "overlap", "foreign dtype", "other shape"),
         *('metadata{"steps": {"0": -1}}', 'metadata{"steps": {"0": 1e30}}', 'metadata{"steps": null}'),
         *('metadata{"steps": {"0": 2.5}}', 'metadata{"steps": {"0": Infinity}}'),
+        'metadata{"steps": {"0": 1000000000000000000000}}',
         *('metadata{"groups": []}', 'metadata{"groups": [3]}', 'metadata{"groups": [{"betas": [1, 2, 3]}]}'),
     ],
 )
@@ -220,7 +221,8 @@ def test_what_fails_to_load_cannot_be_used_until_it_is_loaded(tmp_path: Path) ->
         optimizer.load_states(tmp_path / "states")
     folder.mkdir()
     set_gradients(params, 2)
-    for act in (optimizer.step, optimizer.state_dict, lambda: optimizer.save_states(tmp_path / "states")):
+    add = partial(optimizer.add_param_group, {"params": [Parameter(torch.ones(3))]})
+    for act in (optimizer.step, optimizer.state_dict, partial(optimizer.save_states, tmp_path / "states"), add):
         with pytest.raises(RuntimeError, match="could not be loaded"):
             act()
     assert bits(params) == before

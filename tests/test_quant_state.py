@@ -11,6 +11,7 @@ import torch
 from cases import normal
 from reference import assert_same
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qlora_ext import QuantState, dequantize_4bit, linear_4bit, quantize_4bit
 
@@ -58,6 +59,24 @@ def test_one_is_made_in_a_compiled_function(dynamic: bool) -> None:
         weight = normal(rows, 128)
         packed, state = quantize_4bit(weight, double_quant=False)
         assert_same(compiled(packed, state.absmax, weight), 2 * dequantize_4bit(packed, state))
+
+
+def test_a_shape_may_be_symbolic() -> None:
+    def decode(packed: Tensor, absmax: Tensor, like: Tensor) -> Tensor:
+        rows, columns = like.shape
+        return dequantize_4bit(packed, QuantState((rows, columns), torch.float32, "nf4", 64, absmax))  # type: ignore[arg-type]
+
+    packed, state = quantize_4bit(normal(96, 128), double_quant=False)
+    traced = make_fx(decode, tracing_mode="symbolic")(packed, state.absmax, normal(96, 128))
+    assert_same(traced(packed, state.absmax, normal(96, 128)), dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_all_its_tensors_move(double_quant: bool) -> None:
+    state = quantize_4bit(normal(96, 128), double_quant=double_quant)[1].to("meta")
+    assert state.double_quant is double_quant
+    tensors = [value for value in vars(state).values() if isinstance(value, Tensor)]
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * (3 if double_quant else 1)
 
 
 def test_torch_load_reads_one_with_weights_only() -> None:

@@ -272,3 +272,10 @@ def test_the_model_must_be_a_module() -> None:
 def test_a_single_layer_is_no_model() -> None:
     with pytest.raises(ValueError, match=r"quantize_model: model: .*Linear4bit\.from_linear.*got Linear itself"):
         quantize_model(nn.Linear(64, 8))
+
+
+def test_a_place_may_have_no_module() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    model.register_module("none", None)
+    add_adapter(quantize_model(model), LoraConfig())
+    assert model[0](torch.ones(1, 64)).shape == (1, 64)

@@ -97,6 +97,16 @@ def test_a_sharded_model_loads_into_an_adapter_that_is_there(tmp_path: Path) -> 
     assert_same(logits(model), logits(saved))  # with what was in the parts, gathered again
 
 
+def test_a_sharded_head_is_compared_with_the_files_whole(tmp_path: Path) -> None:
+    model = with_head(1)
+    add_adapter(model, LoraConfig(target_modules=["q_proj"]), "other")
+    save_adapter(shard(model), tmp_path / "same")
+    save_adapter(with_head(2), tmp_path / "changed")
+    load_adapter(model, tmp_path / "same")
+    with pytest.raises(ValueError, match=r"score\.weight: expected the file's values already there.*\['other'\]"):
+        load_adapter(model, tmp_path / "changed")
+
+
 @pytest.mark.parametrize("by_layer", [True, False])
 @pytest.mark.parametrize("name", ["default", "new"])
 def test_no_adapter_is_added_to_a_sharded_layer(name: str, by_layer: bool, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class GgufFile:
         """Yield every tensor of the file under the name it has in `model`."""
         config = model.config
         name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-        names = {name_map.get_name(name, try_suffixes=(".weight", ".bias")): name for name in model.state_dict()}
+        names = {name_map.get_name(name, try_suffixes=(".weight",)): name for name in model.state_dict()}
         heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
         for tensor in self.reader.tensors:
             leaf = tensor.name.split(".", 2)[-1]

@@ -65,12 +65,13 @@ class ModelFolder:
             raise ValueError(f"{self.path}: expected model.safetensors (pickled checkpoints are not read), got none")
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            files = [self.path / name for name in names]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index}: expected a safetensors index with a weight_map ({error})") from error
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not (self.path / name).is_file():
+        for name, file in zip(names, files, strict=True):
+            if file.parent != self.path or not file.is_file():
                 raise ValueError(f"{index}: expected the file {name!r} beside it, got none")
-        return [self.path / name for name in names]
+        return files
 
 
 def _read(file: Any, name: str, dtype: torch.dtype | None) -> Tensor:

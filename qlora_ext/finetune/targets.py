@@ -19,7 +19,7 @@ def target_modules(text: str, model: PreTrainedModel) -> str | list[str]:
     Raises: ValueError when the text is no regex, or names layers that PEFT refuses.
     """
     wanted: str | list[str] = text
-    if text != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
+    if re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
         wanted = text.split(",")
     try:
         re.compile(text)
