@@ -64,7 +64,8 @@ def refusal(what: str, expected: object, got: object, error: type[Exception] = V
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:
     """Raises TypeError if it is no dtype of parameters and gradients."""
-    check(dtype in _DTYPES, what, "dtype float32, float16 or bfloat16", dtype, TypeError)
+    if dtype not in _DTYPES:
+        raise refusal(what, "dtype float32, float16 or bfloat16", dtype, TypeError)
 
 
 def check_parameter(what: str, p: Tensor) -> None:

@@ -16,7 +16,7 @@ from qlora_ext import _C
 from qlora_ext.sharded import is_dtensor, local_shard, placements
 
 PARTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")  # in the order of the C++ enum Part
-NAMES = ("step", *PARTS)  # in a state_dict
+NAMES = frozenset(("step", *PARTS))  # in a state_dict
 MOST_STEPS = 1 << 53  # whole numbers that a float has
 _MIN_8BIT_SIZE = 4096  # elements; smaller parameters have 32-bit states
 
@@ -75,7 +75,7 @@ def let_go(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def has_state(entry: Any) -> bool:
     """Whether an entry of a state_dict has a part of a state, or is none at all."""
-    return not isinstance(entry, dict) or any(name in entry for name in NAMES)
+    return not isinstance(entry, dict) or not NAMES.isdisjoint(entry)
 
 
 def others_entries(entry: Any) -> Any:

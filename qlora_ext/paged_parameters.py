@@ -55,7 +55,7 @@ class Update(NamedTuple):
 
 def update_of(p: Tensor, grad: Tensor, index: int, hyper: Hyper) -> Update:
     """The update of p, parameter number `index` of its optimizer. Each shard has a number of its own."""
-    return Update(p, local_shard(p.detach()), grad, index + (shard_number(p) << 32), hyper)
+    return Update(p, local_shard(p), grad, index + (shard_number(p) << 32), hyper)
 
 
 class _States(NamedTuple):
@@ -126,8 +126,8 @@ class PagedParameters:
         given, anew = {}, []
         for index, p in enumerate(params):
             entry = state.get(p, {})
-            named = [name for name in NAMES if name in entry]
-            if any(entry[name] is not None for name in named):
+            named = not NAMES.isdisjoint(entry)
+            if [name for name in NAMES if entry.get(name) is not None]:
                 given[p] = checked_state("PagedAdamW.state", index, p, self.state_bits, entry)
             elif named and not self.steps(p):
                 raise ValueError(
@@ -250,7 +250,7 @@ class PagedParameters:
     def _fits(self, p: Tensor) -> bool:
         """Whether p is as it was when its pages were made."""
         states, local = self._states[p], local_shard(p)
-        return (states.numel, states.device) == (local.numel(), local.device)
+        return states.numel == local.numel() and states.device == local.device
 
     def _id(self, p: Tensor) -> int:
         states = self._states[p]
