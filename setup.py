@@ -5,6 +5,7 @@ QLORA_EXT_CUDA=0 or 1 decides it instead; CUDA_HOME names the toolkit, TORCH_CUD
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -64,6 +65,8 @@ def extension(toolkit: Path | None) -> Extension:
         return cpp_extension.CppExtension("qlora_ext._C", names, **options)
     cpp_extension.CUDA_HOME = str(toolkit)
     archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0+PTX"
+    # Not through a ccache that torch finds: of several architectures it looks at one, and gives old code for others.
+    os.environ.setdefault("PYTORCH_NVCC", shlex.quote(str(toolkit / "bin/nvcc")))
     version = subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     options["define_macros"] = [("QLORA_EXT_NVCC", f'"nvcc {re.search("V([0-9.]+)", version)[1]} for {archs}"')]
     built = cpp_extension.CUDAExtension("qlora_ext._C", names, **options)

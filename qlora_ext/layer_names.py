@@ -72,6 +72,7 @@ def check_regex(what: str, pattern: object, within: str = "{}") -> None:
     if not isinstance(pattern, str):
         raise TypeError(f"{what}: expected a regular expression, got {pattern!r}")
     try:
+        re.compile(pattern)
         re.compile(within.format(pattern))
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{what}: expected a regular expression, got {pattern!r} ({error})") from error

@@ -179,6 +179,11 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         ValueError,
         f"{CONFIG}.*layers_pattern.*index",
     ),
+    "modules-to-save-comment": (
+        change_config(modules_to_save="(?#"),
+        ValueError,
+        rf"{CONFIG}.*modules_to_save.*'\(\?#'",
+    ),
     "modules-to-save": (change_config(modules_to_save="("), ValueError, rf"{CONFIG}.*modules_to_save.*'\('"),
     "modules-to-save-without-tensors": (
         change_config(modules_to_save=["norm"]),

@@ -23,7 +23,7 @@ def target_modules(text: str, model: PreTrainedModel) -> str | list[str]:
         wanted = text.split(",")
     try:
         re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"--target-modules: expected names or a regex, got {text!r} ({error})") from error
     kind = model.config.model_type
     leaves = {name.rpartition(".")[2] for name in named_layers(model, wanted)} if kind in MAMBA else set()
