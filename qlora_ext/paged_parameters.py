@@ -127,7 +127,7 @@ class PagedParameters:
         for index, p in enumerate(params):
             entry = state.get(p, {})
             named = not NAMES.isdisjoint(entry)
-            if [name for name in NAMES if entry.get(name) is not None]:
+            if [name for name in NAMES if entry.get(name) is not None]:  # any() takes longer
                 given[p] = checked_state("PagedAdamW.state", index, p, self.state_bits, entry)
             elif named and not self.steps(p):
                 raise ValueError(

@@ -56,20 +56,17 @@ def read_config(folder: Path) -> tuple[LoraConfig, list[str], Callable[[str], bo
             raise ValueError(f"load_adapter: {path}: {key}: expected {neutral[0]!r}, got {given[key]!r} (unsupported)")
     known = {f.name: given[f.name] for f in fields(LoraConfig) if given.get(f.name) is not None}
     try:
-        return (
-            LoraConfig(**_PEFTS_DEFAULTS | known),
-            _listed(given, "modules_to_save", str, _SAVED_WHOLE),
-            _demands(given),
-        )
+        config, saved = LoraConfig(**_PEFTS_DEFAULTS | known), _listed(given, "modules_to_save", str, _SAVED_WHOLE)
+        return config, saved, _demands(given, saved)
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_adapter: {path}: {error}") from error
 
 
-def _demands(given: dict[str, Any]) -> Callable[[str], bool]:
+def _demands(given: dict[str, Any], saved: list[str]) -> Callable[[str], bool]:
     """Whether this config of PEFT's demands tensors of a layer of this name that its target_modules match."""
     targets, exclude = given.get("target_modules"), given.get("exclude_modules")
     excluded, patterns = _listed(given, "exclude_modules", str), _listed(given, "layers_pattern", str, _BLOCK)
-    indexes, saved = _listed(given, "layers_to_transform", int), _listed(given, "modules_to_save", str, _SAVED_WHOLE)
+    indexes = _listed(given, "layers_to_transform", int)
 
     @cache  # re's own keeps 512, and there may be more modules
     def saved_whole(each: str) -> re.Pattern[str]:
