@@ -21,7 +21,7 @@ constexpr std::int64_t kRun = 32;                     // the smallest blocksize
 constexpr std::int64_t kRowBlock = kFewRowsBoundary;  // rows of W that meet a segment of x while it is in L1
 constexpr std::int64_t kLine = 64;                    // bytes of a cache line
 constexpr std::int64_t kBytesToL1 = 4096;             // ahead, that are fetched
-constexpr std::int64_t kBytesToL2 = 8192;             // likewise; straight to the L1 memory is read more slowly
+constexpr std::int64_t kBytesToL2 = 12288;            // likewise; straight to the L1 memory is read more slowly
 constexpr std::int64_t kMaxSegment = 4096;            // weights
 constexpr std::int64_t kAbsmaxBehind = 64;  // numbers that decode_absmax may write, or `scales` read, beyond the last
 
@@ -33,18 +33,21 @@ inline std::int64_t segment(std::int64_t bytes) {
   return weights;
 }
 
-// Of `count` weights from the k-th on of each row of W, one row after the other.
+// Of `count` weights from the k-th on of each row of W, one row after the other. What the next so many rows have there
+// is fetched: their weights are, too, and would come before it.
 template <typename Isa>
 inline void decode_absmax_of_rows(const Packed4bit& w, std::int64_t first, std::int64_t rows, std::int64_t K,
                                   std::int64_t k, std::int64_t count, float* absmax) {
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
-  const std::int64_t blocks = (count + w.blocksize - 1) >> shift;
-  if (count == K) {  // whole rows: theirs lie side by side
-    Isa::decode_absmax(w, (first * K) >> shift, rows * blocks, absmax);
-    return;
-  }
-  for (std::int64_t row = 0; row < rows; ++row) {
-    Isa::decode_absmax(w, ((first + row) * K + k) >> shift, blocks, absmax + row * blocks);
+  const std::int64_t bytes = w.nested_absmax == nullptr ? 4 : 1;
+  const bool whole = count == K;  // rows, whose absmax lie side by side
+  const std::int64_t blocks = ((count + w.blocksize - 1) >> shift) * (whole ? rows : 1);
+  for (std::int64_t row = 0; row < (whole ? 1 : rows); ++row) {
+    const std::int64_t block = ((first + row) * K + k) >> shift, next = block + ((rows * K) >> shift);
+    for (std::int64_t byte = next * bytes; byte < (next + blocks) * bytes; byte += kLine) {
+      __builtin_prefetch(static_cast<const char*>(w.absmax) + byte);
+    }
+    Isa::decode_absmax(w, block, blocks, absmax + row * blocks);
   }
 }
 
