@@ -1,7 +1,6 @@
-// linear_4bit for few rows: the choice of its kernel, and the groups of rows it works on.
+// linear_4bit for few rows: the choice of its kernel, and x as it wants that.
 #include "linear_4bit.h"
 
-#include <algorithm>
 #include <stdexcept>
 
 #include "path.h"
@@ -29,16 +28,6 @@ const FewRowsKernel* kernel_for([[maybe_unused]] DType dtype, [[maybe_unused]] s
   return nullptr;
 }
 
-// Rows are multiplied in groups, of as many as a kernel has sums for at most and of half as many at least (or of all).
-template <typename Body>
-void each_group(const FewRowsKernel& kernel, std::int64_t M, Body&& body) {
-  const std::int64_t groups = ceil_div(M, kernel.most_at_once);
-  for (std::int64_t i = 0; i < groups; ++i) {
-    const std::int64_t begin = M * i / groups, end = M * (i + 1) / groups;
-    body(begin, end - begin);
-  }
-}
-
 std::int64_t arranged_row_bytes(const FewRowsKernel& kernel, std::int64_t K) {
   return ceil_div(K, kernel.chunk) * kernel.chunk * itemsize(kernel.dtype);
 }
@@ -58,30 +47,16 @@ std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::in
 void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t N, std::int64_t K, void* arranged) {
   const FewRowsKernel& kernel = *kernel_for(dtype, M, N);
   const std::int64_t row_bytes = arranged_row_bytes(kernel, K);
-  each_group(kernel, M, [&](std::int64_t m, std::int64_t rows) {
+  each_group(M, kernel.most_at_once, [&](std::int64_t m, std::int64_t rows) {
     kernel.arrange(static_cast<const char*>(x) + m * K * itemsize(dtype), dtype, rows, K,
                    static_cast<char*>(arranged) + m * row_bytes);
   });
 }
 
 void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end) {
-  const std::int64_t M = product.M, N = product.N, K = product.K;
-  const DType dtype = product.dtype;
-  if (M < 1 || M > most_few_rows(dtype))
+  if (product.M < 1 || product.M > most_few_rows(product.dtype))
     throw std::logic_error("linear_4bit: no kernel for so many rows on this CPU path");
-  const FewRowsKernel& kernel = *kernel_for(dtype, M, N);
-  const std::int64_t x_row = arranged_row_bytes(kernel, K), y_row = N * itemsize(dtype);
-  const std::int64_t rows_of_w = M > kernel.most_at_once ? 64 : end - begin;  // the next group finds them in the L2
-  for (std::int64_t n = begin; n < end; n += rows_of_w) {
-    each_group(kernel, M, [&](std::int64_t m, std::int64_t rows) {
-      FewRows part = product;
-      part.x = static_cast<const char*>(product.x) + m * x_row;
-      part.addend = product.addend == nullptr ? nullptr : product.addend + m * product.addend_stride;
-      part.y = static_cast<char*>(product.y) + m * y_row;
-      part.M = rows;
-      kernel.multiply(part, n, std::min(n + rows_of_w, end));
-    });
-  }
+  kernel_for(product.dtype, product.M, product.N)->multiply(product, begin, end);
 }
 
 }  // namespace qlora::cpu

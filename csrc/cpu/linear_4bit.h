@@ -36,13 +36,24 @@ void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end);
 
 // --- the vector kernels -------------------------------------------------------------------------------------------
 
+// Calls body(begin, rows) for groups of the rows of x, of as many as `most` at most and of half as many at least (or of
+// all).
+template <typename Body>
+void each_group(std::int64_t M, std::int64_t most, Body&& body) {
+  const std::int64_t groups = ceil_div(M, most);
+  for (std::int64_t i = 0; i < groups; ++i) {
+    const std::int64_t begin = M * i / groups, end = M * (i + 1) / groups;
+    body(begin, end - begin);
+  }
+}
+
 // x comes to a kernel in groups of rows, each padded with zeros to whole chunks and in the order that it wants.
 struct FewRowsKernel {
   std::int64_t chunk;  // elements of a row
   DType dtype;         // of x as it is multiplied
   std::int64_t most_at_once;
-  void (*arrange)(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged);
-  void (*multiply)(const FewRows& product, std::int64_t begin, std::int64_t end);
+  void (*arrange)(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged);  // a group
+  void (*multiply)(const FewRows& product, std::int64_t begin, std::int64_t end);                  // all groups
 };
 
 // For x of this dtype. / For M rows of x in all, and N of W.

@@ -219,12 +219,30 @@ void arrange_rows(const void* x, DType dtype, std::int64_t rows, std::int64_t K,
   });
 }
 
+// By itself, as GCC 12 puts its loop's numbers on the stack otherwise.
 template <typename Isa, int kRows = Isa::kMostRows>
-void multiply_few_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
+[[gnu::noinline]] void multiply_group(const FewRows& p, std::int64_t begin, std::int64_t end) {
   if constexpr (kRows > 1) {
-    if (p.M < kRows) return multiply_few_rows<Isa, kRows - 1>(p, begin, end);
+    if (p.M < kRows) return multiply_group<Isa, kRows - 1>(p, begin, end);
   }
   multiply_rows<Isa, kRows>(p, begin, end);
+}
+
+template <typename Isa>
+void multiply_few_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
+  const std::int64_t x_row = ceil_div(p.K, Isa::kChunk) * Isa::kChunk * itemsize(Isa::kDType);
+  const std::int64_t y_row = p.N * itemsize(p.dtype);
+  const std::int64_t rows_of_w = p.M > Isa::kMostRows ? 64 : end - begin;  // the next group finds them in the L2
+  for (std::int64_t n = begin; n < end; n += rows_of_w) {
+    each_group(p.M, Isa::kMostRows, [&](std::int64_t m, std::int64_t rows) {
+      FewRows group = p;
+      group.x = static_cast<const char*>(p.x) + m * x_row;
+      group.addend = p.addend == nullptr ? nullptr : p.addend + m * p.addend_stride;
+      group.y = static_cast<char*>(p.y) + m * y_row;
+      group.M = rows;
+      multiply_group<Isa>(group, n, smaller(n + rows_of_w, end));
+    });
+  }
 }
 
 template <typename Isa>

@@ -11,6 +11,7 @@
 //   in_order      16 bytes of x as the steps want them
 //   multiply_add  16 rows' weights times the same elements of x, onto their sums
 #include "linear_4bit_avx512.h"
+#include "row_products.h"
 
 namespace qlora::cpu {
 namespace {
@@ -20,6 +21,7 @@ constexpr int kTileChains = 2;                 // of dependent additions, to kee
 constexpr int kMostInTile = 8;                 // rows of x: with two chains each half of the registers
 constexpr int kLeastInTile = kMostInTile / 2;  // groups of rows have half of the most, or more
 constexpr std::int64_t kTileBlock = 64;        // weights of a row that are added up before they are scaled
+constexpr std::int64_t kTilePart = 1024;       // that all groups of rows meet, one after the other, in the L1
 
 // Of 4 vectors of which the i-th has 16 bytes of rows i, 4 + i, 8 + i and 12 + i: the j-th dwords of all rows.
 inline void transpose_dwords(const __m512i (&rows)[4], __m512i (&columns)[4]) {
@@ -155,13 +157,19 @@ template <typename Isa, int kRows>
   }
 }
 
-// Calls multiply(w, at, part) for all of the `count` weights of the rows, parts of them one after the other. Rows that
-// are a multiple of 4 KB apart lie in the same set of the L1, and each of their lines is needed four times: copied
-// first.
+// Calls multiply(w, at, part) for all of the `count` weights of the rows, parts of them one after the other, of
+// `longest` weights at most. Rows that are a multiple of 4 KB apart lie in the same set of the L1, and each of their
+// lines is needed four times: copied first.
 template <typename Multiply>
-void each_part_of_tile(const std::uint8_t* packed, std::int64_t row_bytes, std::int64_t count, Multiply&& multiply) {
+void each_part_of_tile(const std::uint8_t* packed, std::int64_t row_bytes, std::int64_t count, std::int64_t longest,
+                       Multiply&& multiply) {
   const std::uint8_t* next = packed + kTileRows * row_bytes;
-  if (row_bytes % 4096 != 0) return multiply({packed, row_bytes, next, row_bytes}, 0, count);
+  if (row_bytes % 4096 != 0) {
+    for (std::int64_t at = 0; at < count; at += longest) {
+      multiply({packed + at / 2, row_bytes, next + at / 2, row_bytes}, at, smaller(count - at, longest));
+    }
+    return;
+  }
   constexpr std::int64_t kBytes = 256;
   alignas(64) std::uint8_t copy[kTileRows][kBytes + 64];
   for (std::int64_t byte = 0; byte < count / 2; byte += kBytes) {
@@ -179,44 +187,43 @@ inline void store_lanes(T* to, __m512 x, __mmask16 lanes) {
   }
 }
 
-template <typename Isa, int kRows>
-void multiply_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
+inline bool pays_in_tiles(std::int64_t M, std::int64_t N) { return M >= kLeastInTile && N >= kTileRows; }
+
+template <typename Isa>
+void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
+  constexpr decltype(&multiply_tile<Isa, kMostInTile>) kKernels[] = {multiply_tile<Isa, 4>, multiply_tile<Isa, 5>,
+                                                                     multiply_tile<Isa, 6>, multiply_tile<Isa, 7>,
+                                                                     multiply_tile<Isa, 8>};
+  static_assert(sizeof kKernels / sizeof *kKernels == kMostInTile - kLeastInTile + 1);
   const Isa isa(p.w.quant_type);
   const auto* x = static_cast<const typename Isa::Element*>(p.x);
+  const std::int64_t longest = p.M > kMostInTile ? kTilePart : kMaxSegment;
   for (std::int64_t row = begin; row < end; row += kTileRows) {
     const std::int64_t first = row + kTileRows <= p.N ? row : p.N - kTileRows;  // the last tile may overlap another
-    alignas(64) float sums[kRows * kTileRows] = {};
+    alignas(64) float sums[kMostRowProducts][kTileRows];
+    for (std::int64_t m = 0; m < p.M; ++m) _mm512_store_ps(sums[m], _mm512_setzero_ps());
     for (std::int64_t k = 0; k < p.K; k += kMaxSegment) {
       const std::int64_t count = smaller(p.K - k, kMaxSegment);
       TileScales scales;
       scales.decode(p.w, first, p.K, k, count);
       const std::uint8_t* packed = p.w.packed + (first * p.K + k) / 2;
-      each_part_of_tile(packed, p.K / 2, count, [&](const TileOfW& w, std::int64_t at, std::int64_t part) {
-        multiply_tile<Isa, kRows>(isa, x + (k + at) * kRows, w, part, p.w.blocksize, scales.value + at / p.w.blocksize,
-                                  sums);
+      each_part_of_tile(packed, p.K / 2, count, longest, [&](const TileOfW& w, std::int64_t at, std::int64_t part) {
+        each_group(p.M, kMostInTile, [&](std::int64_t m, std::int64_t rows) {
+          kKernels[rows - kLeastInTile](isa, x + m * p.K + (k + at) * rows, w, part, p.w.blocksize,
+                                        scales.value + at / p.w.blocksize, sums[m]);
+        });
       });
     }
     const std::int64_t behind = first + kTileRows < end ? 0 : first + kTileRows - end;
     const auto lanes = static_cast<__mmask16>(0xffffu >> behind & 0xffffu << (row - first));
     with_type(p.dtype, [&](auto type) {
-      for (int m = 0; m < kRows; ++m) {
-        __m512 sum = _mm512_load_ps(sums + m * kTileRows);
+      for (std::int64_t m = 0; m < p.M; ++m) {
+        __m512 sum = _mm512_load_ps(sums[m]);
         if (p.addend != nullptr) sum += _mm512_maskz_loadu_ps(lanes, p.addend + m * p.addend_stride + first);
         store_lanes(static_cast<decltype(type)*>(p.y) + m * p.N + first, sum, lanes);
       }
     });
   }
-}
-
-inline bool pays_in_tiles(std::int64_t M, std::int64_t N) { return M >= kLeastInTile && N >= kTileRows; }
-
-template <typename Isa>
-void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
-  constexpr void (*kKernels[])(const FewRows&, std::int64_t, std::int64_t) = {
-      multiply_tiles<Isa, 4>, multiply_tiles<Isa, 5>, multiply_tiles<Isa, 6>, multiply_tiles<Isa, 7>,
-      multiply_tiles<Isa, 8>};
-  static_assert(sizeof kKernels / sizeof *kKernels == kMostInTile - kLeastInTile + 1);
-  kKernels[p.M - kLeastInTile](p, begin, end);
 }
 
 template <typename Isa>

@@ -101,6 +101,11 @@ def load_model(
             if attention in (None, "eager"):  # which need no package
                 raise
             raise ValueError(f"--attention {attention}: {error}") from error
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a model's class makes of sizes and names that do not fit
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{checkpoint.path}: expected a config of a model that can be built, got {reason}") from error
     if get_model_conversion_mapping(model, add_legacy=False):
         # transformers rearranges this architecture's checkpoints while loading (fused experts, for one).
         model = AutoModelForCausalLM.from_pretrained(
