@@ -219,9 +219,8 @@ void arrange_rows(const void* x, DType dtype, std::int64_t rows, std::int64_t K,
   });
 }
 
-// By itself, as GCC 12 puts its loop's numbers on the stack otherwise.
 template <typename Isa, int kRows = Isa::kMostRows>
-[[gnu::noinline]] void multiply_group(const FewRows& p, std::int64_t begin, std::int64_t end) {
+void multiply_group(const FewRows& p, std::int64_t begin, std::int64_t end) {
   if constexpr (kRows > 1) {
     if (p.M < kRows) return multiply_group<Isa, kRows - 1>(p, begin, end);
   }
