@@ -104,8 +104,8 @@ def load_model(
         except ValueError:
             raise
         except Exception as error:  # whatever a model's class makes of sizes and names that do not fit
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{checkpoint.path}: expected a config of a model that can be built, got {reason}") from error
+            expected = "expected a config of a model that can be built"
+            raise ValueError(f"{checkpoint.path}: {expected}, got {type(error).__name__}: {error}") from error
     if get_model_conversion_mapping(model, add_legacy=False):
         # transformers rearranges this architecture's checkpoints while loading (fused experts, for one).
         model = AutoModelForCausalLM.from_pretrained(
