@@ -227,21 +227,18 @@ void multiply_group(const FewRows& p, std::int64_t begin, std::int64_t end) {
   multiply_rows<Isa, kRows>(p, begin, end);
 }
 
+// There is more than one group only where W has fewer rows than a tile (linear_4bit_tiles_avx512.h).
 template <typename Isa>
 void multiply_few_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
   const std::int64_t x_row = ceil_div(p.K, Isa::kChunk) * Isa::kChunk * itemsize(Isa::kDType);
-  const std::int64_t y_row = p.N * itemsize(p.dtype);
-  const std::int64_t rows_of_w = p.M > Isa::kMostRows ? 64 : end - begin;  // the next group finds them in the L2
-  for (std::int64_t n = begin; n < end; n += rows_of_w) {
-    each_group(p.M, Isa::kMostRows, [&](std::int64_t m, std::int64_t rows) {
-      FewRows group = p;
-      group.x = static_cast<const char*>(p.x) + m * x_row;
-      group.addend = p.addend == nullptr ? nullptr : p.addend + m * p.addend_stride;
-      group.y = static_cast<char*>(p.y) + m * y_row;
-      group.M = rows;
-      multiply_group<Isa>(group, n, smaller(n + rows_of_w, end));
-    });
-  }
+  each_group(p.M, Isa::kMostRows, [&](std::int64_t m, std::int64_t rows) {
+    FewRows group = p;
+    group.x = static_cast<const char*>(p.x) + m * x_row;
+    group.addend = p.addend == nullptr ? nullptr : p.addend + m * p.addend_stride;
+    group.y = static_cast<char*>(p.y) + m * p.N * itemsize(p.dtype);
+    group.M = rows;
+    multiply_group<Isa>(group, begin, end);
+  });
 }
 
 template <typename Isa>
