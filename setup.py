@@ -8,17 +8,30 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
-import torch
 from setuptools import Extension, setup
-from torch.utils import cpp_extension
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+OLDEST_TORCH = re.search(r'"torch>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+TORCH_FIRST = f"qlora_ext is built against the torch that it runs with: first `pip install 'torch>={OLDEST_TORCH}'`; "
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{TORCH_FIRST}{error}") from None
+# pip would build with this one, and only then install a newer one beside which the extension does not load.
+if torch.__version__ < OLDEST_TORCH:
+    raise SystemExit(f"{TORCH_FIRST}this one is {torch.__version__}")
+# torch looks for ninja on PATH, where an environment that is not activated is not; else it compiles file by file.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
 LANGUAGE = ["-O3", "-std=c++20"]
 # -ffp-contract=off: roundings are part of the storage format. -fopenmp: without it at::parallel_for is one thread.
-# Python's own flags have -fwrapv, with which GCC spills registers in the innermost loops.
-HOST = ["-ffp-contract=off", "-fno-wrapv", "-fopenmp", "-Wall", "-fvisibility=hidden"]
+# Python's own flags have -fwrapv, with which GCC spills registers in the innermost loops, and often -g, 35 MB of it.
+HOST = ["-ffp-contract=off", "-fno-wrapv", "-g0", "-fopenmp", "-Wall", "-fvisibility=hidden"]
 NVCC = ["--expt-relaxed-constexpr", "--threads=4", f"-Xcompiler={','.join(HOST)}"]
 
 
@@ -31,7 +44,9 @@ def find_toolkit() -> Path:
         return package
     # Not simply the folder above it: it may be a script that calls the real one.
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
-    return Path(re.search(r"TOP=(.+)", dry_run.stderr)[1]).resolve()
+    if not (top := re.search(r"TOP=(.+)", dry_run.stderr)):
+        raise SystemExit(f"{nvcc} does not run (QLORA_EXT_CUDA=0: build without it): {dry_run.stderr}")
+    return Path(top[1]).resolve()
 
 
 def choose_toolkit() -> Path | None:
@@ -76,10 +91,18 @@ def extension(toolkit: Path | None) -> Extension:
     return built
 
 
+class CopyAnew(build_py):
+    """Of modules that are gone, those that an earlier build left in build/lib* do not go into the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "qlora_ext", ignore_errors=True)
+        super().run()
+
+
 toolkit = choose_toolkit()
 setup(
     ext_modules=[extension(toolkit)],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_py": CopyAnew, "build_ext": cpp_extension.BuildExtension},
     # What to compile again is left to ninja, which sees other flags and another torch too.
     options={"build": {"build_base": "build/cuda" if toolkit else "build"}, "build_ext": {"force": True}},
 )

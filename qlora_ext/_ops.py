@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.machinery import EXTENSION_SUFFIXES
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +14,12 @@ try:
 except ImportError as error:
     if str(error).startswith("QLORA_EXT_CPU"):  # it does load, but for what the environment asks of it
         raise
+    folder = Path(__file__).parent  # of a checkout, maybe: what is installed is behind it
+    if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        raise ImportError(
+            f"qlora_ext: {folder} has no compiled module _C for this Python. If qlora_ext is installed, start Python "
+            f"outside {folder.parent}; to use these sources, `pip install --no-build-isolation -e .` there."
+        ) from None
     raise ImportError(
         "qlora_ext: its compiled module _C does not load. Build it with `pip install --no-build-isolation -e .` "
         f"under the installed torch {torch.__version__}. The reason: {error}"

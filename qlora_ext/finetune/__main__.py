@@ -151,7 +151,12 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--output {options.output}: expected a folder that does not hold --model")
     _check_paging(command, options)
 
-    from .run import run  # here, because transformers takes seconds and --help should not
+    try:
+        from .run import run  # here, because transformers takes seconds and --help should not
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("qlora_ext"):
+            raise
+        command.error(f"needs the package {error.name}: install qlora_ext as `.[finetune]`, see README.md")
 
     try:
         return run(options)
