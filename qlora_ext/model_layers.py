@@ -57,31 +57,28 @@ def _computes_otherwise(layer: AnyLinear) -> bool:
     return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
 
 
-def replace_layers(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> int:
-    """Put convert(name, module) in the place of each module below `model`; returns how many changed.
+def replace_layers(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Put convert(name, module) in the place of each module below `model`.
 
     What convert gives is not entered again, and a module that stands in several places is converted once.
     """
-    return _replace_below(model, "", convert, {})
+    _replace_below(model, "", convert, {})
 
 
 def _replace_below(
     parent: nn.Module, prefix: str, convert: Callable[[str, nn.Module], nn.Module], converted: dict[int, nn.Module]
-) -> int:
-    changed = 0
+) -> None:
     for key, name in [(key, name) for key, name, _ in children(parent, prefix)]:  # no child is kept alive here
         child = parent._modules[key]
         assert child is not None
         if id(child) not in converted:
             converted[id(child)] = child if is_wrapper(child) else convert(name, child)
             if converted[id(child)] is child and not isinstance(child, (AnyLinear, *CLOSED)):
-                changed += _replace_below(child, name, convert, converted)
+                _replace_below(child, name, convert, converted)
         if converted[id(child)] is not child:
-            changed += 1
             setattr(parent, key, converted[id(child)])
             if key == "_orig_mod":  # torch.compile's module has looked up what to call
                 parent._initialize()  # type: ignore[operator]
-    return changed
 
 
 def output_head(model: nn.Module) -> set[str]:

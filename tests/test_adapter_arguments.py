@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 from adapted_model import base_model, everything
+from layers import WithAttention
 from torch import nn
 
 from qlora_ext import LoraConfig, add_adapter
@@ -17,6 +18,7 @@ UNKNOWN = {
     "norm": (["input_layernorm"], "'input_layernorm'"),
     "regex": (r".*\.attention\..*", r"'\.\*\\\\\.attention"),
     "regex-of-a-part": ("q_proj", "'q_proj'"),
+    "regex-of-a-beginning": (r".*\.q_pro", r"'\.\*\\\\\.q_pro'"),
 }
 
 
@@ -27,6 +29,14 @@ def test_an_unknown_target_is_named_and_changes_nothing(targets: str | list[str]
     with pytest.raises(ValueError, match=rf"add_adapter.*target_modules.*q_proj.*{named}"):
         add_adapter(model, LoraConfig(target_modules=targets))
     assert everything(model) == before
+
+
+def test_what_is_inside_of_attention_or_of_an_adapted_layer_is_no_target() -> None:
+    model = WithAttention()
+    add_adapter(model, LoraConfig(), "first")
+    for inside in ("out_proj", "base_layer"):
+        with pytest.raises(ValueError, match=rf"add_adapter: target_modules: .*got \['{inside}'\]"):
+            add_adapter(model, LoraConfig(target_modules=[inside]), "second")
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.Linear(64, 8)], ids=["none", "itself"])

@@ -175,6 +175,13 @@ def test_training_with_accumulation_takes_the_same_steps(tmp_path: Path, method:
         torch.testing.assert_close(got[name], parameter, rtol=1e-3, atol=2e-4, msg=name)
 
 
+def test_a_run_makes_logits_of_a_chunk_at_most(tmp_path: Path) -> None:
+    """In its steps and in its evaluations."""
+    with LargestLogits() as largest:
+        run(tmp_path, 2, "qlora")
+    assert largest.elements == 2 * VOCABULARY
+
+
 class NoLossArguments(LlamaForCausalLM):
     """As Gemma 3n and 4, for which Trainer counts no tokens."""
 

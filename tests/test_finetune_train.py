@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import pickle
 import signal
@@ -19,7 +20,8 @@ from torch import Tensor
 from qlora_ext.finetune.data import IGNORE, PadToLongest
 from qlora_ext.finetune.evaluate import held_out_loss, sample_answers
 from qlora_ext.finetune.load import load_model, open_checkpoint
-from qlora_ext.finetune.train import _arguments, newest_checkpoint, total_steps
+from qlora_ext.finetune.optimizer import OptimizerChoice
+from qlora_ext.finetune.train import _arguments, newest_checkpoint, total_steps, train
 
 STATE_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}
@@ -137,6 +139,14 @@ def test_evaluation_does_not_change_training(tmp_path: Path, method: str) -> Non
     assert_same_tensors(trained(model), trained(quiet_model))
 
 
+def test_a_run_in_bfloat16_is_evaluated_in_it(tmp_path: Path) -> None:
+    model, schedule = build("full"), replace(SCHEDULE, steps=1, eval_steps=1, loss_chunk=2)
+    outcome = train(model, TOKENIZER, DATA, schedule, tmp_path, adapter=False, autocast=True)
+    of = DATA.held_out, PadToLongest(0), 2
+    expected, exact = (held_out_loss(model, *of, autocast=on, chunk=2) for on in (True, False))
+    assert outcome.held_out[-1][1] == expected != exact
+
+
 def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
     _, plain = run(tmp_path / "plain", "qlora")
     _, checkpointed = run(tmp_path / "checkpointed", "qlora", gradient_checkpointing=True)
@@ -189,12 +199,16 @@ def test_held_out_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
 
 
-def test_save_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: object, **__: object) -> None:
-        raise OSError("No space left on device")
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("of another kind")], ids=repr
+)
+def test_save_cut_short_leaves_no_checkpoint(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(torch, "save", fail)
+    expected = f"No space left on device: '{tmp_path}'" if isinstance(error, OSError) else "^of another kind$"
+    with pytest.raises(type(error), match=expected):
         run(tmp_path, save_steps=2)
     assert newest_checkpoint(tmp_path) is None
 
@@ -207,13 +221,14 @@ class Payload:
         return Path.touch, (self.ran,)
 
 
-def test_checkpoint_state_is_never_unpickled(tmp_path: Path) -> None:
-    run(tmp_path, steps=2)
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw32"])
+def test_checkpoint_state_is_never_unpickled(kind: str, tmp_path: Path) -> None:
+    run(tmp_path, steps=2, optimizer=OptimizerChoice(kind))
     ran = tmp_path / "ran"
     for name in ("optimizer.pt", "scheduler.pt"):
         (tmp_path / "checkpoint-2" / name).write_bytes(pickle.dumps(Payload(ran), protocol=2))
     with pytest.raises(ValueError, match="checkpoint-2: expected training state of plain values and tensors"):
-        run(tmp_path, steps=4, resume=True)
+        run(tmp_path, steps=4, resume=True, optimizer=OptimizerChoice(kind))
     assert not ran.exists()
 
 

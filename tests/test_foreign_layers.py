@@ -289,3 +289,10 @@ def test_layers_are_freed_one_by_one() -> None:
         assert [ref() for ref in [*dense, *quantized]] == [None] * 10
     finally:
         gc.enable()
+
+
+def test_a_4_bit_head_with_an_adapter_is_still_a_head() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(64, 64), "lm_head": nn.Linear(64, 64)})
+    add_adapter(quantize_model(model, skip=()), LoraConfig(target_modules=["lm_head"]), "first")
+    add_adapter(model, LoraConfig(), "second")
+    assert model["lm_head"].configs.keys() == {"first"}

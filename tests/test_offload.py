@@ -122,9 +122,9 @@ def test_an_adapter_on_another_device_than_x_is_named(base: str) -> None:
 
 @by_base
 def test_an_adapter_without_values_is_not_merged(base: str) -> None:
-    layer = make_lora(make_base(base), LoraConfig())
-    layer.lora_A.to("meta")
-    with pytest.raises(ValueError, match=r"lora_A\.a0: expected device cpu, got meta"):
+    layer = make_lora(make_base(base), LoraConfig(), LoraConfig())
+    layer.lora_A["a1"] = layer.lora_A["a1"].to("meta")
+    with pytest.raises(ValueError, match=r"lora_A\.a1: expected device cpu, got meta"):
         layer.merge()
 
 

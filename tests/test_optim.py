@@ -263,6 +263,17 @@ def test_a_parameter_that_has_changed_its_size_is_refused(size: int, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_parameter_that_has_changed_its_device_is_refused() -> None:
+    optimizer = PagedAdamW([p := Parameter(torch.ones(3))])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    p.grad = None
+    torch.utils.swap_tensors(p, Parameter(torch.ones(3, device="meta")))
+    p.grad = torch.ones(3, device="meta")
+    with pytest.raises(ValueError, match="expected 3 elements on cpu, as when added, got 3 on meta"):
+        optimizer.step()
+
+
 def test_what_another_replaces_in_param_groups_is_freed() -> None:
     optimizer = PagedAdamW([Parameter(torch.ones(10))], page_bytes=4096)
     for _ in range(20):

@@ -90,8 +90,8 @@ def test_states_put_in_that_do_not_lie_in_memory_as_they_are() -> None:
     def run(make: Callable[..., Optimizer]) -> Tensor:
         p = Parameter(torch.ones(4, 30))
         optimizer = make([p], lr=LR)
-        negated, of_graph = torch._neg_view(torch.full((4, 30), -2.0)), torch.ones(4, 30, requires_grad=True) * 3
-        optimizer.state[p] = {"step": torch.tensor(7.0), "exp_avg": negated, "exp_avg_sq": of_graph.expand(4, 30)}
+        negated, of_graph = torch._neg_view(torch.full((4, 30), -2.0)), torch.rand(30, 4, requires_grad=True) * 3
+        optimizer.state[p] = {"step": torch.tensor(7.0), "exp_avg": negated, "exp_avg_sq": of_graph.t()}
         p.grad = torch.ones(4, 30)
         optimizer.step()
         return p.detach()
@@ -164,6 +164,7 @@ def test_a_state_without_steps_is_saved_as_none() -> None:
     p = Parameter(torch.ones(3))
     optimizer = PagedAdamW([p])
     optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    assert optimizer.state_dict()["state"] == {}
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.state_dict()["state"] == {}
 

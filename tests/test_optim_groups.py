@@ -111,3 +111,21 @@ def test_what_save_states_writes_of_a_group_and_what_stays_of_ones_own(tmp_path:
     (group,) = named.param_groups
     assert (group["lr"], group["betas"], group["initial_lr"]) == (0.5, (0.5, 0.75), 0.25)
     assert group["param_names"] == ["weight"]
+
+
+def test_parameters_of_two_devices_share_no_page_file(tmp_path: Path) -> None:
+    here, there = Parameter(torch.ones(3)), Parameter(torch.ones(3, device="meta"))
+    expected = r"page_file: expected parameters on one device, got \['cpu', 'meta'\]"
+    with pytest.raises(ValueError, match=expected):
+        PagedAdamW([here, there], page_file=tmp_path / "pages")
+    optimizer = PagedAdamW([here], page_file=tmp_path / "pages")
+    with pytest.raises(ValueError, match=expected):
+        optimizer.add_param_group({"params": [there]})
+
+
+def test_what_others_keep_of_a_removed_parameter_goes() -> None:
+    frozen = Parameter(torch.ones(3), requires_grad=False)
+    optimizer = PagedAdamW([{"params": [Parameter(torch.ones(3))]}, {"params": [frozen]}])
+    optimizer.state[frozen]["mine"] = 1
+    del optimizer.param_groups[1]
+    assert optimizer.state_dict()["state"] == {}

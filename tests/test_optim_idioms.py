@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,20 +118,36 @@ def test_an_eps_that_rounds_to_nothing_makes_no_nan() -> None:
     assert torch.equal(p, torch.ones(300))
 
 
-def like_dtensor(placements: list[Any], shape: tuple[int, ...], coordinate: list[int]) -> Any:
+def like_dtensor(placements: list[Any], shape: tuple[int, ...], coordinate: list[int] | None) -> Any:
     """As on one of several processes."""
     mesh = SimpleNamespace(shape=shape, get_coordinate=lambda: coordinate)
     return SimpleNamespace(placements=placements, device_mesh=mesh, full_tensor=None)
 
 
 def test_each_shard_has_its_number() -> None:
-    def number(placements: list[Any], shape: tuple[int, ...], coordinate: list[int]) -> int:
+    def number(placements: list[Any], shape: tuple[int, ...], coordinate: list[int] | None) -> int:
         return shard_number(like_dtensor(placements, shape, coordinate))
 
     assert shard_number(Parameter(torch.ones(3))) == 0
+    assert number([Shard(0)], (4,), None) == 0  # a process that is not in the mesh
     assert [number([Shard(0)], (4,), [i]) for i in range(4)] == [0, 1, 2, 3]
     assert [number([Replicate(), Shard(0)], (2, 2), [i, j]) for i in range(2) for j in range(2)] == [0, 1, 0, 1]
     assert [number([Shard(1), Shard(0)], (2, 3), [i, j]) for i in range(2) for j in range(3)] == list(range(6))
+
+
+def test_parameters_and_shards_are_rounded_by_chances_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> list[Tensor]:
+        params = [Parameter(torch.ones(5000, dtype=torch.bfloat16)) for _ in range(2)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        PagedAdamW(params, lr=1e-3, stochastic_rounding=True).step()
+        return [p.detach() for p in params]
+
+    first, second = step()
+    assert not torch.equal(first, second)
+    assert torch.equal(first, step()[0])
+    monkeypatch.setattr("qlora_ext.paged_parameters.shard_number", lambda p: 1)
+    assert not torch.equal(first, step()[0])
 
 
 def test_a_failed_constructor_leaves_no_page_file(tmp_path: Path) -> None:
@@ -140,6 +157,19 @@ def test_a_failed_constructor_leaves_no_page_file(tmp_path: Path) -> None:
                    host_budget=0, page_file=file)  # fmt: skip
     assert not file.exists(), kept
     PagedAdamW([Parameter(torch.ones(9))], host_budget=0, page_file=file)
+
+
+def test_parameters_that_find_no_room_leave_no_page_file(tmp_path: Path) -> None:
+    frozen, file = Parameter(torch.ones(9), requires_grad=False), tmp_path / "pages"
+    optimizer = PagedAdamW([frozen], host_budget=0, page_file=file)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # as a full disk
+    try:
+        with pytest.raises(OSError, match="File too large") as kept:
+            optimizer.add_param_group({"params": [Parameter(torch.ones(9))]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not file.exists(), kept
 
 
 RUNNING_THREAD = """

@@ -32,6 +32,7 @@ def test_stats_count_what_streams(tmp_path: Path) -> None:
     options = {"page_bytes": 8 * KIB, "host_budget": 200 * KIB, "page_file": tmp_path / "pages"}
     optimizer = PagedAdamW(params, lr=LR, **options)
     assert optimizer.stats()["unwritten_pages"] > 40
+    assert optimizer.stats()["hit_rate"] == 1.0
     take_steps(params, optimizer, range(2))
     before = optimizer.stats()
     take_steps(params, optimizer, range(2, 5))
@@ -45,14 +46,28 @@ def test_stats_count_what_streams(tmp_path: Path) -> None:
     assert after["hit_rate"] == pytest.approx(at_home / (at_home + in_file))
 
 
+def test_stats_are_sums_over_devices(tmp_path: Path) -> None:
+    """The second device is another optimizer's: most machines have one."""
+    one, two = (train(partial(PagedAdamW, lr=LR, **paging("half", tmp_path)), steps)[1] for steps in (2, 3))
+    alone = one.stats(), two.stats()
+    one._paged._stores[torch.device("meta")] = two._paged._stores[torch.device("cpu")]
+    both = one.stats()
+    for name in ("visits", "hits", "unwritten_pages", "ring_pages", "seconds_waited"):
+        assert both[name] == sum(stats[name] for stats in alone)
+    for name in ("pages", "bytes_read", "bytes_written"):
+        assert both[name] == {tier: sum(stats[name][tier] for stats in alone) for tier in ("device", "host", "file")}
+
+
 def test_frozen_parameters_take_no_pages(tmp_path: Path) -> None:
-    p, frozen = Parameter(torch.ones(1000)), Parameter(torch.ones(100_000), requires_grad=False)
-    optimizer = PagedAdamW([p, frozen], page_bytes=4 * KIB)
+    """One that has had no gradient yet takes them."""
+    p, idle = (Parameter(torch.ones(1000)) for _ in range(2))
+    frozen = Parameter(torch.ones(100_000), requires_grad=False)
+    optimizer = PagedAdamW([p, frozen, idle], page_bytes=4 * KIB)
     pages = optimizer.stats()["unwritten_pages"]
     take_steps([p], optimizer, range(1))
     optimizer.save_states(tmp_path / "states")
     optimizer.load_states(tmp_path / "states")
-    assert pages == sum(optimizer.stats()["pages"].values()) + optimizer.stats()["unwritten_pages"] == 2
+    assert pages == sum(optimizer.stats()["pages"].values()) + optimizer.stats()["unwritten_pages"] == 4
 
 
 def test_release_frees_all_and_a_step_after_it_begins_anew(tmp_path: Path) -> None:
@@ -112,14 +127,14 @@ def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
 def test_a_gradient_is_taken_as_its_parameter_lies() -> None:
     """On one of two processes; the other needs no word of it: what it replicates is here, too."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
-        mesh, values, grad = init_device_mesh("cpu", (2,)), torch.randn(7, 5), torch.randn(7, 5)
+        mesh, values, grad = init_device_mesh("cpu", (2,)), torch.randn(5, 7).t(), torch.randn(7, 5)
         plain = Parameter(values[4:].clone())
-        sharded = Parameter(DTensor.from_local(values[4:], mesh, [Shard(0)], shape=(7, 5), stride=(5, 1)))
+        sharded = Parameter(DTensor.from_local(values[4:], mesh, [Shard(0)], shape=(7, 5), stride=(1, 7)))
         plain.grad, sharded.grad = grad[4:], DTensor.from_local(grad, mesh, [Replicate()])
         for p in (plain, sharded):
             optimizer = PagedAdamW([p], lr=LR)
@@ -127,6 +142,10 @@ def test_a_gradient_is_taken_as_its_parameter_lies() -> None:
         assert bits([sharded.to_local()]) == bits([plain])
         state = optimizer.state_dict()["state"][0]["exp_avg"]
         assert (state.shape, state.placements, state.to_local().shape) == ((7, 5), (Shard(0),), (3, 5))
+        assert state.stride() == (5, 1)  # as that of the shard, whatever the parameter's
+        saved, parts = optimizer.state_dict(), DTensor.from_local(torch.ones(7, 5), mesh, [Partial()])
+        saved["state"][0]["exp_avg"] = parts.redistribute(placements=[Shard(0)], async_op=True)  # still under way
+        optimizer.load_state_dict(saved)
     finally:
         dist.destroy_process_group()
 

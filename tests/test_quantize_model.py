@@ -92,6 +92,9 @@ def test_heads_are_left_by_default() -> None:
     assert names_of(quantize_model(WithHeads()), Linear4bit) == bodies
     assert names_of(quantize_model(nn.DataParallel(WithHeads())).module, Linear4bit) == bodies
     assert names_of(quantize_model(WithHeads(), skip=["score"]), nn.Linear) == {"score"}
+    compiled = WithHeads()
+    compiled["proj_out"] = torch.compile(compiled["proj_out"], backend="eager")
+    assert names_of(quantize_model(compiled), Linear4bit) == bodies
 
 
 def test_tied_weights_are_left_alone() -> None:

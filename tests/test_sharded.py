@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,3 +157,34 @@ def test_an_adapter_is_deleted() -> None:
     model = shard(with_adapter())
     delete_adapter(model, "default")
     assert_same(logits(model), logits(base_model()))
+
+
+OF_TWO = """
+import sys
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from qlora_ext import LoraConfig, add_adapter, load_adapter, save_adapter
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", store=dist.FileStore(folder + "/store", 2), rank=rank, world_size=2)
+model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+add_adapter(model, LoraConfig(r=3, target_modules=["0"]))
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+load_adapter(model, folder + "/saved")
+assert model[1].weight.to_local().numel() < 15
+save_adapter(model, f"{folder}/{rank}")
+dist.destroy_process_group()
+"""
+
+
+def test_each_of_two_processes_loads_its_parts_and_saves_the_whole(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    add_adapter(model, LoraConfig(r=3, target_modules=["0"]))
+    randomize_adapters(model)
+    model[1].requires_grad_(True)
+    save_adapter(model, tmp_path / "saved")
+    processes = [subprocess.Popen([sys.executable, "-c", OF_TWO, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    for rank, file in itertools.product("01", (CONFIG, WEIGHTS)):
+        assert (tmp_path / rank / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
