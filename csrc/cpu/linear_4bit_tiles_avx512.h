@@ -120,9 +120,10 @@ struct TileOfW {
 
 // Onto the sums of a tile of y, [kRows][kTileRows]: `count` weights of each of W's rows times the same part of x.
 template <typename Isa, int kRows>
-[[gnu::noinline]] void multiply_tile(const Isa& isa, const typename Isa::Element* x, const TileOfW& w,
+[[gnu::noinline]] void multiply_tile(const Isa& isa, const typename Isa::Element* x, const TileOfW& tile,
                                      std::int64_t count, std::int64_t blocksize, const float (*scales)[kTileRows],
                                      float* sums) {
+  const TileOfW w = tile;  // what the barrier below may change is read again for each block
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(blocksize));
   const std::int64_t block = smaller(blocksize, kTileBlock);
   for (std::int64_t at = 0; at < count; at += block) {

@@ -89,23 +89,25 @@ def load_model(
         quantize: options of `qlora_ext.quantize_model`, or None to leave the linears as they are; the heads always are.
         attention: one of transformers' implementations, None for its own choice.
 
-    Raises: ValueError naming the file and the tensor that is damaged, unknown, missing or mis-shaped, or an attention
-    that the model or the machine does not have.
+    Raises: ValueError naming the file and the tensor that is damaged, unknown, missing or mis-shaped, a config of which
+    no model can be built, or an attention that the model or the machine does not have.
     """
+    config = checkpoint.config()
     built: dict[str, Any] = {"dtype": dtype} | ({} if attention is None else {"attn_implementation": attention})
     # Parameters get no storage but buffers do: those that no checkpoint holds (rotary frequencies) are ready.
     with init_empty_weights(include_buffers=False):
         try:
-            model: Any = AutoModelForCausalLM.from_config(checkpoint.config(), **built)
+            model: Any = AutoModelForCausalLM.from_config(config, **built)
         except ImportError as error:
             if attention in (None, "eager"):  # which need no package
                 raise
             raise ValueError(f"--attention {attention}: {error}") from error
-        except ValueError:
-            raise
         except Exception as error:  # whatever a model's class makes of sizes and names that do not fit
-            expected = "expected a config of a model that can be built"
-            raise ValueError(f"{checkpoint.path}: {expected}, got {type(error).__name__}: {error}") from error
+            how = "" if attention is None else f" with --attention {attention}"
+            raise ValueError(
+                f"{checkpoint.path}: expected a config of a model that can be built{how}, "
+                f"got {type(error).__name__}: {error}"
+            ) from error
     if get_model_conversion_mapping(model, add_legacy=False):
         # transformers rearranges this architecture's checkpoints while loading (fused experts, for one).
         model = AutoModelForCausalLM.from_pretrained(
