@@ -160,7 +160,7 @@ def test_an_adapter_is_deleted() -> None:
 
 
 OF_TWO = """
-import sys
+import os, sys
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -174,7 +174,8 @@ fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
 load_adapter(model, folder + "/saved")
 assert model[1].weight.to_local().numel() < 15
 save_adapter(model, f"{folder}/{rank}")
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # gloo's threads, which may abort a process that ends, are not what is tested
 """
 
 
