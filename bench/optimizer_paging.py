@@ -32,7 +32,7 @@ Row = dict[str, Any]
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 DTYPE = torch.float32
 CHECKED_STEPS = 3
-THREAD_BYTES = 2**16  # of memory for the thread that moves pages: its stack
+TABLE_BYTES = 2**16  # of memory for what the optimizer knows of its pages
 
 
 @dataclass
@@ -95,7 +95,7 @@ def curve(same: Row, args: argparse.Namespace, folder: Path) -> list[Row]:
         row |= {name: point.optimizer.stats()[name] for name in ("pages", "ring_pages")}
         if args.device.type == "cpu":
             row |= {"rss_anon_growth_bytes": grown, "rss_anon_bound_bytes": budget + 2 * page_bytes}
-            assert grown <= row["rss_anon_bound_bytes"] + THREAD_BYTES, f"at {share:.0%} memory grew too much: {row}"
+            assert grown <= row["rss_anon_bound_bytes"] + TABLE_BYTES, f"at {share:.0%} memory grew too much: {row}"
         end = end or [p.detach().clone() for p in params]
         assert all(map(torch.equal, params, end)), f"the parameters at {share:.0%} are not those at {SHARES[0]:.0%}"
         points.append(point)

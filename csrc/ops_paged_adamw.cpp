@@ -4,25 +4,20 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/Device.h>
 #include <pybind11/stl.h>
-#include <sched.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <functional>
 #include <optional>
 #include <stdexcept>
 #include <system_error>
-#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "check.h"
-#include "cpu/adamw.h"
-#include "ops_parallel.h"
 #include "pager/adamw_states.h"
-#include "pager/backend_host.h"
+#include "pager/pager.h"
 
 namespace py = pybind11;
 
@@ -32,58 +27,10 @@ namespace {
 using at::Tensor;
 
 constexpr const char* kOp = "PagedAdamW";
-constexpr int64_t kGrainBlocks = 32;  // of 256 elements, that a thread should have before another is worth waking
-// Parts for each thread: fewer are longer runs of memory, with more all end together. Where pages stream, the thread
-// that moves them leaves for that between two parts.
-constexpr int64_t kParts = 16, kPartsStreaming = 64;
 
 MakePagedAdamwDevice& cuda_adamw() {
   static MakePagedAdamwDevice make = nullptr;
   return make;
-}
-
-// Cores that this process may use.
-int64_t cores() {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : std::thread::hardware_concurrency();
-}
-
-// Each thread takes the next blocks when it is done with its own. While pages move, the thread that moves them has a
-// core: on 2 cores, two threads that compute beside it take longer than one. It computes when there is nothing to move.
-void compute_cpu(pager::HostBackend& backend, std::span<const AdamwSlice> slices, const AdamwOptions& options,
-                 bool streams) {
-  const auto n = static_cast<int64_t>(slices.size());
-  const int64_t blocks = adamw_blocks(slices.data(), n);
-  const int64_t threads = at::get_num_threads(), others = std::max<int64_t>(1, cores() - 1);
-  const int64_t part = std::max(kGrainBlocks, blocks / (threads * (streams ? kPartsStreaming : kParts)));
-  std::atomic<int64_t> next = 0;
-  const Rounding callers;
-  const auto compute_part = [&] {
-    const int64_t at = next.fetch_add(part);
-    if (at >= blocks) return false;
-    const RoundingLike caller(callers);  // for the thread that moves pages
-    cpu::adamw(slices.data(), n, options, at, std::min(at + part, blocks));
-    return true;
-  };
-  const auto compute = [&](int64_t count) {
-    parallel_for(0, std::min(count, ceil_div(blocks, part)), 1, [&](int64_t begin, int64_t end) {
-      for (; begin < end; ++begin) {
-        while (compute_part()) continue;
-      }
-    });
-  };
-  if (streams && threads > others) {
-    backend.help(compute_part, [&] { compute(others); });
-  } else {
-    compute(threads);
-  }
-}
-
-PagedAdamwDevice make_cpu(at::Device, const std::string& page_file) {
-  auto backend = std::make_unique<pager::HostBackend>(page_file);
-  const auto compute = [&backend = *backend](std::span<const AdamwSlice> slices, const AdamwOptions& options,
-                                             bool streams) { compute_cpu(backend, slices, options, streams); };
-  return {std::move(backend), compute};
 }
 
 // The tiers of a device, from the one that it computes in down. Budgets in bytes; null: no limit.
@@ -160,7 +107,7 @@ class PagedStates {
     const at::Device where(device);
     QLORA_CHECK(where.is_cpu() || (where.is_cuda() && cuda_adamw() != nullptr), kOp, "params",
                 cuda_adamw() != nullptr ? "device cpu or cuda" : "device cpu (built without CUDA)", device);
-    PagedAdamwDevice made = (where.is_cpu() ? make_cpu : cuda_adamw())(where, page_file);
+    PagedAdamwDevice made = (where.is_cpu() ? make_paged_adamw_cpu : cuda_adamw())(where, page_file);
     compute_ = std::move(made.compute);
     auto tiers = make_tiers(*made.backend, page_bytes, device_budget, host_budget, !page_file.empty());
     states_.emplace(std::make_unique<pager::Pager>(std::move(made.backend), page_bytes, std::move(tiers)));
@@ -197,12 +144,8 @@ class PagedStates {
     const AdamwOptions options{.grad_scale = grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
                                .stochastic_rounding = stochastic_rounding,
                                .seed = seed};
-    const auto compute = [&](std::span<const AdamwSlice> slices) {
-      compute_(slices, options, states_->pager().streams());
-    };
-    const py::gil_scoped_release release;
-    states_->step(updates, [&](std::span<const AdamwSlice> slices, std::span<const size_t> of) {
-      // In order: a weight and its transpose, both of them parameters, are the same memory.
+    const auto compute = [&](std::span<const AdamwSlice> slices) { compute_({.slices = slices}, options); };
+    const auto gathering = [&](std::span<const AdamwSlice> slices, std::span<const size_t> of) {
       for (size_t i = 0; i < slices.size();) {
         size_t end = i;
         while (end < slices.size() && slices[end].param != nullptr && slices[end].grad != nullptr) ++end;
@@ -219,6 +162,17 @@ class PagedStates {
         if (param) param->put_back();
         ++i;
       }
+    };
+    const bool all_flat = std::ranges::all_of(
+        updates, [](const auto& update) { return update.param != nullptr && update.grad != nullptr; });
+    const py::gil_scoped_release release;
+    states_->step(updates, [&](const pager::AdamwRun& run) {
+      // Else in order: a weight and its transpose, both of them parameters, are the same memory.
+      if (all_flat) {
+        compute_(run, options);
+      } else {
+        run.in_order(gathering);
+      }
     });
   }
 
@@ -227,7 +181,7 @@ class PagedStates {
 
   py::dict stats() const {
     using pager::Tier;
-    const pager::Stats stats = states_->pager().stats();
+    const pager::Stats stats = states_->stats();
     const auto by_tier = [](const int64_t* values) {
       py::dict named;
       named["device"] = values[static_cast<int>(Tier::Device)];

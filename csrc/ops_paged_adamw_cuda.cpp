@@ -43,9 +43,7 @@ PagedAdamwDevice make(at::Device device, const std::string& page_file) {
       .warn = [](const std::string& text) { TORCH_WARN(text); },
   };
   return {std::make_unique<pager::CudaBackend>(device.index(), page_file, std::move(hooks)),
-          [device](std::span<const AdamwSlice> slices, const AdamwOptions& options, bool) {
-            compute(device, slices, options);
-          }};
+          [device](const pager::AdamwRun& run, const AdamwOptions& options) { compute(device, run.slices, options); }};
 }
 
 const bool registered = [] {

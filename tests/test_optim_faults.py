@@ -205,18 +205,13 @@ def test_a_fork_cannot_step_with_its_parents_file(tmp_path: Path) -> None:
 
 
 @LINUX
-def test_the_thread_starts_with_the_first_page_that_moves(tmp_path: Path) -> None:
+def test_paging_starts_no_thread(tmp_path: Path) -> None:
     def threads() -> int:
         return len(list(Path("/proc/self/task").iterdir()))
 
     train(partial(PagedAdamW, lr=LR), 1)  # torch's own threads
     before = threads()
-    params = parameters()
-    optimizer = PagedAdamW(params, lr=LR, page_file=tmp_path / "pages", **IN_FILE)
-    assert threads() == before
-    take_steps(params, optimizer, range(1))
-    assert threads() == before + 1
-    del optimizer
+    train(partial(PagedAdamW, lr=LR, page_file=tmp_path / "pages", **IN_FILE), 1)
     assert threads() == before
 
 
@@ -292,6 +287,7 @@ print(max(most, rss_anon()) - before)
 def test_resident_memory_grows_by_the_budget(budget: int, page_bytes: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEMORY, str(budget), str(tmp_path / "pages"), str(page_bytes)]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    interpreter = 0 if budget else 64 * KIB  # without a budget the two pages are there to the byte
-    assert grown <= budget + 2 * page_bytes + interpreter
+    pages = (128 << 20) // page_bytes
+    tables = max(64 * KIB, 512 * pages)  # what is known of each page; of it, what malloc had is no growth
+    assert grown <= budget + 2 * page_bytes + tables
     assert grown >= budget / 2

@@ -38,7 +38,8 @@ def test_stats_count_what_streams(tmp_path: Path) -> None:
     take_steps(params, optimizer, range(2, 5))
     after = optimizer.stats()
     at_home, in_file = after["pages"]["host"], after["pages"]["file"]
-    assert (at_home, after["ring_pages"], after["unwritten_pages"]) == (200 // 8 - 3, 3, 0)
+    ring = max(2, min(torch.get_num_threads(), 200 // 8 // 4))
+    assert (at_home, after["ring_pages"], after["unwritten_pages"]) == (200 // 8 - ring, ring, 0)
     moved = 3 * in_file * 8 * KIB
     assert after["bytes_written"]["file"] - before["bytes_written"]["file"] == moved
     assert after["bytes_read"]["file"] - before["bytes_read"]["file"] == moved

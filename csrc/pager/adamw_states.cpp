@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <system_error>
 
@@ -91,42 +92,61 @@ AdamwStates::Plan AdamwStates::plan(std::span<const T> what) const {
   return plan;
 }
 
-void AdamwStates::step(std::span<Update> updates, const Compute& compute) {
+void AdamwStates::step(std::span<Update> updates, const std::function<void(const AdamwRun&)>& compute) {
   for (Update& update : updates) update.hyper.step = steps(update.id) + 1;
   const Plan plan = this->plan(std::span<const Update>(updates));
-  std::vector<AdamwSlice> slices;
-  std::vector<std::size_t> of;
-  pager_->walk(plan.pages, true, [&](std::size_t position, std::span<std::byte* const> pages) {
-    slices.clear();
-    of.clear();
-    for (std::byte* const page : pages) {
-      for (const auto& [segment, index] : plan.items[position++]) {
-        const Update& update = updates[index];
-        const auto part = [&, at = segment->at](Part which) -> std::byte* {
-          const std::int64_t offset = at[static_cast<int>(which)];
-          return offset < 0 ? nullptr : page + offset;
-        };
-        const auto element = [first = segment->first](auto* base, DType dtype) {
-          return base == nullptr ? nullptr : base + first * itemsize(dtype);
-        };
-        of.push_back(index);
-        slices.push_back({
-            .param = element(static_cast<std::byte*>(update.param), update.param_dtype),
-            .grad = element(static_cast<const std::byte*>(update.grad), update.grad_dtype),
-            .param_dtype = update.param_dtype,
-            .grad_dtype = update.grad_dtype,
-            .count = segment->count,
-            .first = segment->first,
-            .index = update.index,
-            .exp_avg = part(Part::ExpAvg),
-            .exp_avg_sq = part(Part::ExpAvgSq),
-            .exp_avg_absmax = reinterpret_cast<float*>(part(Part::ExpAvgAbsmax)),
-            .exp_avg_sq_absmax = reinterpret_cast<float*>(part(Part::ExpAvgSqAbsmax)),
-            .hyper = &update.hyper,
-        });
-      }
+  struct Slices {
+    std::vector<AdamwSlice> slices;
+    std::vector<std::size_t> of;
+  };
+  const auto add = [&](Slices& to, std::size_t position, std::byte* page) {
+    for (const auto& [segment, index] : plan.items[position]) {
+      const Update& update = updates[index];
+      const auto part = [&, at = segment->at](Part which) -> std::byte* {
+        const std::int64_t offset = at[static_cast<int>(which)];
+        return offset < 0 ? nullptr : page + offset;
+      };
+      const auto element = [first = segment->first](auto* base, DType dtype) {
+        return base == nullptr ? nullptr : base + first * itemsize(dtype);
+      };
+      to.of.push_back(index);
+      to.slices.push_back({
+          .param = element(static_cast<std::byte*>(update.param), update.param_dtype),
+          .grad = element(static_cast<const std::byte*>(update.grad), update.grad_dtype),
+          .param_dtype = update.param_dtype,
+          .grad_dtype = update.grad_dtype,
+          .count = segment->count,
+          .first = segment->first,
+          .index = update.index,
+          .exp_avg = part(Part::ExpAvg),
+          .exp_avg_sq = part(Part::ExpAvgSq),
+          .exp_avg_absmax = reinterpret_cast<float*>(part(Part::ExpAvgAbsmax)),
+          .exp_avg_sq_absmax = reinterpret_cast<float*>(part(Part::ExpAvgSqAbsmax)),
+          .hyper = &update.hyper,
+      });
     }
-    compute(slices, of);
+  };
+  const auto pass = [&](const AdamwRun::Compute& compute_page) {
+    return pager_->pass([&](std::size_t position, std::byte* page) {
+      Slices of_page;
+      add(of_page, position, page);
+      compute_page(of_page.slices, of_page.of);
+    });
+  };
+  pager_->walk(plan.pages, true, [&](std::size_t position, std::span<std::byte* const> pages) {
+    Slices here;
+    for (std::size_t i = 0; i < pages.size(); ++i) {
+      if (pages[i] != nullptr) add(here, position + i, pages[i]);
+    }
+    const auto in_order = [&](const AdamwRun::Compute& compute_pages) {
+      for (std::size_t i = 0; i < pages.size();) {
+        Slices next;
+        for (; i < pages.size() && pages[i] != nullptr; ++i) add(next, position + i, pages[i]);
+        if (!next.slices.empty()) compute_pages(next.slices, next.of);
+        if (i < pages.size() && pass(compute_pages)) ++i;
+      }
+    };
+    compute({here.slices, std::ranges::count(pages, nullptr), pager_->most_passing(), pass, in_order});
   });
   for (const Update& update : updates) set_steps(update.id, update.hyper.step);
 }
@@ -139,30 +159,38 @@ void AdamwStates::transfer(std::span<const PartPlace> places, int file, bool loa
   const Plan plan = this->plan(places);
   Backend& backend = pager_->backend();
   std::vector<std::byte> buffer;
+  const auto transfer_page = [&](std::size_t position, std::byte* page) {
+    for (const auto& [segment, index] : plan.items[position]) {
+      const PartPlace& place = places[index];
+      const std::int64_t item = part_itemsize(place.part, parameters_[static_cast<std::size_t>(place.id)].bits);
+      const std::int64_t block = part_block(place.part);
+      const std::int64_t bytes = ceil_div(segment->count, block) * item;
+      const std::int64_t offset = segment->first / block * item;
+      std::byte* const states = page + segment->at[static_cast<int>(place.part)];
+      const bool in_file = place.memory == nullptr;
+      if (in_file && backend.compute_tier() == Tier::Host) {
+        transfer_file(file, states, bytes, place.offset + offset, load);
+        continue;
+      }
+      if (in_file) buffer.resize(static_cast<std::size_t>(bytes));
+      std::byte* const memory = in_file ? buffer.data() : place.memory + offset;
+      if (load) {
+        if (in_file) transfer_file(file, memory, bytes, place.offset + offset, load);
+        backend.write(memory, states, bytes);
+      } else {
+        backend.read(states, memory, bytes);
+        if (in_file) transfer_file(file, memory, bytes, place.offset + offset, load);
+      }
+    }
+  };
   pager_->walk(plan.pages, load, [&](std::size_t position, std::span<std::byte* const> pages) {
     for (std::byte* const page : pages) {
-      for (const auto& [segment, index] : plan.items[position++]) {
-        const PartPlace& place = places[index];
-        const std::int64_t item = part_itemsize(place.part, parameters_[static_cast<std::size_t>(place.id)].bits);
-        const std::int64_t block = part_block(place.part);
-        const std::int64_t bytes = ceil_div(segment->count, block) * item;
-        const std::int64_t offset = segment->first / block * item;
-        std::byte* const states = page + segment->at[static_cast<int>(place.part)];
-        const bool in_file = place.memory == nullptr;
-        if (in_file && backend.compute_tier() == Tier::Host) {
-          transfer_file(file, states, bytes, place.offset + offset, load);
-          continue;
-        }
-        if (in_file) buffer.resize(static_cast<std::size_t>(bytes));
-        std::byte* const memory = in_file ? buffer.data() : place.memory + offset;
-        if (load) {
-          if (in_file) transfer_file(file, memory, bytes, place.offset + offset, load);
-          backend.write(memory, states, bytes);
-        } else {
-          backend.read(states, memory, bytes);
-          if (in_file) transfer_file(file, memory, bytes, place.offset + offset, load);
-        }
+      if (page != nullptr) {
+        transfer_page(position, page);
+      } else {
+        pager_->pass(transfer_page);
       }
+      ++position;
     }
   });
 }

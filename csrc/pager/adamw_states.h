@@ -32,6 +32,19 @@ struct PartPlace {
   std::int64_t offset;
 };
 
+// A run of pages, whose slices can be computed in any order and by any threads.
+struct AdamwRun {
+  // slices[i] is a part of updates[of[i]], whose hyper is the slice's.
+  using Compute = std::function<void(std::span<const AdamwSlice> slices, std::span<const std::size_t> of)>;
+
+  std::span<const AdamwSlice> slices;  // of the pages that are here
+  // Pages that are not: pass() does the next of them, and returns false if there is none. So many threads may be in it.
+  std::int64_t absent = 0, most_passing = 0;
+  std::function<bool(const Compute& compute)> pass = {};
+  // Instead of all that: everything by the calling thread, in the order of the updates.
+  std::function<void(const Compute& compute)> in_order = {};
+};
+
 class AdamwStates {
  public:
   explicit AdamwStates(std::unique_ptr<Pager> pager) : pager_(std::move(pager)) {}
@@ -44,16 +57,15 @@ class AdamwStates {
   std::int64_t steps(ParameterId id) const { return parameters_[static_cast<std::size_t>(id)].steps; }
   void set_steps(ParameterId id, std::int64_t steps) { parameters_[static_cast<std::size_t>(id)].steps = steps; }
 
-  // One step of each, page by page: compute(slices, of) is called for one page or several, slices[i] being a part of
-  // updates[of[i]], whose hyper is the slice's. Each step is then counted. See Pager::walk for what throws when.
-  using Compute = std::function<void(std::span<const AdamwSlice> slices, std::span<const std::size_t> of)>;
-  void step(std::span<Update> updates, const Compute& compute);
+  // One step of each: compute(run) is called for all pages, run by run. Each step is then counted. See Pager::walk for
+  // what throws when.
+  void step(std::span<Update> updates, const std::function<void(const AdamwRun&)>& compute);
 
   // Copies the parts out of the pages or into them. `file` is a descriptor that offsets refer to.
   void save(std::span<const PartPlace> places, int file);
   void load(std::span<const PartPlace> places, int file);
 
-  const Pager& pager() const { return *pager_; }
+  Stats stats() const { return pager_->stats(); }
 
  private:
   struct Parameter {

@@ -65,6 +65,9 @@ class Backend {
   virtual void read(const std::byte* page, std::byte* memory, std::int64_t bytes) = 0;
   virtual void write(const std::byte* memory, std::byte* page, std::int64_t bytes) = 0;
 
+  // Whether the last move out of File had to wait for the disk.
+  virtual bool waits_for_disk() const { return false; }
+
   virtual double seconds_waited() const = 0;
 };
 

@@ -1,38 +1,38 @@
 #include "backend_host.h"
 
+#include <chrono>
 #include <cstring>
 
 #include "host_memory.h"
 
 namespace qlora::pager {
 
-HostBackend::HostBackend(const std::string& page_file) {
+HostBackend::HostBackend(const std::string& page_file, std::int64_t threads) : threads_(threads) {
   if (!page_file.empty()) file_.emplace(page_file);
 }
 
 HostBackend::~HostBackend() {
-  if (file_ && !io_.in_own_process()) file_->abandon();
+  if (file_ && !process_.here()) file_->abandon();
 }
 
 std::byte* HostBackend::allocate(Tier, std::int64_t bytes, std::int64_t) { return allocate_host(bytes); }
 
 void HostBackend::release(Tier, std::byte* memory, std::int64_t bytes) { release_host(memory, bytes); }
 
-// The tokens that it is to wait for are of moves too, which the thread does in order.
 Token HostBackend::move(const Place& from, const Place& to, std::int64_t bytes, Token, Token) {
-  return io_.submit([this, from, to, bytes] {
-    if (from.tier == Tier::None) {
-      std::memset(to.memory, 0, static_cast<std::size_t>(bytes));
-    } else if (from.tier == Tier::File) {
-      file_->read(from.offset, to.memory, bytes);
-    } else {
-      file_->write(to.offset, from.memory, bytes);
-    }
-  });
+  const auto start = std::chrono::steady_clock::now();
+  if (from.tier == Tier::None) {
+    std::memset(to.memory, 0, static_cast<std::size_t>(bytes));
+  } else if (from.tier == Tier::File) {
+    waits_for_disk_ = file_->read(from.offset, to.memory, bytes);
+  } else {
+    file_->write(to.offset, from.memory, bytes);
+  }
+  nanoseconds_waited_ += std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+  return 0;
 }
 
 void HostBackend::check() const {
-  io_.check();
   if (file_) file_->check_whole();
 }
 

@@ -1,79 +1,25 @@
 #include "io_thread.h"
 
-#include <unistd.h>
-
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
 #include <mutex>
-#include <stdexcept>
 #include <thread>
 
 namespace qlora::pager {
 
-namespace {
-
-// Not yield(): where all cores are busy, that gives a whole time slice away.
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// A condition that is waited for awake at first: while a walk is under way, it comes sooner than a sleeping thread
-// would wake. Whoever changes what it depends on has the mutex, as with std::condition_variable.
-class Condition {
- public:
-  void notify() {
-    changes_.fetch_add(1, std::memory_order_relaxed);
-    changed_.notify_all();
-  }
-
-  template <typename Holds>
-  void wait(std::unique_lock<std::mutex>& lock, const Holds& holds) {
-    constexpr std::chrono::microseconds kAwake(100);
-    const auto asleep = std::chrono::steady_clock::now() + kAwake;
-    for (bool awake = true; awake && !holds();) {
-      const std::uint64_t seen = changes_.load(std::memory_order_relaxed);
-      lock.unlock();
-      while (awake && changes_.load(std::memory_order_relaxed) == seen) {
-        pause();
-        awake = std::chrono::steady_clock::now() < asleep;
-      }
-      lock.lock();
-    }
-    changed_.wait(lock, holds);
-  }
-
- private:
-  std::condition_variable changed_;
-  std::atomic<std::uint64_t> changes_ = 0;
-};
-
-}  // namespace
-
-void refuse_fork() {
-  throw std::runtime_error("PagedAdamW: expected the process that made the optimizer, got a fork of it");
-}
-
 struct IoThread::Shared {
   std::mutex mutex;
-  Condition given, finished;
+  std::condition_variable given, finished;
   std::deque<std::function<void()>> jobs;
   std::uint64_t submitted = 0, done = 0;
-  const std::function<bool()>* part = nullptr;  // of work to help with
-  bool helping = false;                         // the thread is in *part
-  std::atomic<bool> enough = false;             // it is to leave *part after this call
   bool ending = false;
   std::exception_ptr error;
   std::thread thread;
 };
 
-IoThread::IoThread() : shared_(new Shared), process_(::getpid()) {}
+IoThread::IoThread() : shared_(new Shared) {}
 
 IoThread::~IoThread() {
   if (!in_own_process()) return;
@@ -82,13 +28,11 @@ IoThread::~IoThread() {
       const std::lock_guard lock(shared_->mutex);
       shared_->ending = true;
     }
-    shared_->given.notify();
+    shared_->given.notify_all();
     shared_->thread.join();
   }
   delete shared_;
 }
-
-bool IoThread::in_own_process() const { return ::getpid() == process_; }
 
 std::uint64_t IoThread::submit(std::function<void()> job) {
   if (!in_own_process()) refuse_fork();
@@ -96,8 +40,7 @@ std::uint64_t IoThread::submit(std::function<void()> job) {
   // First, for if there can be no thread there is no job either.
   if (!shared_->thread.joinable()) shared_->thread = std::thread([shared = shared_] { run(*shared); });
   shared_->jobs.push_back(std::move(job));
-  shared_->enough = true;
-  shared_->given.notify();
+  shared_->given.notify_all();
   return ++shared_->submitted;
 }
 
@@ -113,25 +56,6 @@ void IoThread::wait(std::uint64_t number) {
   if (shared_->error) std::rethrow_exception(shared_->error);
 }
 
-void IoThread::help(const std::function<bool()>& part, const std::function<void()>& work) {
-  struct Help {
-    Shared& shared;
-    ~Help() {
-      std::unique_lock lock(shared.mutex);
-      shared.part = nullptr;
-      shared.enough = true;
-      shared.finished.wait(lock, [&] { return !shared.helping; });
-    }
-  };
-  {
-    const std::lock_guard lock(shared_->mutex);
-    shared_->part = &part;
-  }
-  const Help help{*shared_};
-  shared_->given.notify();
-  work();
-}
-
 void IoThread::check() const {
   if (!in_own_process()) return;
   const std::lock_guard lock(shared_->mutex);
@@ -141,20 +65,7 @@ void IoThread::check() const {
 void IoThread::run(Shared& shared) {
   std::unique_lock lock(shared.mutex);
   while (true) {
-    shared.given.wait(lock, [&] { return shared.ending || !shared.jobs.empty() || shared.part != nullptr; });
-    if (shared.jobs.empty() && shared.part != nullptr) {
-      const std::function<bool()>& part = *shared.part;
-      shared.helping = true;
-      shared.enough = false;
-      lock.unlock();
-      bool more = true;
-      while (more && !shared.enough) more = part();
-      lock.lock();
-      shared.helping = false;
-      if (!more) shared.part = nullptr;
-      shared.finished.notify();
-      continue;
-    }
+    shared.given.wait(lock, [&] { return shared.ending || !shared.jobs.empty(); });
     if (shared.jobs.empty()) return;
     const std::function<void()> job = std::move(shared.jobs.front());
     shared.jobs.pop_front();
@@ -170,7 +81,7 @@ void IoThread::run(Shared& shared) {
       shared.error = error;
     }
     ++shared.done;
-    shared.finished.notify();
+    shared.finished.notify_all();
   }
 }
 

@@ -1,15 +1,12 @@
 // A thread that does jobs in the order they were given. It starts with the first job.
 #pragma once
 
-#include <sys/types.h>
-
 #include <cstdint>
 #include <functional>
 
-namespace qlora::pager {
+#include "own_process.h"
 
-// Throws what is said in a fork of the process that made the optimizer.
-[[noreturn]] void refuse_fork();
+namespace qlora::pager {
 
 // After a fork the child has no such thread: there the object may be destroyed, but takes no jobs.
 class IoThread {
@@ -26,15 +23,11 @@ class IoThread {
   // the jobs after it are not done.
   void wait(std::uint64_t number);
 
-  // Runs `work` in the caller's thread, while this one helps: whenever it has no job, it calls `part`, until that
-  // returns false. Both are over when this returns.
-  void help(const std::function<bool()>& part, const std::function<void()>& work);
-
   // Throws what a job has thrown, if one has.
   void check() const;
 
   // Whether this is the process that made the object.
-  bool in_own_process() const;
+  bool in_own_process() const { return process_.here(); }
 
   double seconds_waited() const { return seconds_waited_; }
 
@@ -43,7 +36,7 @@ class IoThread {
   static void run(Shared& shared);
 
   Shared* shared_;  // not freed in a forked child, where its locks may be held by a thread that is not there
-  pid_t process_;
+  OwnProcess process_;
   double seconds_waited_ = 0;
 };
 

@@ -3,8 +3,10 @@
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <stdexcept>
 #include <string_view>
@@ -98,9 +100,12 @@ void PageFile::check_whole_locked() const {
   }
 }
 
-void PageFile::read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const {
+bool PageFile::read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const {
   check_whole();
-  for (std::int64_t done = 0; done < bytes;) {
+  const iovec all{memory, static_cast<std::size_t>(bytes)};
+  const ssize_t in_memory = ::preadv2(file_, &all, 1, kHeaderBytes + offset, RWF_NOWAIT);
+  const bool waits = in_memory < bytes && (in_memory >= 0 || errno == EAGAIN);
+  for (std::int64_t done = std::max<ssize_t>(in_memory, 0); done < bytes;) {
     const ssize_t length =
         ::pread(file_, memory + done, static_cast<std::size_t>(bytes - done), kHeaderBytes + offset + done);
     if (length < 0 && errno == EINTR) continue;
@@ -113,6 +118,7 @@ void PageFile::read(std::int64_t offset, std::byte* memory, std::int64_t bytes) 
     }
     done += length;
   }
+  return waits;
 }
 
 void PageFile::write(std::int64_t offset, const std::byte* memory, std::int64_t bytes) const {

@@ -25,9 +25,10 @@ class PageFile {
   // Makes room on the disk for this many bytes of pages, if there is not.
   void reserve(std::int64_t bytes);
 
-  // At offset bytes of the pages. Both check that the file is whole: a write behind its end would make it as long
-  // again.
-  void read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const;
+  // At offset bytes of the pages, by any number of threads. Both check that the file is whole: a write behind its end
+  // would make it as long again.
+  // read: whether it had to wait for the disk, as far as the system tells.
+  bool read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const;
   void write(std::int64_t offset, const std::byte* memory, std::int64_t bytes) const;
 
   // Throws if the file is, or was at an earlier check, shorter than what was reserved, or has holes.

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "io_thread.h"
+#include "own_process.h"
 #include "residency.h"
 
 namespace qlora::pager {
@@ -109,11 +109,13 @@ void Pager::free(int level, const Place& place) {
   --used_[static_cast<std::size_t>(level)];
 }
 
+void Pager::count_moves(Tier from, Tier to, std::int64_t pages) {
+  stats_.bytes_from[static_cast<int>(from)] += pages * page_bytes_;
+  stats_.bytes_to[static_cast<int>(to)] += pages * page_bytes_;
+}
+
 Token Pager::move(const Place& from, const Place& to, Token after_source, Token after_target) {
-  if (from.tier != Tier::None) {
-    stats_.bytes_from[static_cast<int>(from.tier)] += page_bytes_;
-    stats_.bytes_to[static_cast<int>(to.tier)] += page_bytes_;
-  }
+  if (from.tier != Tier::None) count_moves(from.tier, to.tier, 1);
   return backend_->move(from, to, page_bytes_, after_source, after_target);
 }
 
@@ -177,93 +179,6 @@ void Pager::settle(std::span<const PageId> order) {
     rehome(at(changes.back().first), changes.back().second);
     changes.pop_back();
   }
-}
-
-void Pager::walk(std::span<const PageId> order, bool writes, const Visit& visit) {
-  if (!backend_->usable()) refuse_fork();
-  if (!failure_.empty()) throw std::runtime_error("PagedAdamW: not usable since an error: " + failure_);
-  backend_->check();
-  std::size_t visited = 0;
-  const auto counted = [&](std::size_t position, std::span<std::byte* const> pages) {
-    visited += pages.size();
-    visit(position, pages);
-  };
-  try {
-    settle(order);
-    run(order, writes, counted);
-  } catch (const std::exception& error) {
-    if (!writes || visited == 0) throw;
-    failure_ = std::string(error.what()) + " (after " + std::to_string(visited) + " of " +
-               std::to_string(order.size()) + " pages of a walk)";
-    throw;
-  }
-}
-
-void Pager::run(std::span<const PageId> order, bool writes, const Visit& visit) {
-  std::vector<PageId> streamed;
-  for (const PageId id : order) {
-    if (at(id).level > 0) streamed.push_back(id);
-  }
-  streams_ = !streamed.empty();
-  if (streams_) set_ring(static_cast<std::size_t>(tiers_[0].ring));
-  const std::size_t ring = ring_.size();
-  const auto slot_of = [&](std::size_t i) -> Slot& { return ring_[(turn_ + i) % ring]; };
-  // The i-th page to stream from now on, if it is not in its slot already. The walk comes back to its pages: the first
-  // of the next walk are requested at the end of this one.
-  const auto request = [&](std::size_t i) {
-    const PageId id = streamed[i % streamed.size()];
-    Slot& slot = slot_of(i);
-    if (slot.page == id) {
-      slot.ready = slot.idle;  // it may still be on its way out
-      return;
-    }
-    Page& page = at(id);
-    for (Slot& other : ring_) {
-      if (other.page == id) other.page = -1;  // this one's will be the newer content
-    }
-    slot.page = -1;  // if this fails
-    slot.ready = slot.idle =
-        move(page.written ? page.home : Place{}, {tiers_[0].tier, slot.memory}, page.stored, slot.idle);
-    slot.page = id;
-  };
-  for (std::size_t i = 0; i < std::min(ring, streamed.size()); ++i) request(i);
-
-  std::size_t next = 0;
-  std::vector<std::byte*> pages;
-  for (std::size_t position = 0; position < order.size(); position += pages.size()) {
-    pages.clear();
-    const auto home = order.subspan(position, std::min(kMostAtOnce, order.size() - position));
-    for (const PageId id : home) {
-      if (at(id).level > 0) break;
-      backend_->before_compute(at(id).stored);
-      pages.push_back(at(id).home.memory);
-    }
-    stats_.visits += std::max<std::int64_t>(1, std::ssize(pages));
-    if (!pages.empty()) {
-      stats_.hits += std::ssize(pages);
-      visit(position, pages);
-      const Token computed = backend_->after_compute();
-      for (const PageId id : home.first(pages.size())) {
-        at(id).stored = computed;
-        at(id).written |= writes;
-      }
-      continue;
-    }
-    Page& page = at(order[position]);
-    Slot& slot = slot_of(next);
-    pages.push_back(slot.memory);
-    backend_->before_compute(slot.ready);
-    visit(position, pages);
-    slot.idle = backend_->after_compute();
-    if (writes) {
-      slot.idle = page.stored = move({tiers_[0].tier, slot.memory}, page.home, slot.idle, 0);
-      page.written = true;
-    }
-    ++next;
-    // The slot is the one for the page a ring further.
-    if (const std::size_t i = next - 1 + ring; i < streamed.size() || (writes && streamed.size() > ring)) request(i);
-  }
-  if (streamed.size() > ring) turn_ = (turn_ + next) % ring;  // else each page keeps its slot
 }
 
 Stats Pager::stats() const {

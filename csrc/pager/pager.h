@@ -1,15 +1,20 @@
 // Pages of one size over the tiers of a machine, and the walk that computes on them one after another.
 //
 // Each page has its home in one tier. Those at home in the compute tier are computed where they are and never move. The
-// others stream through a ring of pages there: while one is computed, the next is moved in and the last moved out.
+// others pass through a ring of pages there. A device that computes by itself finds them there one after another: while
+// it computes one, the next is moved in and the last moved out. Of the host, each thread that computes takes one, moves
+// it in, computes it and moves it out: it remains in the core's cache, and no thread waits for another.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <iterator>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
@@ -33,7 +38,7 @@ struct Stats {
   std::int64_t ring_pages = 0;                                        // that exist now
   std::int64_t visits = 0, hits = 0;                                  // pages computed; those that were there already
   std::int64_t bytes_from[kNumTiers] = {}, bytes_to[kNumTiers] = {};  // moved, by Tier
-  double seconds_waited = 0;                                          // by the calling thread, for moves
+  double seconds_waited = 0;                                          // for moves, by a thread that would compute
 };
 
 class Pager {
@@ -52,15 +57,18 @@ class Pager {
   std::int64_t page_bytes() const { return page_bytes_; }
 
   // Calls visit(position, pages) for all pages of `order`, none of which stands there twice, run by run: those from
-  // `position` on, one that streams or up to kMostAtOnce that are at home. What it computes on them is kept if
-  // `writes`. Throws before the first visit if it can be known that not all pages can be had. If a page fails later,
-  // the rest is not visited, and this and every later walk throws.
+  // `position` on, at most kMostAtOnce, in any order and by any threads. On the host, those at home elsewhere are null:
+  // the visit calls pass() until it returns false. What it computes on them is kept if `writes`. Throws before the
+  // first visit if it can be known that not all pages can be had. If a page fails later, the rest is not visited, and
+  // this and every later walk throws.
   using Visit = std::function<void(std::size_t position, std::span<std::byte* const> pages)>;
   static constexpr std::size_t kMostAtOnce = 64;
   void walk(std::span<const PageId> order, bool writes, const Visit& visit);
 
-  // Whether pages move beside the compute of the walk under way, or of the last one.
-  bool streams() const { return streams_; }
+  // Calls compute(position, memory) for the next of the run's pages that are null; false: there is none left. So many
+  // threads may be in it at the same time, others wait.
+  bool pass(const std::function<void(std::size_t position, std::byte* memory)>& compute);
+  std::int64_t most_passing() const { return std::ssize(ring_); }
 
   Stats stats() const;
   Backend& backend() { return *backend_; }
@@ -87,7 +95,9 @@ class Pager {
   void free(int level, const Place& place);
   bool has_room(int level) const;
   void set_ring(std::size_t size);
-  void run(std::span<const PageId> order, bool writes, const Visit& visit);
+  void run_on_device(const Visit& visit);
+  void run_on_host(const Visit& visit);
+  void count_moves(Tier from, Tier to, std::int64_t pages);
   Token move(const Place& from, const Place& to, Token after_source, Token after_target);
 
   std::unique_ptr<Backend> backend_;
@@ -101,7 +111,15 @@ class Pager {
   std::vector<Slot> ring_;
   std::size_t turn_ = 0;  // the slot of the next page to stream
   std::uint64_t walks_ = 0;
-  bool streams_ = false;
+  // Of the walk under way:
+  std::span<const PageId> order_;
+  bool writes_ = false;
+  std::size_t next_pass_ = 0, run_end_ = 0;  // positions
+  std::mutex pass_mutex_;                    // of these
+  std::vector<std::byte*> idle_;             // memory of the ring that no thread has
+  std::mutex idle_mutex_;
+  std::condition_variable idle_again_;
+  std::atomic<bool> begun_ = false;  // something may have been computed
   std::string failure_;
   Stats stats_;
 };

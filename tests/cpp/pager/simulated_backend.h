@@ -18,7 +18,6 @@ namespace qlora::pager {
 
 struct Costs {
   double compute, in, out;  // of a page
-  bool one_engine;          // copies in and out by the same one, and the caller computes: the host
 };
 
 class SimulatedBackend final : public Backend {
@@ -42,7 +41,7 @@ class SimulatedBackend final : public Backend {
 
   SimulatedBackend(Costs costs, Trace& trace) : costs_(costs), trace_(trace), ends_(1, 0.0) {}
 
-  Tier compute_tier() const override { return costs_.one_engine ? Tier::Host : Tier::Device; }
+  Tier compute_tier() const override { return Tier::Device; }
   std::int64_t ring_pages(std::int64_t) const override { return 3; }
 
   std::byte* allocate(Tier tier, std::int64_t bytes, std::int64_t) override {
@@ -59,7 +58,7 @@ class SimulatedBackend final : public Backend {
   Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source, Token after_target) override {
     if (trace_.failing >= 0 && trace_.failing-- == 0) throw std::runtime_error("a move fails");
     const bool in = to.tier == compute_tier();
-    double& engine = in || costs_.one_engine ? trace_.in_free : trace_.out_free;
+    double& engine = in ? trace_.in_free : trace_.out_free;
     const double ready = std::max(ends_[after_source], ends_[after_target]);
     const double begin = std::max({engine, ready, trace_.now});
     // It could have begun when the engine was free and its memory, too: which, for what the caller computes in, is when
@@ -76,14 +75,13 @@ class SimulatedBackend final : public Backend {
   }
 
   void before_compute(Token token) override {
-    double& at = costs_.one_engine ? trace_.now : trace_.compute_free;
-    trace_.waited += std::max(0.0, ends_[token] - at);
-    at = std::max(at, ends_[token]);
+    trace_.waited += std::max(0.0, ends_[token] - trace_.compute_free);
+    trace_.compute_free = std::max(trace_.compute_free, ends_[token]);
   }
 
   // What a visit does: the compute on a page.
   void compute(std::byte* memory) {
-    double& at = costs_.one_engine ? trace_.now : trace_.compute_free;
+    double& at = trace_.compute_free;
     access({.tier = compute_tier(), .memory = memory}, at, at + costs_.compute, true);
     at += costs_.compute;
     trace_.computed += costs_.compute;
@@ -91,7 +89,6 @@ class SimulatedBackend final : public Backend {
   }
 
   Token after_compute() override {
-    if (costs_.one_engine) trace_.compute_free = trace_.now;
     ends_.push_back(trace_.compute_free);
     return ends_.size() - 1;
   }

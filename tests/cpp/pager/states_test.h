@@ -38,8 +38,8 @@ struct Reference {
 
 using MakeStates = std::function<std::unique_ptr<AdamwStates>()>;
 
-// `compute` runs update() on the machine, `finish` waits for it.
-inline void live(unsigned seed, AdamwStates& states, const std::function<void(std::span<const AdamwSlice>)>& compute,
+// `compute` runs update() on the machine for a run, `finish` waits for it.
+inline void live(unsigned seed, AdamwStates& states, const std::function<void(const AdamwRun&)>& compute,
                  const std::function<void()>& finish) {
   std::mt19937 random(seed);
   std::vector<std::unique_ptr<Reference>> all;
@@ -85,10 +85,18 @@ inline void live(unsigned seed, AdamwStates& states, const std::function<void(st
                                       nullptr, &hyper}});
       updates.push_back({one->id, one->param.data(), one->grad.data(), DType::Float32, DType::Float32, 0, hyper});
     }
-    states.step(updates, [&](std::span<const AdamwSlice> slices, std::span<const std::size_t> of) {
+    const auto in_order = [&](std::span<const AdamwSlice> slices, std::span<const std::size_t> of) {
       CHECK_EQ(slices.size(), of.size());
       for (std::size_t i = 0; i < of.size(); ++i) CHECK(slices[i].hyper == &updates[of[i]].hyper);
-      compute(slices);
+      compute({.slices = slices});
+    };
+    const bool ordered = random() % 2 == 0;
+    states.step(updates, [&](const AdamwRun& run) {
+      if (ordered) {
+        run.in_order(in_order);
+      } else {
+        compute(run);
+      }
     });
     finish();
     for (Reference* one : chosen) {
@@ -112,7 +120,9 @@ inline void live(unsigned seed, AdamwStates& states, const std::function<void(st
     }
   }
   for (auto& one : all) states.remove(one->id);
-  CHECK_EQ(states.pager().count(), 0);
+  std::int64_t left = 0;
+  for (const std::int64_t pages : states.stats().pages) left += pages;
+  CHECK_EQ(left, 0);
 }
 
 }  // namespace qlora::pager

@@ -93,8 +93,9 @@ void run(unsigned seed, std::int64_t device, std::int64_t host, bool with_file, 
   AdamwStates states(machine.make_pager(device, host, with_file));
   live(
       seed, states,
-      [&](std::span<const AdamwSlice> slices) {
-        fake_cuda::launch(machine.stream, [copy = std::vector(slices.begin(), slices.end())] { update(copy); });
+      [&](const AdamwRun& run) {
+        CHECK_EQ(run.absent, 0);
+        fake_cuda::launch(machine.stream, [copy = std::vector(run.slices.begin(), run.slices.end())] { update(copy); });
       },
       [&] { cudaStreamSynchronize(machine.stream); });
   CHECK_EQ(machine.warnings, failing_pinned > 0 ? 1 : 0);

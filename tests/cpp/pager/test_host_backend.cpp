@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <csignal>
 #include <filesystem>
 #include <fstream>
@@ -19,6 +20,7 @@ using namespace qlora::pager;
 namespace {
 
 constexpr std::int64_t kPageBytes = 4096;
+constexpr int kThreads = 3;
 
 std::string file_name(const std::string& name) {
   return (std::filesystem::temp_directory_path() / ("qlora_test_host_backend_" + name + std::to_string(getpid())))
@@ -26,24 +28,44 @@ std::string file_name(const std::string& name) {
 }
 
 std::unique_ptr<Pager> make_pager(const std::string& path, std::int64_t room) {
-  auto backend = std::make_unique<HostBackend>(path);
+  auto backend = std::make_unique<HostBackend>(path, kThreads);
   std::vector<TierRoom> tiers = {{Tier::Host, room, backend->ring_pages(room)}};
   if (!path.empty()) tiers.push_back({Tier::File, kUnlimited, 0});
   return std::make_unique<Pager>(std::move(backend), kPageBytes, tiers);
 }
 
-void increment(Pager& pager, const std::vector<PageId>& pages) {
-  pager.walk(pages, true, [](std::size_t, std::span<std::byte* const> run) {
-    for (std::byte* const memory : run) ++*reinterpret_cast<std::int64_t*>(memory);
+// Calls `work` in so many threads, and returns when all have.
+void in_threads(int count, const std::function<void()>& work) {
+  std::vector<std::thread> threads;
+  for (int i = 1; i < count; ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+}
+
+// A walk of one thread: visit(position, memory) for each page.
+void walk(Pager& pager, const std::vector<PageId>& pages, bool writes,
+          const std::function<void(std::size_t, std::byte*)>& visit) {
+  pager.walk(pages, writes, [&](std::size_t position, std::span<std::byte* const> run) {
+    for (std::byte* const memory : run) {
+      if (memory != nullptr) {
+        visit(position, memory);
+      } else {
+        CHECK(pager.pass(visit));
+      }
+      ++position;
+    }
   });
+}
+
+void increment(Pager& pager, const std::vector<PageId>& pages) {
+  walk(pager, pages, true, [](std::size_t, std::byte* memory) { ++*reinterpret_cast<std::int64_t*>(memory); });
 }
 
 // The count of each page; -1 if it cannot be had.
 std::vector<std::int64_t> counts(Pager& pager, const std::vector<PageId>& pages) {
   std::vector<std::int64_t> counted(pages.size(), -1);
-  pager.walk(pages, false, [&](std::size_t i, std::span<std::byte* const> run) {
-    for (std::byte* const memory : run) counted[i++] = *reinterpret_cast<std::int64_t*>(memory);
-  });
+  walk(pager, pages, false,
+       [&](std::size_t i, std::byte* memory) { counted[i] = *reinterpret_cast<std::int64_t*>(memory); });
   return counted;
 }
 
@@ -63,7 +85,15 @@ void lives(unsigned seed, std::int64_t room, const std::string& name) {
   const std::string path = room == kUnlimited ? "" : file_name(name);
   {
     AdamwStates states(make_pager(path, room));
-    live(seed, states, update, [] {});
+    const auto compute = [](const AdamwRun& run) {
+      std::atomic<bool> here = true;
+      in_threads(kThreads, [&] {
+        if (here.exchange(false)) update(run.slices);
+        const auto of_page = [](std::span<const AdamwSlice> slices, std::span<const std::size_t>) { update(slices); };
+        while (run.absent > 0 && run.pass(of_page)) continue;
+      });
+    };
+    live(seed, states, compute, [] {});
   }
   CHECK(path.empty() || !std::filesystem::exists(path));
 }
@@ -90,15 +120,12 @@ void truncated_file_is_an_error() {
   increment(*pager, pages);
   std::filesystem::resize_file(path, 5000);
   int visited = 0;
-  const auto walk = [&] {
-    pager->walk(pages, true,
-                [&](std::size_t, std::span<std::byte* const> run) { visited += static_cast<int>(run.size()); });
-  };
-  CHECK(contains(error_of(walk), "truncated"));
+  const auto visits = [&] { walk(*pager, pages, true, [&](std::size_t, std::byte*) { ++visited; }); };
+  CHECK(contains(error_of(visits), "truncated"));
   CHECK_EQ(visited, 0);
   // Nor does a longer file make it good again.
   std::filesystem::resize_file(path, 1 << 20);
-  CHECK(contains(error_of(walk), "page_file"));
+  CHECK(contains(error_of(visits), "page_file"));
   CHECK_EQ(visited, 0);
 }
 
@@ -109,19 +136,18 @@ void truncated_under_the_walk() {
   const auto pages = pager->add(20);
   increment(*pager, pages);
   int visited = 0;
-  const auto walk = [&] {
-    pager->walk(pages, true, [&](std::size_t, std::span<std::byte* const>) {
+  const auto visits = [&] {
+    walk(*pager, pages, true, [&](std::size_t, std::byte*) {
       if (++visited == 5) std::filesystem::resize_file(path, 4096);
     });
   };
-  CHECK(contains(error_of(walk), "truncated"));
-  CHECK(visited >= 5 && visited < 10);
-  const int before = visited;
-  CHECK(!error_of(walk).empty());
+  CHECK(contains(error_of(visits), "truncated"));
+  CHECK_EQ(visited, 5);
+  CHECK(!error_of(visits).empty());
   std::filesystem::resize_file(path, 1 << 20);
-  const std::string error = error_of(walk);
-  CHECK(contains(error, "not usable since an error") && contains(error, "of 20 pages"));
-  CHECK_EQ(visited, before);
+  const std::string error = error_of(visits);
+  CHECK(contains(error, "not usable since an error") && contains(error, "over 20 pages"));
+  CHECK_EQ(visited, 5);
 }
 
 // A file that may not grow stands for a disk that is full.
@@ -149,14 +175,14 @@ void full_disk_is_an_error_before() {
 void foreign_file_is_left_alone() {
   const std::string path = file_name("foreign");
   std::ofstream(path) << "precious";
-  CHECK(contains(error_of([&] { HostBackend backend(path); }), "other content"));
+  CHECK(contains(error_of([&] { HostBackend backend(path, kThreads); }), "other content"));
   std::string content;
   std::ifstream(path) >> content;
   CHECK_EQ(content, "precious");
   std::filesystem::remove(path);
-  CHECK(contains(error_of([&] { HostBackend backend("/nonexistent/pages"); }), "open"));
-  const HostBackend first(path);
-  CHECK(contains(error_of([&] { HostBackend backend(path); }), "another optimizer"));
+  CHECK(contains(error_of([&] { HostBackend backend("/nonexistent/pages", kThreads); }), "open"));
+  const HostBackend first(path, kThreads);
+  CHECK(contains(error_of([&] { HostBackend backend(path, kThreads); }), "another optimizer"));
 }
 
 // A fork may throw its copy of the pager away, and may not use it; the parent goes on.
@@ -182,32 +208,50 @@ void fork_is_inert() {
   CHECK(counts(*paged, pages) == std::vector<std::int64_t>(10, 6));
 }
 
-// The thread starts with the first page that moves.
-void threads_start_late() {
-  const auto threads = [] {
-    return std::distance(std::filesystem::directory_iterator("/proc/self/task"), std::filesystem::directory_iterator());
-  };
-  std::thread([] {}).join();  // a sanitizer may start its own with the first
-  const auto before = threads();
-  auto in_memory = make_pager("", kUnlimited);
-  auto paged = make_pager(file_name("late"), 2);
-  const auto pages = paged->add(3), others = in_memory->add(3);
-  increment(*in_memory, others);
-  CHECK_EQ(threads(), before);
-  increment(*paged, pages);
-  CHECK_EQ(threads(), before + 1);
+// More threads than pages of the ring: each page is computed once, and no two are in the same memory.
+void threads_wait_for_room() {
+  auto pager = make_pager(file_name("room"), 0);
+  const auto pages = pager->add(200);
+  std::atomic<int> inside = 0, most = 0;
+  for (int round = 1; round <= 5; ++round) {
+    pager->walk(pages, true, [&](std::size_t, std::span<std::byte* const>) {
+      const auto compute = [&](std::size_t, std::byte* memory) {
+        const int now = ++inside;
+        for (int seen = most; seen < now && !most.compare_exchange_weak(seen, now);) continue;
+        ++*reinterpret_cast<std::int64_t*>(memory);
+        --inside;
+      };
+      in_threads(5, [&] {
+        while (pager->pass(compute)) continue;
+      });
+    });
+    CHECK(counts(*pager, pages) == std::vector<std::int64_t>(200, round));
+  }
+  CHECK(most <= pager->most_passing());
+  CHECK_EQ(pager->most_passing(), 2);
+}
+
+// Of the room, the ring takes a quarter at most, and no more than there are threads.
+void the_ring_is_small() {
+  const HostBackend backend("", 8);
+  for (const auto& [room, expected] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+           {0, 2}, {3, 2}, {12, 3}, {31, 7}, {32, 8}, {1000, 8}, {kUnlimited, 8}}) {
+    CHECK_EQ(backend.ring_pages(room), expected);
+  }
+  CHECK_EQ(HostBackend("", 1).ring_pages(kUnlimited), 2);
 }
 
 }  // namespace
 
 int main() {
-  threads_start_late();
+  threads_wait_for_room();
+  the_ring_is_small();
   for (unsigned seed = 0; seed < 12; ++seed) {
     for (const std::int64_t room : {std::int64_t{0}, std::int64_t{2}, std::int64_t{5}, std::int64_t{20}, kUnlimited}) {
       lives(seed, room, "lives");
     }
   }
-  std::thread other([] { lives(100, 2, "one"); });  // two, each with its own thread
+  std::thread other([] { lives(100, 2, "one"); });  // two at the same time
   lives(101, 3, "two");
   other.join();
   deleted_file_goes_on();

@@ -59,9 +59,6 @@ class Run {
   std::map<PageId, std::int64_t> updates_;
 };
 
-std::vector<TierRoom> host_tiers(std::int64_t pages) {
-  return {{Tier::Host, pages, pages < 3 ? 2 : 3}, {Tier::File, kUnlimited, 0}};
-}
 std::vector<TierRoom> device_tiers(std::int64_t device, std::int64_t host) {
   return {{Tier::Device, device, 3}, {Tier::Host, host, 0}, {Tier::File, kUnlimited, 0}};
 }
@@ -69,7 +66,7 @@ std::vector<TierRoom> device_tiers(std::int64_t device, std::int64_t host) {
 // What a slot of the ring holds is known also where the move into it failed.
 void after_a_failed_move_pages_are_what_they_were() {
   for (std::int64_t failing = 0; failing < 12; ++failing) {
-    Run run({1, 1, 1, false}, device_tiers(4, 3));
+    Run run({1, 1, 1}, device_tiers(4, 3));
     run.add(9);
     for (std::ptrdiff_t count = 9; count > 0; --count) {  // no two have been updated as often
       run.walk({run.pages.begin(), run.pages.begin() + count});
@@ -91,21 +88,19 @@ void after_a_failed_move_pages_are_what_they_were() {
 }
 
 void nothing_moves_when_all_fits() {
-  for (const bool host : {true, false}) {
-    Run run({1, 5, 5, host}, host ? host_tiers(8) : device_tiers(8, 100));
-    run.add(8);
-    for (int step = 0; step < 3; ++step) run.walk(run.pages);
-    CHECK(run.trace.moves.empty());
-    CHECK_EQ(run.trace.waited, 0);
-    CHECK_EQ(run.trace.end(), 3 * 8);
-    CHECK_EQ(run.trace.most[host ? Tier::Host : Tier::Device], 8);
-    CHECK_EQ(run.pager->stats().hits, 24);
-  }
+  Run run({1, 5, 5}, device_tiers(8, 100));
+  run.add(8);
+  for (int step = 0; step < 3; ++step) run.walk(run.pages);
+  CHECK(run.trace.moves.empty());
+  CHECK_EQ(run.trace.waited, 0);
+  CHECK_EQ(run.trace.end(), 3 * 8);
+  CHECK_EQ(run.trace.most[Tier::Device], 8);
+  CHECK_EQ(run.pager->stats().hits, 24);
 }
 
 // A step takes as long as the busiest engine, besides a page at each end, for any part of the pages that fits.
 void engines_overlap(Costs costs, std::int64_t budget, std::int64_t count) {
-  const auto tiers = costs.one_engine ? host_tiers(budget) : device_tiers(budget, 1000);
+  const auto tiers = device_tiers(budget, 1000);
   const std::int64_t ring = tiers[0].ring;
   Run run(costs, tiers);
   run.add(count);
@@ -115,9 +110,7 @@ void engines_overlap(Costs costs, std::int64_t budget, std::int64_t count) {
   constexpr int kSteps = 4;
   for (int step = 0; step < kSteps; ++step) run.walk(run.pages);
   const auto streamed = static_cast<double>(count - std::max<std::int64_t>(0, budget - ring));
-  const double copying =
-      costs.one_engine ? streamed * (costs.in + costs.out) : streamed * std::max(costs.in, costs.out);
-  const double busiest = std::max(static_cast<double>(count) * costs.compute, copying);
+  const double busiest = std::max(static_cast<double>(count) * costs.compute, streamed * std::max(costs.in, costs.out));
   const double taken = run.trace.end() - begin;
   CHECK(taken >= kSteps * busiest - 1e-6);
   CHECK(taken <= kSteps * (busiest + costs.compute + costs.in + costs.out));
@@ -125,7 +118,7 @@ void engines_overlap(Costs costs, std::int64_t budget, std::int64_t count) {
   CHECK_EQ(run.trace.late, 0);
   // Each page that streams comes and goes once a step.
   CHECK_EQ(std::ssize(run.trace.moves), static_cast<std::int64_t>(2 * kSteps * streamed));
-  CHECK(run.trace.most[costs.one_engine ? Tier::Host : Tier::Device] <= std::max(budget, ring));
+  CHECK(run.trace.most[Tier::Device] <= std::max(budget, ring));
 }
 
 // The other walks that a pager lives through: its pages come and go, walks are over parts, in other orders, read only.
@@ -152,7 +145,7 @@ void random_walks(unsigned seed, const std::vector<TierRoom>& tiers, Costs costs
 }
 
 void no_room_is_an_error() {
-  Run run({1, 1, 1, true}, {{Tier::Host, 4, 2}});
+  Run run({1, 1, 1}, {{Tier::Device, 4, 2}});
   run.add(4);
   try {
     run.pager->add(1);
@@ -169,17 +162,14 @@ void no_room_is_an_error() {
 int main() {
   after_a_failed_move_pages_are_what_they_were();
   nothing_moves_when_all_fits();
-  for (const bool host : {true, false}) {
-    for (const double in : {0.3, 1.0, 4.0}) {
-      for (const double out : {0.3, 1.0, 4.0}) {
-        for (const std::int64_t budget : {0, 3, 10, 20, 30, 39}) engines_overlap({1.0, in, out, host}, budget, 40);
-      }
+  for (const double in : {0.3, 1.0, 4.0}) {
+    for (const double out : {0.3, 1.0, 4.0}) {
+      for (const std::int64_t budget : {0, 3, 10, 20, 30, 39}) engines_overlap({1.0, in, out}, budget, 40);
     }
   }
   for (unsigned seed = 0; seed < 50; ++seed) {
     const auto room = static_cast<std::int64_t>(seed % 11);
-    random_walks(seed, host_tiers(room), {1, 0.7, 0.9, true});
-    random_walks(seed, device_tiers(room, static_cast<std::int64_t>(seed % 4)), {1, 0.7, 2, false});
+    random_walks(seed, device_tiers(room, static_cast<std::int64_t>(seed % 4)), {1, 0.7, 2});
   }
   no_room_is_an_error();
   return failures();
