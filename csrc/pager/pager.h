@@ -62,7 +62,7 @@ class Pager {
   // first visit if it can be known that not all pages can be had. If a page fails later, the rest is not visited, and
   // this and every later walk throws.
   using Visit = std::function<void(std::size_t position, std::span<std::byte* const> pages)>;
-  static constexpr std::size_t kMostAtOnce = 64;
+  static constexpr std::size_t kMostAtOnce = 256;
   void walk(std::span<const PageId> order, bool writes, const Visit& visit);
 
   // Calls compute(position, memory) for the next of the run's pages that are null; false: there is none left. So many

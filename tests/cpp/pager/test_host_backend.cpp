@@ -211,7 +211,7 @@ void fork_is_inert() {
 // More threads than pages of the ring: each page is computed once, and no two are in the same memory.
 void threads_wait_for_room() {
   auto pager = make_pager(file_name("room"), 0);
-  const auto pages = pager->add(200);
+  const auto pages = pager->add(600);
   std::atomic<int> inside = 0, most = 0;
   for (int round = 1; round <= 5; ++round) {
     pager->walk(pages, true, [&](std::size_t, std::span<std::byte* const>) {
@@ -225,7 +225,7 @@ void threads_wait_for_room() {
         while (pager->pass(compute)) continue;
       });
     });
-    CHECK(counts(*pager, pages) == std::vector<std::int64_t>(200, round));
+    CHECK(counts(*pager, pages) == std::vector<std::int64_t>(600, round));
   }
   CHECK(most <= pager->most_passing());
   CHECK_EQ(pager->most_passing(), 2);
