@@ -99,10 +99,20 @@ class CopyAnew(build_py):
         super().run()
 
 
+class Compile(cpp_extension.BuildExtension):
+    """With a word for whoever has no compiler: torch has a traceback."""
+
+    def run(self) -> None:
+        compiler = os.environ.get("CXX") or "c++"
+        if not shutil.which(shlex.split(compiler)[0]):
+            raise SystemExit(f"qlora_ext: expected a C++20 compiler, as g++ 12 (CXX names it), got no {compiler!r}")
+        super().run()
+
+
 toolkit = choose_toolkit()
 setup(
     ext_modules=[extension(toolkit)],
-    cmdclass={"build_py": CopyAnew, "build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_py": CopyAnew, "build_ext": Compile},
     # What to compile again is left to ninja, which sees other flags and another torch too.
     options={"build": {"build_base": "build/cuda" if toolkit else "build"}, "build_ext": {"force": True}},
 )

@@ -66,6 +66,14 @@ def test_build_wants_the_torch_that_will_run(torch: str, reason: str) -> None:
     assert reason in line
 
 
+def test_build_wants_a_compiler(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path]
+    env = os.environ | {"QLORA_EXT_CUDA": "0", "CXX": "no-such-compiler -O2"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].endswith("CXX names it), got no 'no-such-compiler -O2'")
+
+
 def test_sources_without_the_module_say_where_they_are(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "qlora_ext", tmp_path / "qlora_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     # An editable installation finds its own _C for any qlora_ext.
