@@ -208,29 +208,6 @@ void fork_is_inert() {
   CHECK(counts(*paged, pages) == std::vector<std::int64_t>(10, 6));
 }
 
-// More threads than pages of the ring: each page is computed once, and no two are in the same memory.
-void threads_wait_for_room() {
-  auto pager = make_pager(file_name("room"), 0);
-  const auto pages = pager->add(600);
-  std::atomic<int> inside = 0, most = 0;
-  for (int round = 1; round <= 5; ++round) {
-    pager->walk(pages, true, [&](std::size_t, std::span<std::byte* const>) {
-      const auto compute = [&](std::size_t, std::byte* memory) {
-        const int now = ++inside;
-        for (int seen = most; seen < now && !most.compare_exchange_weak(seen, now);) continue;
-        ++*reinterpret_cast<std::int64_t*>(memory);
-        --inside;
-      };
-      in_threads(5, [&] {
-        while (pager->pass(compute)) continue;
-      });
-    });
-    CHECK(counts(*pager, pages) == std::vector<std::int64_t>(600, round));
-  }
-  CHECK(most <= pager->most_passing());
-  CHECK_EQ(pager->most_passing(), 2);
-}
-
 // Of the room, the ring takes a quarter at most, and no more than there are threads.
 void the_ring_is_small() {
   const HostBackend backend("", 8);
@@ -244,7 +221,6 @@ void the_ring_is_small() {
 }  // namespace
 
 int main() {
-  threads_wait_for_room();
   the_ring_is_small();
   for (unsigned seed = 0; seed < 12; ++seed) {
     for (const std::int64_t room : {std::int64_t{0}, std::int64_t{2}, std::int64_t{5}, std::int64_t{20}, kUnlimited}) {
