@@ -8,6 +8,7 @@ their own in between.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -72,9 +73,12 @@ def check_regex(what: str, pattern: object, within: str = "{}") -> None:
     if not isinstance(pattern, str):
         raise TypeError(f"{what}: expected a regular expression, got {pattern!r}")
     try:
-        re.compile(pattern)
-        re.compile(within.format(pattern))
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            # Python 3.10 only warns of (?i) elsewhere than at the start, and then it holds for the whole.
+            warnings.filterwarnings("error", "Flags not at the start", DeprecationWarning)
+            re.compile(pattern)
+            re.compile(within.format(pattern))
+    except (re.error, DeprecationWarning, OverflowError, RecursionError) as error:
         raise ValueError(f"{what}: expected a regular expression, got {pattern!r} ({error})") from error
 
 

@@ -23,6 +23,7 @@ from qlora_ext.finetune.compile import compile_layers
 from qlora_ext.finetune.data import IGNORE, Example, PadToLongest
 from qlora_ext.finetune.evaluate import held_out_loss
 from qlora_ext.finetune.loss import answer_loss
+from qlora_ext.finetune.train import CHECKPOINTING
 
 LAYERS = 3
 
@@ -68,7 +69,7 @@ def test_layers_share_their_graphs(method: str, checkpointing: bool, graphs: int
     expected = losses_and_gradients(build(method))
     model = build(method)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     assert compile_layers(model, CompileCounterWithBackend("aot_eager")) == LAYERS
     for got, same in zip(losses_and_gradients(model), expected, strict=True):
         torch.testing.assert_close(got, same)

@@ -23,6 +23,10 @@ from .optimizer import OptimizerChoice, StatesReport, paged, where_states_are
 from .output_folder import STAGING
 from .trainer import AnswerTrainer
 
+# Before transformers 5.23 (Python 3.10 gets 5.20) it has the other name, of which later ones warn.
+CHECKPOINTING = (
+    f"{'activation' if hasattr(TrainingArguments, 'activation_checkpointing') else 'gradient'}_checkpointing"
+)
 # Resuming with other --save-steps, Trainer warns that it keeps the old ones; Watch.on_train_begin sets the new.
 DIFFERS = "do not match the ones in the `trainer_state.json`"
 logging.getLogger("transformers.trainer_utils").addFilter(lambda record: DIFFERS not in record.getMessage())
@@ -150,6 +154,10 @@ def train(
 
 
 def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast: bool) -> TrainingArguments:
+    checkpointing: dict[str, Any] = {
+        CHECKPOINTING: schedule.gradient_checkpointing,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
+    }
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=schedule.steps,
@@ -162,8 +170,6 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
         seed=schedule.seed,
         bf16=autocast,
         use_cpu=device.type == "cpu",
-        activation_checkpointing=schedule.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps" if schedule.eval_steps else "no",
         eval_steps=schedule.eval_steps or None,
         save_strategy="steps",
@@ -175,6 +181,7 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
         remove_unused_columns=False,
         disable_tqdm=True,  # Watch has the bar, with the loss in it
         report_to="none",
+        **checkpointing,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else Trainer wraps the model in DataParallel, which its docs advise against
