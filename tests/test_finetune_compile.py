@@ -69,7 +69,7 @@ def test_layers_share_their_graphs(method: str, checkpointing: bool, graphs: int
     expected = losses_and_gradients(build(method))
     model = build(method)
     if checkpointing:
-        getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+        getattr(model, f"{CHECKPOINTING}_checkpointing_enable")({"use_reentrant": False})
     assert compile_layers(model, CompileCounterWithBackend("aot_eager")) == LAYERS
     for got, same in zip(losses_and_gradients(model), expected, strict=True):
         torch.testing.assert_close(got, same)

@@ -23,10 +23,8 @@ from .optimizer import OptimizerChoice, StatesReport, paged, where_states_are
 from .output_folder import STAGING
 from .trainer import AnswerTrainer
 
-# Before transformers 5.23 (Python 3.10 gets 5.20) it has the other name, of which later ones warn.
-CHECKPOINTING = (
-    f"{'activation' if hasattr(TrainingArguments, 'activation_checkpointing') else 'gradient'}_checkpointing"
-)
+# Of checkpointing's names: transformers 5.23 has another one than before (Python 3.10 gets 5.20), and warns of the old.
+CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
 # Resuming with other --save-steps, Trainer warns that it keeps the old ones; Watch.on_train_begin sets the new.
 DIFFERS = "do not match the ones in the `trainer_state.json`"
 logging.getLogger("transformers.trainer_utils").addFilter(lambda record: DIFFERS not in record.getMessage())
@@ -155,8 +153,8 @@ def train(
 
 def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast: bool) -> TrainingArguments:
     checkpointing: dict[str, Any] = {
-        CHECKPOINTING: schedule.gradient_checkpointing,
-        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
+        f"{CHECKPOINTING}_checkpointing": schedule.gradient_checkpointing,
+        f"{CHECKPOINTING}_checkpointing_kwargs": {"use_reentrant": False},
     }
     arguments = TrainingArguments(
         output_dir=str(output),
