@@ -1,18 +1,21 @@
 // The paged optimizer as Python sees it: _C.PagedStates.
 #include "ops_paged_adamw.h"
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Device.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <functional>
 #include <optional>
 #include <stdexcept>
 #include <system_error>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -53,6 +56,23 @@ std::vector<pager::TierRoom> make_tiers(const pager::Backend& backend, int64_t p
 // Whether its elements lie in memory as they are and in order.
 bool is_flat(const Tensor& tensor) { return tensor.is_contiguous() && !tensor.is_neg() && !tensor._is_zerotensor(); }
 
+bool is_flat(const AdamwSlice& slice) { return slice.param != nullptr && slice.grad != nullptr; }
+
+// Whether some of them may be the same memory, as a weight and its transpose are: then their order counts.
+bool share_memory(const std::vector<Tensor>& tensors) {
+  std::vector<std::pair<const std::byte*, const std::byte*>> spans;
+  for (const Tensor& tensor : tensors) {
+    if (tensor.numel() == 0) continue;
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const auto* first = static_cast<const std::byte*>(tensor.const_data_ptr());
+    spans.emplace_back(first, first + (last + 1) * static_cast<int64_t>(tensor.itemsize()));
+  }
+  std::ranges::sort(spans);
+  const auto meet = [](const auto& before, const auto& after) { return after.first < before.second; };
+  return std::ranges::adjacent_find(spans, meet) != spans.end();
+}
+
 // Calls visit with views of a tensor that together are its elements [begin, end), in the order of its shape.
 void for_each_view(const Tensor& tensor, int64_t begin, int64_t end, const std::function<void(const Tensor&)>& visit) {
   if (begin >= end) return;
@@ -82,6 +102,7 @@ class Gathered {
  private:
   template <typename Copy>
   void move(const Copy& copy) const {
+    const at::NoGradGuard no_grad;  // which other threads than the caller's know nothing of
     int64_t at = 0;
     for_each_view(tensor_, first_, first_ + elements_.numel(), [&](const Tensor& view) {
       copy(view, elements_.narrow(0, at, view.numel()).view(view.sizes()));
@@ -144,13 +165,15 @@ class PagedStates {
     const AdamwOptions options{.grad_scale = grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
                                .stochastic_rounding = stochastic_rounding,
                                .seed = seed};
-    const auto compute = [&](std::span<const AdamwSlice> slices) { compute_({.slices = slices}, options); };
-    const auto gathering = [&](std::span<const AdamwSlice> slices, std::span<const size_t> of) {
+    using Slices = std::span<const AdamwSlice>;
+    using Of = std::span<const size_t>;
+    // What is not flat is computed on copies of its elements, slice by slice.
+    const auto gathering = [&](Slices slices, Of of, const pager::AdamwRun::Compute& compute) {
       for (size_t i = 0; i < slices.size();) {
         size_t end = i;
-        while (end < slices.size() && slices[end].param != nullptr && slices[end].grad != nullptr) ++end;
+        while (end < slices.size() && is_flat(slices[end])) ++end;
         if (end > i) {
-          compute(slices.subspan(i, end - i));
+          compute(slices.subspan(i, end - i), of.subspan(i, end - i));
           i = end;
           continue;
         }
@@ -158,21 +181,41 @@ class PagedStates {
         std::optional<Gathered> param, grad;
         if (slice.param == nullptr) slice.param = param.emplace(params[of[i]], slice.first, slice.count).data();
         if (slice.grad == nullptr) slice.grad = grad.emplace(grads[of[i]], slice.first, slice.count).data();
-        compute({&slice, 1});
+        compute({&slice, 1}, of.subspan(i, 1));
         if (param) param->put_back();
         ++i;
       }
     };
+    const auto one_by_one = [&](Slices slices, Of of) {
+      const auto compute_one = [&](Slices one, Of) { compute_({.slices = one}, options); };
+      for (size_t i = 0; i < slices.size(); ++i) gathering(slices.subspan(i, 1), of.subspan(i, 1), compute_one);
+    };
+    const bool in_order = share_memory(params);
     const bool all_flat = std::ranges::all_of(
         updates, [](const auto& update) { return update.param != nullptr && update.grad != nullptr; });
     const py::gil_scoped_release release;
     states_->step(updates, [&](const pager::AdamwRun& run) {
-      // Else in order: a weight and its transpose, both of them parameters, are the same memory.
-      if (all_flat) {
-        compute_(run, options);
-      } else {
-        run.in_order(gathering);
+      if (in_order) return run.in_order(one_by_one);
+      if (all_flat) return compute_(run, options);
+      // Slices that are here, but not flat, are passed, too.
+      std::vector<AdamwSlice> flat;
+      std::vector<size_t> others;
+      for (size_t i = 0; i < run.slices.size(); ++i) {
+        is_flat(run.slices[i]) ? flat.push_back(run.slices[i]) : others.push_back(i);
       }
+      std::atomic<size_t> next = 0;
+      const auto pass = [&](const pager::AdamwRun::Compute& compute) {
+        if (const size_t i = next++; i < others.size()) {
+          gathering(run.slices.subspan(others[i], 1), run.of.subspan(others[i], 1), compute);
+          return true;
+        }
+        return run.pass([&](Slices slices, Of of) { gathering(slices, of, compute); });
+      };
+      compute_({.slices = flat,
+                .absent = run.absent + std::ssize(others),
+                .most_passing = run.most_passing + std::ssize(others),
+                .pass = pass},
+               options);
     });
   }
 

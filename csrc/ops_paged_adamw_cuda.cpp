@@ -43,7 +43,13 @@ PagedAdamwDevice make(at::Device device, const std::string& page_file) {
       .warn = [](const std::string& text) { TORCH_WARN(text); },
   };
   return {std::make_unique<pager::CudaBackend>(device.index(), page_file, std::move(hooks)),
-          [device](const pager::AdamwRun& run, const AdamwOptions& options) { compute(device, run.slices, options); }};
+          [device](const pager::AdamwRun& run, const AdamwOptions& options) {
+            const auto launch = [&](std::span<const AdamwSlice> slices, std::span<const size_t>) {
+              compute(device, slices, options);
+            };
+            if (!run.slices.empty()) launch(run.slices, {});
+            while (run.absent > 0 && run.pass(launch)) continue;
+          }};
 }
 
 const bool registered = [] {

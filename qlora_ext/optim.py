@@ -38,7 +38,8 @@ class PagedAdamW(Optimizer):
             others stream through three pages of it (or three pages, if it is less).
         host_budget: bytes of host memory for states, of each device (of a CUDA device, pinned: for what its own memory
             does not hold); None: no limit. If it does not hold all, the others stream through a part of it: on the CPU
-            a page for each thread, at most a quarter of it (two pages, if that is less), else two pages.
+            a page for each thread, at most a quarter of it (two pages, if that is less), else two pages. A thread
+            without a page computes only what is at home; what is known of each page takes 300 bytes beside that.
         page_file: path of a file for what the budgets do not hold, on a disk of this machine, another in each process.
             Its space is reserved when parameters are added. It is deleted at the end: scratch space, not a checkpoint.
         stochastic_rounding, seed: round bfloat16 parameters up or down by chance, so that updates smaller than half
@@ -268,7 +269,7 @@ class PagedAdamW(Optimizer):
             ring_pages: of the computing devices, that others stream through; page_bytes;
             bytes_read, bytes_written: moved from and to each of these since the start or the last loading;
             visits, hits, hit_rate: pages computed, those at home in the computing device's memory, their quotient;
-            seconds_waited: for moves, by the calling thread; on the CPU, by a thread that computes, on average.
+            seconds_waited: for moves, by the calling thread; on the CPU, by all threads that compute, added up.
         """
         return self._paged.stats()
 

@@ -288,6 +288,6 @@ def test_resident_memory_grows_by_the_budget(budget: int, page_bytes: int, tmp_p
     command = [sys.executable, "-c", MEMORY, str(budget), str(tmp_path / "pages"), str(page_bytes)]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     pages = (128 << 20) // page_bytes
-    tables = max(64 * KIB, 512 * pages)  # what is known of each page; of it, what malloc had is no growth
+    tables = max(64 * KIB, 300 * pages)  # what is known of each page, where malloc has no room for it already
     assert grown <= budget + 2 * page_bytes + tables
     assert grown >= budget / 2

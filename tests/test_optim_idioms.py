@@ -72,6 +72,23 @@ def test_a_weight_and_its_transpose(order: int, paged: bool, tmp_path: Path) -> 
     as_torch(run)
 
 
+@pytest.mark.parametrize("paged", [False, True], ids=["resident", "in a file"])
+def test_two_parameters_of_the_same_memory(paged: bool, tmp_path: Path) -> None:
+    """Both contiguous, and each in one page: threads would lose updates of one or the other."""
+    paging: dict[str, Any] = {"host_budget": 0, "page_file": tmp_path / "pages"} if paged else {}
+
+    def run(make: Callable[..., Optimizer]) -> Tensor:
+        p = Parameter(torch.randn(512, 256))
+        flat = Parameter(p.data.view(-1))
+        optimizer = make([p, flat], lr=LR, weight_decay=0.5, **(paging if make is PagedAdamW else {}))
+        for _ in range(10):
+            p.grad, flat.grad = torch.randn(512, 256), torch.randn(512 * 256)
+            optimizer.step()
+        return p.detach()
+
+    as_torch(run)
+
+
 def test_strided_parameters_of_any_shape() -> None:
     def run(make: Callable[..., Optimizer]) -> list[Tensor]:
         base = torch.randn(7, 6, 5, 41)

@@ -146,7 +146,7 @@ void AdamwStates::step(std::span<Update> updates, const std::function<void(const
         if (i < pages.size() && pass(compute_pages)) ++i;
       }
     };
-    compute({here.slices, std::ranges::count(pages, nullptr), pager_->most_passing(), pass, in_order});
+    compute({here.slices, here.of, std::ranges::count(pages, nullptr), pager_->most_passing(), pass, in_order});
   });
   for (const Update& update : updates) set_steps(update.id, update.hyper.step);
 }

@@ -38,10 +38,11 @@ struct AdamwRun {
   using Compute = std::function<void(std::span<const AdamwSlice> slices, std::span<const std::size_t> of)>;
 
   std::span<const AdamwSlice> slices;  // of the pages that are here
+  std::span<const std::size_t> of = {};
   // Pages that are not: pass() does the next of them, and returns false if there is none. So many threads may be in it.
   std::int64_t absent = 0, most_passing = 0;
   std::function<bool(const Compute& compute)> pass = {};
-  // Instead of all that: everything by the calling thread, in the order of the updates.
+  // Instead of all that: everything by the calling thread, page after page.
   std::function<void(const Compute& compute)> in_order = {};
 };
 

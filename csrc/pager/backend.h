@@ -1,7 +1,8 @@
 // What the pager asks of a machine: memory of its tiers, and moves of pages between them that run beside the compute.
 //
-// All work is asynchronous and ordered by tokens; moves of one page into the compute tier are done in order besides.
-// Two machines exist: backend_host.h and backend_cuda.h.
+// Work may be asynchronous: it is ordered by tokens; moves of one page into the compute tier are done in order besides.
+// Where the host computes, several threads move pages at the same time. Two machines exist: backend_host.h and
+// backend_cuda.h.
 #pragma once
 
 #include <cstddef>
@@ -68,7 +69,8 @@ class Backend {
   // Whether the last move out of File had to wait for the disk.
   virtual bool waits_for_disk() const { return false; }
 
-  virtual double seconds_waited() const = 0;
+  // By the caller, for work that is asynchronous.
+  virtual double seconds_waited() const { return 0; }
 };
 
 }  // namespace qlora::pager

@@ -36,16 +36,12 @@ class HostBackend final : public Backend {
   void read(const std::byte* page, std::byte* memory, std::int64_t bytes) override;
   void write(const std::byte* memory, std::byte* page, std::int64_t bytes) override;
   bool waits_for_disk() const override { return waits_for_disk_; }
-  double seconds_waited() const override {
-    return static_cast<double>(nanoseconds_waited_) * 1e-9 / static_cast<double>(threads_);
-  }
 
  private:
   std::optional<PageFile> file_;
   std::int64_t threads_;
   OwnProcess process_;
   std::atomic<bool> waits_for_disk_ = false;
-  std::atomic<std::int64_t> nanoseconds_waited_ = 0;  // by all threads together
 };
 
 }  // namespace qlora::pager

@@ -40,7 +40,8 @@ std::vector<PageId> Pager::add(std::int64_t count) {
   std::int64_t left = all;
   for (const TierRoom& room : tiers_) {
     if (room.tier == Tier::File) break;
-    left = room.pages >= left ? 0 : left - std::max<std::int64_t>(0, room.pages - room.ring);
+    const std::int64_t ring = &room == &tiers_.back() ? 0 : room.ring;  // nothing passes through the last
+    left = room.pages >= left ? 0 : left - std::max<std::int64_t>(0, room.pages - ring);
   }
   if (tiers_.back().tier == Tier::File) {
     if (left > file_pages_) {
@@ -186,7 +187,7 @@ Stats Pager::stats() const {
   for (const Page& page : pages_) ++stats.pages[static_cast<int>(page.home.tier)];
   stats.pages[static_cast<int>(Tier::None)] -= std::ssize(unused_);
   stats.ring_pages = std::ssize(ring_);
-  stats.seconds_waited = backend_->seconds_waited();
+  stats.seconds_waited = backend_->seconds_waited() + static_cast<double>(waited_) * 1e-9;
   return stats;
 }
 

@@ -38,7 +38,7 @@ struct Stats {
   std::int64_t ring_pages = 0;                                        // that exist now
   std::int64_t visits = 0, hits = 0;                                  // pages computed; those that were there already
   std::int64_t bytes_from[kNumTiers] = {}, bytes_to[kNumTiers] = {};  // moved, by Tier
-  double seconds_waited = 0;                                          // for moves, by a thread that would compute
+  double seconds_waited = 0;                                          // for moves, by all threads that would compute
 };
 
 class Pager {
@@ -119,7 +119,8 @@ class Pager {
   std::vector<std::byte*> idle_;             // memory of the ring that no thread has
   std::mutex idle_mutex_;
   std::condition_variable idle_again_;
-  std::atomic<bool> begun_ = false;  // something may have been computed
+  std::atomic<bool> begun_ = false;       // something may have been computed
+  std::atomic<std::int64_t> waited_ = 0;  // nanoseconds, by threads in pass()
   std::string failure_;
   Stats stats_;
 };

@@ -1,5 +1,6 @@
 // The walk of a pager over its pages.
 #include <algorithm>
+#include <chrono>
 #include <stdexcept>
 
 #include "own_process.h"
@@ -74,6 +75,8 @@ bool Pager::pass(const std::function<void(std::size_t, std::byte*)>& compute) {
       pager.idle_again_.notify_one();
     }
   };
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
   const Borrowed borrowed(*this);
   std::unique_lock lock(pass_mutex_);
   while (next_pass_ < run_end_ && at(order_[next_pass_]).level == 0) ++next_pass_;
@@ -87,8 +90,11 @@ bool Pager::pass(const std::function<void(std::size_t, std::byte*)>& compute) {
   backend_->move(page.written ? page.home : Place{}, here, page_bytes_, 0, 0);
   if (lock) lock.unlock();
   begun_ = true;
+  const auto begin = Clock::now();
   compute(position, here.memory);
+  const auto end = Clock::now();
   if (writes_) backend_->move(here, page.home, page_bytes_, 0, 0);
+  waited_ += std::chrono::nanoseconds(begin - start + (Clock::now() - end)).count();
   return true;
 }
 
@@ -133,9 +139,9 @@ void Pager::run_on_device(const Visit& visit) {
       pages.push_back(at(id).home.memory);
     }
     stats_.visits += std::max<std::int64_t>(1, std::ssize(pages));
-    begun_ = true;
     if (!pages.empty()) {
       stats_.hits += std::ssize(pages);
+      begun_ = true;
       visit(position, pages);
       const Token computed = backend_->after_compute();
       for (const PageId id : home.first(pages.size())) {
@@ -148,6 +154,7 @@ void Pager::run_on_device(const Visit& visit) {
     Slot& slot = slot_of(next);
     pages.push_back(slot.memory);
     backend_->before_compute(slot.ready);
+    begun_ = true;
     visit(position, pages);
     slot.idle = backend_->after_compute();
     if (writes) {

@@ -150,6 +150,25 @@ void truncated_under_the_walk() {
   CHECK_EQ(visited, 5);
 }
 
+// What is at home was computed before the first page of the file failed: no later walk goes on with half a step.
+void a_first_read_fails_after_pages_at_home() {
+  const std::string path = file_name("first");
+  auto pager = make_pager(path, 4);
+  const auto pages = pager->add(20);
+  increment(*pager, pages);
+  int visited = 0;
+  const auto visits = [&] {
+    pager->walk(pages, true, [&](std::size_t, std::span<std::byte* const>) {
+      ++visited;
+      std::filesystem::resize_file(path, 4096);
+      pager->pass([](std::size_t, std::byte*) { CHECK(false); });
+    });
+  };
+  CHECK(contains(error_of(visits), "truncated"));
+  CHECK(contains(error_of(visits), "not usable since an error"));
+  CHECK_EQ(visited, 1);
+}
+
 // A file that may not grow stands for a disk that is full.
 void full_disk_is_an_error_before() {
   const std::string path = file_name("full");
@@ -233,6 +252,7 @@ int main() {
   deleted_file_goes_on();
   truncated_file_is_an_error();
   truncated_under_the_walk();
+  a_first_read_fails_after_pages_at_home();
   full_disk_is_an_error_before();
   foreign_file_is_left_alone();
   fork_is_inert();

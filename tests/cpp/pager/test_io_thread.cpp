@@ -2,8 +2,10 @@
 #include "pager/io_thread.h"
 
 #include <atomic>
+#include <filesystem>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../check.h"
@@ -40,6 +42,18 @@ void a_failed_job_is_the_last() {
   CHECK_EQ(done, 1);
 }
 
+void starts_with_the_first_job() {
+  const auto threads = [] {
+    return std::distance(std::filesystem::directory_iterator("/proc/self/task"), std::filesystem::directory_iterator());
+  };
+  std::thread([] {}).join();  // a sanitizer may start its own with the first
+  const auto before = threads();
+  IoThread io;
+  CHECK_EQ(threads(), before);
+  io.wait(io.submit([] {}));
+  CHECK_EQ(threads(), before + 1);
+}
+
 void all_is_done_at_the_end() {
   std::atomic<int> done = 0;
   {
@@ -52,6 +66,7 @@ void all_is_done_at_the_end() {
 }  // namespace
 
 int main() {
+  starts_with_the_first_job();
   jobs_in_order();
   a_failed_job_is_the_last();
   all_is_done_at_the_end();

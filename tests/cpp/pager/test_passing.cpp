@@ -62,7 +62,6 @@ class SlowFile final : public Backend {
   void read(const std::byte*, std::byte*, std::int64_t) override {}
   void write(const std::byte*, std::byte*, std::int64_t) override {}
   bool waits_for_disk() const override { return waits_; }
-  double seconds_waited() const override { return 0; }
 
   Inside readers;
   std::atomic<bool> in_order = true;
