@@ -103,7 +103,7 @@ class Compile(cpp_extension.BuildExtension):
     """With a word for whoever has no compiler: torch has a traceback."""
 
     def run(self) -> None:
-        compiler = os.environ.get("CXX") or "c++"
+        compiler = os.environ.get("CXX", "").strip() or "c++"
         if not shutil.which(shlex.split(compiler)[0]):
             raise SystemExit(f"qlora_ext: expected a C++20 compiler, as g++ 12 (CXX names it), got no {compiler!r}")
         super().run()

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Device.h>
+#include <c10/core/InferenceMode.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -102,7 +103,7 @@ class Gathered {
  private:
   template <typename Copy>
   void move(const Copy& copy) const {
-    const at::NoGradGuard no_grad;  // which other threads than the caller's know nothing of
+    const at::NoGradGuard no_grad;  // a mode of the thread, not of the caller
     int64_t at = 0;
     for_each_view(tensor_, first_, first_ + elements_.numel(), [&](const Tensor& view) {
       copy(view, elements_.narrow(0, at, view.numel()).view(view.sizes()));
@@ -168,7 +169,9 @@ class PagedStates {
     using Slices = std::span<const AdamwSlice>;
     using Of = std::span<const size_t>;
     // What is not flat is computed on copies of its elements, slice by slice.
-    const auto gathering = [&](Slices slices, Of of, const pager::AdamwRun::Compute& compute) {
+    const auto gathering = [&, inference = c10::InferenceMode::is_enabled()](Slices slices, Of of,
+                                                                             const pager::AdamwRun::Compute& compute) {
+      const c10::InferenceMode as_the_caller(inference);
       for (size_t i = 0; i < slices.size();) {
         size_t end = i;
         while (end < slices.size() && is_flat(slices[end])) ++end;
@@ -197,7 +200,7 @@ class PagedStates {
     states_->step(updates, [&](const pager::AdamwRun& run) {
       if (in_order) return run.in_order(one_by_one);
       if (all_flat) return compute_(run, options);
-      // Slices that are here, but not flat, are passed, too.
+      // Slices that are here, but not flat, are taken as pages are that are not.
       std::vector<AdamwSlice> flat;
       std::vector<size_t> others;
       for (size_t i = 0; i < run.slices.size(); ++i) {
@@ -209,7 +212,7 @@ class PagedStates {
           gathering(run.slices.subspan(others[i], 1), run.of.subspan(others[i], 1), compute);
           return true;
         }
-        return run.pass([&](Slices slices, Of of) { gathering(slices, of, compute); });
+        return run.absent > 0 && run.pass([&](Slices slices, Of of) { gathering(slices, of, compute); });
       };
       compute_({.slices = flat,
                 .absent = run.absent + std::ssize(others),

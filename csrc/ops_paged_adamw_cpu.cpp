@@ -29,8 +29,7 @@ void compute(const pager::AdamwRun& run, const AdamwOptions& options) {
     while (true) {
       const int64_t block = next_block, page = pages_begun;
       if (passes && page < run.absent && page * blocks <= block * run.absent) {
-        ++pages_begun;
-        passes = run.pass(whole_page);
+        if (pages_begun++ < run.absent) passes = run.pass(whole_page);
       } else if (block < blocks) {
         const int64_t begin = std::min(next_block.fetch_add(part), blocks);
         cpu::adamw(run.slices.data(), n, options, begin, std::min(begin + part, blocks));

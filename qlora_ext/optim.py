@@ -269,7 +269,7 @@ class PagedAdamW(Optimizer):
             ring_pages: of the computing devices, that others stream through; page_bytes;
             bytes_read, bytes_written: moved from and to each of these since the start or the last loading;
             visits, hits, hit_rate: pages computed, those at home in the computing device's memory, their quotient;
-            seconds_waited: for moves, by the calling thread; on the CPU, by all threads that compute, added up.
+            seconds_waited: for moves, by the calling thread; on the CPU, for pages that pass, by all threads, added up.
         """
         return self._paged.stats()
 

@@ -223,7 +223,7 @@ print(resident("VmHWM") - before)
 def test_memory_of_strided_parameters(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STRIDED, str(tmp_path / "pages")]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert grown <= 16 << 20  # of 64 MiB: two pages, the elements for one, and what a first step needs of the libraries
+    assert grown <= 16 << 20  # of 64 MiB: two pages, their elements, and what a first step needs of the libraries
 
 
 def test_tensors_without_values_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,28 @@ def test_stats_are_sums_over_devices(tmp_path: Path) -> None:
         assert both[name] == sum(stats[name] for stats in alone)
     for name in ("pages", "bytes_read", "bytes_written"):
         assert both[name] == {tier: sum(stats[name][tier] for stats in alone) for tier in ("device", "host", "file")}
+
+
+MANY_STEPS = """
+import torch
+from qlora_ext import PagedAdamW
+torch.set_num_threads(2)
+params = [torch.nn.Parameter(torch.randn(40, 30).t()) for _ in range(3)]
+for p in params:
+    p.grad = torch.randn_like(p)
+optimizer = PagedAdamW(params)
+for _ in range(2000):
+    optimizer.step()
+with torch.inference_mode():  # in which all threads have to be
+    params = [torch.nn.Parameter(torch.randn(40, 30).t()) for _ in range(20)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    PagedAdamW(params).step()
+"""
+
+
+def test_threads_that_gather_do_not_wait_for_pages_that_do_not_come() -> None:
+    subprocess.run([sys.executable, "-c", MANY_STEPS], timeout=300, check=True)
 
 
 def test_frozen_parameters_take_no_pages(tmp_path: Path) -> None:

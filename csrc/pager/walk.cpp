@@ -75,6 +75,7 @@ bool Pager::pass(const std::function<void(std::size_t, std::byte*)>& compute) {
       pager.idle_again_.notify_one();
     }
   };
+  if (ring_.empty()) return false;
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
   const Borrowed borrowed(*this);
