@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
+from qlora_ext.experts import Experts4bit, dequantize_experts
 from qlora_ext.functional import has_values
 from qlora_ext.layer_hooks import has_other_forward, is_hooked
-from qlora_ext.layer_names import check_name, is_pattern_of
+from qlora_ext.layer_names import check_name, is_pattern_of, plain_modules
 from qlora_ext.linear import Linear4bit, dense
 from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.model_layers import adapter_names, linear_layers, lora_layers, named_layers, replace_layers
@@ -122,9 +123,9 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         model: a model with adapters.
         dequantize: False: each layer computes with one merged layer of its base's own kind (a 4-bit base is quantized
             again) while the base is kept, so that `unmerge_adapter` restores it bit for bit. True: for serving, every
-            LoraLinear and Linear4bit becomes a plain nn.Linear in the base's dtype, rounded once from the float32 sum;
-            this cannot be undone. A base with hooks, or a subclass with a forward of its own, does with W0 + B A
-            what it did with W0.
+            LoraLinear and Linear4bit becomes a plain nn.Linear in the base's dtype, rounded once from the float32 sum,
+            and fused experts in 4 bits become a plain parameter; this cannot be undone. A base with hooks, or a
+            subclass with a forward of its own, does with W0 + B A what it did with W0.
 
     Merged or not, the state_dict holds the base and the adapters; a merged model that loads one merges them again.
 
@@ -139,6 +140,8 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     check_not_merged("merge_adapter", model)
     reshard(model)
     layers = {n: m for n, m in linear_layers(model).items() if isinstance(m, LoraLinear) or dequantize}
+    if dequantize:
+        layers |= {n: m.stack for n, m in plain_modules(model) if isinstance(m, Experts4bit)}
     check_whole("merge_adapter", layers, "save_adapter, and merge it in a model without fully_shard")
     for name, layer in layers.items():  # before any layer is touched
         if dequantize:
@@ -161,6 +164,8 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         return dense(module, module.dequantize()) if isinstance(module, Linear4bit) else module
 
     replace_layers(model, to_dense)
+    for module in list(model.modules()):
+        dequantize_experts(module)
 
 
 def unmerge_adapter(model: nn.Module) -> None:

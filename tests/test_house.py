@@ -31,7 +31,7 @@ OPS = (
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
 LAYERS = (
     *("_C", "_ops", "quant_state", "functional", "quant_type", "layer_hooks", "linear"),
-    *("layer_names", "adapter_table", "lora", "model_layers", "sharded", "adapters", "quantize"),
+    *("experts", "layer_names", "adapter_table", "lora", "model_layers", "sharded", "adapters", "quantize"),
     *("peft_config", "trained_modules", "adapter_files"),
     *("optim_state", "optim_checks", "state_file", "paged_parameters", "optim_files", "optim", "__init__", "info"),
 )
