@@ -145,6 +145,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "target modules": ({"target-modules": "q_proj,nothing"}, "'nothing'"),
     "target regex": ({"target-modules": "(", "method": "lora"}, "target"),
     "target repeat": ({"target-modules": "q{99999999999}", "method": "lora"}, "target"),
+    "eval steps without examples": ({"eval-steps": 1, "eval-fraction": 0}, "--eval-steps: expected examples held out"),
     "resume and overwrite": ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
     "nothing to resume": ({"resume": True}, "--resume: no checkpoint in"),
     "answer beyond max length": ({"max-length": 4}, "no example has a token to learn within 4 tokens"),
