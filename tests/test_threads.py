@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, normal, quantized_normal
-from reference import assert_same
+from reference import assert_same, quantize
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -94,6 +94,18 @@ def test_threads_flush_subnormal_numbers_if_the_caller_does(flushing: None) -> N
         decoded = ops.dequantize_4bit(*tiny, (N, K), torch.float32)
         results.append((p.detach().view(torch.int32), decoded.view(torch.int32)))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_where_subnormal_numbers_are_flushed_zeros_are_zeros_and_fp16_has_its_own(
+    quant_type: str, cpu_path: str, flushing: None
+) -> None:
+    smallest = torch.arange(1, 1025, dtype=torch.int16).view(torch.float16)  # subnormal all, in fp16
+    for weight in (torch.zeros(1030), torch.zeros(1030).bfloat16(), torch.cat([smallest, smallest[:6]])):
+        torch.set_flush_denormal(False)
+        expected = quantize(weight, quant_type)
+        torch.set_flush_denormal(True)
+        assert_same(ops.quantize_4bit(weight, quant_type, 64), (expected.packed, expected.absmax))
 
 
 def ticks_by_thread() -> dict[str, int]:
