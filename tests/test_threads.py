@@ -117,7 +117,8 @@ def ticks_by_thread() -> dict[str, int]:
 def busy_threads(call: Callable[[], object]) -> int:
     """How many threads did at least a tenth of the work of calls that take this one 0.3 s of CPU time.
 
-    A thread of the pool that is given nothing spins for some milliseconds at most, then sleeps.
+    A thread that is given nothing counts, too, if it waits, spinning, for one that works less than some milliseconds.
+    What is noticed is an op that asks for no other thread.
     """
     call()
     before = ticks_by_thread()
