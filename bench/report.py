@@ -44,6 +44,7 @@ def benches(cpu_paths: list[str]) -> list[list[str]]:
         ["bench/quantization_error.py"],
         ["bench/bench_train_step.py", "--model", "build/demo/model.gguf", "--compile"],
         ["bench/bench_generate.py"],
+        ["bench/bench_experts.py"],
         ["bench/bench_optimizer.py"],
         ["bench/sass_report.py"],
     ]
