@@ -182,7 +182,7 @@ def experts_table(rows: list[Row]) -> Table:
     for tokens, direction in dict.fromkeys(key[:2] for key in times):
         found = [times[tokens, direction, provider] for provider in providers]
         cells = [f"{milliseconds(row)} ({ratio(row['p50'] / found[0]['p50'])})" for row in found[1:]]
-        table.append([f"{direction}, {tokens} tokens", milliseconds(found[0]), *cells])
+        table.append([f"{direction}, {tokens} token{'s' * (tokens > 1)}", milliseconds(found[0]), *cells])
     held = {row["provider"]: f"{row['weight_bytes'] / MIB:.0f}" for row in rows}
     return [*table, ["weights, MiB", *(held[provider] for provider in providers)]]
 
