@@ -16,7 +16,7 @@ PYTEST_FLAGS := -n logical --maxprocesses 4 --dist worksteal
 DEMO := build/demo
 DEMO_FLAGS ?= --steps 60
 
-.PHONY: demo test lint bench trainings ctest aarch64 cuda gpu clean
+.PHONY: demo test slow lint bench trainings ctest aarch64 cuda gpu clean
 
 demo: $(VENV)/.installed-finetune  ## fine-tune SmolLM2-135M-Instruct with QLoRA and print what it reached
 	$(BIN)/python examples/demo_data.py --output $(DEMO)
@@ -25,6 +25,9 @@ demo: $(VENV)/.installed-finetune  ## fine-tune SmolLM2-135M-Instruct with QLoRA
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones, several at a time
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+slow: $(VENV)/.installed-dev  ## the tests that take minutes or many GB
+	$(BIN)/python -m pytest -m slow --durations=0
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy, clang-format
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -3,7 +3,8 @@
 On the CPU the budget is `host_budget`, and the rest of the states is in a file. On a GPU it is `device_budget`, and the
 rest is in pinned host memory, or, with none of that, in a file. Of a budget that does not hold all, a few pages are
 what the others stream through. In the same run and in turn with the steps, the bytes that each of them moves are moved
-by themselves. No step can take less than the larger of that and its compute, which is the step with all states there.
+by themselves, by one thread. A step is compared with the larger of that and its compute, which is the step with all
+states there. Where two threads compute and move the pages, a step takes about that compute and half of those moves.
 """
 
 from __future__ import annotations

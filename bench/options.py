@@ -15,7 +15,7 @@ import shapes
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-# torch's products are held to the instructions of the path that ours is held to.
+# oneDNN's products are held to the instructions of the path that ours is held to; MKL's, torch's of fp32, are not.
 ONEDNN_ISA = {"portable": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
 # In huge pages, and kept between calls: the kernel fills each page with zeros that malloc asks for anew.
 MALLOC = {

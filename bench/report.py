@@ -24,7 +24,7 @@ README, RESULTS = ROOT / "README.md", ROOT / "bench" / "RESULTS.md"
 PATHS = ("portable", "avx2", "avx512", "avx512_bf16")  # of the CPU, each with the instructions of those before
 DEMO_DATA = ["examples/demo_data.py", "--output", "build/demo"]
 MANY_ROWS = ["--rows", "16", "128", "512", "2048"]
-# fp32 is measured on those below the path in use, too, with torch held to their instructions.
+# fp32 is measured on those below the path in use, too.
 VECTOR_PATHS = PATHS[1:-1]
 TRAININGS = (["bench/compare_methods.py"], ["bench/compare_optimizers.py"])
 
@@ -44,6 +44,7 @@ def benches(cpu_paths: list[str]) -> list[list[str]]:
         ["bench/quantization_error.py"],
         ["bench/bench_train_step.py", "--model", "build/demo/model.gguf", "--compile"],
         ["bench/bench_generate.py"],
+        ["bench/bench_experts.py"],
         ["bench/bench_optimizer.py"],
         ["bench/sass_report.py"],
     ]

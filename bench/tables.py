@@ -174,6 +174,19 @@ def generate_table(rows: list[Row]) -> Table:
     return [["", "tokens/s", "qlora_ext is"], *lines]
 
 
+def experts_table(rows: list[Row]) -> Table:
+    """A line for each number of tokens; each cell our time, and theirs in terms of it. Then what the weights take."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    times = {(row["tokens"], row["direction"], row["provider"]): row for row in rows}
+    table = [["ms (of ours)", *providers]]
+    for tokens, direction in dict.fromkeys(key[:2] for key in times):
+        found = [times[tokens, direction, provider] for provider in providers]
+        cells = [f"{milliseconds(row)} ({ratio(row['p50'] / found[0]['p50'])})" for row in found[1:]]
+        table.append([f"{direction}, {tokens} token{'s' * (tokens > 1)}", milliseconds(found[0]), *cells])
+    held = {row["provider"]: f"{row['weight_bytes'] / MIB:.0f}" for row in rows}
+    return [*table, ["weights, MiB", *(held[provider] for provider in providers)]]
+
+
 def sass_table(rows: list[Row]) -> Table:
     """A line a kernel: the worst of its instantiations; for a fused one, the loop of those for the fewest rows."""
     machines = {row["arch"]: row["gpu_of_arch"] for row in rows}
@@ -201,6 +214,7 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "train_step": train_step_table,
     "train_step_profile": train_step_profile_table,
     "generate": generate_table,
+    "experts": experts_table,
     "linear_4bit": product_table,
     "linear_4bit_dgrad": product_table,
     "lora_linear_4bit": lora_table,

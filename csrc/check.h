@@ -91,7 +91,7 @@ struct Weight4bit {
     }
     packed = packed_arg.contiguous();
     absmax = absmax_arg.contiguous();
-    view = {packed.data_ptr<uint8_t>(), absmax.data_ptr(), nullptr, nullptr, type, blocksize};
+    view = {packed.const_data_ptr<uint8_t>(), absmax.const_data_ptr(), nullptr, nullptr, type, blocksize};
     if (!nested) return;
     for (const auto& [what, tensor, count] :
          {std::tuple{"nested_absmax", &*nested_absmax_arg, ceil_div(num_blocks, kNestedBlocksize)},
@@ -102,8 +102,8 @@ struct Weight4bit {
     }
     nested_absmax = nested_absmax_arg->contiguous();
     nested_offset = nested_offset_arg->contiguous();
-    view.nested_absmax = nested_absmax.data_ptr<float>();
-    view.nested_offset = nested_offset.data_ptr<float>();
+    view.nested_absmax = nested_absmax.const_data_ptr<float>();
+    view.nested_offset = nested_offset.const_data_ptr<float>();
   }
 };
 

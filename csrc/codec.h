@@ -32,11 +32,14 @@ struct Slice {
 
 // --- 4-bit values -------------------------------------------------------------------------------------------------
 
-constexpr float kMinAbsmax = 1e-38f;  // keeps the inverse of an all-zero block's finite
+// What the inverse of an all-zero block's absmax is taken for. (Not the absmax for 1e-38: that is subnormal, and 0
+// where those are flushed.)
+constexpr float kMaxInverse = 1.0f / 1e-38f;
 
 // What a block's weights are multiplied by before encoding.
 QLORA_HOST_DEVICE constexpr float inverse_absmax(float absmax) {
-  return 1.0f / (absmax > kMinAbsmax || absmax != absmax ? absmax : kMinAbsmax);
+  const float inverse = 1.0f / absmax;
+  return inverse > kMaxInverse ? kMaxInverse : inverse;
 }
 
 // The code of a weight already multiplied by inverse_absmax. A value beyond [-1, 1] gets the end code, as if clamped.

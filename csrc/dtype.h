@@ -30,8 +30,10 @@ QLORA_HOST_DEVICE inline float to_float(Half x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // Inf, NaN
-  // The exponent and mantissa, moved into fp32's fields, are 2^-112 of the value, subnormals included.
-  const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  // Exponent and mantissa in fp32's fields, biased anew; a subnormal one by a difference of normal numbers, as others
+  // may be flushed.
+  const float value = magnitude < 0x400u ? std::bit_cast<float>(0x38800000u + (magnitude << 13)) - 0x1p-14f
+                                         : std::bit_cast<float>(0x38000000u + (magnitude << 13));
   return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(value));
 }
 

@@ -31,6 +31,7 @@ std::vector<int64_t> layout(const Tensor& weight, int64_t blocksize, int64_t per
 
 std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight_arg, std::string quant_type, int64_t blocksize) {
   constexpr const char* kOp = "quantize_4bit";
+  const PlainDispatch plain;
   checked_dtype(kOp, "weight", weight_arg.scalar_type());
   const QuantType type = checked_quant_type(kOp, quant_type);
   check_blocksize(kOp, blocksize);
@@ -99,6 +100,7 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
                    const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize, int64_t out_features,
                    const OptionalTensor& bias) {
   constexpr const char* kOp = "linear_4bit";
+  const PlainDispatch plain;
   const LinearArguments arguments =
       check_linear(kOp, x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features);
   return in_shape_of(multiply(arguments, check_bias(kOp, bias, x, out_features), {}), x);
@@ -107,6 +109,7 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
 Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
                          const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                          std::string quant_type, int64_t blocksize, int64_t in_features) {
+  const PlainDispatch plain;
   const LinearArguments arguments = check_dgrad("linear_4bit_dgrad", grad, packed, absmax, nested_absmax, nested_offset,
                                                 quant_type, blocksize, in_features);
   return in_shape_of(multiply_dgrad(arguments, {}), grad);

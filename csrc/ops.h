@@ -1,6 +1,8 @@
 // What the files of ops share: arguments once they are checked, results, and the products.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -12,6 +14,13 @@
 namespace qlora {
 
 // x (or a gradient) as a matrix, and the 4-bit weight [N, K].
+// While it lives torch's functions, called by an op, compute as they are told: nothing is recorded, nor cast by
+// autocast.
+struct PlainDispatch {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
 struct LinearArguments {
   int64_t N, K;
   Weight4bit w;

@@ -26,6 +26,7 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
                                             const OptionalTensor& bias_arg, at::TensorList A, at::TensorList B,
                                             c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
   constexpr const char* kOp = "lora_linear_4bit";
+  const PlainDispatch plain;
   const LinearArguments arguments =
       check_linear(kOp, x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features);
   const Tensor bias = check_bias(kOp, bias_arg, x, out_features);
@@ -61,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
     const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
     at::TensorList A, at::TensorList B, c10::ArrayRef<double> scaling, at::TensorList dropout_mask, bool with_grad_x) {
   constexpr const char* kOp = "lora_linear_4bit_backward";
+  const PlainDispatch plain;
   QLORA_CHECK(x_arg.dim() >= 1, kOp, "x", "at least 1 dimension", x_arg.sizes());
   const int64_t K = x_arg.size(-1);
   const LinearArguments arguments =

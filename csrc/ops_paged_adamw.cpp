@@ -143,6 +143,12 @@ class PagedStates {
     }
   }
 
+  // Pages are reserved and freed without the GIL, as this takes long for many.
+  ~PagedStates() {
+    const py::gil_scoped_release release;
+    states_.reset();
+  }
+
   void remove(int64_t id) { states_->remove(id); }
   int64_t steps(int64_t id) const { return states_->steps(id); }
   void set_steps(int64_t id, int64_t steps) { states_->set_steps(id, steps); }
@@ -255,11 +261,7 @@ class PagedStates {
           {id, static_cast<pager::Part>(part), tensor ? static_cast<std::byte*>(tensor->data_ptr()) : nullptr, offset});
     }
     const py::gil_scoped_release release;
-    if (load) {
-      states_->load(parts, file);
-    } else {
-      states_->save(parts, file);
-    }
+    load ? states_->load(parts, file) : states_->save(parts, file);
   }
 
   decltype(PagedAdamwDevice::compute) compute_;
@@ -283,8 +285,9 @@ void bind_paged_adamw(py::module_& m) {
   });
   py::class_<PagedStates>(m, "PagedStates", "AdamW's states for the parameters on one device, in pages.")
       .def(py::init<const std::string&, int64_t, std::optional<int64_t>, std::optional<int64_t>, const std::string&>())
-      .def("add", &PagedStates::add, "Ids for new parameters, by numbers of elements and state widths (32 or 8).")
-      .def("remove", &PagedStates::remove)
+      .def("add", &PagedStates::add, py::call_guard<py::gil_scoped_release>(),
+           "Ids for new parameters, by numbers of elements and state widths (32 or 8).")
+      .def("remove", &PagedStates::remove, py::call_guard<py::gil_scoped_release>())
       .def("steps", &PagedStates::steps, "Steps that the parameter has taken.")
       .def("set_steps", &PagedStates::set_steps)
       .def("step", &PagedStates::step)

@@ -1,4 +1,5 @@
-"""Loads the compiled module, with its ops, kernels and gradients, and tells torch the shapes of the ops' results."""
+"""Loads the compiled module, with its ops, kernels and gradients; tells torch the shapes of the ops' results, and how
+many floating-point operations they take (torch.utils.flop_counter)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 try:
     from qlora_ext import _C
@@ -27,6 +29,7 @@ except ImportError as error:
 
 ops = torch.ops.qlora_ext
 codebook = _C.codebook
+NESTED_BLOCKSIZE = _C.NESTED_BLOCKSIZE  # values of absmax
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -54,7 +57,7 @@ def _(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("qlora_ext::quantize_absmax")
 def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    groups = ceil_div(absmax.numel(), _C.NESTED_BLOCKSIZE)
+    groups = ceil_div(absmax.numel(), NESTED_BLOCKSIZE)
     codes = torch.empty_like(absmax, dtype=torch.uint8, memory_format=torch.contiguous_format)
     return codes, absmax.new_empty([groups]), absmax.new_empty([])
 
@@ -168,3 +171,30 @@ def _(
     grad_x = grad.new_empty([*grad.shape[:-1], x.shape[-1]] if with_grad_x else [0])
     grad_A, grad_B = (grad.new_empty([ranks, size], dtype=torch.float32) for size in (x.shape[-1], grad.shape[-1]))
     return grad_x, grad_A, grad_B
+
+
+# Two operations a multiply-add, as torch counts its own products, and none for decoding. Tensors come as their shapes.
+
+
+@register_flop_formula([ops.linear_4bit, ops.linear_4bit_dgrad])
+def _(x: torch.Size, *others: object, out_shape: torch.Size, **_: object) -> int:
+    return 2 * x.numel() * out_shape[-1]
+
+
+@register_flop_formula(ops.lora_linear_4bit)
+def _(x: torch.Size, *others: object, out_shape: tuple[torch.Size, torch.Size], **_: object) -> int:
+    y, xA = out_shape
+    return 2 * x.numel() * (y[-1] + xA[-1]) + 2 * xA.numel() * y[-1]
+
+
+@register_flop_formula(ops.lora_linear_4bit_backward)
+def _(
+    grad: torch.Size,
+    x: torch.Size,
+    xA: torch.Size,
+    *others: object,
+    out_shape: tuple[torch.Size, torch.Size, torch.Size],
+    **_: object,
+) -> int:
+    grad_xA_and_B, grad_A = 2 * 2 * grad.numel() * xA[-1], 2 * x.numel() * xA[-1]
+    return grad_xA_and_B + grad_A + 2 * out_shape[0].numel() * (grad[-1] + xA[-1])  # grad x, or [0]

@@ -27,13 +27,6 @@ class AdapterTable(nn.ParameterDict):
         except KeyError:  # FSDP and parametrizations keep them elsewhere
             return [self[name] for name in names]
 
-    def leaves(self, name: str) -> list[Tensor]:
-        """What trains of this adapter: its tensor, or what a parametrization makes that of, anew at each look."""
-        if is_parametrized(self, name):
-            parameters = self.parametrizations[name].parameters()  # type: ignore[index, union-attr]
-            return [parameter for parameter in parameters if parameter.is_floating_point()]
-        return [self[name]]
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTable:
         """Adapters follow a move to another device, but no cast; nor does what they are made of."""
         super()._apply(keeping_dtype(fn, [*self.parameters(), *self.buffers()]), recurse)  # type: ignore[no-untyped-call]
@@ -43,6 +36,14 @@ class AdapterTable(nn.ParameterDict):
         if is_parametrized(self, name):
             remove_parametrizations(self, name)
         super().__delitem__(name)
+
+
+def leaves(table: AdapterTable, name: str) -> list[Tensor]:
+    """What trains of this adapter: its tensor, or what a parametrization makes that of, anew at each look."""
+    if is_parametrized(table, name):
+        parameters = table.parametrizations[name].parameters()  # type: ignore[index, union-attr]
+        return [parameter for parameter in parameters if parameter.is_floating_point()]
+    return [table[name]]
 
 
 def check_values(names: list[str], A: list[Tensor], B: list[Tensor], like: Tensor) -> None:

@@ -10,9 +10,11 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
+from qlora_ext.adapter_table import leaves
+from qlora_ext.experts import Experts4bit, dequantize_experts
 from qlora_ext.functional import has_values
-from qlora_ext.layer_hooks import has_other_forward, is_hooked
-from qlora_ext.layer_names import check_name, is_pattern_of
+from qlora_ext.layer_hooks import has_hooks, has_other_forward, is_hooked
+from qlora_ext.layer_names import check_name, is_pattern_of, plain_modules
 from qlora_ext.linear import Linear4bit, dense
 from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.model_layers import adapter_names, linear_layers, lora_layers, named_layers, replace_layers
@@ -74,7 +76,7 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     layers = list(lora_layers(model))
     for layer_name, layer in layers:  # before any switches
         for each in layer.configs.keys() & set(names):
-            if any(leaf.is_inference() for leaf in (*layer.lora_A.leaves(each), *layer.lora_B.leaves(each))):
+            if any(leaf.is_inference() for leaf in (*leaves(layer.lora_A, each), *leaves(layer.lora_B, each))):
                 expected = "an adapter made outside torch.inference_mode(), so that it can be trained"
                 raise ValueError(
                     f"set_adapter: model: {layer_name}: expected {expected}, got inference tensors: {each}"
@@ -82,7 +84,7 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     for _, layer in layers:
         layer.active_adapters = [n for n in names if n in layer.configs]
         for each in sorted(layer.configs, key=names.__contains__):  # what two share trains if one is active
-            for leaf in (*layer.lora_A.leaves(each), *layer.lora_B.leaves(each)):
+            for leaf in (*leaves(layer.lora_A, each), *leaves(layer.lora_B, each)):
                 leaf.requires_grad_(each in names)
 
 
@@ -93,12 +95,15 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Modules that were trained beside it, or loaded with it (`modules_to_save`), stay as they are.
 
     Raises:
-        ValueError: there is no adapter of this name; merged adapters; a layer that accelerate has offloaded.
+        ValueError: there is no adapter of this name; merged adapters; a layer that accelerate has offloaded; hooks, or
+            fully_shard, on a layer that becomes its base layer. Nothing has changed then.
     """
     check_not_merged("delete_adapter", model)
     check_has_adapter("delete_adapter", model, name)
     for layer_name, layer in lora_layers(model):
         _check_not_offloaded("delete_adapter", layer_name, layer)
+        if layer.configs.keys() == {name} and has_hooks(layer):
+            raise ValueError(f"delete_adapter: {layer_name}: expected no hooks, which would be lost, got some")
     was_active = any(name in layer.active_adapters for _, layer in lora_layers(model))
 
     def remove(_: str, module: nn.Module) -> nn.Module:
@@ -122,9 +127,9 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         model: a model with adapters.
         dequantize: False: each layer computes with one merged layer of its base's own kind (a 4-bit base is quantized
             again) while the base is kept, so that `unmerge_adapter` restores it bit for bit. True: for serving, every
-            LoraLinear and Linear4bit becomes a plain nn.Linear in the base's dtype, rounded once from the float32 sum;
-            this cannot be undone. A base with hooks, or a subclass with a forward of its own, does with W0 + B A
-            what it did with W0.
+            LoraLinear and Linear4bit becomes a plain nn.Linear in the base's dtype, rounded once from the float32 sum,
+            and fused experts in 4 bits become a plain parameter; this cannot be undone. A base with hooks, or a
+            subclass with a forward of its own, does with W0 + B A what it did with W0.
 
     Merged or not, the state_dict holds the base and the adapters; a merged model that loads one merges them again.
 
@@ -139,6 +144,8 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     check_not_merged("merge_adapter", model)
     reshard(model)
     layers = {n: m for n, m in linear_layers(model).items() if isinstance(m, LoraLinear) or dequantize}
+    if dequantize:
+        layers |= {n: m.stack for n, m in plain_modules(model) if isinstance(m, Experts4bit)}
     check_whole("merge_adapter", layers, "save_adapter, and merge it in a model without fully_shard")
     for name, layer in layers.items():  # before any layer is touched
         if dequantize:
@@ -161,6 +168,8 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         return dense(module, module.dequantize()) if isinstance(module, Linear4bit) else module
 
     replace_layers(model, to_dense)
+    for module in list(model.modules()):
+        dequantize_experts(module)
 
 
 def unmerge_adapter(model: nn.Module) -> None:

@@ -21,15 +21,16 @@ def has_other_forward(module: nn.Module) -> bool:
     return getattr(forward, "__self__", None) is not module or forward.__func__ is not type(module).forward
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether there are hooks on it, be it fully_shard's."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling it does more than its class says: hooks, or a forward of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or has_other_forward(module)
-    )
+    return has_hooks(module) or has_other_forward(module)
 
 
 def shallow_copy(layer: Module) -> Module:

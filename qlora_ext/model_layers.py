@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from qlora_ext.experts import Experts4bit
 from qlora_ext.layer_names import children, is_named, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
 
 AnyLinear = nn.Linear | Linear4bit | LoraLinear
-# They hand the weights of their linear layers to kernels of their own.
-CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# They hand the weights of their linear layers to kernels of their own, or to products by parts.
+CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, Experts4bit)
 # What transformers calls the last layers of its language models and classifiers. They are small, and their errors go
 # into the result as they are; a classifier's is new and has to train.
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")

@@ -1,18 +1,19 @@
-"""Quantize the linear layers of a whole model."""
+"""Quantize the linear layers, and the fused experts, of a whole model."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from qlora_ext.adapters import check_not_hooked, check_not_merged
-from qlora_ext.layer_names import is_named
+from qlora_ext.experts import fused_experts, quantize_experts
+from qlora_ext.layer_names import is_named, plain_modules
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
 from qlora_ext.model_layers import HEADS, output_head, replace_layers
@@ -30,15 +31,19 @@ def quantize_model(
 ) -> Model:
     """Replace each nn.Linear of the model by its Linear4bit, in place, one by one: at the peak one layer stands twice.
 
+    So are the fused experts of transformers' mixtures, by Experts4bit (`qlora_ext/experts.py`); the model computes
+    with transformers' "eager" implementation of experts then, which takes those that have tokens one by one.
+
     Args:
         model: any module, on any device ("meta" too). Adapters in it, not merged, stay on their layers.
-        skip: names of layers to leave as they are: whole names, or last parts. By default the heads: lm_head, score,
-            classifier, qa_outputs, and the model's output embeddings, whatever they are called. Left too are layers
-            whose weight is tied to another module's, and those that a transformers model keeps in float32 (T5's wo).
+        skip: names of layers and experts to leave as they are: whole names, or last parts. By default the heads:
+            lm_head, score, classifier, qa_outputs, and the model's output embeddings, whatever they are called. Left
+            too are layers whose weight is tied to another module's, and those that a transformers model keeps in
+            float32 (T5's wo).
         quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
     Returns:
-        The same model. Warns if most of its weights are not in layers, but in 3-D tensors, as fused experts are.
+        The same model. Warns if most of its weights are left in 3-D tensors, as experts that are fused in another way.
 
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
@@ -57,27 +62,35 @@ def quantize_model(
     in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
     quantized: list[str] = []
 
-    def convert(name: str, module: nn.Module) -> nn.Module:
-        linear = module.base_layer if isinstance(module, LoraLinear) else module
-        # A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's.
-        if type(linear) is not nn.Linear or owners[id(linear.weight)] != 1:
-            return module
-        if name in head or is_named(name, skip) or in_fp32.search(f"{name}.weight"):
-            return module
-        check_not_hooked("quantize_model", name, linear)
+    def is_left(name: str, parameter: str, weight: Tensor) -> bool:
+        return owners[id(weight)] != 1 or name in head or is_named(name, skip) or bool(in_fp32.search(parameter))
+
+    def quantize(name: str, make: Callable[..., Any], *args: Any) -> Any:
         try:
-            layer = Linear4bit.from_linear(
-                linear, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant
-            )
+            made = make(*args, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
         except (TypeError, ValueError) as error:
             raise type(error)(f"quantize_model: {name}: {error}") from error
         quantized.append(name)
+        return made
+
+    def convert(name: str, module: nn.Module) -> nn.Module:
+        linear = module.base_layer if isinstance(module, LoraLinear) else module
+        # A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's.
+        if type(linear) is not nn.Linear or is_left(name, f"{name}.weight", linear.weight):
+            return module
+        check_not_hooked("quantize_model", name, linear)
+        layer: Linear4bit = quantize(name, Linear4bit.from_linear, linear)
         if not isinstance(module, LoraLinear):
             return layer
         module.base_layer = layer
         return module
 
     replace_layers(model, convert)
+    for name, module in list(plain_modules(model)):
+        for attribute in fused_experts(module):
+            experts = f"{name}.{attribute}"
+            if not is_named(name, skip) and not is_left(experts, experts, module.get_parameter(attribute)):
+                quantize(experts, quantize_experts, module, attribute)
     if not quantized:
         others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"}
         got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
@@ -99,8 +112,8 @@ def _warn_of_experts(model: nn.Module) -> None:
             fused |= {p: key for key, p in own if p.dim() == 3 and p.is_floating_point()}
     if (left := sum(p.numel() for p in fused)) > quantized:
         warnings.warn(
-            f"quantize_model: model: {left:,} weights stay as they are, in tensors of 3 dimensions (fused experts, "
-            f"as {fused[max(fused, key=Tensor.numel)]}); in 4 bits are {quantized:,}, those of layers",
+            f"quantize_model: model: {left:,} weights stay as they are, in tensors of 3 dimensions (as "
+            f"{fused[max(fused, key=Tensor.numel)]}); in 4 bits are {quantized:,}, those of layers",
             UserWarning,
             stacklevel=3,
         )

@@ -101,3 +101,29 @@ def test_a_parametrized_adapter_is_deleted_whole() -> None:
     model = parametrized(BASES[0])
     delete_adapter(model, "a1")
     assert set(model.state_dict()) == {"0.base_layer.weight", "0.base_layer.bias", "0.lora_A.a0", "0.lora_B.a0"}
+
+
+def test_an_adapter_may_have_the_name_of_no_attribute_of_a_table() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    for name in ("default", "leaves"):
+        add_adapter(model, LoraConfig(r=2), name)
+    assert set(model[0].lora_A.keys()) == set(model[0].lora_B.keys()) == {"default", "leaves"}
+    with pytest.raises(ValueError, match="add_adapter: name: expected a new adapter name"):
+        add_adapter(model, LoraConfig(r=2), "keys")
+
+
+def test_hooks_are_not_lost_with_the_last_adapter() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    for name in ("a", "b"):
+        add_adapter(model, LoraConfig(r=2), name)
+    seen: list[str] = []
+    hook = model[1].register_forward_hook(lambda *_: seen.append("1"))
+    delete_adapter(model, "a")
+    with pytest.raises(ValueError, match="delete_adapter: 1: expected no hooks, which would be lost, got some"):
+        delete_adapter(model, "b")
+    assert all(isinstance(layer, LoraLinear) for layer in model)
+    model(torch.randn(2, 64))
+    assert seen == ["1"]
+    hook.remove()
+    delete_adapter(model, "b")
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,15 @@ from finetune_command import data as data
 from finetune_command import model as model
 from finetune_command import words
 from tiny_model import one_thread as one_thread
+from tiny_training import SCHEDULE
 from transformers import LlamaForCausalLM
 
 import qlora_ext
 from qlora_ext.finetune import __main__ as cli
+from qlora_ext.finetune import run
 from qlora_ext.finetune.load import load_model, open_checkpoint
+from qlora_ext.finetune.optimizer import OptimizerChoice
+from qlora_ext.finetune.train import CHECKPOINTING, Schedule, _arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +50,74 @@ def test_run_from_data_to_report(method: str, arguments: dict[str, Any], capsys:
     assert report["loss_chunk"] == (None if method == "full" else 1024 if torch.cuda.is_available() else 256)
     lowest, highest = {"qlora": (4.12, 4.16), "lora": (16, 32), "full": (32, 32)}[method]
     assert lowest <= report["base_bits"] <= highest
+
+
+def test_every_option_arrives(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, dict[str, Any]] = {}
+
+    def spy(name: str) -> None:
+        original = getattr(run, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            given[name] = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(run, name, called)
+
+    for name in ("load_data", "load_model", "train", "held_out_loss"):
+        spy(name)
+    of_data = {"max-length": 40, "eval-fraction": 0.2, "chat": "plain", "seed": 7, "eval-examples": 3}
+    of_base = {"quant-type": "fp4", "blocksize": 32, "no-double-quant": True, "skip": "down_proj", "dtype": "fp32"}
+    of_adapter = {"r": 3, "lora-alpha": 7, "lora-dropout": 0.25, "use-rslora": True, "target-modules": "q_proj,v_proj"}
+    of_run = {"steps": None, "epochs": 0.5, "batch-size": 3, "accumulate": 2, "lr": 3e-3, "schedule": "cosine"}
+    of_run |= {"warmup": 2, "eval-steps": 1, "save-steps": 2, "gradient-checkpointing": True, "loss-chunk": 5}
+    of_run |= {"attention": "eager", "optimizer": "paged_adamw8", "host-budget": "1M", "page-file": "pages"}
+    of_run["page-file"] = arguments["output"].parent / "pages"
+    assert cli.main(words({**arguments, **of_data, **of_base, **of_adapter, **of_run})) == 0
+
+    read = {name: given["load_data"][name] for name in ("max_length", "held_out_fraction", "seed", "use_chat_template")}
+    assert read == {"max_length": 40, "held_out_fraction": 0.2, "seed": 7, "use_chat_template": False}
+    quantize = {"quant_type": "fp4", "blocksize": 32, "double_quant": False, "skip": ["down_proj"]}
+    loaded = given["load_model"]
+    assert {**loaded["quantize"], "skip": list(loaded["quantize"]["skip"])} == quantize
+    assert (loaded["dtype"], loaded["attention"]) == (torch.float32, "eager")
+    adapter = json.loads((arguments["output"] / "adapter_config.json").read_text())
+    expected = {"r": 3, "lora_alpha": 7, "lora_dropout": 0.25, "use_rslora": True}
+    assert {name: adapter[name] for name in expected} == expected
+    assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
+    assert len(given["held_out_loss"]["examples"]) == 3
+    assert given["train"]["schedule"] == Schedule(
+        steps=2,  # half of 24 examples are two steps of 6
+        batch_size=3,
+        accumulate=2,
+        lr=3e-3,
+        kind="cosine",
+        warmup=2,
+        eval_steps=1,
+        save_steps=2,
+        seed=7,
+        gradient_checkpointing=True,
+        loss_chunk=5,
+        optimizer=OptimizerChoice("paged_adamw8", None, 1 << 20, of_run["page-file"]),
+    )
+
+
+def test_trainer_is_told_all_of_a_schedule(tmp_path: Path) -> None:
+    changes = {
+        "steps": 50,
+        "batch_size": 3,
+        "accumulate": 4,
+        "lr": 2e-3,
+        "kind": "cosine",
+        "warmup": 5,
+        "eval_steps": 7,
+    }
+    schedule = replace(SCHEDULE, **changes, save_steps=9, seed=11, gradient_checkpointing=True)
+    told = _arguments(schedule, tmp_path, torch.device("cpu"), autocast=True)
+    assert (told.max_steps, told.per_device_train_batch_size, told.gradient_accumulation_steps) == (50, 3, 4)
+    assert (told.learning_rate, told.lr_scheduler_type, told.get_warmup_steps(50)) == (2e-3, "cosine", 5)
+    assert (told.eval_steps, told.save_steps, told.seed, told.bf16) == (7, 9, 11, True)
+    assert getattr(told, f"{CHECKPOINTING}_checkpointing")
 
 
 def test_chunked_loss_and_eager_attention_train_as_the_whole_one_and_sdpa(
@@ -145,6 +219,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "target modules": ({"target-modules": "q_proj,nothing"}, "'nothing'"),
     "target regex": ({"target-modules": "(", "method": "lora"}, "target"),
     "target repeat": ({"target-modules": "q{99999999999}", "method": "lora"}, "target"),
+    "eval steps without examples": ({"eval-steps": 1, "eval-fraction": 0}, "--eval-steps: expected examples held out"),
     "resume and overwrite": ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
     "nothing to resume": ({"resume": True}, "--resume: no checkpoint in"),
     "answer beyond max length": ({"max-length": 4}, "no example has a token to learn within 4 tokens"),

@@ -105,7 +105,7 @@ def test_layer_whose_weight_is_read_stays_as_it_is(
     assert message in (said := capsys.readouterr().err)
     assert "--skip" in said.splitlines()[-1]
     assert cli.main(words({**command, "skip": "out_prj"})) == 2
-    assert "--skip: expected names of linear layers, got 'out_prj'" in capsys.readouterr().err
+    assert "--skip: expected names of linear layers or fused experts, got 'out_prj'" in capsys.readouterr().err
     assert cli.main(words({**command, "skip": "x_proj,dt_proj,out_proj"})) == 0
     report = json.loads((arguments["output"] / "report.json").read_text(encoding="utf-8"))
     assert report["arguments"]["skip"] == ["x_proj", "dt_proj", "out_proj"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import qlora_ext
+from qlora_ext.experts import Experts4bit
 from qlora_ext.finetune.load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from qlora_ext.finetune.model_folder import ModelFolder
 
@@ -173,9 +174,9 @@ def test_rearranged_architecture_loads_and_its_linears_are_quantized(tmp_path: P
     stored = load_file(tmp_path / "model.safetensors").keys()
     assert stored != saved.state_dict().keys(), "the case needs an architecture whose file has other names"
     assert_same_model(load(tmp_path), saved)
-    with pytest.warns(UserWarning, match="fused experts"):
-        model = load(tmp_path, quantize=QUANTIZE)
+    model = load(tmp_path, quantize=QUANTIZE)
     assert isinstance(model.model.layers[0].self_attn.q_proj, qlora_ext.Linear4bit)
+    assert isinstance(model.model.layers[0].mlp.experts.down_proj, Experts4bit)
     eager = load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention="eager")
     assert eager.config._attn_implementation == "eager"
 

@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from finetune_command import data as data
 from finetune_command import model as model
 from finetune_command import words
 from safetensors.torch import load_file
+from tiny_model import CHATML, tiny_tokenizer
 from tiny_model import one_thread as one_thread
+from tiny_training import DATA, SCHEDULE, build, run
 from transformers import AutoModelForCausalLM
 
 from qlora_ext.finetune import __main__ as cli
 from qlora_ext.finetune.output_folder import LOCK, OutputFolder
+from qlora_ext.finetune.train import newest_checkpoint, train
 
 REPORTS = {"run.json", "report.json", "report.png"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -196,3 +200,20 @@ def test_full_disk_is_one_line(
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.fullmatch(f"error: .*{reason}", last_line), last_line
     assert {path.name for path in arguments["output"].iterdir()} <= {"run.json"}
+
+
+def test_templates_in_a_folder_are_replaced_when_a_run_goes_on(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer({"default": CHATML, "tool_use": CHATML})  # one of them is saved in a folder
+    for steps in (1, 2):
+        schedule = replace(SCHEDULE, steps=steps, save_steps=1)
+        train(build("full"), tokenizer, DATA, schedule, tmp_path, adapter=False, resume=steps > 1)
+    assert [path.name for path in (tmp_path / "additional_chat_templates").iterdir()] == ["tool_use.jinja"]
+
+
+def test_two_checkpoints_stay_and_what_was_put_aside(tmp_path: Path) -> None:
+    run(tmp_path, steps=1, save_steps=1)
+    (tmp_path / "checkpoint-1").rename(tmp_path / "checkpoint-1-good")
+    run(tmp_path, steps=11, save_steps=1)
+    left = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert left == {"checkpoint-1-good", "checkpoint-10", "checkpoint-11"}
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-11"

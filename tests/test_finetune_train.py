@@ -141,7 +141,10 @@ def test_evaluation_does_not_change_training(tmp_path: Path, method: str) -> Non
 
 def test_a_run_in_bfloat16_is_evaluated_in_it(tmp_path: Path) -> None:
     model, schedule = build("full"), replace(SCHEDULE, steps=1, eval_steps=1, loss_chunk=2)
+    logits: list[Tensor] = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: logits.append(output))
     outcome = train(model, TOKENIZER, DATA, schedule, tmp_path, adapter=False, autocast=True)
+    assert {each.dtype for each in logits} == {torch.bfloat16}
     of = DATA.held_out, PadToLongest(0), 2
     expected, exact = (held_out_loss(model, *of, autocast=on, chunk=2) for on in (True, False))
     assert outcome.held_out[-1][1] == expected != exact

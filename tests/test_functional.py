@@ -118,6 +118,13 @@ def test_eval_and_train_alternate() -> None:
         assert_same(qlora_ext.linear_4bit(x, packed, state), before)
 
 
+def test_a_copy_on_write_weight_is_not_copied() -> None:
+    packed, state = qlora_ext.quantize_4bit(torch.randn(48, 256))
+    lazy = [torch._lazy_clone(t) for t in (packed, state.absmax)]
+    qlora_ext.linear_4bit(torch.randn(3, 256), lazy[0], dataclasses.replace(state, absmax=lazy[1]))
+    assert all(torch._C._is_cow_tensor(t) for t in lazy)
+
+
 def test_linear_under_autocast_is_in_its_dtype() -> None:
     packed, state = qlora_ext.quantize_4bit(torch.randn(48, 256))
     x, bias = torch.randn(3, 256), torch.randn(48)

@@ -31,7 +31,7 @@ OPS = (
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
 LAYERS = (
     *("_C", "_ops", "quant_state", "functional", "quant_type", "layer_hooks", "linear"),
-    *("layer_names", "adapter_table", "lora", "model_layers", "sharded", "adapters", "quantize"),
+    *("experts", "layer_names", "adapter_table", "lora", "model_layers", "sharded", "adapters", "quantize"),
     *("peft_config", "trained_modules", "adapter_files"),
     *("optim_state", "optim_checks", "state_file", "paged_parameters", "optim_files", "optim", "__init__", "info"),
 )
@@ -48,8 +48,9 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join([*["qlora_ext"] * bool(node.level), *[node.module] * bool(node.module)])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return names
 
 
@@ -61,13 +62,13 @@ def test_only_the_door_includes_torch() -> None:
 
 
 def test_codebook_values_stand_in_one_place() -> None:
-    for literal in ("0.69619", "0.52507", "0.0795802", "0.00520833"):
+    for literal in ("0.69619", "0.52507", "0.0795802", "0.0625f / 12"):
         holders = [
             path.name
             for path in sources("csrc/**/*", "qlora_ext/**/*.py")
             if path.is_file() and literal in path.read_text(errors="ignore")
         ]
-        assert holders in ([], ["codebook.h"]), f"{literal} stands in {holders}"
+        assert holders == ["codebook.h"], f"{literal} stands in {holders}"
 
 
 def test_nothing_waits_for_a_whole_device_or_takes_managed_memory() -> None:
@@ -77,8 +78,8 @@ def test_nothing_waits_for_a_whole_device_or_takes_managed_memory() -> None:
 
 
 def test_files_are_small_rooms() -> None:
-    for path in sources("csrc/**/*.[hc]*", "qlora_ext/**/*.py", "tests/**/*.py", "bench/*.py"):
-        limit = 400 if path.parent.name in ("cpu", "cuda") else 300
+    for path in sources("csrc/**/*.[hc]*", "qlora_ext/**/*.py", "tests/**/*.py", "tests/**/*.[hc]*", "bench/*.[pc]*"):
+        limit = 400 if path.parent.name in ("cpu", "cuda", "cpp") else 300
         lines = len(path.read_text().splitlines())
         assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, more than {limit}"
 
@@ -94,8 +95,9 @@ def test_arrows_go_down() -> None:
         if not path.exists():
             continue
         for name in imports(path):
-            if name.startswith("qlora_ext."):
+            if name.startswith("qlora_ext."):  # a public name of the package is of its __init__
                 imported = name.split(".")[1]
+                imported = "__init__" if imported in qlora_ext.__all__ else imported
                 assert imported in LAYERS[:position] or not (PACKAGE / f"{imported}.py").exists(), f"{layer} -> {name}"
             assert name.split(".")[0] not in ECOSYSTEM, f"{layer} imports {name}"
     assert {path.stem for path in PACKAGE.glob("*.py")} <= set(LAYERS)

@@ -57,6 +57,23 @@ def test_expanded_gradient(cpu_path: str) -> None:
     )
 
 
+def test_neither_autograd_nor_autocast_sees_what_is_inside(cpu_path: str) -> None:
+    """Nor do they in linear_4bit_dgrad."""
+    calls = {
+        "lora": lambda grad: backward(grad, X, XA, *Q, A, B, SCALING, MASKS, True),
+        "dgrad": lambda grad: torch.ops.qlora_ext.linear_4bit_dgrad(grad, *Q, K),
+    }
+    for name, call in calls.items():
+        expected = call(GRAD)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(call(GRAD), expected, msg=name)
+        got = call(GRAD.clone().requires_grad_())
+        assert_same(
+            [t.detach() for t in got] if name == "lora" else got.detach(),
+            expected if name == "dgrad" else list(expected),
+        )
+
+
 BAD = {
     "grad-dtype": ({"grad": GRAD.double()}, TypeError, "grad: .*Double"),
     "grad-rows": ({"grad": GRAD[1:]}, ValueError, "grad: .*6 rows.*5"),

@@ -84,6 +84,7 @@ def test_a_closure_may_wait_for_another_thread_that_saves(tmp_path: Path) -> Non
         return 1.5
 
     assert optimizer.step(closure) == 1.5
+    assert (tmp_path / "states").exists()
 
 
 def test_a_fork_does_not_wait_for_a_thread_that_it_does_not_have(tmp_path: Path) -> None:

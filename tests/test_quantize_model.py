@@ -12,7 +12,7 @@ from layers import TwoPlaces, WithAttention, names_of, randomize_adapters, state
 from reference import assert_same
 from tiny_model import tiny_config
 from torch import nn
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM
 
 from qlora_ext import Linear4bit, LoraConfig, LoraLinear, add_adapter, merge_adapter, quantize_model
 
@@ -59,14 +59,12 @@ def test_skip_is_by_full_name_or_last_parts(skip: list[str], left: list[str]) ->
     assert names_of(model, Linear4bit) == {"0.q", "0.q_norm", "1.q", "1.q_norm"} - set(left)
 
 
-def test_fused_experts_stay_as_they_are_and_are_named() -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=100))
-    with pytest.warns(
-        UserWarning, match=r"196,608 weights stay .* as model\.layers\.0\.mlp\.experts\.gate_up_proj.* 32,768"
-    ):
+def test_weights_in_other_tensors_of_3_dimensions_are_named() -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(64, 64), "experts": nn.Module()})
+    model.experts.weight = nn.Parameter(torch.randn(4, 64, 64))
+    with pytest.warns(UserWarning, match=r"16,384 weights stay as they are, .* \(as experts\.weight\); .* 4,096"):
         quantize_model(model)
-    assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float32
+    assert model.experts.weight.dtype == torch.float32
 
 
 def test_convolutions_are_no_experts(recwarn: pytest.WarningsRecorder) -> None:

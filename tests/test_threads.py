@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, normal, quantized_normal
-from reference import assert_same
+from reference import assert_same, quantize
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -96,6 +96,18 @@ def test_threads_flush_subnormal_numbers_if_the_caller_does(flushing: None) -> N
     assert_same(*results)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_where_subnormal_numbers_are_flushed_zeros_are_zeros_and_fp16_has_its_own(
+    quant_type: str, cpu_path: str, flushing: None
+) -> None:
+    smallest = torch.arange(1, 1025, dtype=torch.int16).view(torch.float16)  # subnormal all, in fp16
+    for weight in (torch.zeros(1030), torch.zeros(1030).bfloat16(), torch.cat([smallest, smallest[:6]])):
+        torch.set_flush_denormal(False)
+        expected = quantize(weight, quant_type)
+        torch.set_flush_denormal(True)
+        assert_same(ops.quantize_4bit(weight, quant_type, 64), (expected.packed, expected.absmax))
+
+
 def ticks_by_thread() -> dict[str, int]:
     """CPU time (user + system) of each native thread of this process so far, in ticks of 10 ms."""
     stats = {task.name: (task / "stat").read_text() for task in Path("/proc/self/task").iterdir()}
@@ -105,7 +117,8 @@ def ticks_by_thread() -> dict[str, int]:
 def busy_threads(call: Callable[[], object]) -> int:
     """How many threads did at least a tenth of the work of calls that take this one 0.3 s of CPU time.
 
-    A thread of the pool that is given nothing spins for some milliseconds at most, then sleeps.
+    A thread that is given nothing counts, too, if it waits, spinning, for one that works less than some milliseconds.
+    What is noticed is an op that asks for no other thread.
     """
     call()
     before = ticks_by_thread()

@@ -19,7 +19,7 @@ CHATML = (
 )
 
 
-def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(chat_template: str | dict[str, str] | None = CHATML) -> PreTrainedTokenizerFast:
     """One token a byte; it pads with its end-of-turn token, as SmolLM2 does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))

@@ -222,8 +222,8 @@ void quantize_blocks(const T* weight, std::int64_t blocksize, QuantType quant_ty
       continue;
     }
     alignas(64) float inverse[kTogether];
-    // inverse_absmax of each: a maximum with NaN is its second operand.
-    _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(kMinAbsmax), each)));
+    // inverse_absmax of each: a minimum with NaN is its second operand.
+    _mm512_store_ps(inverse, _mm512_min_ps(_mm512_set1_ps(kMaxInverse), _mm512_div_ps(_mm512_set1_ps(1.0f), each)));
     for (std::int64_t block = 0; block < blocks; ++block) {
       const __m512 scale = _mm512_set1_ps(inverse[block]);
       for (std::int64_t i = (first + block) * blocksize; i < (first + block + 1) * blocksize; i += 32) {

@@ -40,6 +40,7 @@ PageFile::PageFile(const std::string& path) : path_(path) {
     if (::ftruncate(file_, 0) != 0) fail("truncate", errno);
     const ssize_t written = ::pwrite(file_, kMagic.data(), kMagic.size(), 0);
     if (written != static_cast<ssize_t>(kMagic.size())) fail("write", written < 0 ? errno : ENOSPC);
+    reserved_ = written;
   } catch (...) {
     ::close(file_);
     throw;
@@ -70,7 +71,11 @@ void PageFile::reserve(std::int64_t bytes) {
   check_whole_locked();
   // Not what is there already: where the filesystem cannot reserve, the C library writes zeros instead.
   const std::int64_t begin = reserved_;
-  if (const int error = ::posix_fallocate(file_, begin, end - begin); error != 0) {
+  int error;
+  do {
+    error = ::posix_fallocate(file_, begin, end - begin);
+  } while (error == EINTR);
+  if (error != 0) {
     // What was reserved before a full disk said no.
     if (::ftruncate(file_, begin) != 0) fail("truncate", errno);
     fail("reserve " + std::to_string(bytes) + " bytes", error);

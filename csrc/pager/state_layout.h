@@ -32,7 +32,7 @@ std::int64_t part_block(Part part);
 // next_page, next_page + 1, ...
 std::vector<Segment> cut(std::int64_t numel, int bits, std::int64_t page_bytes, std::int64_t next_page, Tail& tail);
 
-// The smallest page that has room for 256 elements.
+// What the sizes of pages are multiples of. One has room for 256 elements and more.
 constexpr std::int64_t kMinPageBytes = 4096;
 
 }  // namespace qlora::pager

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 import qlora_ext
-from qlora_ext import _C
+from qlora_ext import _C, Linear4bit
+from qlora_ext.experts import Experts4bit, fused_experts
 from qlora_ext.layer_names import is_named
 from qlora_ext.model_layers import linear_layers, output_head
 
@@ -138,9 +139,10 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
     skip = options.get("skip", ())
+    experts = [name for name, module in model.named_modules() if fused_experts(module)]
     for name in skip:
-        if not any(is_named(layer, [name]) for layer in linear_layers(model)):
-            raise ValueError(f"--skip: expected names of linear layers, got {name!r}")
+        if not any(is_named(layer, [name]) for layer in (*linear_layers(model), *experts)):
+            raise ValueError(f"--skip: expected names of linear layers or fused experts, got {name!r}")
     qlora_ext.quantize_model(model, **{**options, "skip": (*output_head(model), *skip)})
 
 
@@ -167,7 +169,8 @@ def _stream(
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: expected shape {wanted}, got {shape}")
         owner_name, _, leaf = places[0].rpartition(".")
         owner = model.get_submodule(owner_name)
-        layer = owner if isinstance(owner, qlora_ext.Linear4bit) and leaf == "weight" else None
+        holder = owner if leaf == "weight" else getattr(owner, leaf, None)
+        layer = holder if isinstance(holder, Linear4bit | Experts4bit) else None
         tensor = read(dtype if layer is None else None).to(device)
         try:
             if layer is None:

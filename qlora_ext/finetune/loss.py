@@ -87,10 +87,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         inputs = [hidden, *parameters]
         wanted = [trains and tensor.requires_grad for tensor in inputs]
-        # In float32: a sum over many chunks in the parameter's own dtype would lose bits.
-        grads = [torch.zeros_like(t, dtype=torch.float32) if w else None for t, w in zip(inputs, wanted, strict=True)]
-        if wanted[0]:
-            grads[0] = torch.empty_like(hidden)  # written, not summed
+        grads = [torch.empty_like(hidden) if wanted[0] else None]  # written, not summed
+        for parameter, w in zip(parameters, wanted[1:], strict=True):
+            # In float32: a sum over many chunks in the parameter's own dtype would lose bits.
+            grads.append(torch.zeros_like(parameter, dtype=torch.float32) if w else None)
         loss = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(labels), chunk):
             rows = hidden[start : start + chunk].detach().requires_grad_(wanted[0])

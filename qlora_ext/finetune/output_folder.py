@@ -26,8 +26,9 @@ PARTIAL = (STAGING, ".run.json", ".report.json", ".report.png")
 
 
 def checkpoints(path: Path) -> list[Path]:
-    """Those of a run; a copy that someone has put aside under another name is none."""
-    return [each for each in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", each.name) and each.is_dir()]
+    """Those of a run, by their steps; a copy that someone has put aside under another name is none."""
+    found = [each for each in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", each.name) and each.is_dir()]
+    return sorted(found, key=lambda each: int(each.name.partition("-")[2]))
 
 
 def earlier_run(path: Path) -> str | None:

@@ -82,6 +82,8 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
         return 0
     longest = max(len(example.input_ids) for example in (*data.train, *data.held_out))
     data = dataclasses.replace(data, held_out=data.held_out[: options.eval_examples])
+    if options.eval_steps and not data.held_out:
+        raise ValueError(f"--eval-steps: expected examples held out, got --eval-fraction {options.eval_fraction}")
 
     model = load_model(
         checkpoint,

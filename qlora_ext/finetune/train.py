@@ -15,12 +15,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from .callbacks import Interrupt, Watch
 from .data import Dataset
 from .optimizer import OptimizerChoice, StatesReport, paged, where_states_are
-from .output_folder import STAGING
+from .output_folder import STAGING, checkpoints
 from .trainer import AnswerTrainer
 
 # Of checkpointing's names: transformers 5.23 has another one than before (Python 3.10 gets 5.20), and warns of the old.
@@ -69,8 +68,7 @@ def total_steps(examples: int, epochs: float, batch_size: int, accumulate: int) 
 
 def newest_checkpoint(output: Path) -> Path | None:
     """The checkpoint of the highest step in `output`, or None."""
-    found = get_last_checkpoint(output) if output.is_dir() else None
-    return Path(found) if found else None
+    return next(reversed(checkpoints(output)), None)
 
 
 def saved_state(checkpoint: Path) -> TrainerState:
@@ -172,7 +170,6 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
         eval_steps=schedule.eval_steps or None,
         save_strategy="steps",
         save_steps=schedule.save_steps,
-        save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 import qlora_ext
 
@@ -24,8 +23,9 @@ from .data import IGNORE, Dataset, PadToLongest
 from .evaluate import held_out_loss
 from .loss import answer_loss
 from .optimizer import OptimizerChoice, for_trainer, paged
-from .output_folder import STAGING
+from .output_folder import STAGING, checkpoints
 
+KEPT_CHECKPOINTS = 2
 PAGED_STATES = "optimizer.safetensors"
 WRITER = re.compile("inline_container|PytorchStreamWriter|basic_ios")  # in every error of the file of torch.save
 
@@ -69,7 +69,9 @@ class AnswerTrainer(Trainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         _, batch = args
-        loss, _ = answer_loss(self.tuned, batch, self.loss_chunk)
+        # accelerate casts inside the model's forward alone; the head of a chunk is called outside it.
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast):
+            loss, _ = answer_loss(self.tuned, batch, self.loss_chunk)
         tokens: Tensor = kwargs["num_items_in_batch"]
         return loss / tokens
 
@@ -91,6 +93,8 @@ class AnswerTrainer(Trainer):
             self.tuned.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
             for file in staging.iterdir():
+                if file.is_dir():  # of chat templates, and rename takes the place of none that has files
+                    shutil.rmtree(folder / file.name, ignore_errors=True)
                 os.replace(file, folder / file.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -126,7 +130,8 @@ class AnswerTrainer(Trainer):
                 self.args.output_dir = str(self.folder)
             name = f"checkpoint-{self.state.global_step}"
             os.replace(staging / name, self.folder / name)
-        rotate_checkpoints(str(self.folder), self.args.save_total_limit)
+        for old in checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def test_mma_fragments(arch: str) -> None:
         constant(b32),
         c_tf32,
     ]
-    result = launch(compile_kernels("mma", "sm_90"), "fragments", 1, 32, args)
+    result = launch(compile_kernels("mma", arch), "fragments", 1, 32, args)
     assert np.array_equal(c32, a16.astype(np.float32) @ b16.astype(np.float32).T)
     assert np.array_equal(c16, (a16.astype(np.float32) @ b16.astype(np.float32).T).astype(np.float16))
     assert np.array_equal(c_integer, a8.astype(int) @ b8.astype(int).T)

@@ -191,6 +191,22 @@ void full_disk_is_an_error_before() {
   CHECK(counts(*pager, pages) == std::vector<std::int64_t>(6, 2));
 }
 
+// Even if nothing was reserved before: what a killed process leaves then is known for a page file.
+void full_disk_leaves_the_header() {
+  const std::string path = file_name("full_at_first");
+  HostBackend backend(path, kThreads);
+  rlimit limit{};
+  getrlimit(RLIMIT_FSIZE, &limit);
+  const rlimit small{64 * 1024, limit.rlim_max};
+  setrlimit(RLIMIT_FSIZE, &small);
+  CHECK(contains(error_of([&] { backend.reserve_file(1 << 20); }), "reserve"));
+  setrlimit(RLIMIT_FSIZE, &limit);
+  backend.reserve_file(kPageBytes);
+  std::string content;
+  std::ifstream(path) >> content;
+  CHECK_EQ(content, "qlora_ext");
+}
+
 void foreign_file_is_left_alone() {
   const std::string path = file_name("foreign");
   std::ofstream(path) << "precious";
@@ -254,6 +270,7 @@ int main() {
   truncated_under_the_walk();
   a_first_read_fails_after_pages_at_home();
   full_disk_is_an_error_before();
+  full_disk_leaves_the_header();
   foreign_file_is_left_alone();
   fork_is_inert();
   return failures();

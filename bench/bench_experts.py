@@ -1,0 +1,126 @@
+"""A mixture's fused experts: ours in NF4 against bitsandbytes' parametrization of them, and against bf16.
+
+The experts of one layer of Qwen3-30B-A3B (128 of 2048 x 768, of which a token takes 8), with random weights, under
+transformers' own forward: forward, and forward with the gradient of the input. Each call routes other tokens, so that
+a call finds in the cache only what it uses twice. `weight_bytes` is what the experts take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import record
+import torch
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from timing import interleaved, percentiles, rotated
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from qlora_ext.experts import fused_experts, quantize_experts
+
+SIZES = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128}
+TINY = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 4}
+TAKEN = 8  # experts a token
+ROUTINGS = 8  # that a provider takes in turn
+DIRECTIONS = ("forward", "forward and backward")
+
+
+def bf16_experts(sizes: dict[str, int]) -> nn.Module:
+    torch.manual_seed(0)
+    experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes)).bfloat16().requires_grad_(False)
+    for weight in experts.parameters():
+        nn.init.normal_(weight, std=0.02)
+    return experts
+
+
+def under(implementation: str, experts: nn.Module) -> nn.Module:
+    """The same weights under one of transformers' implementations of experts."""
+    twin = copy.copy(experts)
+    twin.config = copy.copy(experts.config)
+    twin.config._experts_implementation = implementation
+    return twin
+
+
+def in_4_bits(experts: nn.Module) -> nn.Module:
+    ours = copy.deepcopy(experts)
+    for name in fused_experts(ours):
+        quantize_experts(ours, name)
+    return ours
+
+
+def parametrized(experts: nn.Module) -> nn.Module:
+    theirs = under("eager", copy.deepcopy(experts))
+    for name in fused_experts(theirs):
+        replace_parameter_4bit(theirs, name, quant_type="nf4", compress_statistics=True)
+    return theirs
+
+
+def weight_bytes(experts: nn.Module) -> int:
+    found = {id(t): t for module in experts.modules() for t in (*module.parameters(False), *module.buffers(False))}
+    states = (getattr(module, "quant_state", None) for module in experts.modules())  # bitsandbytes'
+    for state in filter(None, states):
+        nested = state.state2
+        kept = (state.absmax, state.offset, *((nested.absmax,) if nested else ()))
+        found |= {id(t): t for t in kept if isinstance(t, Tensor)}
+    return sum(tensor.nbytes for tensor in found.values())
+
+
+def call(experts: nn.Module, direction: str, x: Tensor, index: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return experts(x, index, weights)
+
+    def forward_and_backward() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        experts(leaf, index, weights).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    return forward if direction == DIRECTIONS[0] else forward_and_backward
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 512])
+    parser.add_argument("--seconds", type=float, default=2, help="of measuring for each provider of a case")
+    parser.add_argument("--smoke", action="store_true", help="a tiny layer and no record, to see that it runs")
+    args = parser.parse_args()
+    sizes = SIZES
+    if args.smoke:
+        sizes, args.tokens, args.seconds = TINY, [1, 4], 0.01
+
+    dense = bf16_experts(sizes)
+    providers = {
+        "qlora_ext": in_4_bits(dense),
+        "bitsandbytes parametrize": parametrized(dense),
+        "transformers grouped_mm, bfloat16": under("grouped_mm", dense),
+        "transformers eager, bfloat16": under("eager", dense),
+    }
+    rows: list[dict[str, Any]] = []
+    for tokens, direction in product(args.tokens, DIRECTIONS):
+        count, taken = sizes["num_experts"], min(TAKEN, sizes["num_experts"])
+        inputs = []
+        for _ in range(ROUTINGS):
+            index = torch.stack([torch.randperm(count)[:taken] for _ in range(tokens)])
+            x = torch.randn(tokens, sizes["hidden_size"], dtype=torch.bfloat16)
+            inputs.append((x, index, torch.rand(tokens, taken, dtype=torch.bfloat16)))
+        results = {name: call(experts, direction, *inputs[0])().float() for name, experts in providers.items()}
+        exact = results["transformers eager, bfloat16"]
+        for name, result in results.items():  # NF4 of normal weights is 9 % off
+            error = (result - exact).norm() / exact.norm()
+            assert error < (0.25 if "bfloat16" not in name else 0.02), (name, error)
+        calls = {n: rotated([call(experts, direction, *each) for each in inputs]) for n, experts in providers.items()}
+        same = {"bench": "experts", **sizes, "taken": taken, "dtype": "bfloat16"}
+        for name, times in interleaved(calls, seconds=args.seconds).items():
+            row = {"provider": name, "tokens": tokens, "direction": direction}
+            rows.append(same | row | {"weight_bytes": weight_bytes(providers[name])} | percentiles(times))
+    record.write("experts", rows, smoke=args.smoke)
+
+
+if __name__ == "__main__":
+    main()

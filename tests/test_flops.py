@@ -1,0 +1,47 @@
+"""torch.utils.flop_counter counts the ops' products as it counts those of plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layers import make_linear, make_lora
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from qlora_ext import LoraConfig, LoraLinear
+
+
+class Plain(nn.Module):
+    """A layer of 4 bits and its adapters, by torch's own products."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        lora = layer if isinstance(layer, LoraLinear) else None
+        self.weight = (lora.base_layer if lora else layer).dequantize()
+        self.pairs = [(lora.lora_A[name], lora.lora_B[name]) for name in lora.active_adapters] if lora else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        for a, b in self.pairs:
+            y = y + F.linear(F.linear(x, a), b)
+        return y
+
+
+def flops(model: nn.Module, x: Tensor, backward: bool) -> int:
+    with FlopCounterMode(display=False) as counter:
+        y = model(x)
+        if backward and y.requires_grad:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("ranks", [(), (8,), (8, 4)], ids=["no adapter", "one", "two"])
+@pytest.mark.parametrize("x_requires_grad", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("shape", [(256,), (3, 5, 256), (0, 256)], ids=str)
+def test_counts(shape: tuple[int, ...], backward: bool, x_requires_grad: bool, ranks: tuple[int, ...]) -> None:
+    layer = make_linear()
+    model = make_lora(layer, *(LoraConfig(r=r) for r in ranks)) if ranks else layer
+    x = torch.randn(shape, requires_grad=x_requires_grad)
+    assert flops(model, x, backward) == flops(Plain(model), x, backward)
