@@ -50,13 +50,15 @@ class Experts4bit(nn.Module):
             bias=False,
             quant_type=quant_type,
             blocksize=blocksize,
-            double_quant=double_quant and rows * columns % (blocksize * NESTED_BLOCKSIZE) == 0,
+            double_quant=double_quant,
             dtype=weight.dtype,
             device="meta",
         )
         if rows * columns % blocksize != 0:
             expected = f"matrices of whole blocks of {blocksize} elements"
             raise ValueError(f"Experts4bit: weight: expected {expected}, got {rows} x {columns}")
+        if rows * columns % (blocksize * NESTED_BLOCKSIZE) != 0:
+            self.stack.double_quant = False
         self.quantize_(weight)
 
     def quantize_(self, weight: Tensor) -> None:

@@ -236,6 +236,13 @@ def test_what_does_not_fit_is_named() -> None:
         quantize_model(mixture("mixtral"), blocksize=0)
     with pytest.raises(ValueError, match=r"matrices of whole blocks of 64 elements, got 10 x 10"):
         Experts4bit(torch.randn(2, 10, 10))
+    for wrong, error in (
+        ({"blocksize": 0}, ValueError),
+        ({"blocksize": "64"}, TypeError),
+        ({"quant_type": 4}, TypeError),
+    ):
+        with pytest.raises(error, match=next(iter(wrong))):
+            Experts4bit(torch.randn(2, 64, 64), **wrong)
     experts = Experts4bit(torch.randn(2, 64, 64))
     with pytest.raises(ValueError, match=r"Experts4bit: weight: expected shape \[2, 64, 64\], got \[3, 64, 64\]"):
         experts.quantize_(torch.randn(3, 64, 64))
