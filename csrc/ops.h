@@ -13,7 +13,6 @@
 
 namespace qlora {
 
-// x (or a gradient) as a matrix, and the 4-bit weight [N, K].
 // While it lives torch's functions, called by an op, compute as they are told: nothing is recorded, nor cast by
 // autocast.
 struct PlainDispatch {
@@ -21,6 +20,7 @@ struct PlainDispatch {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
+// x (or a gradient) as a matrix, and the 4-bit weight [N, K].
 struct LinearArguments {
   int64_t N, K;
   Weight4bit w;

@@ -7,6 +7,7 @@ which decodes the matrix inside the multiply; what the model does around them re
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,21 @@ from torch.nn import functional as F
 from qlora_ext._ops import NESTED_BLOCKSIZE, ops
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.linear import Linear4bit
+
+STORED_AS = "quantized_"  # and the weight's name
+
+
+class Stack4bit(Linear4bit):
+    """The weights of several layers of one shape, one below the other."""
+
+    def forward(self, rows: int, index: int) -> list[Tensor | None]:  # type: ignore[override]
+        """packed, absmax, nested_absmax and nested_offset of the layer with this number, which has so many rows.
+
+        It is a call, because it is in calls that accelerate has in memory what it offloads.
+        """
+        *of_each, nested_offset = self._tensors()
+        layers = self.out_features // rows
+        return [None if t is None else t.view(layers, -1, *t.shape[1:])[index] for t in of_each] + [nested_offset]
 
 
 class Experts4bit(nn.Module):
@@ -42,9 +58,11 @@ class Experts4bit(nn.Module):
         self, weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
     ) -> None:
         super().__init__()
+        if weight.dim() != 3:
+            raise ValueError(f"Experts4bit: weight: expected [experts, rows, columns], got {list(weight.shape)}")
         self.shape = weight.shape
         experts, rows, columns = weight.shape
-        self.stack = Linear4bit(
+        self.stack = Stack4bit(
             columns,
             experts * rows,
             bias=False,
@@ -72,11 +90,17 @@ class Experts4bit(nn.Module):
         return self.stack.dequantize(dtype).view(self.shape)
 
     def __getitem__(self, index: int | Tensor) -> Matrix4bit:
-        """One matrix, as an argument of products."""
-        state, i = self.stack.state, int(index)
-        tensors = (self.stack.weight, state.absmax, state.nested_absmax)
-        parts = [None if t is None else t.view(self.shape[0], -1, *t.shape[1:])[i] for t in tensors]
-        return Matrix4bit(self.shape[1:], *parts, state.nested_offset, state.quant_type, state.blocksize)
+        """One matrix, as an argument of products.
+
+        Raises:
+            ValueError: fully_shard is on the stack: what it gives is gone after the call.
+        """
+        if type(self.stack) is not Stack4bit:
+            expected = "fully_shard on the module of the experts, or one above"
+            raise ValueError(f"Experts4bit: expected {expected}, got it on {type(self.stack).__name__}")
+        _, rows, columns = self.shape
+        tensors = self.stack(rows, int(index))
+        return Matrix4bit(rows, columns, *tensors, self.stack.quant_type, self.stack.blocksize)
 
     def extra_repr(self) -> str:
         return f"shape={list(self.shape)}"
@@ -85,8 +109,8 @@ class Experts4bit(nn.Module):
 class Matrix4bit:
     """A matrix in 4 bits, by the arguments with which the ops take it, for torch's products to take."""
 
-    def __init__(self, shape: torch.Size, *weight: Any) -> None:
-        self.rows, self.columns = shape
+    def __init__(self, rows: int, columns: int, *weight: Any) -> None:
+        self.rows, self.columns = rows, columns
         self.weight = weight
 
     def float(self) -> Matrix4bit:
@@ -104,13 +128,19 @@ class Matrix4bit:
 
 
 def _linear(input: Tensor, weight: Matrix4bit, bias: Tensor | None = None) -> Tensor:
-    y: Tensor = ops.linear_4bit(cast_as_autocast(input), *weight.weight, weight.rows, bias)
+    y: Tensor = ops.linear_4bit(_checked(input, weight.columns), *weight.weight, weight.rows, bias)
     return y
 
 
 def _matmul(input: Tensor, other: Matrix4bit) -> Tensor:
-    y: Tensor = Matmul4bit.apply(cast_as_autocast(input), other)
+    y: Tensor = Matmul4bit.apply(_checked(input, other.rows), other)
     return y
+
+
+def _checked(x: Tensor, size: int) -> Tensor:
+    if x.shape[-1:] != (size,):
+        raise ValueError(f"Experts4bit: x: expected [..., {size}], got {list(x.shape)}")
+    return cast_as_autocast(x)
 
 
 PRODUCTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -146,17 +176,24 @@ def fused_experts(module: nn.Module) -> list[str]:
     return [name for name, weight in own if weight.dim() == 3 and weight.is_floating_point()]
 
 
-def quantize_experts(module: nn.Module, name: str, **options: Any) -> None:
+def quantize_experts(module: Any, name: str, **options: Any) -> None:
     """Put Experts4bit in the place of such a weight. The module's own forward computes with them from now on."""
     experts = Experts4bit(module.get_parameter(name), **options).train(module.training)
     delattr(module, name)
-    setattr(module, name, experts)
-    module.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    # By the weight's own name transformers, when it saves, would take them for that, and split them.
+    module.add_module(STORED_AS + name, experts)
+    object.__setattr__(module, name, experts)
+    experts.config_before = module.config  # which other models may share
+    module.config = copy.deepcopy(module.config)
+    module.config._experts_implementation = "eager"
 
 
-def dequantize_experts(module: nn.Module) -> None:
-    """The inverse, for each of the module's Experts4bit; the forward remains."""
-    for name, experts in list(module.named_children()):
-        if isinstance(experts, Experts4bit):
-            delattr(module, name)
-            module.register_parameter(name, nn.Parameter(experts.dequantize(), requires_grad=False))
+def dequantize_experts(module: Any) -> None:
+    """The inverse, for each of the module's Experts4bit."""
+    found = {key: experts for key, experts in module.named_children() if isinstance(experts, Experts4bit)}
+    for key, experts in found.items():
+        delattr(module, key)
+        delattr(module, name := key.removeprefix(STORED_AS))
+        module.register_parameter(name, nn.Parameter(experts.dequantize(), requires_grad=False))
+    for experts in reversed(found.values()):  # the first has the one before all
+        module.config = experts.config_before

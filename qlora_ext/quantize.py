@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from qlora_ext.adapters import check_not_hooked, check_not_merged
 from qlora_ext.experts import fused_experts, quantize_experts
+from qlora_ext.layer_hooks import has_other_forward
 from qlora_ext.layer_names import is_named, plain_modules
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
@@ -88,8 +89,10 @@ def quantize_model(
     replace_layers(model, convert)
     for name, module in list(plain_modules(model)):
         for attribute in fused_experts(module):
-            experts = f"{name}.{attribute}"
+            experts = f"{name}.{attribute}".removeprefix(".")
             if not is_named(name, skip) and not is_left(experts, experts, module.get_parameter(attribute)):
+                if has_other_forward(module):  # accelerate's, which knows the weight by its name
+                    check_not_hooked("quantize_model", name, module)
                 quantize(experts, quantize_experts, module, attribute)
     if not quantized:
         others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"}

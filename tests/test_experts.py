@@ -1,99 +1,21 @@
-"""Experts4bit: fused experts of transformers' models in 4 bits, under the models' own forward."""
+"""Experts4bit by itself: products with one matrix of a weight of three dimensions in 4 bits."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layers import names_of, state_bytes
 from reference import assert_as_exact_as_torch, assert_same
-from tiny_model import load
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM as Auto
-from transformers import (
-    DeepseekV3Config,
-    GptOssConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-)
 
-from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_4bit, quantize_model, set_adapter
-from qlora_ext.experts import Experts4bit
+from qlora_ext import quantize_4bit
+from qlora_ext.experts import Experts4bit, Matrix4bit
 
 Product = Callable[[Tensor, Any], Tensor]
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
-MOE = {"moe_intermediate_size": 32, "intermediate_size": 128, "num_experts_per_tok": 2, "num_key_value_heads": 2}
-LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "mixtral": MixtralConfig(**SIZES, intermediate_size=128, num_key_value_heads=2, num_local_experts=4),
-    "qwen3": Qwen3MoeConfig(**SIZES, **MOE, head_dim=16, num_experts=4),
-    "olmoe": OlmoeConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2),
-    "deepseek": DeepseekV3Config(
-        **SIZES,
-        **{**MOE, "num_key_value_heads": 4},
-        **LATENT,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-    ),
-    "gpt_oss": GptOssConfig(  # [experts, in, out], with biases
-        **SIZES, intermediate_size=64, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2
-    ),
-}
-TOKENS = torch.arange(40).view(2, 20)
-
-
-def mixture(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = Auto.from_config(copy.deepcopy(CONFIGS[name])).eval()
-    for module in model.modules():  # gpt-oss's biases and DeepSeek's are zeros, or nothing, when new
-        for parameter in module.parameters(recurse=False):
-            nn.init.normal_(parameter, std=0.1) if parameter.dim() != 1 else None
-    return model
-
-
-def experts_of(model: nn.Module) -> dict[str, Experts4bit]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Experts4bit)}
-
-
-def gradients(model: PreTrainedModel, embedded: Tensor) -> tuple[Tensor, Tensor]:
-    embedded = embedded.clone().requires_grad_()
-    logits = model(inputs_embeds=embedded).logits
-    logits.square().mean().backward()
-    return logits.detach(), embedded.grad
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_models_compute_with_the_decoded_weights(name: str, recwarn: pytest.WarningsRecorder) -> None:
-    model = mixture(name)
-    fused = {n: p for n, p in model.named_parameters() if p.dim() == 3}
-    quantize_model(model)
-    assert not [warning for warning in recwarn if "quantize_model" in str(warning.message)]
-    assert experts_of(model).keys() == fused.keys() != set()
-    plain = mixture(name)
-    quantize_model(plain)
-    merge_adapter(plain, dequantize=True)
-    assert not experts_of(plain)
-    for n, weight in fused.items():
-        decoded = plain.get_parameter(n)
-        assert (decoded.shape, decoded.dtype, decoded.requires_grad) == (weight.shape, weight.dtype, False)
-        assert 0 < (decoded - weight).norm() < 0.12 * weight.norm()
-    embedded = model.get_input_embeddings()(TOKENS).detach()
-    for got, expected in zip(gradients(model, embedded), gradients(plain, embedded), strict=True):
-        torch.testing.assert_close(got, expected)
-    plain.set_experts_implementation("grouped_mm")
-    torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits)
 
 
 def with_grad(product: Product, x: Tensor, weight: object, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,103 +59,24 @@ def test_only_products_take_a_matrix() -> None:
     for use in (lambda w: w + 1, lambda w: torch.relu(w), lambda w: F.linear(w, torch.randn(64, 64))):
         with pytest.raises(TypeError):
             use(experts[0])
-    with pytest.raises(ValueError, match="linear_4bit: packed: expected 2016 bytes"):
-        F.linear(torch.randn(5, 63), experts[0])
+    assert isinstance(experts[0].float(), Matrix4bit)  # as openai_privacy_filter has it
+    for wrong in (lambda x: F.linear(x, experts[0]), lambda x: x @ experts[0]):
+        with pytest.raises(ValueError, match=r"Experts4bit: x: expected \[\.\.\., 64\], got \[5, 63\]"):
+            wrong(torch.randn(5, 63))
     with pytest.raises(IndexError):
         experts[2]
 
 
-def test_nothing_decoded_stays_for_the_backward() -> None:
-    model = quantize_model(mixture("mixtral"))
-    embedded = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        model(inputs_embeds=embedded)
-    matrix = 64 * 128
-    sizes = [t.numel() for t in saved if t.is_floating_point()]
-    assert 0 < max(sizes) < matrix
-
-
-def test_adapters_train_over_experts() -> None:
-    model = quantize_model(mixture("qwen3"))
-    before = model(TOKENS).logits
-    add_adapter(model, LoraConfig(r=4))
-    experts = state_bytes(model.model.layers[0].mlp.experts)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained
-    assert not any("experts" in name for name in trained)
-    model.train()
-    model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = model(TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert state_bytes(model.model.layers[0].mlp.experts) == experts
-    set_adapter(model, None)
-    torch.testing.assert_close(model.eval()(TOKENS).logits, before)
-    set_adapter(model, "default")
-    trained_logits = model(TOKENS).logits
-    merge_adapter(model, dequantize=True)
-    torch.testing.assert_close(model(TOKENS).logits, trained_logits)
-    with pytest.raises(ValueError, match="add_adapter: target_modules"):
-        add_adapter(quantize_model(mixture("qwen3")), LoraConfig(target_modules=["gate_up_proj"]))
-
-
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_copies_and_files_hold_the_same(name: str) -> None:
-    model = quantize_model(mixture(name))
-    expected = model(TOKENS).logits
-    other = quantize_model(Auto.from_config(copy.deepcopy(CONFIGS[name])).eval())
-    other.load_state_dict(model.state_dict())
-    pickled = pickle.loads(pickle.dumps(model))
-    for same in (copy.deepcopy(model), other, pickled):
-        assert state_bytes(same) == state_bytes(model)
-        assert_same(same(TOKENS).logits, expected)
-    on_meta = quantize_model(copy.deepcopy(mixture(name)).to("meta"))
-    on_meta.load_state_dict(model.state_dict(), assign=True)
-    assert state_bytes(on_meta) == state_bytes(model)
-    half = copy.deepcopy(model).bfloat16()
-    assert {m.dequantize().dtype for m in experts_of(half).values()} == {torch.bfloat16}
-    assert half(TOKENS).logits.isfinite().all()
+def test_autocast_casts_x_as_for_a_float_weight() -> None:
+    experts = Experts4bit(torch.randn(2, 64, 64))
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(TOKENS).logits.isfinite().all()
+        assert F.linear(torch.randn(2, 64), experts[0]).dtype == torch.bfloat16
+        assert (torch.randn(2, 64) @ experts[0]).dtype == torch.bfloat16
 
 
-def test_generates_and_compiles() -> None:
-    model = quantize_model(mixture("mixtral"))
-    generate = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(TOKENS, **generate)
-    assert expected.shape == (2, 25)
-    with torch.inference_mode():
-        logits = model(TOKENS).logits
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, backend="eager")(TOKENS).logits, logits)
-
-
-@pytest.mark.parametrize("skip", ["experts", "model.layers.0.mlp.experts", "down_proj"])
-def test_skip_names_experts(skip: str) -> None:
-    model = mixture("mixtral")
-    fused = {n for n, p in model.named_parameters() if p.dim() == 3}
-    left = {n for n in fused if f".{skip}." in f".{n}." and (skip != "down_proj" or n.endswith("down_proj"))}
-    quantize_model(model, skip=["lm_head", skip])
-    assert experts_of(model).keys() == fused - left != fused
-    assert {n for n, p in model.named_parameters() if p.dim() == 3} == left
-    assert model(TOKENS).logits.isfinite().all()
-
-
-def test_what_does_not_fit_is_named() -> None:
-    model = mixture("mixtral")
-    with torch.no_grad():
-        model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = torch.nan
-    with pytest.raises(ValueError, match=r"quantize_model: model\.layers\.1\.mlp\.experts\.down_proj: .*NaN"):
-        quantize_model(model)
-    with pytest.raises(ValueError, match=r"quantize_model: model\.layers\.0\..*blocksize"):
-        quantize_model(mixture("mixtral"), blocksize=0)
+def test_bad_weights_and_options_are_named() -> None:
+    with pytest.raises(ValueError, match=r"Experts4bit: weight: expected \[experts, rows, columns\], got \[4, 4\]"):
+        Experts4bit(torch.randn(4, 4))
     with pytest.raises(ValueError, match=r"matrices of whole blocks of 64 elements, got 10 x 10"):
         Experts4bit(torch.randn(2, 10, 10))
     for wrong, error in (
@@ -246,22 +89,3 @@ def test_what_does_not_fit_is_named() -> None:
     experts = Experts4bit(torch.randn(2, 64, 64))
     with pytest.raises(ValueError, match=r"Experts4bit: weight: expected shape \[2, 64, 64\], got \[3, 64, 64\]"):
         experts.quantize_(torch.randn(3, 64, 64))
-
-
-def test_names() -> None:
-    model = quantize_model(mixture("mixtral"))
-    assert names_of(model, nn.Linear) == {"lm_head"}
-    state = model.state_dict()
-    assert state["model.layers.0.mlp.experts.gate_up_proj.stack.weight"].shape == (4 * 256, 32)
-
-
-def test_finetune_quantizes_fused_experts_as_they_are_read(tmp_path: Path) -> None:
-    saved = mixture("gpt_oss")
-    saved.save_pretrained(tmp_path)
-    expected = quantize_model(mixture("gpt_oss"))
-    options = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
-    assert state_bytes(load(tmp_path, quantize=options)) == state_bytes(expected)
-    with pytest.warns(UserWarning, match="98,304 weights stay as they are"):
-        assert not experts_of(load(tmp_path, quantize={**options, "skip": ["experts"]}))
-    with pytest.raises(ValueError, match="--skip: expected names of linear layers or fused experts, got 'expert'"):
-        load(tmp_path, quantize={**options, "skip": ["expert"]})

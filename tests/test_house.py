@@ -47,7 +47,7 @@ def imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names |= {"qlora_ext.__init__" if alias.name == "qlora_ext" else alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = ".".join([*["qlora_ext"] * bool(node.level), *[node.module] * bool(node.module)])
             names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}

@@ -100,8 +100,8 @@ def test_threads_flush_subnormal_numbers_if_the_caller_does(flushing: None) -> N
 def test_where_subnormal_numbers_are_flushed_zeros_are_zeros_and_fp16_has_its_own(
     quant_type: str, cpu_path: str, flushing: None
 ) -> None:
-    smallest = torch.arange(1, 1025, dtype=torch.int16).view(torch.float16)  # subnormal all, in fp16
-    for weight in (torch.zeros(1030), torch.zeros(1030).bfloat16(), torch.cat([smallest, smallest[:6]])):
+    smallest = torch.arange(1, 1024, dtype=torch.int16).view(torch.float16)  # subnormal all, in fp16
+    for weight in (torch.zeros(1030), torch.zeros(1030).bfloat16(), torch.cat([smallest, smallest[:7]])):
         torch.set_flush_denormal(False)
         expected = quantize(weight, quant_type)
         torch.set_flush_denormal(True)

@@ -17,6 +17,7 @@ namespace {
 
 constexpr std::string_view kMagic = "qlora_ext page file: scratch space of a running optimizer\n";
 constexpr std::int64_t kHeaderBytes = 4096;
+constexpr std::int64_t kReservedAtOnce = 1 << 26;  // a signal may undo what is being reserved
 
 std::int64_t allocated(const struct stat& status) { return std::int64_t{status.st_blocks} * 512; }
 
@@ -71,14 +72,16 @@ void PageFile::reserve(std::int64_t bytes) {
   check_whole_locked();
   // Not what is there already: where the filesystem cannot reserve, the C library writes zeros instead.
   const std::int64_t begin = reserved_;
-  int error;
-  do {
-    error = ::posix_fallocate(file_, begin, end - begin);
-  } while (error == EINTR);
-  if (error != 0) {
-    // What was reserved before a full disk said no.
-    if (::ftruncate(file_, begin) != 0) fail("truncate", errno);
-    fail("reserve " + std::to_string(bytes) + " bytes", error);
+  for (std::int64_t at = begin; at < end;) {
+    const std::int64_t length = std::min(kReservedAtOnce, end - at);
+    const int error = ::posix_fallocate(file_, at, length);
+    if (error == EINTR) continue;
+    if (error != 0) {
+      // What was reserved before a full disk said no.
+      if (::ftruncate(file_, begin) != 0) fail("truncate", errno);
+      fail("reserve " + std::to_string(bytes) + " bytes", error);
+    }
+    at += length;
   }
   reserved_ = end;
   counts_blocks_ = allocated(status()) >= end;

@@ -139,7 +139,8 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
     skip = options.get("skip", ())
-    experts = [name for name, module in model.named_modules() if fused_experts(module)]
+    fused = {name: fused_experts(module) for name, module in model.named_modules()}
+    experts = [each for name, weights in fused.items() if weights for each in (name, *(f"{name}.{w}" for w in weights))]
     for name in skip:
         if not any(is_named(layer, [name]) for layer in (*linear_layers(model), *experts)):
             raise ValueError(f"--skip: expected names of linear layers or fused experts, got {name!r}")
