@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from torch import Tensor, nn
 
 from qlora_ext.adapter_table import leaves
-from qlora_ext.experts import Experts4bit, dequantize_experts
+from qlora_ext.experts import Experts4bit, dequantize_experts, has_experts
 from qlora_ext.functional import has_values
 from qlora_ext.layer_hooks import has_hooks, has_other_forward, is_hooked
 from qlora_ext.layer_names import check_name, is_pattern_of, plain_modules
@@ -144,8 +144,11 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     check_not_merged("merge_adapter", model)
     reshard(model)
     layers = {n: m for n, m in linear_layers(model).items() if isinstance(m, LoraLinear) or dequantize}
-    if dequantize:
-        layers |= {n: m.stack for n, m in plain_modules(model) if isinstance(m, Experts4bit)}
+    for name, module in plain_modules(model) if dequantize else ():
+        if isinstance(module, Experts4bit):
+            layers[f"{name}.stack"] = module.stack
+        elif has_other_forward(module) and has_experts(module):
+            check_not_hooked("merge_adapter", name, module)  # accelerate's forward knows their storage by its name
     check_whole("merge_adapter", layers, "save_adapter, and merge it in a model without fully_shard")
     for name, layer in layers.items():  # before any layer is touched
         if dequantize:
@@ -167,8 +170,9 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
             return dense(module.base_layer, module.merged_weight())
         return dense(module, module.dequantize()) if isinstance(module, Linear4bit) else module
 
+    layers.clear()  # so that none is kept longer than it is needed
     replace_layers(model, to_dense)
-    for module in list(model.modules()):
+    for module in [module for module in model.modules() if has_experts(module)]:
         dequantize_experts(module)
 
 

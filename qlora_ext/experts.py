@@ -19,8 +19,6 @@ from qlora_ext._ops import NESTED_BLOCKSIZE, ops
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.linear import Linear4bit
 
-STORED_AS = "quantized_"  # and the weight's name
-
 
 class Stack4bit(Linear4bit):
     """The weights of several layers of one shape, one below the other."""
@@ -48,11 +46,13 @@ class Experts4bit(nn.Module):
 
     Attributes:
         shape: of the weight.
-        stack: a Linear4bit that holds all matrices, one below the other.
+        stack: the storage, that of a Linear4bit, of all matrices, one below the other.
 
     Raises:
         TypeError, ValueError: as Linear4bit, or a block would reach from one matrix into the next.
     """
+
+    replaced: Any = None  # by quantize_experts: the weight's name, the module's config
 
     def __init__(
         self, weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
@@ -93,11 +93,11 @@ class Experts4bit(nn.Module):
         """One matrix, as an argument of products.
 
         Raises:
-            ValueError: fully_shard is on the stack: what it gives is gone after the call.
+            ValueError: fully_shard is on this or the stack: what that gives is gone after the call.
         """
-        if type(self.stack) is not Stack4bit:
-            expected = "fully_shard on the module of the experts, or one above"
-            raise ValueError(f"Experts4bit: expected {expected}, got it on {type(self.stack).__name__}")
+        if type(self) is not Experts4bit or type(self.stack) is not Stack4bit:
+            got = f"{type(self).__name__} with {type(self.stack).__name__}"
+            raise ValueError(f"Experts4bit: expected fully_shard on the module of the experts or one above, got {got}")
         _, rows, columns = self.shape
         tensors = self.stack(rows, int(index))
         return Matrix4bit(rows, columns, *tensors, self.stack.quant_type, self.stack.blocksize)
@@ -179,21 +179,27 @@ def fused_experts(module: nn.Module) -> list[str]:
 def quantize_experts(module: Any, name: str, **options: Any) -> None:
     """Put Experts4bit in the place of such a weight. The module's own forward computes with them from now on."""
     experts = Experts4bit(module.get_parameter(name), **options).train(module.training)
+    experts.replaced = name, module.config
     delattr(module, name)
-    # By the weight's own name transformers, when it saves, would take them for that, and split them.
-    module.add_module(STORED_AS + name, experts)
+    # By the weight's own name, or one that holds it as a word, transformers would take them for it when it saves.
+    module.add_module(f"quantized_{name}_", experts)
     object.__setattr__(module, name, experts)
-    experts.config_before = module.config  # which other models may share
-    module.config = copy.deepcopy(module.config)
+    module.config = copy.deepcopy(module.config)  # which other models may share
     module.config._experts_implementation = "eager"
 
 
+def has_experts(module: nn.Module) -> bool:
+    """Whether some of its weights are in Experts4bit."""
+    return any(isinstance(child, Experts4bit) for child in module.children())
+
+
 def dequantize_experts(module: Any) -> None:
-    """The inverse, for each of the module's Experts4bit."""
-    found = {key: experts for key, experts in module.named_children() if isinstance(experts, Experts4bit)}
+    """The inverse, for each weight that quantize_experts has replaced."""
+    found = {key: child for key, child in module.named_children() if isinstance(child, Experts4bit) and child.replaced}
     for key, experts in found.items():
+        weight = nn.Parameter(experts.dequantize(), requires_grad=False)
         delattr(module, key)
-        delattr(module, name := key.removeprefix(STORED_AS))
-        module.register_parameter(name, nn.Parameter(experts.dequantize(), requires_grad=False))
-    for experts in reversed(found.values()):  # the first has the one before all
-        module.config = experts.config_before
+        delattr(module, experts.replaced[0])
+        module.register_parameter(experts.replaced[0], weight)
+    for experts in reversed(found.values()):
+        module.config = experts.replaced[1]  # at last the one before all

@@ -91,7 +91,7 @@ def quantize_model(
         for attribute in fused_experts(module):
             experts = f"{name}.{attribute}".removeprefix(".")
             if not is_named(name, skip) and not is_left(experts, experts, module.get_parameter(attribute)):
-                if has_other_forward(module):  # accelerate's, which knows the weight by its name
+                if has_other_forward(module):  # accelerate's knows the weight by its name; other hooks may stay
                     check_not_hooked("quantize_model", name, module)
                 quantize(experts, quantize_experts, module, attribute)
     if not quantized:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_model, set_adapter
-from qlora_ext.experts import STORED_AS, Experts4bit
+from qlora_ext.experts import Experts4bit
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
 MOE = {"moe_intermediate_size": 32, "intermediate_size": 128, "num_experts_per_tok": 2, "num_key_value_heads": 2}
@@ -64,7 +64,7 @@ def mixture(name: str) -> PreTrainedModel:
 def experts_of(model: nn.Module) -> dict[str, Experts4bit]:
     """By the names of the weights whose place they take."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, Experts4bit)}
-    return {name.replace(STORED_AS, ""): module for name, module in found.items()}
+    return {name.replace("quantized_", "").removesuffix("_"): module for name, module in found.items()}
 
 
 def gradients(model: PreTrainedModel, embedded: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,12 +94,12 @@ def test_models_compute_with_the_decoded_weights(name: str, recwarn: pytest.Warn
         torch.testing.assert_close(got, expected)
     assert not any(module.training for module in model.modules())
     # The plain one by transformers' own implementation again, which can be chosen as before.
-    for implementation in (None, "batched_mm", "eager"):
+    for implementation in (None, "eager", "batched_mm"):
         if implementation:
             plain.set_experts_implementation(implementation)
         torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits)
     chosen = {m.config._experts_implementation for m in plain.modules() if hasattr(m, "is_transposed")}
-    assert chosen == {"eager"}
+    assert chosen == {"batched_mm"}
 
 
 def test_nothing_decoded_stays_for_the_backward() -> None:
@@ -238,6 +238,11 @@ def test_offloaded_experts_are_fetched_and_what_is_offloaded_before_is_refused()
     expected = model(TOKENS).logits
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert_same(model(TOKENS).logits, expected)
+    model = quantize_model(mixture("mixtral"))
+    cpu_offload(model, execution_device=torch.device("cpu"), preload_module_classes=["MixtralExperts"])
+    assert_same(model(TOKENS).logits, expected)
+    with pytest.raises(ValueError, match=r"merge_adapter: model\.layers\.0\.mlp\.experts: expected no hooks"):
+        merge_adapter(model, dequantize=True)
     model = mixture("mixtral")
     cpu_offload(model.model.layers[0].mlp.experts, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"quantize_model: model\.layers\.0\.mlp\.experts: expected no hooks"):
@@ -248,7 +253,7 @@ def test_names() -> None:
     model = quantize_model(mixture("mixtral"))
     assert names_of(model, nn.Linear) == {"lm_head"}
     state = model.state_dict()
-    assert state["model.layers.0.mlp.experts.quantized_gate_up_proj.stack.weight"].shape == (4 * 256, 32)
+    assert state["model.layers.0.mlp.experts.quantized_gate_up_proj_.stack.weight"].shape == (4 * 256, 32)
 
 
 def test_finetune_quantizes_fused_experts_as_they_are_read(tmp_path: Path) -> None:
