@@ -1,8 +1,10 @@
 """A mixture's fused experts: ours in NF4 against bitsandbytes' parametrization of them, and against bf16.
 
 The experts of one layer of Qwen3-30B-A3B (128 of 2048 x 768, of which a token takes 8), with random weights, under
-transformers' own forward: forward, and forward with the gradient of the input. Each call routes other tokens, so that
-a call finds in the cache only what it uses twice. `weight_bytes` is what the experts take.
+transformers' own forward: forward, forward with the gradient of the input, and both with adapters on the experts, by
+add_adapter and by PEFT, and their gradients. Each call routes other tokens, so that a call finds in the cache only what
+it uses twice. `weight_bytes` is what the experts take; `refused` is what a provider raises (PEFT with bitsandbytes at
+the second call).
 """
 
 from __future__ import annotations
@@ -16,18 +18,24 @@ from typing import Any
 import record
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from timing import interleaved, percentiles, rotated
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from qlora_ext import LoraConfig, add_adapter
 from qlora_ext.experts import fused_experts, quantize_experts
+from qlora_ext.lora_experts import LoraExperts
+from qlora_ext.peft_layout import to_file
 
 SIZES = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128}
 TINY = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 4}
 TAKEN = 8  # experts a token
 ROUTINGS = 8  # that a provider takes in turn
-DIRECTIONS = ("forward", "forward and backward")
+DIRECTIONS = ("forward", "forward and backward", "both with adapters")
+ADAPTER = {"r": 16, "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
 def bf16_experts(sizes: dict[str, int]) -> nn.Module:
@@ -41,6 +49,7 @@ def bf16_experts(sizes: dict[str, int]) -> nn.Module:
 def under(implementation: str, experts: nn.Module) -> nn.Module:
     """The same weights under one of transformers' implementations of experts."""
     twin = copy.copy(experts)
+    twin._parameters = experts._parameters.copy()
     twin.config = copy.copy(experts.config)
     twin.config._experts_implementation = implementation
     return twin
@@ -58,6 +67,42 @@ def parametrized(experts: nn.Module) -> nn.Module:
     for name in fused_experts(theirs):
         replace_parameter_4bit(theirs, name, quant_type="nf4", compress_statistics=True)
     return theirs
+
+
+class Layer(nn.Module):
+    """What adapters are put into, as if it were a model."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.experts, self.config = experts, experts.config
+
+    def forward(self, *args: Tensor) -> Tensor:
+        y: Tensor = self.experts(*args)
+        return y
+
+
+def adapted(dense: nn.Module) -> dict[str, nn.Module]:
+    """All with the same adapter. Under "eager" PEFT takes a minute a call, and is left out."""
+    ours = Layer(in_4_bits(dense))
+    add_adapter(ours, LoraConfig(**ADAPTER))
+    values: dict[str, Tensor] = {}
+    for name in ("gate_up_proj", "down_proj"):
+        stack: LoraExperts = getattr(ours.experts, name).stack
+        nn.init.normal_(stack.lora_B["default"], std=0.02)
+        for part, table in (("lora_A", stack.lora_A), ("lora_B", stack.lora_B)):
+            values[f"{name}.{part}"] = to_file(part, table["default"].detach())
+    models: dict[str, nn.Module] = {"qlora_ext": ours}
+    for provider, experts in (
+        ("bitsandbytes parametrize", parametrized(dense)),
+        ("transformers grouped_mm, bfloat16", under("grouped_mm", dense)),
+    ):
+        model = get_peft_model(Layer(experts), PeftConfig(lora_alpha=16, **ADAPTER))
+        for module in model.modules():
+            if name := getattr(module, "parameter_name", None):
+                for part in ("lora_A", "lora_B"):
+                    getattr(module, part)["default"].weight.data.copy_(values[f"{name}.{part}"])
+        models[provider] = model
+    return models
 
 
 def weight_bytes(experts: nn.Module) -> int:
@@ -78,6 +123,7 @@ def call(experts: nn.Module, direction: str, x: Tensor, index: Tensor, weights: 
     def forward_and_backward() -> Tensor:
         leaf = x.clone().requires_grad_()
         experts(leaf, index, weights).sum().backward()
+        experts.zero_grad()
         assert leaf.grad is not None
         return leaf.grad
 
@@ -101,6 +147,7 @@ def main() -> None:
         "transformers grouped_mm, bfloat16": under("grouped_mm", dense),
         "transformers eager, bfloat16": under("eager", dense),
     }
+    of_direction = {each: adapted(dense) if "adapters" in each else providers for each in DIRECTIONS}
     rows: list[dict[str, Any]] = []
     for tokens, direction in product(args.tokens, DIRECTIONS):
         count, taken = sizes["num_experts"], min(TAKEN, sizes["num_experts"])
@@ -109,13 +156,22 @@ def main() -> None:
             index = torch.stack([torch.randperm(count)[:taken] for _ in range(tokens)])
             x = torch.randn(tokens, sizes["hidden_size"], dtype=torch.bfloat16)
             inputs.append((x, index, torch.rand(tokens, taken, dtype=torch.bfloat16)))
-        results = {name: call(experts, direction, *inputs[0])().float() for name, experts in providers.items()}
-        exact = results["transformers eager, bfloat16"]
+        same = {"bench": "experts", **sizes, "taken": taken, "dtype": "bfloat16"}
+        calls, results = {}, {}
+        for name, experts in of_direction[direction].items():
+            try:
+                once, again = (call(experts, direction, *inputs[0])().float() for _ in range(2))
+            except RuntimeError as error:
+                row = {"provider": name, "tokens": tokens, "direction": direction}
+                rows.append(same | row | {"refused": str(error).partition("\n")[0]})
+            else:
+                assert torch.equal(once, again), name
+                results[name] = once
+                calls[name] = rotated([call(experts, direction, *each) for each in inputs])
+        exact = results["transformers grouped_mm, bfloat16"]
         for name, result in results.items():  # NF4 of normal weights is 9 % off
             error = (result - exact).norm() / exact.norm()
             assert error < (0.25 if "bfloat16" not in name else 0.02), (name, error)
-        calls = {n: rotated([call(experts, direction, *each) for each in inputs]) for n, experts in providers.items()}
-        same = {"bench": "experts", **sizes, "taken": taken, "dtype": "bfloat16"}
         for name, times in interleaved(calls, seconds=args.seconds).items():
             row = {"provider": name, "tokens": tokens, "direction": direction}
             rows.append(same | row | {"weight_bytes": weight_bytes(providers[name])} | percentiles(times))

@@ -180,10 +180,11 @@ def experts_table(rows: list[Row]) -> Table:
     times = {(row["tokens"], row["direction"], row["provider"]): row for row in rows}
     table = [["ms (of ours)", *providers]]
     for tokens, direction in dict.fromkeys(key[:2] for key in times):
-        found = [times[tokens, direction, provider] for provider in providers]
-        cells = [f"{milliseconds(row)} ({ratio(row['p50'] / found[0]['p50'])})" for row in found[1:]]
-        table.append([f"{direction}, {tokens} token{'s' * (tokens > 1)}", milliseconds(found[0]), *cells])
-    held = {row["provider"]: f"{row['weight_bytes'] / MIB:.0f}" for row in rows}
+        ours, *theirs = [times.get((tokens, direction, provider), {}) for provider in providers]
+        cells = [f"{milliseconds(row)} ({ratio(row['p50'] / ours['p50'])})" if "p50" in row else "" for row in theirs]
+        cells = ["raises" if "refused" in row else cell for row, cell in zip(theirs, cells, strict=True)]
+        table.append([f"{direction}, {tokens} token{'s' * (tokens > 1)}", milliseconds(ours), *cells])
+    held = {row["provider"]: f"{row['weight_bytes'] / MIB:.0f}" for row in rows if "p50" in row}
     return [*table, ["weights, MiB", *(held[provider] for provider in providers)]]
 
 

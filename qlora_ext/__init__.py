@@ -11,7 +11,8 @@ from qlora_ext.adapters import (
 )
 from qlora_ext.functional import dequantize_4bit, linear_4bit, quantize_4bit
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraConfig, LoraLinear
+from qlora_ext.lora import LoraLinear
+from qlora_ext.lora_config import LoraConfig
 from qlora_ext.optim import PagedAdamW
 from qlora_ext.quant_state import QuantState
 from qlora_ext.quantize import quantize_model

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +20,10 @@ from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, free
 from qlora_ext.layer_names import check_name, is_named, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
-from qlora_ext.model_layers import AnyLinear, linear_layers, lora_layers, named_layers
+from qlora_ext.lora_experts import LoraExperts
+from qlora_ext.model_layers import AnyLinear, expert_layers, linear_layers, lora_layers, named_layers
 from qlora_ext.peft_config import CONFIG_FILE, read_config
+from qlora_ext.peft_layout import from_file, owners, shape_in_file, to_file
 from qlora_ext.sharded import check_whole, fill, gathered, reshard
 from qlora_ext.trained_modules import are_weights_tied, fit_modules, trained_modules
 
@@ -43,8 +44,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         model: a model with adapters. One of torch.compile or data parallelism is saved as the plain model is. With
             FSDP2 every process must call this, and writes the same files, into the same folder or another.
         folder: gets adapter_model.safetensors (float32, keys base_model.model.<layer>.lora_A.weight [r, in] and
-            .lora_B.weight [out, r]; base_model.model.<name>, in its own dtype and shape, of each tensor of a trained
-            module) and adapter_config.json. Each is written beside and then renamed.
+            .lora_B.weight [out, r], of fused experts as peft_layout.py says; base_model.model.<name>, in its own dtype
+            and shape, of each tensor of a trained module) and adapter_config.json. Each is written beside and then
+            renamed.
         name: of the adapter; it is not part of the files.
 
     Raises:
@@ -59,15 +61,21 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     reshard(model)
     layers = {layer_name: layer for layer_name, layer in lora_layers(model) if name in layer.configs}
     config = next(iter(layers.values())).configs[name]
+    experts = [n for n, layer in layers.items() if isinstance(layer, LoraExperts)]
+    linear = [n for n in layers if n not in experts]
     # What "all-linear" means is decided differently elsewhere; and a loaded adapter may be on fewer layers than named.
-    if config.target_modules == "all-linear" or _meant_modules(model, config.target_modules) != set(layers):
-        config = replace(config, target_modules=_short_names(model, list(layers)))
+    if config.target_modules == "all-linear" or _meant_modules(model, config.target_modules) != set(linear):
+        config = replace(config, target_modules=_short_names(model, linear))
+    if _meant_parameters(model, config.target_parameters) != set(experts):
+        config = replace(config, target_parameters=experts)
     modules, others = trained_modules(model)
     tensors = {f"{_PREFIX}{place}": _to_write(place, tensor) for place, tensor in others.items()}
-    for layer_name, layer in layers.items():
+    for owner, layer_name in owners(linear, experts).items():
+        layer = layers[layer_name]
         for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             (tensor,) = table.forward([name])  # with its values, if accelerate has offloaded it
-            tensors[f"{_PREFIX}{layer_name}.{part}.weight"] = _to_write(f"{layer_name}.{part}.{name}", tensor)
+            whole = _to_write(f"{layer_name}.{part}.{name}", tensor)
+            tensors[f"{_PREFIX}{owner}.{part}.weight"] = to_file(part, whole)
     plain = unwrapped(model)
     model_config = getattr(plain, "config", None)
     described = {
@@ -80,6 +88,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         "modules_to_save": modules or None,
         **({"ensure_weight_tying": True} if are_weights_tied(model, others) else {}),
         **asdict(config),
+        "target_parameters": config.target_parameters or None,
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,12 +131,18 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     tensors = _read_tensors(path)
     given = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items() if key.startswith(_PREFIX)}
     modules = fit_modules(model, module_names, name, given, path)
-    layers = linear_layers(model)
+    linear, experts = linear_layers(model), expert_layers(model)
+    layers = linear | experts
+    adapted = [layer_name for layer_name in experts if is_named(layer_name, config.target_parameters)]
+    for other in sorted(_meant_parameters(model, config.target_parameters).difference(adapted)):
+        expected = "weights of fused experts in 4 bits (quantize_model, before)"
+        raise ValueError(f"load_adapter: {folder / CONFIG_FILE}: target_parameters: expected {expected}, got {other}")
+    names = owners(linear, adapted)
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(_PREFIX) and key.removeprefix(_PREFIX) in modules:
             continue
-        layer_name, part = _parse_key(key, layers, path)
+        layer_name, part = _parse_key(key, names, path)
         if part == "base_layer":
             _check_base(key, layers[layer_name], tensor, path)
         else:
@@ -135,8 +150,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     for layer_name, parts in weights.items():
         _check_parts(layer_name, layers[layer_name], parts, config.rank(layer_name), path)
     targets = [layer_name for layer_name in named_layers(model, config.target_modules) if demands(layer_name)]
-    _check_complete(targets, weights, path)
-    if existing := {n: layer.lora_A[name].shape[0] for n, layer in lora_layers(model) if name in layer.configs}:
+    _check_complete(targets + adapted, weights, path)
+    if existing := {n: layer.lora_A[name].shape[-2] for n, layer in lora_layers(model) if name in layer.configs}:
         _check_not_computed(model, name)
         _check_ranks(name, existing, {layer_name: config.rank(layer_name) for layer_name in weights})
     else:
@@ -144,8 +159,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         attach(model, weights, config, name)
     for layer_name, layer in lora_layers(model):
         if layer_name in weights:
-            fill(layer.lora_A[name], weights[layer_name]["lora_A"])
-            fill(layer.lora_B[name], weights[layer_name]["lora_B"])
+            for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                fill(table[name], from_file(layer, part, weights[layer_name][part]))
             layer.configs[name] = config
             layer.scaling[name] = config.scaling(layer_name)
     freeze("load_adapter", model, [own for own, _ in modules.values()])
@@ -160,6 +175,12 @@ def _meant_modules(model: nn.Module, wanted: str | list[str]) -> set[str]:
     inside = {id(part) for _, layer in lora_layers(model) for part in layer.modules() if part is not layer}
     names = {name for name, module in plain_modules(model) if name and id(module) not in inside}
     return {n for n in names if (re.fullmatch(wanted, n) if isinstance(wanted, str) else is_named(n, wanted))}
+
+
+def _meant_parameters(model: nn.Module, wanted: list[str]) -> set[str]:
+    """What PEFT takes these target_parameters to mean: parameters of any kind."""
+    own = {f"{name}.{key}".replace(".base_layer.", ".") for name, m in plain_modules(model) for key in m._parameters}
+    return {n for n in own.union(expert_layers(model)) if is_named(n, wanted)}
 
 
 def _short_names(model: nn.Module, layer_names: list[str]) -> str | list[str]:
@@ -211,16 +232,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _parse_key(key: str, layers: dict[str, Any], path: Path) -> tuple[str, str]:
-    """(layer name, lora_A, lora_B or base_layer) of a key base_model.model.<layer>.lora_A.weight."""
-    owner, _, kind = key.rpartition(".")
-    layer_name, _, part = owner.removeprefix(_PREFIX).rpartition(".")
+def _parse_key(key: str, names: dict[str, str], path: Path) -> tuple[str, str]:
+    """(layer name, lora_A, lora_B or base_layer) of a key base_model.model.<owner>.lora_A.weight; `names`: by owner."""
+    place, _, kind = key.rpartition(".")
+    owner, _, part = place.removeprefix(_PREFIX).rpartition(".")
     if not key.startswith(_PREFIX) or kind not in _KINDS.get(part, ()):
         expected = f"keys {_PREFIX}<layer>.lora_A.weight and .lora_B.weight, or of tensors in modules_to_save"
         raise ValueError(f"load_adapter: {path}: expected {expected}, got {key!r}")
-    if layer_name not in layers:
-        raise ValueError(f"load_adapter: {path}: {key}: expected a linear layer of the model, got none")
-    return layer_name, part
+    if owner not in names:
+        expected = "a linear layer, or fused experts in 4 bits, of the model"
+        raise ValueError(f"load_adapter: {path}: {key}: expected {expected}, got none")
+    return names[owner], part
 
 
 def _check_base(key: str, layer: AnyLinear, given: Tensor, path: Path) -> None:
@@ -239,8 +261,8 @@ def _check_parts(name: str, layer: AnyLinear, parts: dict[str, Tensor], r: int, 
     """That a file has both matrices of an adapter of this rank on this layer."""
     if any(parameter.is_meta for parameter in layer.parameters()):
         raise ValueError(f"load_adapter: model: {name}: expected a layer with values, got one on meta")
-    for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
-        given = parts.get(part)
+    for part in ("lora_A", "lora_B"):
+        given, shape = parts.get(part), shape_in_file(layer, part, r)
         if given is not None and not given.is_floating_point():
             raise ValueError(f"load_adapter: {path}: {name}.{part}: expected floats, got {given.dtype}")
         if given is None or tuple(given.shape) != shape:

@@ -11,18 +11,27 @@ from collections.abc import Collection, Iterable
 from torch import Tensor, nn
 
 from qlora_ext.adapter_table import leaves
-from qlora_ext.experts import Experts4bit, dequantize_experts, has_experts
+from qlora_ext.experts import Stack4bit, dequantize_experts, has_experts
 from qlora_ext.functional import has_values
 from qlora_ext.layer_hooks import has_hooks, has_other_forward, is_hooked
-from qlora_ext.layer_names import check_name, is_pattern_of, plain_modules
+from qlora_ext.layer_names import check_name, is_named, is_pattern_of, plain_modules
 from qlora_ext.linear import Linear4bit, dense
-from qlora_ext.lora import LoraConfig, LoraLinear
-from qlora_ext.model_layers import adapter_names, linear_layers, lora_layers, named_layers, replace_layers
+from qlora_ext.lora import LoraLinear
+from qlora_ext.lora_config import LoraConfig
+from qlora_ext.lora_experts import LoraExperts
+from qlora_ext.model_layers import (
+    adapter_names,
+    expert_layers,
+    linear_layers,
+    lora_layers,
+    named_layers,
+    replace_layers,
+)
 from qlora_ext.sharded import check_whole, reshard
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
-    """Attach a new adapter to the linear layers that config.target_modules names, activate it and freeze all else.
+    """Attach a new adapter to what config.target_modules and target_parameters name, activate it and freeze all else.
 
     Args:
         model: any module whose layers are nn.Linear, Linear4bit or, with other adapters on them, LoraLinear. Names in
@@ -33,8 +42,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     Raises:
         TypeError: config is no LoraConfig, or name no str.
         ValueError: there is an adapter of this name, or none can have it; a name in target_modules matches no linear
-            layer, or a key of rank_pattern or alpha_pattern none of those; merged adapters; a layer that fully_shard
-            has sharded, or whose weight accelerate has offloaded: adapters have to be there before.
+            layer, one in target_parameters no fused experts in 4 bits, or a key of rank_pattern or alpha_pattern none
+            of those; merged adapters; a layer that fully_shard has sharded, or whose weight accelerate has offloaded:
+            adapters have to be there before.
 
     Source: LoRA, arXiv 2106.09685, section 4.
     """
@@ -42,8 +52,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     if not isinstance(config, LoraConfig):
         raise TypeError(f"add_adapter: config: expected a qlora_ext.LoraConfig, got {type(config)}")
     check_name("add_adapter", name, adapter_names(model))
-    names, layers = target_modules(model, config), linear_layers(model)
-    targets = {layer_name: layers[layer_name] for layer_name in names}
+    layers = linear_layers(model) | expert_layers(model)
+    targets = {layer_name: layers[layer_name] for layer_name in targeted(model, config)}
     reshard(model)
     check_whole("add_adapter", targets)
     for layer_name, layer in targets.items():
@@ -143,11 +153,10 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     """
     check_not_merged("merge_adapter", model)
     reshard(model)
-    layers = {n: m for n, m in linear_layers(model).items() if isinstance(m, LoraLinear) or dequantize}
+    layers = linear_layers(model) | expert_layers(model)
+    layers = {n: m for n, m in layers.items() if isinstance(m, LoraLinear) or dequantize}
     for name, module in plain_modules(model) if dequantize else ():
-        if isinstance(module, Experts4bit):
-            layers[f"{name}.stack"] = module.stack
-        elif has_other_forward(module) and has_experts(module):
+        if has_other_forward(module) and has_experts(module):
             check_not_hooked("merge_adapter", name, module)  # accelerate's forward knows their storage by its name
     check_whole("merge_adapter", layers, "save_adapter, and merge it in a model without fully_shard")
     for name, layer in layers.items():  # before any layer is touched
@@ -166,6 +175,8 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         return
 
     def to_dense(_: str, module: nn.Module) -> nn.Module:
+        if isinstance(module, (Stack4bit, LoraExperts)):
+            return module
         if isinstance(module, LoraLinear):
             return dense(module.base_layer, module.merged_weight())
         return dense(module, module.dequantize()) if isinstance(module, Linear4bit) else module
@@ -189,21 +200,25 @@ def unmerge_adapter(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The names of the linear layers that config.target_modules means in this model.
+def targeted(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The names of the layers, and weights of fused experts, that the config's targets mean in this model.
 
     Raises:
-        ValueError: it, or one of its names, matches none; a key of rank_pattern or alpha_pattern matches none of them.
+        ValueError: a target matches none; a key of rank_pattern or alpha_pattern matches none of them.
     """
     wanted = config.target_modules
     for target in [[name] for name in wanted] if isinstance(wanted, list) else [wanted]:
         if not named_layers(model, target):
-            last_parts = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})) or "none"
-            expected = f"names of linear layers (here, by their last parts: {last_parts})"
+            expected = f"names of linear layers (here, by their last parts: {_last_parts(linear_layers(model))})"
             if target == "all-linear":
                 expected = f"an nn.Linear that is no output head and has nn.Linear's forward, or {expected}"
             raise ValueError(f"add_adapter: target_modules: expected {expected}, got {target!r}")
-    names = named_layers(model, wanted)
+    experts = expert_layers(model)
+    for target in config.target_parameters:
+        if not any(is_named(name, [target]) for name in experts):
+            expected = f"names of fused experts' weights in 4 bits (here, by their last parts: {_last_parts(experts)})"
+            raise ValueError(f"add_adapter: target_parameters: expected {expected}, got {target!r}")
+    names = named_layers(model, wanted) + [name for name in experts if is_named(name, config.target_parameters)]
     for what in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, what):
             if not any(is_pattern_of(key, name) for name in names):
@@ -211,13 +226,18 @@ def target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     return names
 
 
+def _last_parts(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names})) or "none"
+
+
 def attach(model: nn.Module, names: Collection[str], config: LoraConfig, name: str) -> None:
-    """Wrap the layers of these names in LoraLinear where they are not yet, and add an inactive adapter to them."""
+    """Wrap what has these names, where it is not yet, and add an inactive adapter to it."""
 
     def wrap(module_name: str, module: nn.Module) -> nn.Module:
         if module_name not in names:
             return module
-        layer = module if isinstance(module, LoraLinear) else LoraLinear(module)  # type: ignore[arg-type]
+        kind = LoraExperts if isinstance(module, Stack4bit) else LoraLinear
+        layer = module if isinstance(module, LoraLinear) else kind(module)  # type: ignore[arg-type]
         layer.add_adapter(name, config, module_name)
         return layer
 

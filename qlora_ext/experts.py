@@ -18,35 +18,50 @@ from torch.nn import functional as F
 from qlora_ext._ops import NESTED_BLOCKSIZE, ops
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.linear import Linear4bit
+from qlora_ext.sharded import is_fully_sharded
 
 
 class Stack4bit(Linear4bit):
-    """The weights of several layers of one shape, one below the other."""
+    """The matrices of one weight [experts, rows, columns], one below the other.
 
-    def forward(self, rows: int, index: int) -> list[Tensor | None]:  # type: ignore[override]
-        """packed, absmax, nested_absmax and nested_offset of the layer with this number, which has so many rows.
+    Its call gives one of them, as an argument of products. It is a call, because it is in calls that accelerate has in
+    memory what it offloads.
+    """
 
-        It is a call, because it is in calls that accelerate has in memory what it offloads.
-        """
+    def __init__(self, shape: torch.Size, *, is_transposed: bool, **options: Any) -> None:
+        experts, rows, columns = shape
+        super().__init__(columns, experts * rows, bias=False, **options)
+        self.shape = shape
+        self.is_transposed = is_transposed
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """in and out of the products with a matrix."""
+        _, rows, columns = self.shape
+        return (rows, columns) if self.is_transposed else (columns, rows)
+
+    def forward(self, index: int) -> Matrix4bit:  # type: ignore[override]
         *of_each, nested_offset = self._tensors()
-        layers = self.out_features // rows
-        return [None if t is None else t.view(layers, -1, *t.shape[1:])[index] for t in of_each] + [nested_offset]
+        experts, rows, columns = self.shape
+        own = [None if t is None else t.view(experts, -1, *t.shape[1:])[index] for t in of_each]
+        return Matrix4bit(rows, columns, *own, nested_offset, self.quant_type, self.blocksize)
 
 
 class Experts4bit(nn.Module):
     """A frozen weight of several matrices of one shape in 4 bits, for products with one of them at a time.
 
     `F.linear(x, experts[i], bias)` is `F.linear(x, weight[i], bias)`, and `x @ experts[i]` is `x @ weight[i]`, with
-    gradients for x and bias.
+    gradients for x and bias. With adapters (LoraExperts) each matrix has an update of its own.
 
     Args:
         weight: float32, float16 or bfloat16 [experts, rows, columns] (on "meta": this is on "meta" too).
+        is_transposed: whether the matrices are [in, out], so that the products are x @ W; else they are F.linear's.
         quant_type, blocksize: as for `quantize_4bit`.
         double_quant: absmax in 8 bits, where a matrix has whole groups of 256 of them.
 
     Attributes:
         shape: of the weight.
-        stack: the storage, that of a Linear4bit, of all matrices, one below the other.
+        stack: the storage of all matrices, a Stack4bit; with adapters a LoraExperts around it.
 
     Raises:
         TypeError, ValueError: as Linear4bit, or a block would reach from one matrix into the next.
@@ -55,29 +70,39 @@ class Experts4bit(nn.Module):
     replaced: Any = None  # by quantize_experts: the weight's name, the module's config
 
     def __init__(
-        self, weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+        self,
+        weight: Tensor,
+        *,
+        is_transposed: bool = False,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
     ) -> None:
         super().__init__()
         if weight.dim() != 3:
             raise ValueError(f"Experts4bit: weight: expected [experts, rows, columns], got {list(weight.shape)}")
         self.shape = weight.shape
-        experts, rows, columns = weight.shape
-        self.stack = Stack4bit(
-            columns,
-            experts * rows,
-            bias=False,
+        self.stack: Any = Stack4bit(
+            weight.shape,
+            is_transposed=is_transposed,
             quant_type=quant_type,
             blocksize=blocksize,
             double_quant=double_quant,
             dtype=weight.dtype,
             device="meta",
         )
+        _, rows, columns = weight.shape
         if rows * columns % blocksize != 0:
             expected = f"matrices of whole blocks of {blocksize} elements"
             raise ValueError(f"Experts4bit: weight: expected {expected}, got {rows} x {columns}")
         if rows * columns % (blocksize * NESTED_BLOCKSIZE) != 0:
             self.stack.double_quant = False
         self.quantize_(weight)
+
+    @property
+    def stands_for(self) -> str | None:
+        """The weight in whose place this is: what is in this has its name."""
+        return self.replaced[0] if self.replaced else None
 
     def quantize_(self, weight: Tensor) -> None:
         """Replace the weight, on that tensor's device; raises as Linear4bit.quantize_."""
@@ -86,8 +111,9 @@ class Experts4bit(nn.Module):
         self.stack.quantize_(weight.flatten(0, 1))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [experts, rows, columns] in `dtype` (None: that of the original)."""
-        return self.stack.dequantize(dtype).view(self.shape)
+        """The weight [experts, rows, columns], with the active adapters' updates, in `dtype` (None: the original's)."""
+        weight: Tensor = self.stack.dequantize(dtype)
+        return weight.view(self.shape)
 
     def __getitem__(self, index: int | Tensor) -> Matrix4bit:
         """One matrix, as an argument of products.
@@ -95,23 +121,29 @@ class Experts4bit(nn.Module):
         Raises:
             ValueError: fully_shard is on this or the stack: what that gives is gone after the call.
         """
-        if type(self) is not Experts4bit or type(self.stack) is not Stack4bit:
+        if is_fully_sharded(self) or is_fully_sharded(self.stack):
             got = f"{type(self).__name__} with {type(self.stack).__name__}"
             raise ValueError(f"Experts4bit: expected fully_shard on the module of the experts or one above, got {got}")
-        _, rows, columns = self.shape
-        tensors = self.stack(rows, int(index))
-        return Matrix4bit(rows, columns, *tensors, self.stack.quant_type, self.stack.blocksize)
+        matrix: Matrix4bit = self.stack(int(index))
+        return matrix
 
     def extra_repr(self) -> str:
         return f"shape={list(self.shape)}"
 
 
 class Matrix4bit:
-    """A matrix in 4 bits, by the arguments with which the ops take it, for torch's products to take."""
+    """A matrix in 4 bits, by the arguments with which the ops take it, for torch's products to take.
+
+    Attributes:
+        A, B, scaling: of adapters, [r, in] and [out, r]; as for lora_linear_4bit.
+    """
 
     def __init__(self, rows: int, columns: int, *weight: Any) -> None:
         self.rows, self.columns = rows, columns
         self.weight = weight
+        self.A: list[Tensor] = []
+        self.B: list[Tensor] = []
+        self.scaling: list[float] = []
 
     def float(self) -> Matrix4bit:
         """Itself: products decode it to the dtype of their other argument."""
@@ -128,12 +160,19 @@ class Matrix4bit:
 
 
 def _linear(input: Tensor, weight: Matrix4bit, bias: Tensor | None = None) -> Tensor:
-    y: Tensor = ops.linear_4bit(_checked(input, weight.columns), *weight.weight, weight.rows, bias)
+    x = _checked(input, weight.columns)
+    if not weight.A:
+        y: Tensor = ops.linear_4bit(x, *weight.weight, weight.rows, bias)
+        return y
+    y, *_ = ops.lora_linear_4bit(x, *weight.weight, weight.rows, bias, weight.A, weight.B, weight.scaling, [])
     return y
 
 
 def _matmul(input: Tensor, other: Matrix4bit) -> Tensor:
-    y: Tensor = Matmul4bit.apply(_checked(input, other.rows), other)
+    x = _checked(input, other.rows)
+    y: Tensor = Matmul4bit.apply(x, other)
+    for a, b, scaling in zip(other.A, other.B, other.scaling, strict=True):
+        y = y + F.linear(F.linear(x, a.to(x.dtype)), (b * scaling).to(x.dtype))
     return y
 
 
@@ -178,7 +217,8 @@ def fused_experts(module: nn.Module) -> list[str]:
 
 def quantize_experts(module: Any, name: str, **options: Any) -> None:
     """Put Experts4bit in the place of such a weight. The module's own forward computes with them from now on."""
-    experts = Experts4bit(module.get_parameter(name), **options).train(module.training)
+    weight = module.get_parameter(name)
+    experts = Experts4bit(weight, is_transposed=module.is_transposed, **options).train(module.training)
     experts.replaced = name, module.config
     delattr(module, name)
     # By the weight's own name, or one that holds it as a word, transformers would take them for it when it saves.

@@ -2,7 +2,7 @@
 an adapter may have.
 
 A model, or a part of it, may be wrapped in torch.compile's module or in one of data parallelism, which put a name of
-their own in between.
+their own in between; and a module may stand for a weight (Experts4bit), whose name it then has.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ LAST_PARTS = r"(.*\.)?({})"  # what a key of rank_pattern or alpha_pattern stand
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether it only runs its one child in another way, as torch.compile and data parallelism do."""
+    """Whether it only runs its one child in another way, as torch.compile, data parallelism and Experts4bit do."""
     # torch.compile's class takes seconds to import.
-    return isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in module._modules
+    of_data = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    return of_data or "_orig_mod" in module._modules or hasattr(module, "stands_for")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -36,7 +37,8 @@ def children(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module
     """(attribute, name, child) of each child of the module of this name. What is wrapped has its wrapper's name."""
     for key, child in module._modules.items():  # named_children names a shared child once
         if child is not None:
-            yield key, name if is_wrapper(module) else f"{name}.{key}" if name else key, child
+            own = getattr(child, "stands_for", None) or key
+            yield key, name if is_wrapper(module) else f"{name}.{own}" if name else own, child
 
 
 def plain_modules(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,76 +13,9 @@ from torch import Tensor, nn
 from qlora_ext.adapter_table import AdapterTable, check_values
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
-from qlora_ext.layer_names import LAST_PARTS, by_pattern, check_name, check_regex
+from qlora_ext.layer_names import check_name
 from qlora_ext.linear import Linear4bit, dense, has_float_weight
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """What an adapter looks like and where it goes. Names and meanings are PEFT's.
-
-    Args:
-        r: rank of the update.
-        lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: probability, in training, that an input element does not reach A.
-        target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
-            match; or "all-linear": every linear layer but the heads, what is tied to them, and subclasses of
-            nn.Linear with a forward of their own, which may compute anything.
-        use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
-        rank_pattern, alpha_pattern: other r or lora_alpha for some layers: {name, or regular expression for its last
-            dotted parts: value}.
-
-    Raises:
-        TypeError, ValueError: a field of the wrong type or out of range, by name.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for what in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(pattern := getattr(self, what), dict):
-                raise TypeError(f"LoraConfig: {what}: expected a dict, got {pattern!r}")
-            for key in pattern:
-                check_regex(f"LoraConfig: {what}", key, LAST_PARTS)
-        if isinstance(self.target_modules, str):
-            check_regex("LoraConfig: target_modules", self.target_modules)
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"LoraConfig: use_rslora: expected a bool, got {self.use_rslora!r}")
-        for what, r in [("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())]:
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"LoraConfig: {what}: expected an integer of at least 1, got {r!r}")
-        for what, alpha in [
-            ("lora_alpha", self.lora_alpha),
-            *(("alpha_pattern", a) for a in self.alpha_pattern.values()),
-        ]:
-            if not _is_number(alpha) or not abs(alpha) <= torch.finfo(torch.float64).max:
-                raise ValueError(f"LoraConfig: {what}: expected a finite number, got {alpha!r}")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"LoraConfig: lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}")
-        names = self.target_modules
-        if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
-            raise TypeError(f"LoraConfig: target_modules: expected a str or a list of str, got {names!r}")
-        if not names:
-            raise ValueError(f"LoraConfig: target_modules: expected at least one name, got {names!r}")
-
-    def rank(self, module_name: str) -> int:
-        """r of the layer of this name."""
-        return by_pattern(self.rank_pattern, module_name, self.r)
-
-    def scaling(self, module_name: str) -> float:
-        """The factor of B A in the layer of this name."""
-        r = self.rank(module_name)
-        return by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+from qlora_ext.lora_config import LoraConfig
 
 
 class LoraLinear(nn.Module):
@@ -151,15 +83,18 @@ class LoraLinear(nn.Module):
             TypeError, ValueError: the name is no str, is not as above, or there is an adapter of it.
         """
         check_name("LoraLinear", name, self.configs)
-        r = config.rank(module_name)
-        device = self.base_layer.weight.device
         with torch.inference_mode(False):  # an inference tensor could never be trained or, outside, be activated
-            A = torch.empty(r, self.in_features, dtype=torch.float32, device=device)
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            A, B = self._factors(config.rank(module_name), self.base_layer.weight.device)
+            nn.init.kaiming_uniform_(A.flatten(0, -2), a=math.sqrt(5))
             self.lora_A[name] = nn.Parameter(A)
-            self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
+            self.lora_B[name] = nn.Parameter(nn.init.zeros_(B))
         self.scaling[name] = config.scaling(module_name)
         self.configs[name] = config
+
+    def _factors(self, r: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Empty tensors for A and B of this rank."""
+        A = torch.empty(r, self.in_features, dtype=torch.float32, device=device)
+        return A, torch.empty(self.out_features, r, dtype=torch.float32, device=device)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; KeyError if there is none of this name."""

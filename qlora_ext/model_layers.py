@@ -1,4 +1,4 @@
-"""The linear layers of a model: which there are, which of them a name means, and exchanging them."""
+"""The linear layers and fused experts of a model: which there are, which a name means, and exchanging them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from qlora_ext.experts import Experts4bit
+from qlora_ext.experts import Stack4bit
 from qlora_ext.layer_names import children, is_named, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
+from qlora_ext.lora_experts import LoraExperts
 
 AnyLinear = nn.Linear | Linear4bit | LoraLinear
 # They hand the weights of their linear layers to kernels of their own, or to products by parts.
-CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, Experts4bit)
+CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # What transformers calls the last layers of its language models and classifiers. They are small, and their errors go
 # into the result as they are; a classifier's is new and has to train.
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """(name, layer) of each LoraLinear in the model."""
+    """(name, layer) of each LoraLinear in the model, LoraExperts among them."""
     return ((name, module) for name, module in plain_modules(model) if isinstance(module, LoraLinear))
 
 
@@ -31,7 +32,16 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, AnyLinear]:
-    """The layers by name that can carry an adapter; those inside a LoraLinear are not counted."""
+    """The linear layers by name that can carry an adapter; those inside a LoraLinear are not counted."""
+    return {name: layer for name, layer in _layers(model).items() if not isinstance(layer, (Stack4bit, LoraExperts))}
+
+
+def expert_layers(model: nn.Module) -> dict[str, Stack4bit | LoraExperts]:
+    """What holds the weights of fused experts in 4 bits, by the names of those weights."""
+    return {name: layer for name, layer in _layers(model).items() if isinstance(layer, (Stack4bit, LoraExperts))}
+
+
+def _layers(model: nn.Module) -> dict[str, AnyLinear]:
     found = {}
     inside: set[int] = set()
     for name, module in plain_modules(model):

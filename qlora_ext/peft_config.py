@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_ext.layer_names import check_regex, is_named
-from qlora_ext.lora import LoraConfig
+from qlora_ext.lora_config import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -23,7 +23,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "layer_replication": (None, []),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "alora_invocation_tokens": (None, []),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base's own weight

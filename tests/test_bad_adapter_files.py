@@ -75,7 +75,7 @@ UNSUPPORTED = {
     "lora_bias": True,
     "fan_in_fan_out": True,
     "layer_replication": [[0, 2]],
-    "target_parameters": ["experts.up_proj"],
+    "target_parameters": ["q_proj.weight"],
     "trainable_token_indices": [1],
     "alora_invocation_tokens": [1],
     "use_qalora": True,

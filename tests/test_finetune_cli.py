@@ -219,6 +219,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "target modules": ({"target-modules": "q_proj,nothing"}, "'nothing'"),
     "target regex": ({"target-modules": "(", "method": "lora"}, "target"),
     "target repeat": ({"target-modules": "q{99999999999}", "method": "lora"}, "target"),
+    "target parameters": ({"target-parameters": "experts.down_proj"}, "fused experts' weights in 4 bits (here"),
+    "target parameters of lora": ({"method": "lora", "target-parameters": "x"}, "expected --method qlora with it"),
+    "target parameters dropped": (
+        {"target-parameters": "x", "lora-dropout": 0.1},
+        "--target-parameters: expected --lora-dropout 0 with it, got 0.1",
+    ),
     "eval steps without examples": ({"eval-steps": 1, "eval-fraction": 0}, "--eval-steps: expected examples held out"),
     "resume and overwrite": ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
     "nothing to resume": ({"resume": True}, "--resume: no checkpoint in"),

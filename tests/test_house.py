@@ -31,8 +31,9 @@ OPS = (
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
 LAYERS = (
     *("_C", "_ops", "quant_state", "functional", "quant_type", "layer_hooks", "linear"),
-    *("experts", "layer_names", "adapter_table", "lora", "model_layers", "sharded", "adapters", "quantize"),
-    *("peft_config", "trained_modules", "adapter_files"),
+    *("sharded", "experts", "layer_names", "adapter_table", "lora_config", "lora", "lora_experts"),
+    *("model_layers", "adapters", "quantize"),
+    *("peft_config", "peft_layout", "trained_modules", "adapter_files"),
     *("optim_state", "optim_checks", "state_file", "paged_parameters", "optim_files", "optim", "__init__", "info"),
 )
 ECOSYSTEM = {"transformers", "peft", "bitsandbytes", "accelerate", "gguf", "tokenizers", "matplotlib", "tqdm"}

@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     adapter.add_argument(
         "--target-modules", default=LoraConfig.target_modules, help="all-linear, names with commas, or a regex"
     )
+    adapter.add_argument("--target-parameters", type=_names, metavar="NAMES", help=_PARAMETERS_HELP)
     adapter.add_argument("--use-rslora", action="store_true", help="scale by alpha / sqrt(r)")
 
     base = top.add_argument_group("4-bit base (qlora)")
@@ -129,6 +130,10 @@ _SKIP_HELP = (
     "linear layers, names with commas, that stay in 16/32 bits: for a model that reads the weight of a layer instead "
     "of calling it, as Mamba does with x_proj,dt_proj,out_proj (default: none but the heads)"
 )
+_PARAMETERS_HELP = (
+    "weights of a mixture's fused experts, names with commas, as experts.gate_up_proj,experts.down_proj; with "
+    "--method qlora, without dropout (default: none)"
+)
 _CHAT_HELP = 'auto: the tokenizer\'s chat template if it has one; plain: lines of "role: content"'
 
 
@@ -150,6 +155,10 @@ def main(arguments: list[str] | None = None) -> int:
     if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
         command.error(f"--output {options.output}: expected a folder that does not hold --model")
     _check_paging(command, options)
+    if options.target_parameters and options.method != "qlora":
+        command.error(f"--target-parameters: expected --method qlora with it, got {options.method}")
+    if options.target_parameters and options.lora_dropout:
+        command.error(f"--target-parameters: expected --lora-dropout 0 with it, got {options.lora_dropout}")
 
     try:
         from .run import run  # here, because transformers takes seconds and --help should not

@@ -33,7 +33,7 @@ SAME_RUN = (
     *("model", "data", "method", "seed", "eval_fraction", "max_length", "chat"),
     *("optimizer", "lr", "schedule", "warmup"),
     *("quant_type", "blocksize", "no_double_quant", "skip"),
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "use_rslora"),
 )
 NOTED_AS = {"data_sha256": "--data: sha256", "examples_of_a_step": "--batch-size * --accumulate"}
 
@@ -222,7 +222,7 @@ def _what_stays(options: argparse.Namespace) -> dict[str, str]:
 def _check_same_run(output: Path, same: dict[str, str]) -> None:
     """Refuse what differs from the run in `output`, as far as that noted it: earlier versions noted less."""
     file = output / "run.json"
-    before = {"optimizer": "adamw", **_noted(file)} if file.exists() else same
+    before = {"optimizer": "adamw", "target_parameters": "None", **_noted(file)} if file.exists() else same
     for name, value in same.items():
         if before.get(name, value) != value:
             option = NOTED_AS.get(name, f"--{name.replace('_', '-')}")
@@ -266,6 +266,7 @@ def _lora_config(options: argparse.Namespace, model: transformers.PreTrainedMode
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=target_modules(options.target_modules, model),
+        target_parameters=options.target_parameters or [],
         use_rslora=options.use_rslora,
     )
 
