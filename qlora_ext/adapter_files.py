@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, freeze, set_adapter
+from qlora_ext.experts import Experts4bit
 from qlora_ext.layer_names import check_name, is_named, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
@@ -44,15 +45,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         model: a model with adapters. One of torch.compile or data parallelism is saved as the plain model is. With
             FSDP2 every process must call this, and writes the same files, into the same folder or another.
         folder: gets adapter_model.safetensors (float32, keys base_model.model.<layer>.lora_A.weight [r, in] and
-            .lora_B.weight [out, r], of fused experts as peft_layout.py says; base_model.model.<name>, in its own dtype
-            and shape, of each tensor of a trained module) and adapter_config.json. Each is written beside and then
-            renamed.
+            .lora_B.weight [out, r], of fused experts [experts * r, in] and [out, r * experts] under keys as in
+            peft_layout.py; base_model.model.<name>, in its own dtype and shape, of each tensor of a trained module) and
+            adapter_config.json. Each is written beside and then renamed.
         name: of the adapter; it is not part of the files.
 
     Raises:
         ValueError: there is no adapter of this name; a trained parameter is in no module that PEFT can save whole: it
             belongs to the model itself, to a layer with an adapter or in 4 bits, or to a list or dict of modules; a
-            tensor is on meta, as of a trained module that accelerate has offloaded (of an adapter it is read).
+            tensor is on meta, as of a trained module that accelerate has offloaded (of an adapter it is read, but in a
+            module of accelerate's preload_module_classes).
         OSError: a file cannot be written, as on a full disk; those that were there are as they were.
 
     Source: PEFT's checkpoint format.
@@ -62,7 +64,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     layers = {layer_name: layer for layer_name, layer in lora_layers(model) if name in layer.configs}
     config = next(iter(layers.values())).configs[name]
     experts = [n for n, layer in layers.items() if isinstance(layer, LoraExperts)]
-    linear = [n for n in layers if n not in experts]
+    linear = [n for n, layer in layers.items() if not isinstance(layer, LoraExperts)]
     # What "all-linear" means is decided differently elsewhere; and a loaded adapter may be on fewer layers than named.
     if config.target_modules == "all-linear" or _meant_modules(model, config.target_modules) != set(linear):
         config = replace(config, target_modules=_short_names(model, linear))
@@ -173,6 +175,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
 def _meant_modules(model: nn.Module, wanted: str | list[str]) -> set[str]:
     """What PEFT takes these target_modules to mean: modules of any kind. It refuses those that no adapter fits."""
     inside = {id(part) for _, layer in lora_layers(model) for part in layer.modules() if part is not layer}
+    inside |= {id(part) for m in model.modules() if isinstance(m, Experts4bit) for part in m.modules()}  # parameters
     names = {name for name, module in plain_modules(model) if name and id(module) not in inside}
     return {n for n in names if (re.fullmatch(wanted, n) if isinstance(wanted, str) else is_named(n, wanted))}
 

@@ -11,22 +11,16 @@ from collections.abc import Collection, Iterable
 from torch import Tensor, nn
 
 from qlora_ext.adapter_table import leaves
+from qlora_ext.adapter_targets import targeted
 from qlora_ext.experts import Stack4bit, dequantize_experts, has_experts
 from qlora_ext.functional import has_values
 from qlora_ext.layer_hooks import has_hooks, has_other_forward, is_hooked
-from qlora_ext.layer_names import check_name, is_named, is_pattern_of, plain_modules
+from qlora_ext.layer_names import check_name, plain_modules
 from qlora_ext.linear import Linear4bit, dense
 from qlora_ext.lora import LoraLinear
 from qlora_ext.lora_config import LoraConfig
 from qlora_ext.lora_experts import LoraExperts
-from qlora_ext.model_layers import (
-    adapter_names,
-    expert_layers,
-    linear_layers,
-    lora_layers,
-    named_layers,
-    replace_layers,
-)
+from qlora_ext.model_layers import adapter_names, expert_layers, linear_layers, lora_layers, replace_layers
 from qlora_ext.sharded import check_whole, reshard
 
 
@@ -34,8 +28,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     """Attach a new adapter to what config.target_modules and target_parameters name, activate it and freeze all else.
 
     Args:
-        model: any module whose layers are nn.Linear, Linear4bit or, with other adapters on them, LoraLinear. Names in
-            one of torch.compile or data parallelism, whole or in parts, are those of the plain model.
+        model: any module whose layers are nn.Linear, Linear4bit or, with other adapters on them, LoraLinear, or whose
+            fused experts `quantize_model` has put in 4 bits. Names in one of torch.compile or data parallelism, whole
+            or in parts, are those of the plain model.
         config: the LoraConfig.
         name: of the adapter; no dots, and no attribute of nn.ParameterDict.
 
@@ -56,8 +51,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     targets = {layer_name: layers[layer_name] for layer_name in targeted(model, config)}
     reshard(model)
     check_whole("add_adapter", targets)
-    for layer_name, layer in targets.items():
-        _check_not_offloaded("add_adapter", layer_name, layer)
+    _check_not_offloaded("add_adapter", model, targets.items())
     attach(model, targets, config, name)
     freeze("add_adapter", model)
     set_adapter(model, name)
@@ -110,8 +104,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     check_not_merged("delete_adapter", model)
     check_has_adapter("delete_adapter", model, name)
+    _check_not_offloaded("delete_adapter", model, lora_layers(model))
     for layer_name, layer in lora_layers(model):
-        _check_not_offloaded("delete_adapter", layer_name, layer)
         if layer.configs.keys() == {name} and has_hooks(layer):
             raise ValueError(f"delete_adapter: {layer_name}: expected no hooks, which would be lost, got some")
     was_active = any(name in layer.active_adapters for _, layer in lora_layers(model))
@@ -136,18 +130,18 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     Args:
         model: a model with adapters.
         dequantize: False: each layer computes with one merged layer of its base's own kind (a 4-bit base is quantized
-            again) while the base is kept, so that `unmerge_adapter` restores it bit for bit. True: for serving, every
-            LoraLinear and Linear4bit becomes a plain nn.Linear in the base's dtype, rounded once from the float32 sum,
-            and fused experts in 4 bits become a plain parameter; this cannot be undone. A base with hooks, or a
-            subclass with a forward of its own, does with W0 + B A what it did with W0.
+            again; so are experts) while the base is kept, so that `unmerge_adapter` restores it bit for bit. True: for
+            serving, every LoraLinear and Linear4bit becomes a plain nn.Linear in the base's dtype, rounded once from
+            the float32 sum, and fused experts in 4 bits become a plain parameter; this cannot be undone. A base with
+            hooks, or a subclass with a forward of its own, does with W0 + B A what it did with W0.
 
     Merged or not, the state_dict holds the base and the adapters; a merged model that loads one merges them again.
 
     Raises:
         TypeError: a base has a weight in a form of others' (bitsandbytes' layers), or a forward not of its class.
         ValueError: no adapter is active (with dequantize there need be none); merged adapters; NaN or Inf; a layer that
-            fully_shard has sharded; with dequantize a layer with hooks, which would be lost. The model is then as it
-            was.
+            fully_shard has sharded, or in a module that accelerate has offloaded; with dequantize a layer with hooks,
+            which would be lost. The model is then as it was.
 
     Source: LoRA, arXiv 2106.09685, section 4.1 ("no additional inference latency").
     """
@@ -159,6 +153,10 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         if has_other_forward(module) and has_experts(module):
             check_not_hooked("merge_adapter", name, module)  # accelerate's forward knows their storage by its name
     check_whole("merge_adapter", layers, "save_adapter, and merge it in a model without fully_shard")
+    own = (
+        (n, m) for n, m in layers.items() if not has_other_forward(getattr(m, "base_layer", m))
+    )  # that is told below
+    _check_not_offloaded("merge_adapter", model, own)
     for name, layer in layers.items():  # before any layer is touched
         if dequantize:
             for lost in (layer, getattr(layer, "base_layer", layer)):
@@ -200,36 +198,6 @@ def unmerge_adapter(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def targeted(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The names of the layers, and weights of fused experts, that the config's targets mean in this model.
-
-    Raises:
-        ValueError: a target matches none; a key of rank_pattern or alpha_pattern matches none of them.
-    """
-    wanted = config.target_modules
-    for target in [[name] for name in wanted] if isinstance(wanted, list) else [wanted]:
-        if not named_layers(model, target):
-            expected = f"names of linear layers (here, by their last parts: {_last_parts(linear_layers(model))})"
-            if target == "all-linear":
-                expected = f"an nn.Linear that is no output head and has nn.Linear's forward, or {expected}"
-            raise ValueError(f"add_adapter: target_modules: expected {expected}, got {target!r}")
-    experts = expert_layers(model)
-    for target in config.target_parameters:
-        if not any(is_named(name, [target]) for name in experts):
-            expected = f"names of fused experts' weights in 4 bits (here, by their last parts: {_last_parts(experts)})"
-            raise ValueError(f"add_adapter: target_parameters: expected {expected}, got {target!r}")
-    names = named_layers(model, wanted) + [name for name in experts if is_named(name, config.target_parameters)]
-    for what in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, what):
-            if not any(is_pattern_of(key, name) for name in names):
-                raise ValueError(f"add_adapter: {what}: expected names of layers with the adapter, got {key!r}")
-    return names
-
-
-def _last_parts(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names})) or "none"
-
-
 def attach(model: nn.Module, names: Collection[str], config: LoraConfig, name: str) -> None:
     """Wrap what has these names, where it is not yet, and add an inactive adapter to it."""
 
@@ -266,13 +234,13 @@ def check_not_hooked(op: str, name: str, module: nn.Module) -> None:
         raise ValueError(f"{op}: {name}: expected no hooks, and its class's forward, got a layer that has them")
 
 
-def _check_not_offloaded(op: str, name: str, layer: nn.Module) -> None:
-    """Raise ValueError if parameters of the layer are kept elsewhere, and its hooks know which."""
-    for part in layer.modules():
-        if has_other_forward(part) and any(
-            tensor.is_meta for tensor in part._parameters.values() if tensor is not None
-        ):
-            expected = "a layer in memory (add and delete adapters before accelerate's dispatch or offload)"
+def _check_not_offloaded(op: str, model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError if parameters of a layer are kept elsewhere, and accelerate's hooks on it, or on a module that
+    it is in, know which."""
+    hooked = {id(part) for module in model.modules() if has_other_forward(module) for part in module.modules()}
+    for name, layer in layers:
+        if any(id(part) in hooked and any(t.is_meta for t in part.parameters(False)) for part in layer.modules()):
+            expected = "a layer in memory (add, delete and merge adapters before accelerate's dispatch or offload)"
             raise ValueError(f"{op}: model: {name}: expected {expected}, got one on meta with accelerate's hook")
 
 

@@ -20,6 +20,9 @@ from qlora_ext.functional import cast_as_autocast
 from qlora_ext.linear import Linear4bit
 from qlora_ext.sharded import is_fully_sharded
 
+# Factors of adapters, and the parts of each, in a forward that is under way.
+Split = dict[Tensor, tuple[Tensor, ...]]
+
 
 class Stack4bit(Linear4bit):
     """The matrices of one weight [experts, rows, columns], one below the other.
@@ -40,7 +43,8 @@ class Stack4bit(Linear4bit):
         _, rows, columns = self.shape
         return (rows, columns) if self.is_transposed else (columns, rows)
 
-    def forward(self, index: int) -> Matrix4bit:  # type: ignore[override]
+    def forward(self, index: int, split: Split | None = None) -> Matrix4bit:  # type: ignore[override]
+        """The matrix with this number; `split` is for LoraExperts."""
         *of_each, nested_offset = self._tensors()
         experts, rows, columns = self.shape
         own = [None if t is None else t.view(experts, -1, *t.shape[1:])[index] for t in of_each]
@@ -62,12 +66,15 @@ class Experts4bit(nn.Module):
     Attributes:
         shape: of the weight.
         stack: the storage of all matrices, a Stack4bit; with adapters a LoraExperts around it.
+        split: of adapters' factors, while the module whose weight this was computes; else None. A graph of its own for
+            each forward: FSDP2 has let go of gradients by the time at which an older one's would come.
 
     Raises:
         TypeError, ValueError: as Linear4bit, or a block would reach from one matrix into the next.
     """
 
     replaced: Any = None  # by quantize_experts: the weight's name, the module's config
+    split: Split | None = None
 
     def __init__(
         self,
@@ -99,16 +106,11 @@ class Experts4bit(nn.Module):
             self.stack.double_quant = False
         self.quantize_(weight)
 
-    @property
-    def stands_for(self) -> str | None:
-        """The weight in whose place this is: what is in this has its name."""
-        return self.replaced[0] if self.replaced else None
-
     def quantize_(self, weight: Tensor) -> None:
-        """Replace the weight, on that tensor's device; raises as Linear4bit.quantize_."""
+        """Replace the weight, without adapters' updates, on that tensor's device; raises as Linear4bit.quantize_."""
         if weight.shape != self.shape:
             raise ValueError(f"Experts4bit: weight: expected shape {list(self.shape)}, got {list(weight.shape)}")
-        self.stack.quantize_(weight.flatten(0, 1))
+        getattr(self.stack, "base_layer", self.stack).quantize_(weight.flatten(0, 1))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [experts, rows, columns], with the active adapters' updates, in `dtype` (None: the original's)."""
@@ -124,7 +126,7 @@ class Experts4bit(nn.Module):
         if is_fully_sharded(self) or is_fully_sharded(self.stack):
             got = f"{type(self).__name__} with {type(self.stack).__name__}"
             raise ValueError(f"Experts4bit: expected fully_shard on the module of the experts or one above, got {got}")
-        matrix: Matrix4bit = self.stack(int(index))
+        matrix: Matrix4bit = self.stack(int(index), self.split)
         return matrix
 
     def extra_repr(self) -> str:
@@ -220,12 +222,33 @@ def quantize_experts(module: Any, name: str, **options: Any) -> None:
     weight = module.get_parameter(name)
     experts = Experts4bit(weight, is_transposed=module.is_transposed, **options).train(module.training)
     experts.replaced = name, module.config
-    delattr(module, name)
+    if not has_experts(module):
+        module.register_forward_pre_hook(_begin)
+        module.register_forward_hook(_end, always_call=True)
     # By the weight's own name, or one that holds it as a word, transformers would take them for it when it saves.
     module.add_module(f"quantized_{name}_", experts)
+    module._parameters[name] = None  # its place among the others, by which PEFT knows it
+    for each in module._parameters:
+        if (key := f"quantized_{each}_") in module._modules:
+            module._modules[key] = module._modules.pop(key)
     object.__setattr__(module, name, experts)
     module.config = copy.deepcopy(module.config)  # which other models may share
     module.config._experts_implementation = "eager"
+
+
+def _begin(module: nn.Module, _: object) -> None:
+    for experts in _replaced_in(module).values():
+        experts.split = {}
+
+
+def _end(module: nn.Module, *_: object) -> None:
+    for experts in _replaced_in(module).values():
+        experts.split = None
+
+
+def _replaced_in(module: nn.Module) -> dict[str, Experts4bit]:
+    found = {key: child for key, child in module.named_children() if isinstance(child, Experts4bit)}
+    return {key: child for key, child in found.items() if child.replaced}
 
 
 def has_experts(module: nn.Module) -> bool:
@@ -235,11 +258,15 @@ def has_experts(module: nn.Module) -> bool:
 
 def dequantize_experts(module: Any) -> None:
     """The inverse, for each weight that quantize_experts has replaced."""
-    found = {key: child for key, child in module.named_children() if isinstance(child, Experts4bit) and child.replaced}
+    found = _replaced_in(module)
     for key, experts in found.items():
         weight = nn.Parameter(experts.dequantize(), requires_grad=False)
         delattr(module, key)
-        delattr(module, experts.replaced[0])
+        object.__delattr__(module, experts.replaced[0])
         module.register_parameter(experts.replaced[0], weight)
     for experts in reversed(found.values()):
         module.config = experts.replaced[1]  # at last the one before all
+    for hooks, own in ((module._forward_pre_hooks, _begin), (module._forward_hooks, _end)):
+        for number in [number for number, hook in hooks.items() if hook is own]:
+            del hooks[number]
+            module._forward_hooks_always_called.pop(number, None)

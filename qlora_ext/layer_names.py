@@ -14,16 +14,18 @@ from typing import TypeVar
 
 from torch import nn
 
+from qlora_ext.experts import Experts4bit
+
 Number = TypeVar("Number", int, float)
 
 LAST_PARTS = r"(.*\.)?({})"  # what a key of rank_pattern or alpha_pattern stands in
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether it only runs its one child in another way, as torch.compile, data parallelism and Experts4bit do."""
+    """Whether it only runs its one child in another way, as torch.compile and data parallelism do, or Experts4bit."""
     # torch.compile's class takes seconds to import.
-    of_data = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    return of_data or "_orig_mod" in module._modules or hasattr(module, "stands_for")
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel, Experts4bit)
+    return isinstance(module, kinds) or "_orig_mod" in module._modules
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -37,7 +39,7 @@ def children(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module
     """(attribute, name, child) of each child of the module of this name. What is wrapped has its wrapper's name."""
     for key, child in module._modules.items():  # named_children names a shared child once
         if child is not None:
-            own = getattr(child, "stands_for", None) or key
+            own = child.replaced[0] if isinstance(child, Experts4bit) and child.replaced else key
             yield key, name if is_wrapper(module) else f"{name}.{own}" if name else own, child
 
 

@@ -21,11 +21,11 @@ class LoraConfig:
         target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
             match; or "all-linear": every linear layer but the heads, what is tied to them, and subclasses of
             nn.Linear with a forward of their own, which may compute anything.
-        target_parameters: names (whole, or last parts) of weights of fused experts in 4 bits, as "experts.down_proj":
-            each expert gets an A and a B of its own, without dropout. target_modules may be [] then.
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
         rank_pattern, alpha_pattern: other r or lora_alpha for some layers: {name, or regular expression for its last
             dotted parts: value}.
+        target_parameters: names (whole, or last parts) of weights of fused experts in 4 bits, as "experts.down_proj":
+            each expert gets an A and a B of its own, without dropout. target_modules may be [] then.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of range, by name.
@@ -35,10 +35,10 @@ class LoraConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
-    target_parameters: list[str] = field(default_factory=list)
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_parameters: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for what in ("rank_pattern", "alpha_pattern"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from qlora_ext.experts import Stack4bit
+from qlora_ext.experts import Experts4bit, Stack4bit
 from qlora_ext.layer_names import children, is_named, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
@@ -48,6 +48,8 @@ def _layers(model: nn.Module) -> dict[str, AnyLinear]:
         if name and id(module) not in inside and isinstance(module, (AnyLinear, *CLOSED)):
             if isinstance(module, AnyLinear):
                 found[name] = module
+            inside.update(id(child) for child in module.modules())
+        elif isinstance(module, Experts4bit) and not module.replaced:  # no part of a module that computes with it
             inside.update(id(child) for child in module.modules())
     return found
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from qlora_ext.adapter_table import AdapterTable
 from qlora_ext.adapters import check_not_hooked, check_not_merged
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import has_other_forward
@@ -110,7 +111,7 @@ def _warn_of_experts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             quantized += module.in_features * module.out_features
-        elif not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, ParametrizationList)):  # the last: mostly of those
+        elif not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, ParametrizationList, AdapterTable)):
             own = module.named_parameters(name, recurse=False)
             fused |= {p: key for key, p in own if p.dim() == 3 and p.is_floating_point()}
     if (left := sum(p.numel() for p in fused)) > quantized:

@@ -32,7 +32,7 @@ OPS = (
 LAYERS = (
     *("_C", "_ops", "quant_state", "functional", "quant_type", "layer_hooks", "linear"),
     *("sharded", "experts", "layer_names", "adapter_table", "lora_config", "lora", "lora_experts"),
-    *("model_layers", "adapters", "quantize"),
+    *("model_layers", "adapter_targets", "adapters", "quantize"),
     *("peft_config", "peft_layout", "trained_modules", "adapter_files"),
     *("optim_state", "optim_checks", "state_file", "paged_parameters", "optim_files", "optim", "__init__", "info"),
 )

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from finetune_command import data as data
-from finetune_command import words
 from layers import state_bytes
-from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
 from reference import assert_same
-from safetensors.torch import load_file
-from test_mixtures import CONFIGS, TOKENS, mixture
-from tiny_model import tiny_tokenizer
+from test_mixtures import CONFIGS, TOKENS, experts_of, mixture
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import MixtralForCausalLM, PreTrainedModel
+from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from qlora_ext import (
     LoraConfig,
     add_adapter,
     delete_adapter,
-    load_adapter,
     merge_adapter,
     quantize_model,
-    save_adapter,
     set_adapter,
     unmerge_adapter,
 )
-from qlora_ext.finetune import __main__ as cli
+from qlora_ext.experts import Experts4bit
 from qlora_ext.lora_experts import LoraExperts
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -138,19 +130,31 @@ def test_trains_with_checkpointing_and_accumulation() -> None:
     copies = (copy.deepcopy(first), pickle.loads(pickle.dumps(first)))
     for other in copies:
         assert_same(other(TOKENS).logits, first(TOKENS).logits)
-    assert all(not layer._split for layer in lora_experts(pickle.loads(pickle.dumps(first))).values())
 
 
-def test_all_matrices_of_a_factor_share_one_backward() -> None:
-    """Else the backward would make a tensor of the whole factor's size for each expert."""
-    layer = next(iter(lora_experts(adapted("mixtral")).values()))
-    nodes = [layer(i).A[0].grad_fn for i in range(4)]
-    assert all(node is nodes[0] for node in nodes)
-    with torch.no_grad():
-        layer.lora_A["default"] += 1
-    assert layer(0).A[0].grad_fn is not nodes[0]
-    layer.lora_A["default"].data = torch.zeros(4, 4, 64)
-    assert not layer(0).A[0].any()
+def splits(loss: Tensor) -> set[Any]:
+    """The nodes in a loss' graph that split a factor into the matrices' parts."""
+    seen: set[Any] = set()
+    nodes = [loss.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return {node for node in seen if node.name() == "UnbindBackward0"}
+
+
+def test_all_matrices_of_a_factor_share_one_backward_a_forward() -> None:
+    """Else it would make a tensor of the whole factor's size for each expert. FSDP2 and torch.compile want it new."""
+    model = adapted("mixtral")
+    first, second = (loss_of(model(TOKENS).logits) for _ in range(2))
+    assert len(splits(first)) == len(splits(second)) == 2 * len(lora_experts(model)) == 8
+    assert not splits(first) & splits(second)
+    assert all(experts.split is None for experts in experts_of(model).values())
+    experts = model.model.layers[0].mlp.experts
+    with pytest.raises(RuntimeError, match="num_classes"):
+        experts(torch.randn(1, 64), torch.tensor([[7]]), torch.ones(1, 1))
+    assert experts.down_proj.split is None
+    assert experts.down_proj[0].A[0].grad_fn.name() == "SelectBackward0"
 
 
 def test_several_adapters_switch_merge_and_unmerge() -> None:
@@ -182,73 +186,6 @@ def test_several_adapters_switch_merge_and_unmerge() -> None:
     torch.testing.assert_close(model(TOKENS).logits, both)
 
 
-@pytest.mark.parametrize("targets", [BOTH, BOTH[1:]], ids=str)
-@pytest.mark.parametrize("name", ["mixtral", "qwen3", "gpt_oss"])
-def test_peft_reads_what_is_saved(name: str, targets: list[str], tmp_path: Path) -> None:
-    model = adapted(name, targets, target_modules=["q_proj"], alpha_pattern={"down_proj": 32})
-    save_adapter(model, tmp_path)
-    theirs = PeftModel.from_pretrained(decoded(model), tmp_path)
-    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits)
-    again = quantize_model(mixture(name))
-    load_adapter(again, tmp_path)
-    assert_same(again(TOKENS).logits, model(TOKENS).logits)
-    save_adapter(again, tmp_path / "again")
-    assert_same(
-        load_file(tmp_path / "again/adapter_model.safetensors"), load_file(tmp_path / "adapter_model.safetensors")
-    )
-
-
-@pytest.mark.parametrize("targets", [BOTH, BOTH[1:]], ids=str)
-@pytest.mark.parametrize("name", ["mixtral", "qwen3", "gpt_oss"])
-def test_what_peft_saves_is_read(name: str, targets: list[str], tmp_path: Path) -> None:
-    model = quantize_model(mixture(name))
-    config = PeftConfig(r=4, target_modules=[], target_parameters=targets, init_lora_weights=False)
-    theirs = get_peft_model(decoded_without_adapters(model), config)
-    theirs.save_pretrained(tmp_path)
-    load_adapter(model, tmp_path)
-    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits)
-
-
-def decoded_without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    plain = copy.deepcopy(model)
-    merge_adapter(plain, dequantize=True)
-    return plain
-
-
-def test_finetune_trains_saves_and_resumes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = copy.deepcopy(CONFIGS["mixtral"])
-    config.vocab_size = 258
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    run = {"model": tmp_path / "model", "data": data, "method": "qlora", "batch-size": 4, "lr": 1e-2, "save-steps": 2}
-    run |= {"target-parameters": ",".join(BOTH), "schedule": "constant", "samples": 0, "eval-examples": 2}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert cli.main(words({**run, "output": whole, "steps": 4})) == 0
-    assert cli.main(words({**run, "output": parts, "steps": 2})) == 0
-    capsys.readouterr()
-    again = {**run, "output": parts, "steps": 4, "resume": True}
-    assert cli.main(words({**again, "target-parameters": BOTH[0]})) == 2
-    assert "--resume: --target-parameters: expected" in capsys.readouterr().err
-    assert cli.main(words(again)) == 0
-    tensors = load_file(whole / "adapter_model.safetensors")
-    assert_same(load_file(parts / "adapter_model.safetensors"), tensors)
-    assert tensors["base_model.model.model.layers.1.mlp.experts.lora_B.weight"].any()
-    assert json.loads((whole / "adapter_config.json").read_text())["target_parameters"] == BOTH
-
-
-def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    save_adapter(adapted("mixtral"), tmp_path)
-    for model, got in (
-        (mixture("mixtral"), "down_proj"),
-        (quantize_model(mixture("mixtral"), skip=["lm_head", "gate_up_proj"]), "gate_up_proj"),
-    ):
-        expected = rf"target_parameters: expected .* in 4 bits.*got model\.layers\.0\.mlp\.experts\.{got}"
-        with pytest.raises(ValueError, match=expected):
-            load_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match=r"gate_up_proj\.lora_B: expected shape \[64, 16\], got \[256, 16\]"):
-        load_adapter(quantize_model(mixture("qwen3")), tmp_path)
-
-
 def test_what_does_not_fit_is_named() -> None:
     for wrong, error, match in (
         ({"target_parameters": "down_proj"}, TypeError, "target_parameters: expected a list of str, got 'down_proj'"),
@@ -276,9 +213,82 @@ def test_what_does_not_fit_is_named() -> None:
 
 def test_compiles_and_generates() -> None:
     model = adapted("mixtral")
-    logits = model(TOKENS).logits
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, backend="eager")(TOKENS).logits, logits)
+    compiled = torch.compile(model, backend="aot_eager")
+    gradients = []
+    for each in (model, compiled):
+        model.zero_grad()
+        for tokens in TOKENS:  # gradients that add up, of two graphs
+            loss_of(each(tokens[None]).logits).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(gradients[1], gradients[0])
     generated = model.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=0)
     merge_adapter(model, dequantize=True)
     assert_same(model.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_computes_in_bfloat16(name: str) -> None:
+    exact = adapted(name)
+    model = copy.deepcopy(exact).bfloat16()
+    assert {layer.lora_A["default"].dtype for layer in lora_experts(model).values()} == {torch.float32}
+    for each in (exact, model):
+        loss_of(each(TOKENS).logits.float()).backward()
+    for (_, near), (_, layer) in zip(lora_experts(model).items(), lora_experts(exact).items(), strict=True):
+        for part in ("lora_A", "lora_B"):
+            got, expected = (getattr(each, part)["default"].grad for each in (near, layer))
+            assert (got - expected).norm() < 0.1 * expected.norm()
+    for layer in lora_experts(model).values():
+        assert layer.dequantize().dtype == torch.bfloat16
+        assert layer.dequantize(torch.float16).dtype == torch.float16
+    with torch.autocast("cpu", torch.bfloat16):
+        merge_adapter(exact)
+    with torch.inference_mode():
+        assert (exact(TOKENS).logits - model(TOKENS).logits.float()).norm() < 0.5 * exact(TOKENS).logits.norm()
+
+
+def test_what_is_merged_is_what_is_decoded() -> None:
+    model = adapted("mixtral")
+    experts = model.model.layers[0].mlp.experts.down_proj
+    updated = experts.dequantize()
+    a, b = (table["default"].detach() for table in (experts.stack.lora_A, experts.stack.lora_B))
+    base = experts.stack.base_layer.dequantize().view(experts.shape)
+    torch.testing.assert_close(updated, base + torch.einsum("eor,eri->eoi", b, a) * 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        merge_adapter(model)
+    merged = experts.dequantize()
+    assert 0 < (merged - updated).norm() < 0.12 * updated.norm()
+    assert_same(F.linear(torch.eye(128), experts[1]).T, merged[1])
+    unmerge_adapter(model)
+    assert_same(experts.dequantize(), updated)
+    experts.quantize_(torch.zeros(experts.shape))
+    assert not experts.stack.base_layer.dequantize().any()
+
+
+def test_experts_of_ones_own_carry_none() -> None:
+    model = nn.Module()
+    model.own = Experts4bit(torch.randn(2, 64, 64))
+    model.layer = nn.Linear(64, 64)
+    with pytest.raises(ValueError, match=r"target_parameters: .*by their last parts: none\), got 'own'"):
+        add_adapter(model, LoraConfig(target_parameters=["own"]))
+    merge_adapter(model, dequantize=True)
+    assert isinstance(model.own, Experts4bit)
+
+
+def test_a_factor_without_values_is_named() -> None:
+    model = adapted("mixtral")
+    table = model.model.layers[1].mlp.experts.down_proj.stack.lora_B
+    table["default"] = nn.Parameter(table["default"].detach().to("meta"))
+    with pytest.raises(ValueError, match=r"lora_B\.default: expected device cpu, got meta"):
+        model(TOKENS)
+    with pytest.raises(ValueError, match=r"lora_B\.default: expected device cpu, got meta"):
+        merge_adapter(model)
+
+
+def test_merged_mixtures_are_as_they_were() -> None:
+    model, plain = adapted("gpt_oss"), mixture("gpt_oss")
+    merge_adapter(model, dequantize=True)
+    for module, other in zip(model.modules(), plain.modules(), strict=True):
+        assert list(module._parameters) == list(other._parameters)
+        for hooks in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
+            assert not getattr(module, hooks)

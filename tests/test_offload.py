@@ -11,6 +11,9 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from layers import BASES, make_base, make_lora, state_bytes
 from reference import assert_same
+from test_lora_experts import BOTH
+from test_lora_experts import adapted as adapted_mixture
+from test_mixtures import TOKENS
 from torch import nn
 
 from qlora_ext import (
@@ -170,3 +173,17 @@ def test_a_layer_without_its_hooks_is_merged(base: str, dequantize: bool) -> Non
         merge_adapter(each, dequantize=dequantize)
     assert_same(model(X), other(X))
     assert isinstance(model[0], LoraLinear) != dequantize
+
+
+def test_what_is_offloaded_with_its_module_is_left_alone() -> None:
+    model = adapted_mixture("mixtral")
+    expected = model(TOKENS).logits
+    cpu_offload(model, execution_device=CPU, preload_module_classes=["MixtralExperts"])
+    for call in (
+        lambda: add_adapter(model, LoraConfig(target_modules=[], target_parameters=BOTH), "two"),
+        lambda: delete_adapter(model, "default"),
+        lambda: merge_adapter(model),
+    ):
+        with pytest.raises(ValueError, match=r"_adapter: model: model\.layers\.0\..*: expected a layer in memory"):
+            call()
+    torch.testing.assert_close(model(TOKENS).logits, expected)

@@ -15,6 +15,8 @@ from adapted_model import TOKENS, base_model, logits, with_adapter
 from layers import names_of, randomize_adapters
 from reference import assert_same
 from safetensors.torch import load_file
+from test_lora_experts import adapted
+from test_mixtures import TOKENS as MIXTURE_TOKENS
 from tiny_model import tiny_config
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -189,3 +191,33 @@ def test_each_of_two_processes_loads_its_parts_and_saves_the_whole(tmp_path: Pat
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     for rank, file in itertools.product("01", (CONFIG, WEIGHTS)):
         assert (tmp_path / rank / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_adapters_on_experts_train_as_unsharded(accumulate: int) -> None:
+    """After a forward whose graph is left, too."""
+    trained = []
+    for sharded in (False, True):
+        model = adapted("mixtral")
+        if sharded:
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(MIXTURE_TOKENS)
+            for tokens in MIXTURE_TOKENS[:accumulate]:
+                model(tokens[None]).logits.square().mean().backward()
+            optimizer.step()
+        trained.append([p.full_tensor() if sharded else p for p in model.parameters() if p.requires_grad])
+    assert_same(trained[1], trained[0])
+
+
+def test_experts_are_sharded_with_the_module_that_computes() -> None:
+    for part in ("experts", "stack"):
+        model = adapted("mixtral")
+        experts = model.model.layers[0].mlp.experts.down_proj
+        fully_shard(experts if part == "experts" else experts.stack, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="expected fully_shard on the module of the experts or one above, got"):
+            model(MIXTURE_TOKENS)

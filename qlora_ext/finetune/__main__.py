@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         "--lora-dropout", type=_fraction, default=LoraConfig.lora_dropout, help="of the adapter's input"
     )
     adapter.add_argument(
-        "--target-modules", default=LoraConfig.target_modules, help="all-linear, names with commas, or a regex"
+        "--target-modules", default=LoraConfig.target_modules, help="all-linear, names with commas, a regex, or none"
     )
     adapter.add_argument("--target-parameters", type=_names, metavar="NAMES", help=_PARAMETERS_HELP)
     adapter.add_argument("--use-rslora", action="store_true", help="scale by alpha / sqrt(r)")
@@ -131,8 +131,8 @@ _SKIP_HELP = (
     "of calling it, as Mamba does with x_proj,dt_proj,out_proj (default: none but the heads)"
 )
 _PARAMETERS_HELP = (
-    "weights of a mixture's fused experts, names with commas, as experts.gate_up_proj,experts.down_proj; with "
-    "--method qlora, without dropout (default: none)"
+    "weights of a mixture's fused experts that get adapters beside --target-modules, names with commas, as "
+    "experts.gate_up_proj,experts.down_proj; with --method qlora, without dropout (default: none)"
 )
 _CHAT_HELP = 'auto: the tokenizer\'s chat template if it has one; plain: lines of "role: content"'
 
@@ -155,6 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
         command.error(f"--output {options.output}: expected a folder that does not hold --model")
     _check_paging(command, options)
+    if options.target_modules == "none" and not options.target_parameters:
+        command.error("--target-modules: expected --target-parameters with none")
     if options.target_parameters and options.method != "qlora":
         command.error(f"--target-parameters: expected --method qlora with it, got {options.method}")
     if options.target_parameters and options.lora_dropout:

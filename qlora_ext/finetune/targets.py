@@ -12,13 +12,15 @@ REFUSED_BY_PEFT = frozenset({"out_proj", "conv1d"})
 
 
 def target_modules(text: str, model: PreTrainedModel) -> str | list[str]:
-    """What a LoraConfig takes for --target-modules: "all-linear", a regex, or names that came with commas.
+    """What a LoraConfig takes for --target-modules: "all-linear", a regex, or names that came with commas; none: [].
 
     Of "all-linear" those that PEFT refuses are left out.
 
     Raises: ValueError when the text is no regex, or names layers that PEFT refuses.
     """
     wanted: str | list[str] = text
+    if text == "none":
+        return []
     if re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
         wanted = text.split(",")
     try:
