@@ -132,6 +132,9 @@ class Experts4bit(nn.Module):
     def extra_repr(self) -> str:
         return f"shape={list(self.shape)}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "split": None}  # it is still there after Ctrl-C in a forward, and cannot be copied
+
 
 class Matrix4bit:
     """A matrix in 4 bits, by the arguments with which the ops take it, for torch's products to take.
@@ -172,6 +175,8 @@ def _linear(input: Tensor, weight: Matrix4bit, bias: Tensor | None = None) -> Te
 
 def _matmul(input: Tensor, other: Matrix4bit) -> Tensor:
     x = _checked(input, other.rows)
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):  # the operator @ hides a TypeError
+        raise ValueError(f"Experts4bit: x: expected dtype float32, float16 or bfloat16, got {x.dtype}")
     y: Tensor = Matmul4bit.apply(x, other)
     for a, b, scaling in zip(other.A, other.B, other.scaling, strict=True):
         y = y + F.linear(F.linear(x, a.to(x.dtype)), (b * scaling).to(x.dtype))
@@ -262,8 +267,8 @@ def dequantize_experts(module: Any) -> None:
     for key, experts in found.items():
         weight = nn.Parameter(experts.dequantize(), requires_grad=False)
         delattr(module, key)
-        object.__delattr__(module, experts.replaced[0])
-        module.register_parameter(experts.replaced[0], weight)
+        if module.__dict__.pop(experts.replaced[0], None) is experts:  # else it has been given another since
+            module.register_parameter(experts.replaced[0], weight)
     for experts in reversed(found.values()):
         module.config = experts.replaced[1]  # at last the one before all
     for hooks, own in ((module._forward_pre_hooks, _begin), (module._forward_hooks, _end)):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from reference import assert_as_exact_as_torch, assert_same
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora_ext import quantize_4bit
+from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_4bit
 from qlora_ext.experts import Experts4bit, Matrix4bit
 
 Product = Callable[[Tensor, Any], Tensor]
@@ -63,6 +63,8 @@ def test_only_products_take_a_matrix() -> None:
     for wrong in (lambda x: F.linear(x, experts[0]), lambda x: x @ experts[0]):
         with pytest.raises(ValueError, match=r"Experts4bit: x: expected \[\.\.\., 64\], got \[5, 63\]"):
             wrong(torch.randn(5, 63))
+    with pytest.raises(ValueError, match=r"x: expected dtype float32, float16 or bfloat16, got torch\.float64"):
+        torch.randn(5, 64, dtype=torch.float64) @ experts[0]
     with pytest.raises(IndexError):
         experts[2]
 
@@ -89,3 +91,13 @@ def test_bad_weights_and_options_are_named() -> None:
     experts = Experts4bit(torch.randn(2, 64, 64))
     with pytest.raises(ValueError, match=r"Experts4bit: weight: expected shape \[2, 64, 64\], got \[3, 64, 64\]"):
         experts.quantize_(torch.randn(3, 64, 64))
+
+
+def test_experts_of_ones_own_carry_none() -> None:
+    model = nn.Module()
+    model.own = Experts4bit(torch.randn(2, 64, 64))
+    model.layer = nn.Linear(64, 64)
+    with pytest.raises(ValueError, match=r"target_parameters: .*by their last parts: none\), got 'own'"):
+        add_adapter(model, LoraConfig(target_parameters=["own"]))
+    merge_adapter(model, dequantize=True)
+    assert isinstance(model.own, Experts4bit)

@@ -26,7 +26,6 @@ from qlora_ext import (
     set_adapter,
     unmerge_adapter,
 )
-from qlora_ext.experts import Experts4bit
 from qlora_ext.lora_experts import LoraExperts
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -132,6 +131,10 @@ def test_trains_with_checkpointing_and_accumulation() -> None:
         assert_same(other(TOKENS).logits, first(TOKENS).logits)
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def splits(loss: Tensor) -> set[Any]:
     """The nodes in a loss' graph that split a factor into the matrices' parts."""
     seen: set[Any] = set()
@@ -154,6 +157,12 @@ def test_all_matrices_of_a_factor_share_one_backward_a_forward() -> None:
     with pytest.raises(RuntimeError, match="num_classes"):
         experts(torch.randn(1, 64), torch.tensor([[7]]), torch.ones(1, 1))
     assert experts.down_proj.split is None
+    interrupted = experts.down_proj.stack.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(TOKENS)
+    interrupted.remove()
+    assert_same(loss_of(copy.deepcopy(model)(TOKENS).logits), first)
+    experts.down_proj.split = None
     assert experts.down_proj[0].A[0].grad_fn.name() == "SelectBackward0"
 
 
@@ -265,14 +274,11 @@ def test_what_is_merged_is_what_is_decoded() -> None:
     assert not experts.stack.base_layer.dequantize().any()
 
 
-def test_experts_of_ones_own_carry_none() -> None:
-    model = nn.Module()
-    model.own = Experts4bit(torch.randn(2, 64, 64))
-    model.layer = nn.Linear(64, 64)
-    with pytest.raises(ValueError, match=r"target_parameters: .*by their last parts: none\), got 'own'"):
-        add_adapter(model, LoraConfig(target_parameters=["own"]))
-    merge_adapter(model, dequantize=True)
-    assert isinstance(model.own, Experts4bit)
+def test_large_adapters_are_no_weights_left_as_they_are(recwarn: pytest.WarningsRecorder) -> None:
+    model = adapted("mixtral", r=256)
+    model.another = nn.Linear(64, 64)
+    quantize_model(model)
+    assert not [warning for warning in recwarn if "quantize_model" in str(warning.message)]
 
 
 def test_a_factor_without_values_is_named() -> None:

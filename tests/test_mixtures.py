@@ -249,6 +249,15 @@ def test_offloaded_experts_are_fetched_and_what_is_offloaded_before_is_refused()
         quantize_model(model)
 
 
+def test_what_a_user_has_put_in_the_place_of_experts_stays() -> None:
+    model = quantize_model(mixture("mixtral"))
+    own = nn.Parameter(torch.randn(4, 64, 128))
+    model.model.layers[0].mlp.experts.down_proj = own
+    merge_adapter(model, dequantize=True)
+    assert model.model.layers[0].mlp.experts.down_proj is own
+    assert not experts_of(model)
+
+
 def test_names() -> None:
     model = quantize_model(mixture("mixtral"))
     assert names_of(model, nn.Linear) == {"lm_head"}
