@@ -51,11 +51,12 @@ CUDA_OPTIMIZERS = {
 
 
 def rows_of(*command: str) -> list[dict[str, Any]]:
-    """The results of a run, which must have some of ours and some of a peer; a skipped provider says why."""
+    """The results of a run, which must have some of ours and some of a peer; who is skipped, or refused, says why."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    timed = [row for row in rows if not row.get("skipped")]
+    timed = [row for row in rows if not (row.get("skipped") or row.get("refused"))]
+    assert not any("refused" in row for row in rows if row["provider"] == "qlora_ext")
     providers = {row["provider"] for row in timed}
     assert any("qlora_ext" in provider for provider in providers)
     assert len(providers) > 1
