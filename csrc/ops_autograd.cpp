@@ -1,8 +1,11 @@
-// The gradients of linear_4bit and lora_linear_4bit: for x, the bias and the adapters, never for the 4-bit weight.
+// The gradients of the products: for x, the bias and the adapters, never for the 4-bit weight.
 //
 // In C++, not by torch.library.register_autograd: that walks the tensor lists in Python, which took a tenth of a
 // training step of a small model (bench/NOTES.md).
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -111,33 +114,6 @@ Tensor bias_grad(const AutogradContext* ctx, const Tensor& grad) {
   return sum.to(static_cast<at::ScalarType>(dtype->second.toInt()));
 }
 
-// Gradients as they are, with a node from what they depend on: without it, second derivatives would be zero.
-struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
-  static variable_list forward(AutogradContext* ctx, at::TensorList grads, at::TensorList /*inputs*/,
-                               const std::string& op) {
-    ctx->saved_data["op"] = op;
-    variable_list same;
-    for (const Tensor& grad : grads) same.push_back(grad.detach());
-    return same;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    TORCH_CHECK(false, ctx->saved_data.at("op").toStringRef(), ": second derivatives: expected none, got one");
-  }
-};
-
-variable_list once_differentiable(const std::string& op, variable_list grads, at::TensorList inputs) {
-  if (!at::GradMode::is_enabled()) return grads;  // no create_graph
-  variable_list defined;
-  std::copy_if(grads.begin(), grads.end(), std::back_inserter(defined), [](const Tensor& t) { return t.defined(); });
-  const variable_list same = OnceDifferentiable::apply(at::TensorList(defined), inputs, op);
-  auto next = same.begin();
-  for (Tensor& grad : grads) {
-    if (grad.defined()) grad = *next++;
-  }
-  return grads;
-}
-
 struct Linear4bit : torch::autograd::Function<Linear4bit> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, const Weight& w,
                         const c10::SymInt& out_features) {
@@ -152,12 +128,25 @@ struct Linear4bit : torch::autograd::Function<Linear4bit> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Weight w = Weight::saved(ctx, ctx->get_saved_variables());
     variable_list out(4);
-    {
-      at::AutoDispatchBelowADInplaceOrView below;
-      if (ctx->needs_input_grad(0)) out[0] = call_dgrad(grads[0], w, ctx->saved_data.at("in_features").toSymInt());
-      out[1] = bias_grad(ctx, grads[0]);
-    }
-    return once_differentiable("linear_4bit", std::move(out), grads);
+    if (ctx->needs_input_grad(0)) out[0] = call_dgrad(grads[0], w, ctx->saved_data.at("in_features").toSymInt());
+    out[1] = bias_grad(ctx, grads[0]);
+    return out;
+  }
+};
+
+// x @ W, the product of experts whose matrices are [in, out], has x @ W^T for its gradient.
+struct Linear4bitDgrad : torch::autograd::Function<Linear4bitDgrad> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Weight& w, const c10::SymInt& in_features) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    Tensor grad_x = call_dgrad(grad, w, in_features);  // first, for its checks
+    ctx->saved_data["out_features"] = grad.sym_size(-1);
+    ctx->save_for_backward(w.save(ctx));
+    return grad_x;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Weight w = Weight::saved(ctx, ctx->get_saved_variables());
+    return {call_linear(grads[0], w, ctx->saved_data.at("out_features").toSymInt(), std::nullopt), {}, {}};
   }
 };
 
@@ -204,24 +193,33 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     variable_list out(2 + 2 * count + 4);
     if (!grads[0].defined()) return out;
 
-    {
-      at::AutoDispatchBelowADInplaceOrView below;
-      const auto [grad_x, grad_A, grad_B] =
-          call_lora_backward(grads[0], saved[kX], saved[kXA], w, A, B, scaling, masks, ctx->needs_input_grad(0));
-      if (ctx->needs_input_grad(0)) out[0] = grad_x;
-      int64_t first = 0;
+    out[1] = bias_grad(ctx, grads[0]);
+    if (at::GradMode::is_enabled()) {  // create_graph: by products that can be differentiated again, in float32
+      const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+      const Tensor grad = as_rows(grads[0]).to(at::kFloat);
+      Tensor grad_x = ctx->needs_input_grad(0) ? call_dgrad(grad, w, saved[kX].sym_size(-1)) : Tensor();
       for (size_t i = 0; i < count; ++i) {
-        const int64_t r = A[i].size(0);
-        out[2 + i] = grad_A.narrow(0, first, r).to(A[i].scalar_type());
-        out[first_B + i] = grad_B.narrow(0, first, r).t().contiguous().to(B[i].scalar_type());
-        first += r;
+        auto masked = [&](const Tensor& t) { return masks.empty() ? t : at::where(as_rows(masks[i]), t, 0); };
+        const Tensor x = masked(as_rows(saved[kX]).to(at::kFloat));
+        const Tensor a = A[i].to(at::kFloat), g = at::matmul(grad * scaling[i], B[i].to(at::kFloat));
+        if (grad_x.defined()) grad_x = grad_x + masked(at::matmul(g, a));
+        out[2 + i] = at::matmul(g.t(), x).to(A[i].scalar_type());
+        out[first_B + i] = at::matmul(grad.t() * scaling[i], at::matmul(x, a.t())).to(B[i].scalar_type());
       }
-      out[1] = bias_grad(ctx, grads[0]);
+      if (grad_x.defined()) out[0] = grad_x.to(saved[kX].scalar_type()).view_as(saved[kX]);
+      return out;
     }
-    variable_list inputs{grads[0], saved[kX]};
-    inputs.insert(inputs.end(), A.begin(), A.end());
-    inputs.insert(inputs.end(), B.begin(), B.end());
-    return once_differentiable("lora_linear_4bit", std::move(out), inputs);
+    const auto [grad_x, grad_A, grad_B] =
+        call_lora_backward(grads[0], saved[kX], saved[kXA], w, A, B, scaling, masks, ctx->needs_input_grad(0));
+    if (ctx->needs_input_grad(0)) out[0] = grad_x;
+    int64_t first = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t r = A[i].size(0);
+      out[2 + i] = grad_A.narrow(0, first, r).to(A[i].scalar_type());
+      out[first_B + i] = grad_B.narrow(0, first, r).t().contiguous().to(B[i].scalar_type());
+      first += r;
+    }
+    return out;
   }
 };
 
@@ -246,6 +244,17 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
   return Linear4bit::apply(x, bias, w, out_features);
 }
 
+Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                         const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                         std::string quant_type, int64_t blocksize, c10::SymInt in_features) {
+  const Weight w{packed, absmax, nested_absmax, nested_offset, quant_type, blocksize};
+  if (!is_recorded({grad})) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_dgrad(grad, w, in_features);
+  }
+  return Linear4bitDgrad::apply(grad, w, in_features);
+}
+
 std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
                                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                                             std::string quant_type, int64_t blocksize, c10::SymInt out_features,
@@ -267,5 +276,6 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
 
 TORCH_LIBRARY_IMPL(qlora_ext, Autograd, m) {
   m.impl("linear_4bit", qlora::linear_4bit);
+  m.impl("linear_4bit_dgrad", qlora::linear_4bit_dgrad);
   m.impl("lora_linear_4bit", qlora::lora_linear_4bit);
 }

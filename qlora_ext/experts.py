@@ -177,7 +177,7 @@ def _matmul(input: Tensor, other: Matrix4bit) -> Tensor:
     x = _checked(input, other.rows)
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):  # the operator @ hides a TypeError
         raise ValueError(f"Experts4bit: x: expected dtype float32, float16 or bfloat16, got {x.dtype}")
-    y: Tensor = Matmul4bit.apply(x, other)
+    y: Tensor = ops.linear_4bit_dgrad(x, *other.weight, other.columns)  # x @ W is what F.linear's backward computes
     for a, b, scaling in zip(other.A, other.B, other.scaling, strict=True):
         y = y + F.linear(F.linear(x, a.to(x.dtype)), (b * scaling).to(x.dtype))
     return y
@@ -195,22 +195,6 @@ PRODUCTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
 }
-
-
-class Matmul4bit(torch.autograd.Function):
-    """x @ W: what the backward of F.linear computes, whose forward is the gradient of this."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Matrix4bit) -> Tensor:
-        tensors, ctx.options, ctx.rows = other.weight[:4], other.weight[4:], other.rows
-        ctx.save_for_backward(*tensors)
-        y: Tensor = ops.linear_4bit_dgrad(x, *other.weight, other.columns)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ops.linear_4bit(grad, *ctx.saved_tensors, *ctx.options, ctx.rows, None), None
 
 
 def fused_experts(module: nn.Module) -> list[str]:
@@ -265,10 +249,12 @@ def dequantize_experts(module: Any) -> None:
     """The inverse, for each weight that quantize_experts has replaced."""
     found = _replaced_in(module)
     for key, experts in found.items():
-        weight = nn.Parameter(experts.dequantize(), requires_grad=False)
+        name, _ = experts.replaced
+        if module.__dict__.get(name) is experts:  # else it has been given another since
+            weight = nn.Parameter(experts.dequantize(), requires_grad=False)
+            del module.__dict__[name]
+            module.register_parameter(name, weight)
         delattr(module, key)
-        if module.__dict__.pop(experts.replaced[0], None) is experts:  # else it has been given another since
-            module.register_parameter(experts.replaced[0], weight)
     for experts in reversed(found.values()):
         module.config = experts.replaced[1]  # at last the one before all
     for hooks, own in ((module._forward_pre_hooks, _begin), (module._forward_hooks, _end)):

@@ -219,6 +219,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "target modules": ({"target-modules": "q_proj,nothing"}, "'nothing'"),
     "target regex": ({"target-modules": "(", "method": "lora"}, "target"),
     "target repeat": ({"target-modules": "q{99999999999}", "method": "lora"}, "target"),
+    "no targets": ({"target-modules": "none"}, "--target-modules: expected --target-parameters with none"),
     "target parameters": ({"target-parameters": "experts.down_proj"}, "fused experts' weights in 4 bits (here"),
     "target parameters of lora": ({"method": "lora", "target-parameters": "x"}, "expected --method qlora with it"),
     "target parameters dropped": (

@@ -235,34 +235,6 @@ def test_opcheck(dropout: bool, dtype: torch.dtype) -> None:
     torch.library.opcheck(lora_linear_4bit.default, (x, *q, 24, bias, a, b, scaling, mask))
 
 
-@pytest.mark.parametrize("op", ["linear_4bit", "lora_linear_4bit"])
-def test_second_derivatives_raise(op: str) -> None:
-    """Without their own node they would be zero, as if the gradient were a constant."""
-    x, (a, b, scaling) = normal(3, 256).requires_grad_(), adapters((8,), 48, 256)
-    if op == "linear_4bit":
-        y, other = linear_4bit(x, *WEIGHT, 48, None).square(), x
-    else:
-        y, other = lora_linear_4bit(x, *WEIGHT, 48, None, [a[0].requires_grad_()], b, scaling, [])[0], a[0]
-    (grad_x,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
-    assert_same(grad_x.detach(), expected)
-    penalty = grad_x.square().sum()
-    for second in (
-        lambda: penalty.backward(retain_graph=True),
-        lambda: penalty.backward(inputs=[other], retain_graph=True),
-        lambda: torch.autograd.grad(penalty + y.sum(), other, retain_graph=True),
-    ):
-        with pytest.raises(RuntimeError, match=f"{op}: second derivatives: expected none"):
-            second()
-
-
-def test_the_second_derivative_of_a_linear_function_is_none() -> None:
-    """Nothing raises where there is nothing to be told."""
-    x = normal(3, 256).requires_grad_()
-    (grad_x,) = torch.autograd.grad(linear_4bit(x, *WEIGHT, 48, None).sum(), x, create_graph=True)
-    assert not grad_x.requires_grad
-
-
 def test_compiled_autograd_takes_its_node() -> None:
     """As torch._dynamo.config.compiled_autograd has it, of what runs eagerly forward."""
     a, b, scaling = adapters((8, 4), 48, 256)

@@ -1,0 +1,135 @@
+"""Derivatives of gradients (create_graph), as a penalty on gradients or a Hessian-vector product takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, quantized_normal
+from reference import assert_as_exact_as_torch, assert_same, dequantize_4bit
+from torch import Tensor
+
+ops = torch.ops.qlora_ext
+M, N, K = 5, 48, 256
+WEIGHT = quantized_normal((N, K), "nf4", 64, double_quant=True)
+DENSE = dequantize_4bit(WEIGHT, (N, K), torch.float32)
+SCALING = [2.0, 0.5]
+
+Product = Callable[..., Tensor]
+
+
+def plain(weight: Tensor, *, masks: Sequence[Tensor] = ()) -> dict[str, Product]:
+    """The products in plain PyTorch, in the dtype of x."""
+
+    def lora(x: Tensor, bias: Tensor, *ab: Tensor) -> Tensor:
+        y, count = F.linear(x, weight, bias), len(ab) // 2
+        for i, (a, b, scaling) in enumerate(zip(ab[:count], ab[count:], SCALING, strict=False)):
+            xA = F.linear(x * masks[i] if masks else x, a.to(x.dtype))
+            y = y + scaling * F.linear(xA, b.to(x.dtype))
+        return y
+
+    return {"linear_4bit": lora, "linear_4bit_dgrad": lambda grad: grad @ weight, "lora_linear_4bit": lora}
+
+
+def ours(*, masks: Sequence[Tensor] = ()) -> dict[str, Product]:
+    def lora(x: Tensor, bias: Tensor, *ab: Tensor) -> Tensor:
+        count = len(ab) // 2
+        y, _ = ops.lora_linear_4bit(x, *WEIGHT, N, bias, ab[:count], ab[count:], SCALING[:count], masks)
+        return y
+
+    return {
+        "linear_4bit": lambda x, bias: ops.linear_4bit(x, *WEIGHT, N, bias),
+        "linear_4bit_dgrad": lambda grad: ops.linear_4bit_dgrad(grad, *WEIGHT, K),
+        "lora_linear_4bit": lora,
+    }
+
+
+def leaves_of(op: str, dtype: torch.dtype) -> list[Tensor]:
+    if op == "linear_4bit_dgrad":
+        return [torch.randn(M, N).to(dtype)]
+    x_and_bias = [torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)]
+    if op == "linear_4bit":
+        return x_and_bias
+    ranks = (8, 3)
+    return [*x_and_bias, *(torch.randn(r, K) / 16 for r in ranks), *(torch.randn(N, r) * 0.1 for r in ranks)]
+
+
+def twice_differentiated(product: Product, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of a nonlinear function of y for the leaves, and those of a nonlinear function of them."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    first = torch.autograd.grad(product(*leaves).sin().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(torch.stack([g.double().square().sum() for g in first]).sum(), leaves)
+    return [g.detach() for g in first], list(second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dgrad", "lora_linear_4bit", "lora_linear_4bit-dropout"])
+def test_as_exact_as_torch(op: str, dtype: torch.dtype, cpu_path: str) -> None:
+    op, *dropout = op.split("-")
+    masks = [torch.rand(M, K) > 0.3 for _ in SCALING] if dropout else []
+    leaves = leaves_of(op, dtype)
+    results = twice_differentiated(ours(masks=masks)[op], leaves)
+    low = twice_differentiated(plain(DENSE.to(dtype), masks=masks)[op], leaves)
+    in_fp64 = [leaf.double() for leaf in leaves]
+    exact = twice_differentiated(plain(DENSE.double(), masks=masks)[op], in_fp64)
+    for got, torch_results, exact_results in zip(results, low, exact, strict=True):
+        for each in zip(got, torch_results, exact_results, strict=True):
+            assert_as_exact_as_torch(*each)
+
+
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dgrad"])
+def test_create_graph_changes_no_byte(op: str, cpu_path: str) -> None:
+    leaves = [leaf.requires_grad_() for leaf in leaves_of(op, torch.bfloat16)]
+    y = ours()[op](*leaves).square().sum()
+    expected = torch.autograd.grad(y, leaves, retain_graph=True)
+    assert_same([g.detach() for g in torch.autograd.grad(y, leaves, create_graph=True)], list(expected))
+
+
+@pytest.mark.parametrize("shape", [(K,), (2, 3, K), (2, 0, K)])
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    _, *others = leaves_of("lora_linear_4bit", torch.float32)
+    x, mask = torch.randn(shape), [torch.rand(shape) > 0.3 for _ in SCALING]
+    _, results = twice_differentiated(ours(masks=mask)["lora_linear_4bit"], [x, *others])
+    flat_mask = [m.view(-1, K) for m in mask]
+    _, flat = twice_differentiated(ours(masks=flat_mask)["lora_linear_4bit"], [x.view(-1, K), *others])
+    for got, expected in zip(results, flat, strict=True):
+        assert_same(got, expected.view(got.shape))
+
+
+def test_masked_out_elements_do_not_count() -> None:
+    """Not even an Inf."""
+    x, *others = leaves_of("lora_linear_4bit", torch.float32)
+    mask = torch.rand(M, K) > 0.3
+    leaves = [leaf.requires_grad_() for leaf in others[1::2]]  # A and B of one adapter
+    y = ours(masks=[mask])["lora_linear_4bit"](torch.where(mask, x, torch.inf), None, *leaves)
+    first = torch.autograd.grad(y, leaves, torch.ones_like(y), create_graph=True)
+    assert all(g.isfinite().all() for g in first)
+
+
+def test_under_autocast_gradients_stay_in_fp32() -> None:
+    """As without create_graph: it is the dtype of x that decides."""
+    leaves = leaves_of("lora_linear_4bit", torch.float32)
+    expected, _ = twice_differentiated(ours()["lora_linear_4bit"], leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, _ = twice_differentiated(ours()["lora_linear_4bit"], leaves)
+    assert_same(first, expected)
+
+
+def test_only_where_asked() -> None:
+    """The first layer's x wants no gradient; a frozen adapter's are constants."""
+    x, _, *ab = leaves_of("lora_linear_4bit", torch.float32)
+    a, b = ab[0].requires_grad_(), ab[2]
+    y = ours()["lora_linear_4bit"](x, None, a, b)
+    (grad_a,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
+    (second,) = torch.autograd.grad(grad_a.square().sum(), a)
+    assert second.shape == a.shape
+    assert second.any()
+    assert b.grad is x.grad is None
+
+
+def test_the_second_derivative_of_a_linear_function_is_none() -> None:
+    x = torch.randn(M, K).requires_grad_()
+    (grad_x,) = torch.autograd.grad(ops.linear_4bit(x, *WEIGHT, N, None).sum(), x, create_graph=True)
+    assert not grad_x.requires_grad
