@@ -1,35 +1,31 @@
 """Experts4bit: the weights of fused experts, a tensor [experts, out, in] of a mixture's model, in 4 bits.
 
-The models of transformers keep them so. Their own forward ("eager") multiplies by the matrices of those experts alone
-that have tokens: `F.linear(x, weight[i])`, or `x @ weight[i]` where they are [experts, in, out]. Each is one op here,
-which decodes the matrix inside the multiply; what the model does around them remains its own.
+The models of transformers keep them so, and multiply by all of them at once: torch's grouped_mm takes rows that are
+sorted by expert ("grouped_mm", transformers' own default). Here it takes Experts4bit in the place of the weight: each
+expert's rows meet its matrix in one op, which decodes it inside the multiply. What the model does around the products
+remains its own.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler, for a second, at once
 from torch.nn import functional as F
 
 from qlora_ext._ops import NESTED_BLOCKSIZE, ops
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.linear import Linear4bit
-from qlora_ext.sharded import is_fully_sharded
 
-# Factors of adapters, and the parts of each, in a forward that is under way.
-Split = dict[Tensor, tuple[Tensor, ...]]
+GROUPED_MM = ("_grouped_mm", "grouped_mm_fallback")  # torch's and, where that would not compile, transformers'
 
 
 class Stack4bit(Linear4bit):
-    """The matrices of one weight [experts, rows, columns], one below the other.
-
-    Its call gives one of them, as an argument of products. It is a call, because it is in calls that accelerate has in
-    memory what it offloads.
-    """
+    """The matrices of one weight [experts, rows, columns], one below the other."""
 
     def __init__(self, shape: torch.Size, *, is_transposed: bool, **options: Any) -> None:
         experts, rows, columns = shape
@@ -43,19 +39,64 @@ class Stack4bit(Linear4bit):
         _, rows, columns = self.shape
         return (rows, columns) if self.is_transposed else (columns, rows)
 
-    def forward(self, index: int, split: Split | None = None) -> Matrix4bit:  # type: ignore[override]
-        """The matrix with this number; `split` is for LoraExperts."""
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        counts: list[int],
+        A: Sequence[Tensor] = (),
+        B: Sequence[Tensor] = (),
+        scaling: Sequence[float] = (),
+    ) -> Tensor:
+        """Each matrix times its rows: [rows, in] -> [rows, out].
+
+        Args:
+            input: the rows, sorted by matrix.
+            counts: how many each matrix has.
+            A, B, scaling: of LoraExperts' adapters, [experts, r, in] and [experts, out, r].
+        """
+        x = cast_as_autocast(input)
         *of_each, nested_offset = self._tensors()
-        experts, rows, columns = self.shape
-        own = [None if t is None else t.view(experts, -1, *t.shape[1:])[index] for t in of_each]
-        return Matrix4bit(rows, columns, *own, nested_offset, self.quant_type, self.blocksize)
+        weights = [None if t is None else t.view(self.shape[0], -1, *t.shape[1:]) for t in of_each]
+        all_A, all_B = ([_split(factor) for factor in each] for each in (A, B))
+
+        def product(i: int, rows: Tensor) -> Tensor:
+            own = (*(None if t is None else t[i] for t in weights), nested_offset, self.quant_type, self.blocksize)
+            return self._product(rows, own, [a[i] for a in all_A], [b[i] for b in all_B], list(scaling))
+
+        parts = x.split(counts)
+        return torch.cat([product(i, rows) for i, rows in enumerate(parts) if len(rows)] or [product(0, parts[0])])
+
+    def _product(
+        self, x: Tensor, weight: tuple[Any, ...], A: list[Tensor], B: list[Tensor], scaling: list[float]
+    ) -> Tensor:
+        y: Tensor
+        _, rows, columns = self.shape
+        if self.is_transposed:  # x @ W is what the backward of F.linear computes
+            y = ops.linear_4bit_dgrad(x, *weight, columns)
+            for a, b, scale in zip(A, B, scaling, strict=True):
+                y = y + F.linear(F.linear(x, a.to(x.dtype)), (b * scale).to(x.dtype))
+        elif A:
+            y, _ = ops.lora_linear_4bit(x, *weight, rows, None, A, B, scaling, [])
+        else:
+            y = ops.linear_4bit(x, *weight, rows, None)
+        return y
+
+
+def _split(factor: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """A or B of all matrices, to be indexed by matrix.
+
+    If it trains it is split once, so that one backward puts the gradients of all side by side: that of factor[i] would
+    make one of the whole factor's size for each.
+    """
+    return factor.unbind() if torch.is_grad_enabled() and factor.requires_grad else factor
 
 
 class Experts4bit(nn.Module):
-    """A frozen weight of several matrices of one shape in 4 bits, for products with one of them at a time.
+    """A frozen weight of several matrices of one shape in 4 bits, which torch's grouped_mm takes for its mat_b.
 
-    `F.linear(x, experts[i], bias)` is `F.linear(x, weight[i], bias)`, and `x @ experts[i]` is `x @ weight[i]`, with
-    gradients for x and bias. With adapters (LoraExperts) each matrix has an update of its own.
+    `F.grouped_mm(x, experts.transpose(-2, -1), offs=offs)`, or where matrices are [in, out] `F.grouped_mm(x, experts,
+    offs=offs)`, is what it is of the decoded weight, in x's dtype (autocast's, where that is on), with a gradient for
+    x. With adapters (LoraExperts) each matrix has an update of its own.
 
     Args:
         weight: float32, float16 or bfloat16 [experts, rows, columns] (on "meta": this is on "meta" too).
@@ -66,15 +107,12 @@ class Experts4bit(nn.Module):
     Attributes:
         shape: of the weight.
         stack: the storage of all matrices, a Stack4bit; with adapters a LoraExperts around it.
-        split: of adapters' factors, while the module whose weight this was computes; else None. A graph of its own for
-            each forward: FSDP2 has let go of gradients by the time at which an older one's would come.
 
     Raises:
         TypeError, ValueError: as Linear4bit, or a block would reach from one matrix into the next.
     """
 
     replaced: Any = None  # by quantize_experts: the weight's name, the module's config
-    split: Split | None = None
 
     def __init__(
         self,
@@ -110,96 +148,98 @@ class Experts4bit(nn.Module):
         """Replace the weight, without adapters' updates, on that tensor's device; raises as Linear4bit.quantize_."""
         if weight.shape != self.shape:
             raise ValueError(f"Experts4bit: weight: expected shape {list(self.shape)}, got {list(weight.shape)}")
-        getattr(self.stack, "base_layer", self.stack).quantize_(weight.flatten(0, 1))
+        self.base.quantize_(weight.flatten(0, 1))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [experts, rows, columns], with the active adapters' updates, in `dtype` (None: the original's)."""
         weight: Tensor = self.stack.dequantize(dtype)
         return weight.view(self.shape)
 
-    def __getitem__(self, index: int | Tensor) -> Matrix4bit:
-        """One matrix, as an argument of products.
+    @property
+    def base(self) -> Stack4bit:
+        """The storage without adapters."""
+        base: Stack4bit = getattr(self.stack, "base_layer", self.stack)
+        return base
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the original weight."""
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.weight.device
+
+    def transpose(self, dim0: int, dim1: int) -> Transposed:
+        """The weight with its last two dimensions exchanged, for grouped_mm alone."""
+        if sorted(dim % 3 for dim in (dim0, dim1)) != [1, 2]:
+            raise ValueError(f"Experts4bit: transpose: expected the last two dimensions, got {dim0} and {dim1}")
+        return Transposed(self)
+
+    @_disable_dynamo  # it would compile a graph with all matrices, and anew when other ones have no rows
+    def forward(self, input: Tensor, offs: Tensor) -> Tensor:
+        """Each matrix times its rows: [rows, in] -> [rows, out].
+
+        Args:
+            input: the rows, sorted by matrix.
+            offs: [experts], where the rows of each matrix end; the results of rows behind the last are zeros.
 
         Raises:
-            ValueError: fully_shard is on this or the stack: what that gives is gone after the call.
+            ValueError: other shapes, or offs that do not ascend or end behind the last row.
         """
-        if is_fully_sharded(self) or is_fully_sharded(self.stack):
-            got = f"{type(self).__name__} with {type(self.stack).__name__}"
-            raise ValueError(f"Experts4bit: expected fully_shard on the module of the experts or one above, got {got}")
-        matrix: Matrix4bit = self.stack(int(index), self.split)
-        return matrix
+        size, _ = self.base.sizes
+        if input.dim() != 2 or input.shape[1] != size:
+            raise ValueError(f"Experts4bit: mat_a: expected [rows, {size}], got {list(input.shape)}")
+        ends = offs.tolist()
+        counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+        behind = len(input) - sum(counts)
+        if len(ends) != self.shape[0] or min(counts) < 0 or behind < 0:
+            expected = f"{self.shape[0]} ascending ends of at most {len(input)} rows"
+            raise ValueError(f"Experts4bit: offs: expected {expected}, got {ends}")
+        y: Tensor = self.stack(input[: len(input) - behind] if behind else input, counts)
+        return F.pad(y, (0, 0, 0, behind)) if behind else y
 
     def extra_repr(self) -> str:
         return f"shape={list(self.shape)}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "split": None}  # it is still there after Ctrl-C in a forward, and cannot be copied
-
-
-class Matrix4bit:
-    """A matrix in 4 bits, by the arguments with which the ops take it, for torch's products to take.
-
-    Attributes:
-        A, B, scaling: of adapters, [r, in] and [out, r]; as for lora_linear_4bit.
-    """
-
-    def __init__(self, rows: int, columns: int, *weight: Any) -> None:
-        self.rows, self.columns = rows, columns
-        self.weight = weight
-        self.A: list[Tensor] = []
-        self.B: list[Tensor] = []
-        self.scaling: list[float] = []
-
-    def float(self) -> Matrix4bit:
-        """Itself: products decode it to the dtype of their other argument."""
-        return self
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        product = PRODUCTS.get(func)
-        if product is None or any(isinstance(first, cls) for first in args[:1]):
-            return NotImplemented
-        return product(*args, **(kwargs or {}))
+        return _grouped_mm(*args, **(kwargs or {})) if func.__name__ in GROUPED_MM else NotImplemented
 
 
-def _linear(input: Tensor, weight: Matrix4bit, bias: Tensor | None = None) -> Tensor:
-    x = _checked(input, weight.columns)
-    if not weight.A:
-        y: Tensor = ops.linear_4bit(x, *weight.weight, weight.rows, bias)
-        return y
-    y, *_ = ops.lora_linear_4bit(x, *weight.weight, weight.rows, bias, weight.A, weight.B, weight.scaling, [])
+class Transposed:
+    """Experts4bit with its last two dimensions exchanged."""
+
+    def __init__(self, experts: Experts4bit) -> None:
+        self.experts = experts
+        self.dtype, self.device = experts.dtype, experts.device
+
+    __torch_function__ = Experts4bit.__torch_function__
+
+
+def _grouped_mm(
+    mat_a: Tensor,
+    mat_b: Experts4bit | Transposed,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    given = {"offs": offs is not None, "bias": bias is not None, "out_dtype": out_dtype is not None}
+    if given != {"offs": True, "bias": False, "out_dtype": False} or not isinstance(mat_a, Tensor):
+        raise ValueError(f"Experts4bit: grouped_mm: expected a tensor, the experts and offs alone, got {given}")
+    experts = mat_b.experts if isinstance(mat_b, Transposed) else mat_b
+    if isinstance(mat_b, Transposed) == experts.base.is_transposed:
+        expected = "the experts themselves" if experts.base.is_transposed else "experts.transpose(-2, -1)"
+        raise ValueError(f"Experts4bit: mat_b: expected {expected}, got {type(mat_b).__name__}")
+    y: Tensor = experts(mat_a, offs)
     return y
-
-
-def _matmul(input: Tensor, other: Matrix4bit) -> Tensor:
-    x = _checked(input, other.rows)
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):  # the operator @ hides a TypeError
-        raise ValueError(f"Experts4bit: x: expected dtype float32, float16 or bfloat16, got {x.dtype}")
-    y: Tensor = ops.linear_4bit_dgrad(x, *other.weight, other.columns)  # x @ W is what F.linear's backward computes
-    for a, b, scaling in zip(other.A, other.B, other.scaling, strict=True):
-        y = y + F.linear(F.linear(x, a.to(x.dtype)), (b * scaling).to(x.dtype))
-    return y
-
-
-def _checked(x: Tensor, size: int) -> Tensor:
-    if x.shape[-1:] != (size,):
-        raise ValueError(f"Experts4bit: x: expected [..., {size}], got {list(x.shape)}")
-    return cast_as_autocast(x)
-
-
-PRODUCTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-}
 
 
 def fused_experts(module: nn.Module) -> list[str]:
-    """The attributes in which a module of transformers has the weights of fused experts, if its own forward uses their
-    matrices one by one: its `use_experts_implementation` marks those modules by attributes that it gives them."""
+    """The attributes in which a module of transformers has the weights of fused experts, if its forward can be made of
+    grouped_mm: `use_experts_implementation` marks those modules by attributes that it gives them."""
     if not (hasattr(module, "is_transposed") and hasattr(getattr(module, "config", None), "_experts_implementation")):
         return []
     own = module.named_parameters(recurse=False)
@@ -211,9 +251,6 @@ def quantize_experts(module: Any, name: str, **options: Any) -> None:
     weight = module.get_parameter(name)
     experts = Experts4bit(weight, is_transposed=module.is_transposed, **options).train(module.training)
     experts.replaced = name, module.config
-    if not has_experts(module):
-        module.register_forward_pre_hook(_begin)
-        module.register_forward_hook(_end, always_call=True)
     # By the weight's own name, or one that holds it as a word, transformers would take them for it when it saves.
     module.add_module(f"quantized_{name}_", experts)
     module._parameters[name] = None  # its place among the others, by which PEFT knows it
@@ -222,17 +259,7 @@ def quantize_experts(module: Any, name: str, **options: Any) -> None:
             module._modules[key] = module._modules.pop(key)
     object.__setattr__(module, name, experts)
     module.config = copy.deepcopy(module.config)  # which other models may share
-    module.config._experts_implementation = "eager"
-
-
-def _begin(module: nn.Module, _: object) -> None:
-    for experts in _replaced_in(module).values():
-        experts.split = {}
-
-
-def _end(module: nn.Module, *_: object) -> None:
-    for experts in _replaced_in(module).values():
-        experts.split = None
+    module.config._experts_implementation = "grouped_mm"
 
 
 def _replaced_in(module: nn.Module) -> dict[str, Experts4bit]:
@@ -257,7 +284,3 @@ def dequantize_experts(module: Any) -> None:
         delattr(module, key)
     for experts in reversed(found.values()):
         module.config = experts.replaced[1]  # at last the one before all
-    for hooks, own in ((module._forward_pre_hooks, _begin), (module._forward_hooks, _end)):
-        for number in [number for number, hook in hooks.items() if hook is own]:
-            del hooks[number]
-            module._forward_hooks_always_called.pop(number, None)

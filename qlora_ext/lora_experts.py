@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qlora_ext.adapter_table import check_values
-from qlora_ext.experts import Matrix4bit, Split, Stack4bit
+from qlora_ext.experts import Stack4bit
 from qlora_ext.lora import LoraLinear
 
 
@@ -27,18 +27,17 @@ class LoraExperts(LoraLinear):
         A = torch.empty(experts, r, size_in, dtype=torch.float32, device=device)
         return A, torch.empty(experts, size_out, r, dtype=torch.float32, device=device)
 
-    def forward(self, index: int, split: Split | None = None) -> Matrix4bit:  # type: ignore[override]
-        """The matrix with this number, with the active adapters' parts for it."""
+    def forward(self, input: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]
+        """Each matrix, with the active adapters' parts for it, times its rows, as Stack4bit's."""
         merged, names = self.merged_base, self.active_adapters
         base: Any = self.base_layer if merged is None else merged
-        matrix: Matrix4bit = base(index)
+        adapters: list[Any] = []
         if merged is None and names:
             A, B = self.lora_A.forward(names), self.lora_B.forward(names)
-            check_values(names, A, B, base.weight)
-            matrix.A = [_part(a, index, split) for a in A]
-            matrix.B = [_part(b, index, split) for b in B]
-            matrix.scaling = [self.scaling[name] for name in names]
-        return matrix
+            check_values(names, A, B, input)
+            adapters = [A, B, [self.scaling[name] for name in names]]
+        y: Tensor = base(input, counts, *adapters)
+        return y
 
     def _updated(self, weight: Tensor, names: list[str]) -> Tensor:
         A, B = self.lora_A.forward(names), self.lora_B.forward(names)
@@ -55,16 +54,3 @@ class LoraExperts(LoraLinear):
         if isinstance(self.merged_base, Stack4bit):
             return self.merged_base.dequantize(dtype)
         return self.merged_weight().to(dtype or self.dtype)
-
-
-def _part(factor: Tensor, index: int, split: Split | None) -> Tensor:
-    """A or B of the matrix with this number.
-
-    With a gradient it comes from one split for all matrices, whose backward puts their gradients side by side; that of
-    factor[index] would make one of the whole factor's size for each.
-    """
-    if split is None or not (torch.is_grad_enabled() and factor.requires_grad):
-        return factor[index]
-    if factor not in split:
-        split[factor] = factor.unbind()
-    return split[factor][index]

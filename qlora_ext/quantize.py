@@ -34,7 +34,7 @@ def quantize_model(
     """Replace each nn.Linear of the model by its Linear4bit, in place, one by one: at the peak one layer stands twice.
 
     So are the fused experts of transformers' mixtures, by Experts4bit (`qlora_ext/experts.py`); the model computes
-    with transformers' "eager" implementation of experts then, which takes those that have tokens one by one.
+    with transformers' "grouped_mm" implementation of experts then.
 
     Args:
         model: any module, on any device ("meta" too). Adapters in it, not merged, stay on their layers.

@@ -1,36 +1,50 @@
-"""Experts4bit by itself: products with one matrix of a weight of three dimensions in 4 bits."""
+"""Experts4bit by itself: grouped_mm with a weight of three dimensions in 4 bits."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cases import DTYPES, pairwise
 from reference import assert_as_exact_as_torch, assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_4bit
-from qlora_ext.experts import Experts4bit, Matrix4bit
-
-Product = Callable[[Tensor, Any], Tensor]
+from qlora_ext.experts import Experts4bit
 
 
-def with_grad(product: Product, x: Tensor, weight: object, grad: Tensor) -> tuple[Tensor, Tensor]:
+def ends(*counts: int) -> Tensor:
+    return torch.tensor(counts).cumsum(0, dtype=torch.int32)
+
+
+def with_grad(x: Tensor, weight: Tensor, offs: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The product with each matrix [in, out], one after the other, and the gradient of x."""
     x = x.clone().requires_grad_()
-    y = product(x, weight)
-    y.backward(grad)
-    return y.detach(), x.grad
+    parts = [rows @ matrix for rows, matrix in zip(x.tensor_split(offs[:-1].long()), weight, strict=True)]
+    torch.cat(parts).backward(grad)
+    return torch.cat(parts).detach(), x.grad
 
 
-@pytest.mark.parametrize("options", [{}, {"double_quant": False}, {"quant_type": "fp4", "blocksize": 128}], ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (64, 64), (128, 96)], ids=["groups", "blocks", "flat"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_products_with_each_matrix(dtype: torch.dtype, rows: int, columns: int, options: dict[str, Any]) -> None:
+SHAPES = {"groups": (128, 256), "blocks": (64, 64), "flat": (128, 96)}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "absmax in fp32": {"double_quant": False},
+    "fp4": {"quant_type": "fp4", "blocksize": 128},
+}
+COUNTS = ((2, 5, 3), (0, 7, 0), (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("is_transposed", "dtype_name", "shape", "options_name", "counts"),
+    pairwise((False, True), DTYPES, SHAPES, OPTIONS, COUNTS),
+    ids=str,
+)
+def test_products(is_transposed: bool, dtype_name: str, shape: str, options_name: str, counts: tuple[int, ...]) -> None:
+    dtype, (rows, columns), options = DTYPES[dtype_name], SHAPES[shape], OPTIONS[options_name]
     weight = torch.randn(3, rows, columns).to(dtype)
-    experts = Experts4bit(weight, **options)
+    experts = Experts4bit(weight, is_transposed=is_transposed, **options)
     whole_groups = rows * columns % (256 * options.get("blocksize", 64)) == 0
     assert experts.stack.double_quant == (whole_groups and options.get("double_quant", True))
     decoded = experts.dequantize()
@@ -38,42 +52,65 @@ def test_products_with_each_matrix(dtype: torch.dtype, rows: int, columns: int, 
     packed, state = quantize_4bit(weight.flatten(0, 1), **{**options, "double_quant": experts.stack.double_quant})
     assert_same(experts.stack.weight, packed)
     assert_same(experts.stack.absmax, state.absmax)
-    bias = torch.randn(rows).to(dtype)
-    products: list[tuple[int, Product]] = [
-        (columns, lambda x, w: F.linear(x, w)),
-        (columns, lambda x, w: F.linear(x, w, bias.to(x.dtype))),
-        (rows, lambda x, w: x @ w),
-        (rows, torch.matmul),
-    ]
-    for i, (size, product) in itertools.product((0, torch.tensor(1), 2, -1), products):
-        x = torch.randn(5, size).to(dtype)
-        grad = torch.randn(5, rows + columns - size).to(dtype)
-        exact = with_grad(product, x.double(), decoded[i].double(), grad.double())
-        of_torch = with_grad(product, x, decoded[i], grad)
-        for results in zip(with_grad(product, x, experts[i], grad), of_torch, exact, strict=True):
-            assert_as_exact_as_torch(*results)
+
+    mat_b, dense = (experts, decoded) if is_transposed else (experts.transpose(-2, -1), decoded.mT)
+    x, grad = (torch.randn(sum(counts), size).to(dtype) for size in dense.shape[1:])
+    leaf = x.clone().requires_grad_()
+    y = F.grouped_mm(leaf, mat_b, offs=ends(*counts))
+    y.backward(grad)
+    exact = with_grad(x.double(), dense.double(), ends(*counts), grad.double())
+    of_torch = with_grad(x, dense, ends(*counts), grad)
+    for results in zip((y.detach(), leaf.grad), of_torch, exact, strict=True):
+        assert_as_exact_as_torch(*results)
 
 
-def test_only_products_take_a_matrix() -> None:
+def test_rows_behind_the_last_end_are_zeros() -> None:
+    """As those of tokens whose experts other processes have."""
     experts = Experts4bit(torch.randn(2, 64, 64))
-    for use in (lambda w: w + 1, lambda w: torch.relu(w), lambda w: F.linear(w, torch.randn(64, 64))):
-        with pytest.raises(TypeError):
-            use(experts[0])
-    assert isinstance(experts[0].float(), Matrix4bit)  # as openai_privacy_filter has it
-    for wrong in (lambda x: F.linear(x, experts[0]), lambda x: x @ experts[0]):
-        with pytest.raises(ValueError, match=r"Experts4bit: x: expected \[\.\.\., 64\], got \[5, 63\]"):
-            wrong(torch.randn(5, 63))
-    with pytest.raises(ValueError, match=r"x: expected dtype float32, float16 or bfloat16, got torch\.float64"):
-        torch.randn(5, 64, dtype=torch.float64) @ experts[0]
-    with pytest.raises(IndexError):
-        experts[2]
+    x = torch.randn(6, 64).requires_grad_()
+    y = F.grouped_mm(x, experts.transpose(1, 2), offs=ends(1, 3))
+    assert_same(y[:4], F.grouped_mm(x[:4], experts.transpose(2, 1), offs=ends(1, 3)))
+    assert not y[4:].any()
+    y.sum().backward()
+    assert x.grad[:4].all()
+    assert not x.grad[4:].any()
+
+
+def test_only_grouped_mm_takes_them_and_says_what_it_wants() -> None:
+    experts = Experts4bit(torch.randn(2, 64, 128))
+    transposed, offs = experts.transpose(-2, -1), ends(1, 2)
+    assert (transposed.dtype, transposed.device) == (torch.float32, torch.device("cpu"))
+    x = torch.randn(3, 128)
+    for use in (torch.relu, lambda w: F.linear(x, w), lambda w: x @ w):
+        for weight in (experts, transposed):
+            with pytest.raises(TypeError):
+                use(weight)
+    for x_given, weight, options, message in (
+        (x, experts, {"offs": offs}, r"mat_b: expected experts\.transpose\(-2, -1\), got Experts4bit"),
+        (x, transposed, {}, "grouped_mm: expected .*, the experts and offs alone, got .*'offs': False"),
+        (x, transposed, {"offs": offs, "bias": x[0]}, "grouped_mm: expected .*'bias': True"),
+        (x, transposed, {"offs": offs, "out_dtype": torch.float32}, "grouped_mm: expected .*'out_dtype': True"),
+        (transposed, transposed, {"offs": offs}, "grouped_mm: expected a tensor, the experts and offs alone"),
+        (x[:, 1:], transposed, {"offs": offs}, r"mat_a: expected \[rows, 128\], got \[3, 127\]"),
+        (x[0], transposed, {"offs": offs}, r"mat_a: expected \[rows, 128\], got \[128\]"),
+        (x, transposed, {"offs": ends(1, 1, 1)}, r"offs: expected 2 ascending ends of at most 3 rows, got \[1, 2, 3\]"),
+        (x, transposed, {"offs": ends(1, 3)}, r"offs: expected 2 ascending ends of at most 3 rows, got \[1, 4\]"),
+        (x, transposed, {"offs": ends(2, -1)}, r"offs: expected 2 ascending ends of at most 3 rows, got \[2, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=f"Experts4bit: {message}"):
+            F.grouped_mm(x_given, weight, **options)
+    with pytest.raises(ValueError, match="Experts4bit: transpose: expected the last two dimensions, got 0 and 1"):
+        experts.transpose(0, 1)
+    with pytest.raises(ValueError, match=r"mat_b: expected the experts themselves, got Transposed"):
+        F.grouped_mm(x, Experts4bit(torch.randn(2, 128, 64), is_transposed=True).transpose(1, 2), offs=offs)
+    with pytest.raises(TypeError, match=r"x: expected dtype .*Double"):
+        F.grouped_mm(x.double(), transposed, offs=offs)
 
 
 def test_autocast_casts_x_as_for_a_float_weight() -> None:
     experts = Experts4bit(torch.randn(2, 64, 64))
     with torch.autocast("cpu", torch.bfloat16):
-        assert F.linear(torch.randn(2, 64), experts[0]).dtype == torch.bfloat16
-        assert (torch.randn(2, 64) @ experts[0]).dtype == torch.bfloat16
+        assert F.grouped_mm(torch.randn(3, 64), experts.transpose(1, 2), offs=ends(1, 2)).dtype == torch.bfloat16
 
 
 def test_bad_weights_and_options_are_named() -> None:

@@ -125,8 +125,6 @@ def test_a_file_without_a_weights_tensors_is_refused(tmp_path: Path) -> None:
 def test_order_is_that_of_the_parameters_however_they_were_quantized(tmp_path: Path) -> None:
     model = quantize_model(mixture("mixtral"), skip=["lm_head", "gate_up_proj"])
     quantize_model(model)
-    experts = model.model.layers[0].mlp.experts
-    assert (len(experts._forward_pre_hooks), len(experts._forward_hooks)) == (1, 1)
     add_adapter(model, LoraConfig(r=4, target_modules=[], target_parameters=BOTH))
     for layer in lora_experts(model).values():
         nn.init.normal_(layer.lora_B["default"], std=0.1)

@@ -214,10 +214,12 @@ def test_adapters_on_experts_train_as_unsharded(accumulate: int) -> None:
     assert_same(trained[1], trained[0])
 
 
-def test_experts_are_sharded_with_the_module_that_computes() -> None:
-    for part in ("experts", "stack"):
-        model = adapted("mixtral")
-        experts = model.model.layers[0].mlp.experts.down_proj
-        fully_shard(experts if part == "experts" else experts.stack, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match="expected fully_shard on the module of the experts or one above, got"):
-            model(MIXTURE_TOKENS)
+@pytest.mark.parametrize("part", ["", "stack", "stack.base_layer"])
+def test_experts_are_sharded_by_themselves(part: str) -> None:
+    model = adapted("mixtral")
+    expected = model(MIXTURE_TOKENS).logits
+    experts = model.model.layers[0].mlp.experts.down_proj
+    fully_shard(experts.get_submodule(part), mesh=init_device_mesh("cpu", (1,)))
+    assert_same(model(MIXTURE_TOKENS).logits, expected)
+    expected.square().mean().backward()
+    model(MIXTURE_TOKENS).logits.square().mean().backward()
