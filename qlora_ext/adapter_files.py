@@ -7,7 +7,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Collection
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,12 +18,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, freeze, set_adapter
 from qlora_ext.experts import Experts4bit
-from qlora_ext.layer_names import check_name, is_named, plain_modules, unwrapped
+from qlora_ext.layer_names import check_name, is_named, plain_modules
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
 from qlora_ext.lora_experts import LoraExperts
 from qlora_ext.model_layers import AnyLinear, expert_layers, linear_layers, lora_layers, named_layers
-from qlora_ext.peft_config import CONFIG_FILE, read_config
+from qlora_ext.peft_config import CONFIG_FILE, describe, read_config
 from qlora_ext.peft_layout import from_file, owners, shape_in_file, to_file
 from qlora_ext.sharded import check_whole, fill, gathered, reshard
 from qlora_ext.trained_modules import are_weights_tied, fit_modules, trained_modules
@@ -78,20 +78,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             (tensor,) = table.forward([name])  # with its values, if accelerate has offloaded it
             whole = _to_write(f"{layer_name}.{part}.{name}", tensor)
             tensors[f"{_PREFIX}{owner}.{part}.weight"] = to_file(part, whole)
-    plain = unwrapped(model)
-    model_config = getattr(plain, "config", None)
-    described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(plain).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(model_config, "_name_or_path", None) or None,
-        "inference_mode": True,
-        "bias": "none",
-        "use_dora": False,
-        "modules_to_save": modules or None,
-        **({"ensure_weight_tying": True} if are_weights_tied(model, others) else {}),
-        **asdict(config),
-        "target_parameters": config.target_parameters or None,
-    }
+    described = describe(model, config, modules, tied=are_weights_tied(model, others))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_all(
@@ -163,8 +150,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         if layer_name in weights:
             for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
                 fill(table[name], from_file(layer, part, weights[layer_name][part]))
-            layer.configs[name] = config
-            layer.scaling[name] = config.scaling(layer_name)
+            layer.set_config(name, config, layer_name)
     freeze("load_adapter", model, [own for own, _ in modules.values()])
     for own, saved in modules.values():
         fill(own, saved)

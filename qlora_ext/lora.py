@@ -28,6 +28,7 @@ class LoraLinear(nn.Module):
         base_layer: the layer itself.
         lora_A, lora_B: float32 parameters [r, in] and [out, r] by adapter name; cast to x's dtype, or float32, inside
             the multiply, and never cast by `.half()` or `.to(dtype)`.
+        lora_dropout: nn.Dropout by adapter name, whose p counts, and whether it trains; it is not called.
         scaling, configs: by adapter name.
         active_adapters: names of those that count.
         merged_base: while merged, a layer of the same kind with W0 + the active updates; base_layer stays untouched. It
@@ -45,6 +46,7 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.lora_A = AdapterTable()
         self.lora_B = AdapterTable()
+        self.lora_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.configs: dict[str, LoraConfig] = {}
         self.active_adapters: list[str] = []
@@ -88,7 +90,12 @@ class LoraLinear(nn.Module):
             nn.init.kaiming_uniform_(A.flatten(0, -2), a=math.sqrt(5))
             self.lora_A[name] = nn.Parameter(A)
             self.lora_B[name] = nn.Parameter(nn.init.zeros_(B))
+        self.set_config(name, config, module_name)
+
+    def set_config(self, name: str, config: LoraConfig, module_name: str) -> None:
+        """Scale an adapter, and drop out before it, by this config; module_name as for add_adapter."""
         self.scaling[name] = config.scaling(module_name)
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
         self.configs[name] = config
 
     def _factors(self, r: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -98,7 +105,7 @@ class LoraLinear(nn.Module):
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; KeyError if there is none of this name."""
-        for table in (self.lora_A, self.lora_B, self.scaling, self.configs):
+        for table in (self.lora_A, self.lora_B, self.lora_dropout, self.scaling, self.configs):
             del table[name]
         self.active_adapters = [active for active in self.active_adapters if active != name]
 
@@ -129,9 +136,12 @@ class LoraLinear(nn.Module):
 
     def _dropout(self, x: Tensor, names: list[str]) -> tuple[list[float], list[Tensor]]:
         """The scaling of each of these adapters, with dropout's 1 / (1 - p) in it, and the masks, if any."""
-        keep = [1 - self.configs[name].lora_dropout for name in names]
         scaling = [self.scaling[name] for name in names]
-        if not self.training or all(k == 1 for k in keep):
+        if not self.training:
+            return scaling, []
+        dropouts: list[Any] = [self.lora_dropout[name] for name in names]
+        keep = [1 - dropout.p if dropout.training else 1 for dropout in dropouts]
+        if all(k == 1 for k in keep):
             return scaling, []
         masks = [torch.empty_like(x, dtype=torch.bool).bernoulli_(k) for k in keep]
         return [s / k for s, k in zip(scaling, keep, strict=True)], masks

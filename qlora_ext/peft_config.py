@@ -1,16 +1,18 @@
-"""PEFT's adapter_config.json: what of it is read, and what of it is refused."""
+"""PEFT's adapter_config.json: what is written, what of it is read, and what of it is refused."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qlora_ext.layer_names import check_regex, is_named
+from torch import nn
+
+from qlora_ext.layer_names import check_regex, is_named, unwrapped
 from qlora_ext.lora_config import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
@@ -32,9 +34,48 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
 }
+# PEFT's words for what a model of transformers does, by the end of its class's name; and the heads that PEFT then takes
+# to be in modules_to_save.
+_TASK_TYPES: dict[str, tuple[str, set[str]]] = {
+    "ForCausalLM": ("CAUSAL_LM", set()),
+    "ForSequenceClassification": ("SEQ_CLS", {"classifier", "score"}),
+    "ForTokenClassification": ("TOKEN_CLS", {"classifier", "score"}),
+    "ForQuestionAnswering": ("QUESTION_ANS", {"qa_outputs"}),
+}
 # What PEFT puts a name from modules_to_save, and one from layers_pattern, into.
 _SAVED_WHOLE = r"(^|.*\.){}($|\..*)"
 _BLOCK = r"(?:.*?\.)?{}\.(?P<index>\d+)\."
+
+
+def describe(model: nn.Module, config: LoraConfig, modules_to_save: list[str], *, tied: bool) -> dict[str, Any]:
+    """The file's content, for an adapter that is on what the config targets."""
+    plain = unwrapped(model)
+    model_config = getattr(plain, "config", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(plain, modules_to_save),
+        "base_model_name_or_path": getattr(model_config, "_name_or_path", None) or None,
+        "inference_mode": True,
+        "bias": "none",
+        "use_dora": False,
+        "modules_to_save": modules_to_save or None,
+        **({"ensure_weight_tying": True} if tied else {}),
+        **asdict(config),
+        "target_parameters": config.target_parameters or None,
+    }
+
+
+def _task_type(model: nn.Module, modules_to_save: list[str]) -> str | None:
+    """By which PEFT's AutoPeftModel finds the model's class; None where PEFT would demand what is not in the file."""
+    kind = type(model).__name__
+    if kind.endswith("ForConditionalGeneration") and getattr(
+        getattr(model, "config", None), "is_encoder_decoder", False
+    ):
+        return "SEQ_2_SEQ_LM"
+    for end, (task_type, heads) in _TASK_TYPES.items():
+        if kind.endswith(end) and heads & model._modules.keys() <= set(modules_to_save):
+            return task_type
+    return None
 
 
 def read_config(folder: Path) -> tuple[LoraConfig, list[str], Callable[[str], bool]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from adapted_model import base_model, by_wrapper, logits, trainable, with_adapter
@@ -16,7 +17,7 @@ from reference import assert_same
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from qlora_ext import (
     LoraConfig,
@@ -72,6 +73,22 @@ def test_the_config_names_model_and_task(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
     assert (config["task_type"], config["peft_type"], config["inference_mode"]) == ("CAUSAL_LM", "LORA", True)
+
+
+def test_peft_finds_the_class_of_a_classifier_by_its_task(tmp_path: Path) -> None:
+    """With such a task PEFT demands the head, which is in the file if it is trained."""
+    LlamaForSequenceClassification(tiny_config(pad_token_id=0)).save_pretrained(tmp_path / "base")
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
+    add_adapter(model, LoraConfig(target_modules=["q_proj"]))
+    randomize_adapters(model)
+    save_adapter(model, tmp_path / "frozen")
+    base = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(base, tmp_path / "frozen")), logits(model))
+    model.score.requires_grad_(True)
+    nn.init.normal_(model.score.weight)
+    save_adapter(model, tmp_path / "trained")
+    auto = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "trained")
+    torch.testing.assert_close(logits(auto), logits(model))
 
 
 @by_wrapper

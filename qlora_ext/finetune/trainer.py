@@ -1,4 +1,4 @@
-"""transformers.Trainer with the loss of this package, and checkpoints that hold the adapter and never the base.
+"""transformers.Trainer with the loss of this package.
 
 A checkpoint is written beside its place and renamed, so a save cut short leaves nothing that --resume would take.
 """
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
-import qlora_ext
-
+from .adapter_checkpoints import AdapterCheckpoints
 from .data import IGNORE, Dataset, PadToLongest
 from .evaluate import held_out_loss
 from .loss import answer_loss
@@ -30,7 +29,7 @@ PAGED_STATES = "optimizer.safetensors"
 WRITER = re.compile("inline_container|PytorchStreamWriter|basic_ios")  # in every error of the file of torch.save
 
 
-class AnswerTrainer(Trainer):
+class AnswerTrainer(AdapterCheckpoints, Trainer):
     """Trainer, but for the loss, the optimizer and what a checkpoint holds."""
 
     def __init__(
@@ -85,10 +84,10 @@ class AnswerTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = self.folder if output_dir is None else Path(output_dir)
         if self.adapter:
-            qlora_ext.save_adapter(self.tuned, folder)
+            super()._save(output_dir)
             return
+        folder = self.folder if output_dir is None else Path(output_dir)
         with _staging(folder) as staging:
             self.tuned.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
@@ -99,9 +98,9 @@ class AnswerTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter:
-            qlora_ext.load_adapter(self.tuned, resume_from_checkpoint)
-        else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = paged(self.optimizer)

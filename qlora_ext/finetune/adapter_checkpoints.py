@@ -1,0 +1,31 @@
+"""Checkpoints of transformers.Trainer that hold the adapter and never the base."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+import qlora_ext
+
+
+class AdapterCheckpoints:
+    """For Trainer and its subclasses, TRL's among them, whose model has an adapter named "default".
+
+    `class AdapterTrainer(AdapterCheckpoints, Trainer)` saves what `save_adapter` writes, with the tokenizer if it has
+    one, and resumes from it; a Trainer that does not know the adapter saves base and adapter as one state_dict, which
+    `from_pretrained` does not read.
+    """
+
+    def _save(self: Any, output_dir: str | os.PathLike[str] | None = None, state_dict: object = None) -> None:
+        folder = self.args.output_dir if output_dir is None else output_dir
+        qlora_ext.save_adapter(self.model, folder)
+        if (tokenizer := getattr(self, "processing_class", None)) is not None:
+            tokenizer.save_pretrained(folder)
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        qlora_ext.load_adapter(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self: Any) -> None:
+        qlora_ext.load_adapter(self.model, self.state.best_model_checkpoint)

@@ -1,0 +1,99 @@
+"""transformers.Trainer over a model in 4 bits, with checkpoints that hold the adapter alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from layers import state_bytes
+from reference import assert_same
+from tiny_model import one_thread as one_thread
+from tiny_model import tiny_config, tiny_tokenizer
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments, set_seed
+
+from qlora_ext import LoraConfig, PagedAdamW, add_adapter, load_adapter, quantize_model
+from qlora_ext.finetune.adapter_checkpoints import AdapterCheckpoints
+
+STEPS, SAVED = 6, 3
+TOKENS = torch.randint(258, (14, 12), generator=torch.Generator())
+
+
+class AdapterTrainer(AdapterCheckpoints, Trainer):
+    pass
+
+
+def quantized(kind: type[Any] = LlamaForCausalLM) -> Any:
+    torch.manual_seed(0)
+    return quantize_model(kind(tiny_config(pad_token_id=0)))
+
+
+def trainer(folder: Path, model: nn.Module, **options: Any) -> AdapterTrainer:
+    set_seed(0)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_steps=SAVED,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        **options,
+    )
+    is_classifier = isinstance(model, LlamaForSequenceClassification)
+    data = [{"input_ids": ids, "labels": ids[0] % 2 if is_classifier else ids} for ids in TOKENS]
+    return AdapterTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tiny_tokenizer(),
+        optimizer_cls_and_kwargs=(PagedAdamW, {"lr": arguments.learning_rate, "state_bits": 8}),
+    )
+
+
+def with_adapter(model: Any) -> Any:
+    add_adapter(model, LoraConfig(r=4, lora_dropout=0.1))
+    return model
+
+
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = with_adapter(quantized())
+    trainer(tmp_path / "whole", whole).train()
+    files = set(os.listdir(tmp_path / "whole" / f"checkpoint-{SAVED}"))
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "optimizer.pt"} <= files
+    assert not {"model.safetensors", "config.json"} & files
+
+    resumed = with_adapter(quantized())
+    trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert state_bytes(resumed) == state_bytes(whole)
+    loaded = quantized()
+    load_adapter(loaded, tmp_path / "resumed" / f"checkpoint-{STEPS}")
+    assert state_bytes(loaded) == state_bytes(whole)
+
+
+def test_the_best_of_a_classifier_is_loaded_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its head, which trains too. The losses of evaluation rise, so the first is the best."""
+    model = with_adapter(quantized(LlamaForSequenceClassification))
+    model.score.requires_grad_(True)
+    how = {"eval_strategy": "steps", "eval_steps": SAVED, "load_best_model_at_end": True}
+    run = trainer(tmp_path, model, **how)
+    evaluate, losses = run.evaluate, iter((1.0, 2.0))
+    monkeypatch.setattr(
+        run, "evaluate", lambda *args, **kwargs: evaluate(*args, **kwargs) | {"eval_loss": next(losses)}
+    )
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    base = LlamaForSequenceClassification(tiny_config(pad_token_id=0))
+    for each, best in ((tmp_path / "checkpoint-3", True), (tmp_path / "checkpoint-6", False)):
+        other = quantized(LlamaForSequenceClassification)
+        load_adapter(other, each)
+        assert (state_bytes(other) == state_bytes(model)) == best
+    run.save_model(str(tmp_path / "best"))
+    read = peft.PeftModel.from_pretrained(base, str(tmp_path / "best"))
+    assert_same(read.base_model.model.score.modules_to_save["default"].weight.detach(), model.score.weight.detach())

@@ -1,0 +1,79 @@
+"""Dropout before the adapters of a LoraLinear: who decides about it. Its gradients are tested in test_lora.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from layers import BASES, make_base, make_lora
+from reference import assert_same
+from torch import nn
+
+from qlora_ext import LoraConfig, add_adapter, load_adapter, save_adapter
+
+by_base = pytest.mark.parametrize("base", BASES)
+
+
+@by_base
+def test_dropout_keeps_the_mean(base: str) -> None:
+    layer = make_lora(make_base(base), LoraConfig(r=4, lora_dropout=0.3))
+    x = torch.randn(256)
+    draws = layer(x.expand(10_000, 256)).detach() - layer.base_layer(x).detach()
+    expected = layer.eval()(x) - layer.base_layer(x)
+    assert draws.std(0).min() > 0
+    # 48 means, each with a deviation of std / 100: five of these are passed once in 35 000 seeds.
+    assert ((draws.mean(0) - expected).abs() < 5 * draws.std(0) / 100).all()
+
+
+@by_base
+def test_eval_has_no_dropout(base: str) -> None:
+    layer = make_lora(make_base(base), LoraConfig(lora_dropout=0.5))
+    without = make_lora(layer.base_layer, LoraConfig())
+    without.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 256)
+    assert (layer(x) != without(x)).any()
+    layer.eval()
+    assert_same(layer(x), without(x))
+    layer.train()
+    assert (layer(x) != without(x)).any()
+
+
+@by_base
+def test_dropout_of_one_adapter_does_not_reach_another(base: str) -> None:
+    layer = make_lora(make_base(base), LoraConfig(), LoraConfig(lora_dropout=0.9))
+    nn.init.zeros_(layer.lora_B["a1"])
+    x = torch.randn(3, 256)
+    y = layer(x)
+    layer.active_adapters = ["a0"]
+    torch.testing.assert_close(y, layer(x))
+
+
+@by_base
+def test_it_obeys_what_is_set_on_dropout_modules(base: str) -> None:
+    """As TRL's disable_dropout has it, and who puts all dropout of a model in training to eval."""
+    layer = make_lora(make_base(base), LoraConfig(lora_dropout=0.5), LoraConfig())
+    x = torch.randn(3, 256)
+    without = layer.eval()(x)
+    dropout = layer.train().lora_dropout["a0"]
+    assert (layer(x) != without).any()
+    dropout.eval()
+    assert_same(layer(x), without)
+    dropout.train()
+    dropout.p = 0.0
+    assert_same(layer(x), without)
+    dropout.p = 0.5
+    assert (layer(x) != without).any()
+    layer.delete_adapter("a0")
+    assert [type(m) for m in layer.lora_dropout.modules() if m is not layer.lora_dropout] == [nn.Dropout]
+
+
+def test_a_new_adapter_and_a_loaded_one_drop_as_their_config_says(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 48)).eval()
+    add_adapter(model, LoraConfig(lora_dropout=0.5))
+    dropout = model[0].lora_dropout["default"]
+    assert (dropout.p, dropout.training) == (0.5, False)
+    save_adapter(model, tmp_path)
+    dropout.p = 0.0
+    load_adapter(model, tmp_path)
+    assert model[0].lora_dropout["default"].p == 0.5
