@@ -193,6 +193,7 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     variable_list out(2 + 2 * count + 4);
     if (!grads[0].defined()) return out;
 
+    TORCH_CHECK(!grads[0]._fw_grad(0).defined(), "lora_linear_4bit: tangents of gradients: expected none, got one");
     out[1] = bias_grad(ctx, grads[0]);
     if (at::GradMode::is_enabled()) {  // create_graph: by products that can be differentiated again, in float32
       const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
@@ -209,6 +210,7 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
       if (grad_x.defined()) out[0] = grad_x.to(saved[kX].scalar_type()).view_as(saved[kX]);
       return out;
     }
+    at::AutoDispatchBelowADInplaceOrView below;
     const auto [grad_x, grad_A, grad_B] =
         call_lora_backward(grads[0], saved[kX], saved[kXA], w, A, B, scaling, masks, ctx->needs_input_grad(0));
     if (ctx->needs_input_grad(0)) out[0] = grad_x;

@@ -6,6 +6,7 @@ from __future__ import annotations
 from importlib.machinery import EXTENSION_SUFFIXES
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ def _same_device(op: str, first: Tensor, **others: Tensor | list[Tensor] | None)
         for tensor in given if isinstance(given, list) else [given]:
             if tensor is not None and tensor.device != first.device:
                 raise ValueError(f"{op}: {name}: expected device {first.device}, got {tensor.device}")
+
+
+def _one_each(op: str, A: list[Tensor], **others: list[Any]) -> None:
+    """What the kernels check, but the backward of no kernel's would rely on."""
+    for name, given in others.items():
+        if len(given) != len(A) and (given or name != "dropout_mask"):
+            raise ValueError(f"{op}: {name}: expected {len(A)} as in A, got {len(given)}")
 
 
 @torch.library.register_fake("qlora_ext::quantize_4bit")
@@ -143,6 +151,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
     _same_device("lora_linear_4bit", x, packed=packed, **scales, bias=bias, A=A, B=B, dropout_mask=dropout_mask)
+    _one_each("lora_linear_4bit", A, B=B, scaling=scaling, dropout_mask=dropout_mask)
     y = x.new_empty([*x.shape[:-1], out_features])
     return y, x.new_empty([prod(x.shape[:-1]), sum(a.shape[0] for a in A)])
 

@@ -1,8 +1,8 @@
 """The names by which adapters and their files refer to a model's layers, those of the plain model; and the names that
 an adapter may have.
 
-A model, or a part of it, may be wrapped in torch.compile's module or in one of data parallelism, which put a name of
-their own in between; and a module may stand for a weight (Experts4bit), whose name it then has.
+A model, or a part of it, may be wrapped in a module of torch.compile, of data parallelism and the like, which puts a
+name of its own in between; and a module may stand for a weight (Experts4bit), whose name it then has.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ Number = TypeVar("Number", int, float)
 LAST_PARTS = r"(.*\.)?({})"  # what a key of rank_pattern or alpha_pattern stands in
 
 
+# What torch.compile, Lightning's Fabric and activation checkpointing wrap is called; their classes take long to import.
+_WRAPPED = {"_orig_mod", "_forward_module", "_checkpoint_wrapped_module"}
+
+
 def is_wrapper(module: nn.Module) -> bool:
     """Whether it only runs its one child in another way, as torch.compile and data parallelism do, or Experts4bit."""
-    # torch.compile's class takes seconds to import.
     kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel, Experts4bit)
-    return isinstance(module, kinds) or "_orig_mod" in module._modules
+    return isinstance(module, kinds) or not _WRAPPED.isdisjoint(module._modules)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The plain module inside all wrappers."""
     while is_wrapper(module):
-        (module,) = module.children()
+        module = next(module.children())
     return module
 
 
@@ -56,6 +59,11 @@ def plain_modules(module: nn.Module, name: str = "", seen: set[int] | None = Non
 def is_named(name: str, wanted: Iterable[str]) -> bool:
     """Whether it is one of these names, or ends with one after a dot."""
     return any(name == full or name.endswith("." + full) for full in wanted)
+
+
+def is_within(name: str, wanted: Iterable[str]) -> bool:
+    """Whether it, or a module that it is in, is_named so."""
+    return any(f".{full}." in f".{name}." for full in wanted)
 
 
 def is_pattern_of(key: str, name: str) -> bool:

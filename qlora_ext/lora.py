@@ -150,22 +150,15 @@ class LoraLinear(nn.Module):
     def weight(self) -> Tensor:
         """W0 + the updates of the active adapters in the base's dtype, [out, in], for models that read a weight.
 
-        It is made anew each time, with gradients for the adapters, without dropout; a 4-bit base has none. To assign
-        it, or bias, is to assign the base's: so models tie weights.
+        It is made anew each time, with gradients for the adapters, without dropout. Of a base whose weight has another
+        form, as in 4 bits, it is that as it is: models ask for its dtype or device. To assign it, or bias, is to assign
+        the base's: so models tie weights.
         """
         merged, names = self.merged_base, self.active_adapters
         base = self.base_layer if merged is None else merged
-        if isinstance(base, Linear4bit) or not has_float_weight(base):
-            raise AttributeError  # __getattr__ says why
-        if merged is not None or not names:
+        if merged is not None or not names or isinstance(base, Linear4bit) or not has_float_weight(base):
             return base.weight
         return self._updated(base.weight.float(), names).to(base.weight.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":  # Python comes here when a property raises AttributeError, whose message is lost
-            expected = "a base_layer with a float weight (as quantize_model(skip=...) leaves it)"
-            raise AttributeError(f"LoraLinear: weight: expected {expected}, got {self.base_layer}")
-        return super().__getattr__(name)
 
     @property
     def bias(self) -> Tensor | None:

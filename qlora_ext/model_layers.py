@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from qlora_ext.experts import Experts4bit, Stack4bit
-from qlora_ext.layer_names import children, is_named, is_wrapper, plain_modules, unwrapped
+from qlora_ext.layer_names import children, is_named, is_within, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
 from qlora_ext.lora_experts import LoraExperts
@@ -97,7 +97,7 @@ def _replace_below(
 def output_head(model: nn.Module) -> set[str]:
     """The layers that make logits, scores and the like, by name, and those that share their weight."""
     layers = linear_layers(model)
-    heads = {id(layer) for name, layer in layers.items() if is_named(name, HEADS)}
+    heads = {id(layer) for name, layer in layers.items() if is_within(name, HEADS)}
     head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
     if head is not None:
         heads.add(id(unwrapped(head)))

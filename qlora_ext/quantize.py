@@ -15,7 +15,7 @@ from qlora_ext.adapter_table import AdapterTable
 from qlora_ext.adapters import check_not_hooked, check_not_merged
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import has_other_forward
-from qlora_ext.layer_names import is_named, plain_modules
+from qlora_ext.layer_names import is_named, is_within, plain_modules
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
 from qlora_ext.model_layers import HEADS, output_head, replace_layers
@@ -38,14 +38,15 @@ def quantize_model(
 
     Args:
         model: any module, on any device ("meta" too). Adapters in it, not merged, stay on their layers.
-        skip: names of layers and experts to leave as they are: whole names, or last parts. By default the heads:
-            lm_head, score, classifier, qa_outputs, and the model's output embeddings, whatever they are called. Left
-            too are layers whose weight is tied to another module's, and those that a transformers model keeps in
-            float32 (T5's wo).
+        skip: names of what to leave as it is, with all that is in it: of layers, experts, or modules; whole names, or
+            last parts. By default the heads: lm_head, score, classifier, qa_outputs, and the model's output embeddings,
+            whatever they are called. Left too are layers whose weight is tied to another module's, and those that a
+            transformers model keeps in float32 (T5's wo).
         quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
     Returns:
-        The same model. Warns if most of its weights are left in 3-D tensors, as experts that are fused in another way.
+        The same model. Warns of a name in skip that nothing has, and if most of the model's weights are left in 3-D
+        tensors, as experts that are fused in another way.
 
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
@@ -65,7 +66,7 @@ def quantize_model(
     quantized: list[str] = []
 
     def is_left(name: str, parameter: str, weight: Tensor) -> bool:
-        return owners[id(weight)] != 1 or name in head or is_named(name, skip) or bool(in_fp32.search(parameter))
+        return owners[id(weight)] != 1 or name in head or is_within(name, skip) or bool(in_fp32.search(parameter))
 
     def quantize(name: str, make: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -87,11 +88,12 @@ def quantize_model(
         module.base_layer = layer
         return module
 
+    _warn_of_names(model, skip)
     replace_layers(model, convert)
     for name, module in list(plain_modules(model)):
         for attribute in fused_experts(module):
             experts = f"{name}.{attribute}".removeprefix(".")
-            if not is_named(name, skip) and not is_left(experts, experts, module.get_parameter(attribute)):
+            if not is_left(experts, experts, module.get_parameter(attribute)):
                 if has_other_forward(module):  # accelerate's knows the weight by its name; other hooks may stay
                     check_not_hooked("quantize_model", name, module)
                 quantize(experts, quantize_experts, module, attribute)
@@ -102,6 +104,15 @@ def quantize_model(
         raise ValueError(f"quantize_model: model: expected {expected}, got {got}")
     _warn_of_experts(model)
     return model
+
+
+def _warn_of_names(model: nn.Module, skip: Iterable[str]) -> None:
+    """Say which of these names nothing has, but for a head's, which many give for any model."""
+    names = [name for name, _ in plain_modules(model)] + [name for name, _ in model.named_parameters()]
+    for each in skip:
+        if each not in HEADS and not any(is_named(name, [each]) for name in names):
+            expected = "names of layers or modules, whole or their last parts"
+            warnings.warn(f"quantize_model: skip: expected {expected}, got {each!r}", UserWarning, stacklevel=3)
 
 
 def _warn_of_experts(model: nn.Module) -> None:

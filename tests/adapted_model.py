@@ -10,6 +10,7 @@ import torch
 from layers import randomize_adapters, state_bytes
 from tiny_model import tiny_config
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaForCausalLM
 
 from qlora_ext import LoraConfig, LoraLinear, add_adapter, quantize_model
@@ -36,12 +37,31 @@ def distributed_data_parallel(model: nn.Module) -> nn.Module:
         distributed.destroy_process_group()
 
 
+def with_checkpointed(model: nn.Module) -> nn.Module:
+    """As torch's apply_activation_checkpointing leaves it."""
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    return model
+
+
+class Fabric(nn.Module):
+    """As Lightning's Fabric wraps a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._forward_module = self._original_module = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward_module(*args, **kwargs)
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "compiled-block": with_compiled("model.layers.0"),
     "compiled-linear": with_compiled("model.layers.0.self_attn.q_proj"),
     "data-parallel": nn.DataParallel,
     "distributed": distributed_data_parallel,
+    "checkpointed": with_checkpointed,
+    "fabric": Fabric,
     "several": lambda model: nn.DataParallel(torch.compile(with_compiled("model.layers.1")(model), backend="eager")),
 }
 by_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)

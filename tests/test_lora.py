@@ -254,10 +254,9 @@ def test_adapter_name_must_be_new_and_without_dots(name: str) -> None:
     assert list(layer.configs) == ["a0"]
 
 
-def test_a_layer_in_4_bits_says_why_it_has_no_weight() -> None:
-    layer = LoraLinear(make_linear())
-    assert not hasattr(layer, "weight")
-    with pytest.raises(AttributeError, match=r"LoraLinear: weight: .* float weight .*skip=.*got Linear4bit"):
-        _ = layer.weight
-    with pytest.raises(AttributeError, match="no attribute 'wait'"):
-        _ = layer.wait
+def test_a_layer_in_4_bits_has_its_bytes_for_a_weight() -> None:
+    """As without adapters: models look at a weight's dtype before they cast x."""
+    layer = make_lora(make_linear(), LoraConfig())
+    assert layer.weight is layer.base_layer.weight
+    layer.merge()
+    assert layer.weight is layer.merged_base.weight

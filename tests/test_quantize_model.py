@@ -14,7 +14,14 @@ from tiny_model import tiny_config
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from qlora_ext import Linear4bit, LoraConfig, LoraLinear, add_adapter, merge_adapter, quantize_model
+from qlora_ext import (
+    Linear4bit,
+    LoraConfig,
+    LoraLinear,
+    add_adapter,
+    merge_adapter,
+    quantize_model,
+)
 
 
 def test_each_linear_but_the_head_is_replaced_by_its_4bit_twin() -> None:
@@ -41,24 +48,6 @@ def test_the_model_computes_with_the_decoded_weights() -> None:
     torch.testing.assert_close(model(tokens).logits, plain(tokens).logits)
 
 
-@pytest.mark.parametrize(
-    ("skip", "left"),
-    [
-        ((), []),
-        (["q"], ["0.q", "1.q"]),
-        (["1.q"], ["1.q"]),
-        (["0.q", "q_norm"], ["0.q", "0.q_norm", "1.q_norm"]),
-        (["norm", "0", ".q"], []),  # neither whole names nor last parts of one
-    ],
-    ids=str,
-)
-def test_skip_is_by_full_name_or_last_parts(skip: list[str], left: list[str]) -> None:
-    model = nn.ModuleList(nn.ModuleDict({name: nn.Linear(64, 8) for name in ("q", "q_norm")}) for _ in range(2))
-    quantize_model(model, skip=skip)
-    assert names_of(model, nn.Linear) == set(left)
-    assert names_of(model, Linear4bit) == {"0.q", "0.q_norm", "1.q", "1.q_norm"} - set(left)
-
-
 def test_weights_in_other_tensors_of_3_dimensions_are_named() -> None:
     model = nn.ModuleDict({"proj": nn.Linear(64, 64), "experts": nn.Module()})
     model.experts.weight = nn.Parameter(torch.randn(4, 64, 64))
@@ -71,28 +60,6 @@ def test_convolutions_are_no_experts(recwarn: pytest.WarningsRecorder) -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 64, 3))
     quantize_model(nn.Sequential(nn.Conv1d(64, 64, 3), nn.ConvTranspose1d(64, 64, 3), normed, nn.Linear(64, 64)))
     assert not recwarn.list
-
-
-class WithHeads(nn.ModuleDict):
-    """Its output embeddings have a name of their own, which a layer of the body ends in."""
-
-    def __init__(self) -> None:
-        names = ("lm_head", "score", "classifier", "qa_outputs", "proj_out")
-        super().__init__({name: nn.Linear(64, 8) for name in names})
-        self["body"] = nn.ModuleDict({"proj_out": nn.Linear(64, 8), "up_proj": nn.Linear(64, 8)})
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self["proj_out"]
-
-
-def test_heads_are_left_by_default() -> None:
-    bodies = {"body.proj_out", "body.up_proj"}
-    assert names_of(quantize_model(WithHeads()), Linear4bit) == bodies
-    assert names_of(quantize_model(nn.DataParallel(WithHeads())).module, Linear4bit) == bodies
-    assert names_of(quantize_model(WithHeads(), skip=["score"]), nn.Linear) == {"score"}
-    compiled = WithHeads()
-    compiled["proj_out"] = torch.compile(compiled["proj_out"], backend="eager")
-    assert names_of(quantize_model(compiled), Linear4bit) == bodies
 
 
 def test_tied_weights_are_left_alone() -> None:
@@ -193,18 +160,6 @@ def test_the_input_gradient_flows_through_all_layers() -> None:
     expected = torch.ones(3, 64) @ model[1].dequantize() @ model[0].dequantize()
     torch.testing.assert_close(x.grad, expected)
     assert_same(model[1].bias.grad, torch.full((64,), 3.0))
-
-
-def test_skip_may_be_one_name() -> None:
-    model = nn.ModuleDict({"lm_head": nn.Linear(64, 8), "body": nn.Linear(64, 64)})
-    quantize_model(model, skip="lm_head")
-    assert type(model["lm_head"]) is nn.Linear
-    assert isinstance(model["body"], Linear4bit)
-
-
-def test_skip_must_be_names() -> None:
-    with pytest.raises(TypeError, match="quantize_model: skip: expected names of layers, got None"):
-        quantize_model(nn.Sequential(nn.Linear(64, 8)), skip=None)
 
 
 # --- adapters that are there already --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cases import DTYPES, quantized_normal
 from reference import assert_as_exact_as_torch, assert_same, dequantize_4bit
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 ops = torch.ops.qlora_ext
 M, N, K = 5, 48, 256
@@ -106,6 +107,61 @@ def test_masked_out_elements_do_not_count() -> None:
     y = ours(masks=[mask])["lora_linear_4bit"](torch.where(mask, x, torch.inf), None, *leaves)
     first = torch.autograd.grad(y, leaves, torch.ones_like(y), create_graph=True)
     assert all(g.isfinite().all() for g in first)
+
+
+def test_an_adapters_gradients_are_computed_in_float32() -> None:
+    x, bias, *ab = leaves_of("lora_linear_4bit", torch.bfloat16)
+    got, _ = twice_differentiated(ours()["lora_linear_4bit"], [x, bias, *ab])
+    y = ours()["lora_linear_4bit"](x, bias, *ab).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(y.sin().sum(), y)
+    scaled = SCALING[0] * grad.float()
+    torch.testing.assert_close(got[2], (scaled @ ab[2]).T @ x.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[4], scaled.T @ (x.float() @ ab[0].T), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dgrad", "lora_linear_4bit"])
+def test_symbolic_sizes_stay_so(op: str) -> None:
+    leaves = leaves_of(op, torch.float32)
+
+    def second(*args: Tensor) -> list[Tensor]:
+        return twice_differentiated(ours()[op], args)[1]
+
+    traced = make_fx(second, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*leaves)
+    more = [torch.cat([leaves[0], leaves[0]]), *leaves[1:]]
+    torch.testing.assert_close(traced(*more), second(*more))
+
+
+def test_no_gradient_is_none() -> None:
+    """Of y, when only xA is asked for."""
+    leaves = [leaf.requires_grad_() for leaf in leaves_of("lora_linear_4bit", torch.float32)]
+    y = ours()["lora_linear_4bit"](*leaves)
+    none = torch.autograd.grad(torch._C._functions.UndefinedGrad()(y).sum(), leaves, allow_unused=True)
+    assert none == (None,) * len(leaves)
+
+
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dgrad", "lora_linear_4bit"])
+def test_tangents_raise(op: str) -> None:
+    """In forward mode, of what is given and of gradients."""
+    leaves = [leaf.requires_grad_() for leaf in leaves_of(op, torch.float32)]
+    y = ours()[op](*leaves)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(leaves[0].detach(), torch.ones_like(leaves[0]))
+        with pytest.raises(RuntimeError, match=r"jvp|forward mode AD"):
+            ours()[op](dual, *leaves[1:])
+        grad = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        with pytest.raises(RuntimeError, match=r"jvp|forward mode AD|tangents of gradients: expected none"):
+            torch.autograd.grad(y, leaves, grad)
+
+
+@pytest.mark.parametrize("lists", ["B", "scaling", "masks"])
+def test_lists_of_other_lengths_are_named_on_meta(lists: str) -> None:
+    """Where no kernel checks them."""
+    x, _, *ab = (leaf.to("meta").requires_grad_() for leaf in leaves_of("lora_linear_4bit", torch.float32))
+    scaling, masks = SCALING[: 1 if lists == "scaling" else 2], [x.detach().bool()] * (1 if lists == "masks" else 0)
+    weight = [t.to("meta") if isinstance(t, Tensor) else t for t in WEIGHT]
+    name = {"masks": "dropout_mask"}.get(lists, lists)
+    with pytest.raises(ValueError, match=f"lora_linear_4bit: {name}: expected 2 as in A, got 1"):
+        ops.lora_linear_4bit(x, *weight, N, None, ab[:2], ab[2 : 3 if lists == "B" else 4], scaling, masks)
 
 
 def test_under_autocast_gradients_stay_in_fp32() -> None:

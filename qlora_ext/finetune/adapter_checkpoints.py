@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,7 @@ class AdapterCheckpoints:
     `from_pretrained` does not read.
     """
 
-    def _save(self: Any, output_dir: str | os.PathLike[str] | None = None, state_dict: object = None) -> None:
+    def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
         qlora_ext.save_adapter(self.model, folder)
         if (tokenizer := getattr(self, "processing_class", None)) is not None:
