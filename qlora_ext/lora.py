@@ -139,8 +139,8 @@ class LoraLinear(nn.Module):
         scaling = [self.scaling[name] for name in names]
         if not self.training:
             return scaling, []
-        dropouts: list[Any] = [self.lora_dropout[name] for name in names]
-        keep = [1 - dropout.p if dropout.training else 1 for dropout in dropouts]
+        table: Any = self._modules["lora_dropout"]  # without __getattr__
+        keep = [1 - dropout.p if dropout.training else 1 for dropout in map(table.__getitem__, names)]
         if all(k == 1 for k in keep):
             return scaling, []
         masks = [torch.empty_like(x, dtype=torch.bool).bernoulli_(k) for k in keep]
