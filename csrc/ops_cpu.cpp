@@ -9,11 +9,13 @@
 #include "cpu/adamw.h"
 #include "cpu/caches.h"
 #include "cpu/linear_4bit.h"
+#include "cpu/linear_4bit_dgrad.h"
 #include "cpu/matmul.h"
 #include "cpu/path.h"
 #include "cpu/quantize.h"
 #include "cpu/row_products.h"
 #include "device.h"
+#include "ops_cpu_few_rows.h"
 #include "ops_parallel.h"
 
 namespace qlora {
@@ -21,8 +23,6 @@ namespace {
 
 using at::Tensor;
 
-// Elements (or bytes of work) a thread should have before another is worth waking.
-constexpr int64_t kGrain = 32768;
 constexpr int64_t kMinFlops = 1 << 20;  // of a product that more than one thread should have
 
 class Cpu final : public Device {
@@ -98,7 +98,7 @@ class Cpu final : public Device {
     const DType dtype = dtype_of(x.scalar_type());
     if (K % w.blocksize != 0) return false;
     if (M <= cpu::most_few_rows(dtype)) {
-      multiply_few_rows(x.contiguous(), w, bias, added, y);
+      linear_4bit_few_rows(x, w, bias, added, y);
       return true;
     }
     const DType compute = compute_in(dtype);
@@ -109,8 +109,15 @@ class Cpu final : public Device {
 
   bool fused_linear_4bit_dgrad(const Tensor& grad, const Packed4bit& w, LowRankList added,
                                const Tensor& grad_x) const override {
-    const DType compute = compute_in(dtype_of(grad.scalar_type()));
-    if (grad_x.size(1) % w.blocksize != 0 || !cpu::has_matmul(compute)) return false;
+    const int64_t M = grad.size(0);
+    const DType dtype = dtype_of(grad.scalar_type()), compute = compute_in(dtype);
+    if (grad_x.size(1) % w.blocksize != 0) return false;
+    const bool masked = std::any_of(added.begin(), added.end(), [](const LowRank& one) { return one.mask.defined(); });
+    if (M >= 1 && M <= cpu::most_few_rows_of_grad(dtype) && !masked) {
+      linear_4bit_dgrad_few_rows(grad, w, added, grad_x);
+      return true;
+    }
+    if (!cpu::has_matmul(compute)) return false;
     multiply({{.R = grad.size(1), .x = matrix(grad), .kind = cpu::Term::Kind::Weight, .w = w}}, added, {}, compute,
              grad_x);
     return true;
@@ -130,8 +137,8 @@ class Cpu final : public Device {
     const bool as_it_lies = b.values.stride(1) == 1;
     if (M <= cpu::kMostRowProducts && !masked && (as_it_lies || b.values.stride(0) == 1)) {
       const Tensor x = a.values.stride(1) == 1 ? a.values : a.values.contiguous();
-      const cpu::RowProducts product{.x = rows(x),
-                                     .b = rows(as_it_lies ? b.values : b.values.t()),
+      const cpu::RowProducts product{.x = cpu_rows(x),
+                                     .b = cpu_rows(as_it_lies ? b.values : b.values.t()),
                                      .b_as_it_lies = as_it_lies,
                                      .compute = type,
                                      .scale = static_cast<float>(scale),
@@ -239,54 +246,6 @@ class Cpu final : public Device {
                     {row_at(band), row_at(band + bands_each), column, std::min(column + columns, product.J)});
       }
     });
-  }
-
-  static cpu::Rows rows(const Tensor& m) { return {m.const_data_ptr(), dtype_of(m.scalar_type()), m.stride(0)}; }
-
-  static void multiply_few_rows(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added,
-                                const Tensor& y) {
-    const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
-    const DType dtype = dtype_of(x.scalar_type());
-    const Tensor arranged = at::empty({cpu::arranged_bytes(dtype, M, N, K)}, x.options().dtype(at::kByte));
-    cpu::arrange_x(x.const_data_ptr(), dtype, M, N, K, arranged.data_ptr());
-    const Tensor bias_values = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
-    const float* addend = bias.defined() ? bias_values.const_data_ptr<float>() : nullptr;
-    int64_t addend_stride = 0;
-    const Tensor sums = added.empty() ? Tensor() : at::empty({M, N}, x.options().dtype(at::kFloat));
-    std::vector<Tensor> factors;  // kept until they are multiplied
-    std::vector<cpu::RowProducts> low_rank;
-    for (const LowRank& one : added) {
-      const Tensor& factor = factors.emplace_back(one.factor.t().contiguous());
-      low_rank.push_back({.x = rows(one.x),
-                          .b = rows(factor),
-                          .b_as_it_lies = false,
-                          .compute = DType::Float32,
-                          .scale = static_cast<float>(one.scale),
-                          .addend = addend,
-                          .addend_stride = addend_stride,
-                          .out = sums.data_ptr(),
-                          .dtype = DType::Float32,
-                          .M = M,
-                          .N = N,
-                          .K = one.x.size(1)});
-      addend = sums.const_data_ptr<float>(), addend_stride = N;
-    }
-    const cpu::FewRows product{.x = arranged.const_data_ptr(),
-                               .w = w,
-                               .addend = addend,
-                               .addend_stride = addend_stride,
-                               .y = y.data_ptr(),
-                               .M = M,
-                               .N = N,
-                               .K = K,
-                               .dtype = dtype};
-    constexpr int64_t kTile = cpu::kFewRowsBoundary;
-    parallel_for(0, ceil_div(N, kTile), ceil_div(kGrain, kTile * std::max<int64_t>(K, 1)),
-                 [&](int64_t first, int64_t last) {
-                   const int64_t begin = first * kTile, end = std::min(last * kTile, N);
-                   for (const cpu::RowProducts& each : low_rank) cpu::row_products(each, begin, end);
-                   cpu::linear_4bit(product, begin, end);
-                 });
   }
 };
 

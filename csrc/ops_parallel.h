@@ -50,6 +50,9 @@ class RoundingLike {
   const bool same_;
 };
 
+// Elements (or bytes of work) a thread should have before another is worth waking.
+constexpr int64_t kGrain = 32768;
+
 template <typename Work>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
   const Rounding callers;

@@ -1,5 +1,5 @@
-// linear_4bit for few rows and matmul, on every path: as exact as sums in fp32 are, and the same bytes however the work
-// is cut.
+// linear_4bit and its gradient for few rows, and matmul, on every path: as exact as sums in fp32 are, and the same
+// bytes however the work is cut.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "cpu/linear_4bit.h"
+#include "cpu/linear_4bit_dgrad.h"
 #include "cpu/matmul.h"
 #include "cpu/path.h"
 #include "cpu/quantize.h"
@@ -98,6 +99,53 @@ void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t
         CHECK(std::fabs(y.read(m * N + n) - exact) <= allowed(few_rows_in_bf16(dtype), dtype, magnitude, exact));
       }
     }
+  }
+}
+
+void check_few_rows_of_grad(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, DType dtype,
+                            QuantType quant_type, bool double_quant) {
+  if (M > cpu::most_few_rows_of_grad(dtype)) return;
+  const Weight w(N, K, blocksize, quant_type, double_quant);
+  const Values grad(DType::Float32, M * N), addend(DType::Float32, M * K);
+  Values grad_x(dtype, M * K), in_parts(dtype, M * K);
+  const auto* values = reinterpret_cast<const float*>(grad.bytes.data());
+  const auto* added = reinterpret_cast<const float*>(addend.bytes.data());
+  cpu::FewRowsDgrad product{values, w.view, added, grad_x.bytes.data(), M, N, K, dtype};
+  cpu::linear_4bit_dgrad(product, 0, K);
+  product.grad_x = in_parts.bytes.data();
+  for (const std::int64_t step : {cpu::kDgradBoundary, 3 * cpu::kDgradBoundary}) {
+    for (std::int64_t k = 0; k < K; k += step) cpu::linear_4bit_dgrad(product, k, std::min(k + step, K));
+    CHECK(grad_x.bytes == in_parts.bytes);
+    std::fill(in_parts.bytes.begin(), in_parts.bytes.end(), std::uint8_t{0});
+  }
+  for (std::int64_t m = 0; m < M; ++m) {
+    for (std::int64_t k = 0; k < K; ++k) {
+      double exact = addend.read(m * K + k), magnitude = std::fabs(exact);
+      for (std::int64_t n = 0; n < N; ++n) {
+        const double term =
+            grad.exact[static_cast<std::size_t>(m * N + n)] * w.decoded[static_cast<std::size_t>(n * K + k)];
+        exact += term;
+        magnitude += std::fabs(term);
+      }
+      CHECK(std::fabs(grad_x.read(m * K + k) - exact) <= allowed(false, dtype, magnitude, exact));
+    }
+  }
+}
+
+// A block that is not finite must not reach its neighbours, nor what lies behind the last column.
+void check_columns(std::int64_t M) {
+  constexpr std::int64_t N = 9, K = 224, kBlock = 32, kBad = 6;  // the last block but one of a row, in its second chunk
+  if (M > cpu::most_few_rows_of_grad(DType::Float32)) return;
+  Weight w(N, K, kBlock, QuantType::NF4, false);
+  w.absmax[static_cast<std::size_t>(2 * K / kBlock + kBad - 1)] = std::numeric_limits<float>::infinity();
+  const Values grad(DType::Float32, M * N);
+  Values grad_x(DType::Float32, (M + 1) * K);
+  cpu::linear_4bit_dgrad({reinterpret_cast<const float*>(grad.bytes.data()), w.view, nullptr, grad_x.bytes.data(), M, N,
+                          K, DType::Float32},
+                         0, K);
+  for (std::int64_t i = 0; i < M * K; ++i) CHECK(std::isfinite(grad_x.read(i)) == (i % K / kBlock != kBad - 1));
+  for (std::int64_t i = M * K; i < (M + 1) * K; ++i) {
+    CHECK_EQ(grad_x.read(i), grad_x.exact[static_cast<std::size_t>(i)]);  // as it was
   }
 }
 
@@ -287,6 +335,13 @@ int main() {
         // With double quantization, groups of 256 blocks begin within a row of the fourth.
         check_few_rows(M, N, K, blocksize, dtype, quant_type, M % 2 == 1 || M == 4 || M == 12);
       }
+      // N of one and of several times 64 rows; K of whole and unfinished chunks (of 128), and of two strips (of 2048).
+      for (const auto& [M, N, K, blocksize] :
+           {std::tuple{1, 7, 256, 64}, std::tuple{1, 130, 96, 32}, std::tuple{2, 64, 32, 32},
+            std::tuple{2, 9, 4160, 64}, std::tuple{3, 65, 2304, 256}, std::tuple{3, 1, 64, 64},
+            std::tuple{4, 70, 2208, 32}, std::tuple{5, 6, 8192, 4096}, std::tuple{6, 129, 1152, 128}}) {
+        check_few_rows_of_grad(M, N, K, blocksize, dtype, quant_type, M % 2 == 1);
+      }
       if (dtype != DType::Float16) {  // rows of one segment, and of two
         for (std::int64_t M : {1, 5}) check_absmax(M, 37, dtype);
         for (std::int64_t M : {3, 8}) check_absmax(M, 67, dtype);
@@ -302,6 +357,7 @@ int main() {
     }
     check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4);  // more rows than are kept at a time
     check_mean();
+    for (std::int64_t M : {1, 2, 4}) check_columns(M);
     for (DType dtype : {DType::Float32, DType::BFloat16}) {
       check_neighbours(1, dtype);
       check_neighbours(5, dtype);

@@ -1,0 +1,30 @@
+// linear_4bit_dgrad for few rows of grad: weights are decoded in registers, and multiplied there.
+#pragma once
+
+#include <cstdint>
+
+#include "../codec.h"
+
+namespace qlora::cpu {
+
+// grad_x[M, K] = grad[M, N] @ W[N, K] + addend; rows of W are whole blocks.
+struct FewRowsDgrad {
+  const float* grad;
+  Packed4bit w;
+  const float* addend;  // [M, K] or null
+  void* grad_x;
+  std::int64_t M, N, K;
+  DType dtype;  // of grad_x
+};
+
+// The most rows of grad (of this dtype, on the CPU path in use) that are multiplied here; beyond, matmul is faster. 0:
+// no such kernel.
+std::int64_t most_few_rows_of_grad(DType dtype);
+
+// Columns [begin, end) of W, in any ranges that begin at multiples of this.
+constexpr std::int64_t kDgradBoundary = 128;
+void linear_4bit_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
+
+void linear_4bit_dgrad_avx512(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
+
+}  // namespace qlora::cpu
