@@ -26,5 +26,6 @@ constexpr std::int64_t kDgradBoundary = 128;
 void linear_4bit_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
 
 void linear_4bit_dgrad_avx512(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
+void linear_4bit_dgrad_avx512_bf16(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
 
 }  // namespace qlora::cpu
