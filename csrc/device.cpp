@@ -38,12 +38,12 @@ void add_low_rank(const Tensor& out, LowRankList added) {
   const auto dtype = out.scalar_type();
   std::vector<Tensor> x, factors;
   for (const LowRank& one : added) {
+    const Tensor factor = at::mul(one.factor.to(at::kFloat), one.scale).to(dtype);  // rounded once
     if (one.mask.defined()) {
-      const Tensor product = at::mm(one.x.to(dtype), at::mul(one.factor, one.scale).to(dtype));
-      out.add_(masked({product, one.mask}, dtype));
+      out.add_(masked({at::mm(one.x.to(dtype), factor), one.mask}, dtype));
     } else {
       x.push_back(one.x.to(dtype));
-      factors.push_back(at::mul(one.factor, one.scale).to(dtype));
+      factors.push_back(factor);
     }
   }
   if (!x.empty()) out.addmm_(at::cat(x, 1), at::cat(factors, 0));

@@ -190,11 +190,14 @@ class Experts4bit(nn.Module):
         size, _ = self.base.sizes
         if input.dim() != 2 or input.shape[1] != size:
             raise ValueError(f"Experts4bit: mat_a: expected [rows, {size}], got {list(input.shape)}")
+        if offs.dtype not in (torch.int32, torch.int64) or tuple(offs.shape) != self.shape[:1]:
+            expected, got = f"integers [{self.shape[0]}]", f"{offs.dtype} {list(offs.shape)}"
+            raise ValueError(f"Experts4bit: offs: expected {expected}, got {got}")
         ends = offs.tolist()
         counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
         behind = len(input) - sum(counts)
-        if len(ends) != self.shape[0] or min(counts) < 0 or behind < 0:
-            expected = f"{self.shape[0]} ascending ends of at most {len(input)} rows"
+        if min(counts) < 0 or behind < 0:
+            expected = f"ascending ends of at most {len(input)} rows"
             raise ValueError(f"Experts4bit: offs: expected {expected}, got {ends}")
         y: Tensor = self.stack(input[: len(input) - behind] if behind else input, counts)
         return F.pad(y, (0, 0, 0, behind)) if behind else y
@@ -226,9 +229,9 @@ def _grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    given = {"offs": offs is not None, "bias": bias is not None, "out_dtype": out_dtype is not None}
-    if given != {"offs": True, "bias": False, "out_dtype": False} or not isinstance(mat_a, Tensor):
-        raise ValueError(f"Experts4bit: grouped_mm: expected a tensor, the experts and offs alone, got {given}")
+    if not isinstance(mat_a, Tensor) or offs is None or bias is not None or out_dtype is not None:
+        got = [type(each).__name__ for each in (mat_a, mat_b, offs, bias, out_dtype)]
+        raise ValueError(f"Experts4bit: grouped_mm: expected a tensor, the experts and offs alone, got {got}")
     experts = mat_b.experts if isinstance(mat_b, Transposed) else mat_b
     if isinstance(mat_b, Transposed) == experts.base.is_transposed:
         expected = "the experts themselves" if experts.base.is_transposed else "experts.transpose(-2, -1)"

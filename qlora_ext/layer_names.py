@@ -21,14 +21,15 @@ Number = TypeVar("Number", int, float)
 LAST_PARTS = r"(.*\.)?({})"  # what a key of rank_pattern or alpha_pattern stands in
 
 
-# What torch.compile, Lightning's Fabric and activation checkpointing wrap is called; their classes take long to import.
-_WRAPPED = {"_orig_mod", "_forward_module", "_checkpoint_wrapped_module"}
+# What torch.compile, activation checkpointing and Lightning's Fabric (by two names) wrap; their classes take long to
+# import.
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_original_module"}
 
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether it only runs its one child in another way, as torch.compile and data parallelism do, or Experts4bit."""
     kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel, Experts4bit)
-    return isinstance(module, kinds) or not _WRAPPED.isdisjoint(module._modules)
+    return isinstance(module, kinds) or (bool(module._modules) and module._modules.keys() <= _WRAPPED)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

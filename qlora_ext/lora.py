@@ -137,26 +137,26 @@ class LoraLinear(nn.Module):
     def _dropout(self, x: Tensor, names: list[str]) -> tuple[list[float], list[Tensor]]:
         """The scaling of each of these adapters, with dropout's 1 / (1 - p) in it, and the masks, if any."""
         scaling = [self.scaling[name] for name in names]
-        if not self.training:
-            return scaling, []
         table: Any = self._modules["lora_dropout"]  # without __getattr__
         keep = [1 - dropout.p if dropout.training else 1 for dropout in map(table.__getitem__, names)]
         if all(k == 1 for k in keep):
             return scaling, []
         masks = [torch.empty_like(x, dtype=torch.bool).bernoulli_(k) for k in keep]
-        return [s / k for s, k in zip(scaling, keep, strict=True)], masks
+        return [s / k if k else 0.0 for s, k in zip(scaling, keep, strict=True)], masks
 
     @property
     def weight(self) -> Tensor:
         """W0 + the updates of the active adapters in the base's dtype, [out, in], for models that read a weight.
 
         It is made anew each time, with gradients for the adapters, without dropout. Of a base whose weight has another
-        form, as in 4 bits, it is that as it is: models ask for its dtype or device. To assign it, or bias, is to assign
-        the base's: so models tie weights.
+        form, as in 4 bits, only dtype, device and shape can be read: models ask for them. To assign it, or bias, is to
+        assign the base's: so models tie weights.
         """
         merged, names = self.merged_base, self.active_adapters
         base = self.base_layer if merged is None else merged
-        if merged is not None or not names or isinstance(base, Linear4bit) or not has_float_weight(base):
+        if isinstance(base, Linear4bit) or not has_float_weight(base):
+            return UnreadableWeight(base)  # type: ignore[return-value]
+        if merged is not None or not names:
             return base.weight
         return self._updated(base.weight.float(), names).to(base.weight.dtype)
 
@@ -229,6 +229,21 @@ class LoraLinear(nn.Module):
         if recurse and self.merged_base is not None:
             self.merged_base._apply(fn)
         return self
+
+
+class UnreadableWeight:
+    """What a model may ask of a weight in another form than floats before it casts x; nothing can compute with it."""
+
+    def __init__(self, layer: nn.Linear | Linear4bit) -> None:
+        self.dtype, self.device, self.shape = layer.weight.dtype, layer.weight.device, layer.weight.shape
+        self._of = layer
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getattr__(self, name: str) -> Any:
+        expected = "a base_layer with a float weight (as quantize_model(skip=...) leaves it)"
+        raise AttributeError(f"LoraLinear: weight.{name}: expected {expected}, got {self.__dict__.get('_of')}")
 
 
 def _merge_again(layer: LoraLinear, _: object) -> None:

@@ -15,10 +15,10 @@ from qlora_ext.adapter_table import AdapterTable
 from qlora_ext.adapters import check_not_hooked, check_not_merged
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import has_other_forward
-from qlora_ext.layer_names import is_named, is_within, plain_modules
+from qlora_ext.layer_names import is_within, plain_modules
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
-from qlora_ext.model_layers import HEADS, output_head, replace_layers
+from qlora_ext.model_layers import HEADS, expert_layers, linear_layers, output_head, replace_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,8 +45,8 @@ def quantize_model(
         quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
     Returns:
-        The same model. Warns of a name in skip that nothing has, and if most of the model's weights are left in 3-D
-        tensors, as experts that are fused in another way.
+        The same model. Warns of a name in skip that leaves nothing out, and if most of the model's weights are left in
+        3-D tensors, as experts that are fused in another way.
 
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
@@ -60,6 +60,8 @@ def quantize_model(
         raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
     head = output_head(model) if skip is HEADS else set()
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    if not all(isinstance(name, str) for name in skip):
+        raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     kept = [_kept_in_fp32(module) for module in model.modules()]
     in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
@@ -106,12 +108,18 @@ def quantize_model(
     return model
 
 
+def quantizable(model: nn.Module) -> list[str]:
+    """The names of the linear layers and of fused experts' weights."""
+    experts = [f"{name}.{weight}" for name, module in plain_modules(model) for weight in fused_experts(module)]
+    return [*linear_layers(model), *experts, *expert_layers(model)]
+
+
 def _warn_of_names(model: nn.Module, skip: Iterable[str]) -> None:
-    """Say which of these names nothing has, but for a head's, which many give for any model."""
-    names = [name for name, _ in plain_modules(model)] + [name for name, _ in model.named_parameters()]
+    """Say which of these names leave nothing out, but for a head's, which many give for any model."""
+    names = quantizable(model)
     for each in skip:
-        if each not in HEADS and not any(is_named(name, [each]) for name in names):
-            expected = "names of layers or modules, whole or their last parts"
+        if each not in HEADS and not any(is_within(name, [each]) for name in names):
+            expected = "names of layers, or of modules with layers, whole or their last parts"
             warnings.warn(f"quantize_model: skip: expected {expected}, got {each!r}", UserWarning, stacklevel=3)
 
 

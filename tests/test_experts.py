@@ -87,15 +87,22 @@ def test_only_grouped_mm_takes_them_and_says_what_it_wants() -> None:
                 use(weight)
     for x_given, weight, options, message in (
         (x, experts, {"offs": offs}, r"mat_b: expected experts\.transpose\(-2, -1\), got Experts4bit"),
-        (x, transposed, {}, "grouped_mm: expected .*, the experts and offs alone, got .*'offs': False"),
-        (x, transposed, {"offs": offs, "bias": x[0]}, "grouped_mm: expected .*'bias': True"),
-        (x, transposed, {"offs": offs, "out_dtype": torch.float32}, "grouped_mm: expected .*'out_dtype': True"),
+        (x, transposed, {}, "grouped_mm: expected .*, the experts and offs alone, got .*'Transposed', 'NoneType'"),
+        (x, transposed, {"offs": offs, "bias": x[0]}, "grouped_mm: expected a tensor, the experts and offs alone"),
+        (
+            x,
+            transposed,
+            {"offs": offs, "out_dtype": torch.float32},
+            "grouped_mm: expected a tensor, the experts and offs",
+        ),
         (transposed, transposed, {"offs": offs}, "grouped_mm: expected a tensor, the experts and offs alone"),
         (x[:, 1:], transposed, {"offs": offs}, r"mat_a: expected \[rows, 128\], got \[3, 127\]"),
         (x[0], transposed, {"offs": offs}, r"mat_a: expected \[rows, 128\], got \[128\]"),
-        (x, transposed, {"offs": ends(1, 1, 1)}, r"offs: expected 2 ascending ends of at most 3 rows, got \[1, 2, 3\]"),
-        (x, transposed, {"offs": ends(1, 3)}, r"offs: expected 2 ascending ends of at most 3 rows, got \[1, 4\]"),
-        (x, transposed, {"offs": ends(2, -1)}, r"offs: expected 2 ascending ends of at most 3 rows, got \[2, 1\]"),
+        (x, transposed, {"offs": ends(1, 1, 1)}, r"offs: expected integers \[2\], got torch\.int32 \[3\]"),
+        (x, transposed, {"offs": offs.float()}, r"offs: expected integers \[2\], got torch\.float32 \[2\]"),
+        (x, transposed, {"offs": offs[0]}, r"offs: expected integers \[2\], got torch\.int32 \[\]"),
+        (x, transposed, {"offs": ends(1, 3)}, r"offs: expected ascending ends of at most 3 rows, got \[1, 4\]"),
+        (x, transposed, {"offs": ends(2, -1)}, r"offs: expected ascending ends of at most 3 rows, got \[2, 1\]"),
     ):
         with pytest.raises(ValueError, match=f"Experts4bit: {message}"):
             F.grouped_mm(x_given, weight, **options)

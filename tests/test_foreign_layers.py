@@ -118,7 +118,7 @@ def test_a_weight_in_another_form_is_not_merged(dequantize: bool, active: bool) 
     if not active:
         set_adapter(model, None)
     model[1].base_layer.weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
-    assert model[1].weight is model[1].base_layer.weight
+    assert model[1].weight.dtype == torch.int8
     with pytest.raises(TypeError, match=r"merge_adapter: 1: .*expected a float weight \[64, 64\].*torch.int8"):
         merge_adapter(model, dequantize=dequantize)
     assert [type(layer) for layer in model] == [LoraLinear, LoraLinear]

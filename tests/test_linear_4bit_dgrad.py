@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import LINEAR_CASES, LinearCase, normal
-from reference import assert_as_exact_as_torch, assert_same, quantize
+from reference import assert_as_exact_as_torch, assert_same, dequantize_4bit, quantize
 
 linear_4bit_dgrad = torch.ops.qlora_ext.linear_4bit_dgrad
 WEIGHT = quantize(normal(48, 256), "nf4", 64, double_quant=True)
@@ -29,6 +29,18 @@ def test_non_contiguous_grad(m: int, cpu_path: str) -> None:
     for grad in (torch.randn(48, m).T, torch.randn(m, 96)[:, ::2], torch.ones(()).expand(m, 48)):
         expected = linear_4bit_dgrad(grad.contiguous(), *WEIGHT, 256)
         torch.testing.assert_close(linear_4bit_dgrad(grad, *WEIGHT, 256), expected)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_overflows_with_absmax_alone_does_not(dtype: torch.dtype, m: int, cpu_path: str) -> None:
+    weight = torch.zeros(1, 64)
+    weight[0, :3] = torch.tensor([4.0, 1.3488, -0.3644])
+    q = quantize(weight, "nf4", 64, double_quant=False)
+    grad = torch.full((m, 1), 2e38, dtype=dtype)
+    expected = grad @ dequantize_4bit(q, (1, 64), dtype)
+    assert expected[0, 1].isfinite()
+    torch.testing.assert_close(linear_4bit_dgrad(grad, *q, 64), expected)
 
 
 GRAD = normal(3, 48)

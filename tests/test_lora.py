@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -254,9 +255,22 @@ def test_adapter_name_must_be_new_and_without_dots(name: str) -> None:
     assert list(layer.configs) == ["a0"]
 
 
-def test_a_layer_in_4_bits_has_its_bytes_for_a_weight() -> None:
-    """As without adapters: models look at a weight's dtype before they cast x."""
+@pytest.mark.parametrize("merged", [False, True])
+def test_of_a_weight_in_4_bits_only_its_form_can_be_read(merged: bool) -> None:
+    """Models look at a weight's dtype before they cast x; bytes would be wrong to compute with, or to change."""
     layer = make_lora(make_linear(), LoraConfig())
-    assert layer.weight is layer.base_layer.weight
-    layer.merge()
-    assert layer.weight is layer.merged_base.weight
+    layer.merge() if merged else None
+    weight: Any = layer.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.uint8, torch.device("cpu"), (48, 128))
+    assert not isinstance(weight, Tensor)
+    assert not weight.is_floating_point()
+    for use in (lambda: weight.mul_(2), lambda: weight.data, lambda: weight.T):
+        with pytest.raises(AttributeError, match=r"LoraLinear: weight\.\w+: .* float weight .*skip=.*got Linear4bit"):
+            use()
+    for use in (
+        lambda: weight * 0.1,
+        lambda: F.linear(torch.randn(3, 256), weight),
+        lambda: torch.randn(3, 48) @ weight,
+    ):
+        with pytest.raises(TypeError):
+            use()

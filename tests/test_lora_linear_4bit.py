@@ -81,13 +81,15 @@ def test_values_and_gradients_as_exact_as_torch(
 
 
 @pytest.mark.parametrize("m", [1, 33])
-def test_adapters_in_bf16_leave_fp32_exact(m: int, cpu_path: str) -> None:
+@pytest.mark.parametrize("k", [256, 300], ids=["blocks", "flat"])
+def test_adapters_in_bf16_leave_fp32_exact(k: int, m: int, cpu_path: str) -> None:
     """The type of x decides what is multiplied in, not that of the adapters."""
-    a, b, scaling = adapters((8,), 48, 256)
-    a, b = [t.bfloat16() for t in a], [t.bfloat16() for t in b]
-    leaves, grad = [torch.randn(m, 256), torch.randn(48), *a, *b], torch.randn(m, 48)
-    results = with_gradients(fused(WEIGHT, 48, scaling, []), leaves, grad)
-    weight = dequantize_4bit(WEIGHT, (48, 256), torch.float32)
+    q = quantized_normal((48, k), "nf4", 64, double_quant=True)
+    a, b, _ = adapters((8,), 48, k)
+    a, b, scaling = [t.bfloat16() for t in a], [t.bfloat16() for t in b], [0.3]
+    leaves, grad = [torch.randn(m, k), torch.randn(48), *a, *b], torch.randn(m, 48)
+    results = with_gradients(fused(q, 48, scaling, []), leaves, grad)
+    weight = dequantize_4bit(q, (48, k), torch.float32)
     in_fp32 = [leaf.float() for leaf in leaves]
     low = with_gradients(plain(weight, scaling, []), in_fp32, grad)
     exact = with_gradients(plain(weight.double(), scaling, []), [leaf.double() for leaf in leaves], grad)

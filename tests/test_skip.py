@@ -63,8 +63,8 @@ def test_skip_may_be_one_name() -> None:
 
 
 def test_a_name_that_nothing_has_is_told() -> None:
-    model = nn.ModuleDict({"q_norm": nn.Linear(64, 8), "body": nn.Linear(64, 64)})
-    for name in ("norm", ".body", "bod"):
+    model = nn.ModuleDict({"q_norm": nn.Linear(64, 8), "body": nn.Linear(64, 64), "norm": nn.LayerNorm(64)})
+    for name in ("norm", ".body", "bod", "body.weight", "weight", ""):
         with pytest.warns(UserWarning, match=rf"quantize_model: skip: expected names .*, got '{name}'"):
             quantize_model(copy.deepcopy(model), skip=["lm_head", name])
 
@@ -86,5 +86,6 @@ def test_a_head_of_several_layers_is_left_and_trains_beside_the_adapter(tmp_path
 
 
 def test_skip_must_be_names() -> None:
-    with pytest.raises(TypeError, match="quantize_model: skip: expected names of layers, got None"):
-        quantize_model(nn.Sequential(nn.Linear(64, 8)), skip=None)
+    for wrong in (None, [3], ["0", None]):
+        with pytest.raises(TypeError, match=r"quantize_model: skip: expected names of layers, got"):
+            quantize_model(nn.Sequential(nn.Linear(64, 8)), skip=wrong)

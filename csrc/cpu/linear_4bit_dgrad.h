@@ -17,8 +17,8 @@ struct FewRowsDgrad {
   DType dtype;  // of grad_x
 };
 
-// The most rows of grad (of this dtype, on the CPU path in use) that are multiplied here; beyond, matmul is faster. 0:
-// no such kernel.
+// The most rows of grad (of this dtype, on the CPU path in use) that are multiplied here; beyond, matmul is as fast
+// where threads cannot share the columns evenly. 0: no such kernel.
 std::int64_t most_few_rows_of_grad(DType dtype);
 
 // Columns [begin, end) of W, in any ranges that begin at multiples of this.
@@ -26,6 +26,5 @@ constexpr std::int64_t kDgradBoundary = 128;
 void linear_4bit_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
 
 void linear_4bit_dgrad_avx512(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
-void linear_4bit_dgrad_avx512_bf16(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
 
 }  // namespace qlora::cpu

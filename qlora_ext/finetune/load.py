@@ -18,9 +18,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 import qlora_ext
 from qlora_ext import _C, Linear4bit
-from qlora_ext.experts import Experts4bit, fused_experts
+from qlora_ext.experts import Experts4bit
 from qlora_ext.layer_names import is_within
-from qlora_ext.model_layers import linear_layers, output_head
+from qlora_ext.model_layers import output_head
+from qlora_ext.quantize import quantizable
 
 from .gguf_file import GgufFile
 from .model_folder import ModelFolder
@@ -139,9 +140,9 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
     skip = options.get("skip", ())
-    experts = [f"{name}.{weight}" for name, module in model.named_modules() for weight in fused_experts(module)]
+    names = quantizable(model)
     for name in skip:
-        if not any(is_within(layer, [name]) for layer in (*linear_layers(model), *experts)):
+        if not any(is_within(layer, [name]) for layer in names):
             raise ValueError(f"--skip: expected names of linear layers or fused experts, got {name!r}")
     qlora_ext.quantize_model(model, **{**options, "skip": (*output_head(model), *skip)})
 

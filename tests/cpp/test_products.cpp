@@ -109,25 +109,27 @@ void check_few_rows_of_grad(std::int64_t M, std::int64_t N, std::int64_t K, std:
   const Values grad(DType::Float32, M * N), addend(DType::Float32, M * K);
   Values grad_x(dtype, M * K), in_parts(dtype, M * K);
   const auto* values = reinterpret_cast<const float*>(grad.bytes.data());
-  const auto* added = reinterpret_cast<const float*>(addend.bytes.data());
+  const auto* added = M % 3 == 2 ? nullptr : reinterpret_cast<const float*>(addend.bytes.data());
   cpu::FewRowsDgrad product{values, w.view, added, grad_x.bytes.data(), M, N, K, dtype};
   cpu::linear_4bit_dgrad(product, 0, K);
   product.grad_x = in_parts.bytes.data();
   for (const std::int64_t step : {cpu::kDgradBoundary, 3 * cpu::kDgradBoundary}) {
-    for (std::int64_t k = 0; k < K; k += step) cpu::linear_4bit_dgrad(product, k, std::min(k + step, K));
+    for (std::int64_t k = (K - 1) / step * step; k >= 0; k -= step) {  // none writes to those behind it
+      cpu::linear_4bit_dgrad(product, k, std::min(k + step, K));
+    }
     CHECK(grad_x.bytes == in_parts.bytes);
     std::fill(in_parts.bytes.begin(), in_parts.bytes.end(), std::uint8_t{0});
   }
   for (std::int64_t m = 0; m < M; ++m) {
     for (std::int64_t k = 0; k < K; ++k) {
-      double exact = addend.read(m * K + k), magnitude = std::fabs(exact);
+      double exact = added == nullptr ? 0 : addend.read(m * K + k), magnitude = std::fabs(exact);
       for (std::int64_t n = 0; n < N; ++n) {
         const double term =
             grad.exact[static_cast<std::size_t>(m * N + n)] * w.decoded[static_cast<std::size_t>(n * K + k)];
         exact += term;
         magnitude += std::fabs(term);
       }
-      CHECK(std::fabs(grad_x.read(m * K + k) - exact) <= allowed(matmul_in_bf16(dtype), dtype, magnitude, exact));
+      CHECK(std::fabs(grad_x.read(m * K + k) - exact) <= allowed(false, dtype, magnitude, exact));
     }
   }
 }
@@ -338,8 +340,7 @@ int main() {
       for (const auto& [M, N, K, blocksize] :
            {std::tuple{1, 7, 256, 64}, std::tuple{1, 130, 96, 32}, std::tuple{2, 64, 32, 32},
             std::tuple{2, 9, 4160, 64}, std::tuple{3, 65, 2304, 256}, std::tuple{3, 1, 64, 64},
-            std::tuple{4, 70, 2208, 32}, std::tuple{5, 6, 8192, 4096}, std::tuple{6, 129, 1152, 128},
-            std::tuple{9, 67, 192, 64}, std::tuple{12, 70, 96, 32}}) {
+            std::tuple{4, 70, 2208, 32}, std::tuple{5, 6, 8192, 4096}, std::tuple{6, 129, 1152, 128}}) {
         check_few_rows_of_grad(M, N, K, blocksize, dtype, quant_type, M % 2 == 1);
       }
       if (dtype != DType::Float16) {  // rows of one segment, and of two
