@@ -20,16 +20,16 @@ Number = TypeVar("Number", int, float)
 
 LAST_PARTS = r"(.*\.)?({})"  # what a key of rank_pattern or alpha_pattern stands in
 
-
-# What torch.compile, activation checkpointing and Lightning's Fabric (by two names) wrap; their classes take long to
-# import.
-_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_original_module"}
+# What activation checkpointing and Lightning's Fabric (twice) call the module that they wrap.
+_WRAPPED = {"_checkpoint_wrapped_module", "_forward_module", "_original_module"}
 
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether it only runs its one child in another way, as torch.compile and data parallelism do, or Experts4bit."""
+    # torch.compile's class takes seconds to import.
     kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel, Experts4bit)
-    return isinstance(module, kinds) or (bool(module._modules) and module._modules.keys() <= _WRAPPED)
+    within = module._modules.keys()
+    return isinstance(module, kinds) or "_orig_mod" in within or (bool(within) and within <= _WRAPPED)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -138,7 +138,8 @@ class LoraLinear(nn.Module):
         """The scaling of each of these adapters, with dropout's 1 / (1 - p) in it, and the masks, if any."""
         scaling = [self.scaling[name] for name in names]
         table: Any = self._modules["lora_dropout"]  # without __getattr__
-        keep = [1 - dropout.p if dropout.training else 1 for dropout in map(table.__getitem__, names)]
+        dropouts = map(table.__getitem__, names)
+        keep = [1 - getattr(each, "p", 0) if each.training else 1 for each in dropouts]  # Identity has no p
         if all(k == 1 for k in keep):
             return scaling, []
         masks = [torch.empty_like(x, dtype=torch.bool).bernoulli_(k) for k in keep]
@@ -149,15 +150,17 @@ class LoraLinear(nn.Module):
         """W0 + the updates of the active adapters in the base's dtype, [out, in], for models that read a weight.
 
         It is made anew each time, with gradients for the adapters, without dropout. Of a base whose weight has another
-        form, as in 4 bits, only dtype, device and shape can be read: models ask for them. To assign it, or bias, is to
-        assign the base's: so models tie weights.
+        form, as in 4 bits, only dtype, device, shape and the like can be read: models ask for them. To assign it, or
+        bias, is to assign the base's: so models tie weights.
         """
         merged, names = self.merged_base, self.active_adapters
         base = self.base_layer if merged is None else merged
-        if isinstance(base, Linear4bit) or not has_float_weight(base):
-            return UnreadableWeight(base)  # type: ignore[return-value]
+        if isinstance(base, Linear4bit):
+            return FormOfWeight(base)  # type: ignore[return-value]
         if merged is not None or not names:
             return base.weight
+        if not has_float_weight(base):
+            return FormOfWeight(base)  # type: ignore[return-value]
         return self._updated(base.weight.float(), names).to(base.weight.dtype)
 
     @property
@@ -231,19 +234,22 @@ class LoraLinear(nn.Module):
         return self
 
 
-class UnreadableWeight:
+class FormOfWeight:
     """What a model may ask of a weight in another form than floats before it casts x; nothing can compute with it."""
 
-    def __init__(self, layer: nn.Linear | Linear4bit) -> None:
-        self.dtype, self.device, self.shape = layer.weight.dtype, layer.weight.device, layer.weight.shape
-        self._of = layer
+    READABLE = (
+        *("dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "requires_grad"),
+        *("is_floating_point", "is_cuda", "is_cpu", "is_meta"),
+    )
 
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
+    def __init__(self, layer: nn.Linear | Linear4bit) -> None:
+        self._layer = layer
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.READABLE:
+            return getattr(self._layer.weight, name)
         expected = "a base_layer with a float weight (as quantize_model(skip=...) leaves it)"
-        raise AttributeError(f"LoraLinear: weight.{name}: expected {expected}, got {self.__dict__.get('_of')}")
+        raise AttributeError(f"LoraLinear: weight.{name}: expected {expected}, got {self.__dict__.get('_layer')}")
 
 
 def _merge_again(layer: LoraLinear, _: object) -> None:

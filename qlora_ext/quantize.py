@@ -45,8 +45,8 @@ def quantize_model(
         quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
     Returns:
-        The same model. Warns of a name in skip that leaves nothing out, and if most of the model's weights are left in
-        3-D tensors, as experts that are fused in another way.
+        The same model. Warns of a name in skip that no linear layer or weight of experts has, nor what they are in, and
+        if most of the model's weights are left in 3-D tensors, as experts that are fused in another way.
 
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
@@ -110,12 +110,12 @@ def quantize_model(
 
 def quantizable(model: nn.Module) -> list[str]:
     """The names of the linear layers and of fused experts' weights."""
-    experts = [f"{name}.{weight}" for name, module in plain_modules(model) for weight in fused_experts(module)]
-    return [*linear_layers(model), *experts, *expert_layers(model)]
+    fused = [f"{name}.{weight}".removeprefix(".") for name, m in plain_modules(model) for weight in fused_experts(m)]
+    return [*linear_layers(model), *fused, *expert_layers(model)]
 
 
 def _warn_of_names(model: nn.Module, skip: Iterable[str]) -> None:
-    """Say which of these names leave nothing out, but for a head's, which many give for any model."""
+    """Say which of these names nothing here has, but for a head's, which many give for any model."""
     names = quantizable(model)
     for each in skip:
         if each not in HEADS and not any(is_within(name, [each]) for name in names):

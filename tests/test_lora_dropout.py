@@ -69,6 +69,8 @@ def test_it_obeys_what_is_set_on_dropout_modules(base: str) -> None:
     other = layer(x)
     layer.active_adapters = ["a0", "a1"]
     torch.testing.assert_close(layer(x), other)
+    layer.lora_dropout["a0"] = nn.Identity()  # in the place of all dropout, as for serving
+    assert_same(layer(x), without)
     layer.delete_adapter("a0")
     assert [type(m) for m in layer.lora_dropout.modules() if m is not layer.lora_dropout] == [nn.Dropout]
 
