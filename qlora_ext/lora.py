@@ -156,11 +156,11 @@ class LoraLinear(nn.Module):
         merged, names = self.merged_base, self.active_adapters
         base = self.base_layer if merged is None else merged
         if isinstance(base, Linear4bit):
-            return FormOfWeight(base)  # type: ignore[return-value]
+            return FormOfWeight(self, base)  # type: ignore[return-value]
         if merged is not None or not names:
             return base.weight
         if not has_float_weight(base):
-            return FormOfWeight(base)  # type: ignore[return-value]
+            return FormOfWeight(self, base)  # type: ignore[return-value]
         return self._updated(base.weight.float(), names).to(base.weight.dtype)
 
     @property
@@ -242,14 +242,25 @@ class FormOfWeight:
         *("is_floating_point", "is_cuda", "is_cpu", "is_meta"),
     )
 
-    def __init__(self, layer: nn.Linear | Linear4bit) -> None:
-        self._layer = layer
+    def __init__(self, owner: LoraLinear, base: nn.Linear | Linear4bit) -> None:
+        self._owner, self._base = owner, base
 
     def __getattr__(self, name: str) -> Any:
         if name in self.READABLE:
-            return getattr(self._layer.weight, name)
+            return getattr(self._base.weight, name)
+        raise self._error(name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        given = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, cls)]
+        raise given[0]._error(func.__name__) if given else TypeError(f"LoraLinear: weight: {func.__name__}")
+
+    def _error(self, name: str) -> AttributeError:
         expected = "a base_layer with a float weight (as quantize_model(skip=...) leaves it)"
-        raise AttributeError(f"LoraLinear: weight.{name}: expected {expected}, got {self.__dict__.get('_layer')}")
+        got = self.__dict__.get("_base")
+        return AttributeError(
+            f"LoraLinear: weight.{name}: expected {expected}, got {got}", name=name, obj=self.__dict__.get("_owner")
+        )
 
 
 def _merge_again(layer: LoraLinear, _: object) -> None:

@@ -91,7 +91,7 @@ def test_sample_answer_ends_at_the_last_position() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ("all-linear", "layers that are called, but backbone.layers.0.mixer.x_proj is read"),
+        ("all-linear", "layers that are called, but backbone.layers.0.mixer.dt_proj is read"),
         ("in_proj", "expected layers in 4 bits that are called, but perhaps one is read"),
     ],
 )

@@ -267,10 +267,11 @@ def test_of_a_weight_in_4_bits_only_its_form_can_be_read(merged: bool) -> None:
     for use in (lambda: weight.mul_(2), lambda: weight.data, lambda: weight.T):
         with pytest.raises(AttributeError, match=r"LoraLinear: weight\.\w+: .* float weight .*skip=.*got Linear4bit"):
             use()
-    for use in (
-        lambda: weight * 0.1,
-        lambda: F.linear(torch.randn(3, 256), weight),
-        lambda: torch.randn(3, 48) @ weight,
-    ):
+    x = torch.randn(3, 256)
+    for use in (lambda: F.linear(x, weight), lambda: x @ weight, lambda: weight @ x, lambda: x * weight):
+        with pytest.raises(AttributeError, match=r"LoraLinear: weight\.\w+: .*got Linear4bit") as caught:
+            use()
+        assert caught.value.obj is layer
+    for use in (lambda: weight * 0.1, lambda: torch.cat([weight])):
         with pytest.raises(TypeError):
             use()
