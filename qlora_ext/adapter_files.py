@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, freeze, set_adapter
+from qlora_ext.dense_linear import dense_class, is_conv1d, out_and_in, stored_shape
 from qlora_ext.experts import Experts4bit
 from qlora_ext.layer_names import check_name, is_named, plain_modules
 from qlora_ext.linear import Linear4bit
@@ -78,7 +79,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             (tensor,) = table.forward([name])  # with its values, if accelerate has offloaded it
             whole = _to_write(f"{layer_name}.{part}.{name}", tensor)
             tensors[f"{_PREFIX}{owner}.{part}.weight"] = to_file(part, whole)
-    described = describe(model, config, modules, tied=are_weights_tied(model, others))
+    conv1d = any(is_conv1d(dense_class(layers[layer_name].base_layer)) for layer_name in linear)
+    described = describe(model, config, modules, tied=are_weights_tied(model, others), conv1d=conv1d)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_all(
@@ -240,7 +242,8 @@ def _check_base(key: str, layer: AnyLinear, given: Tensor, path: Path) -> None:
     own = base.bias if key.endswith(".bias") else base.weight
     own = own if own is None else gathered(own.detach())
     if isinstance(base, Linear4bit):
-        fits = given.is_floating_point() and tuple(given.shape) == (base.out_features, base.in_features)
+        shape = stored_shape(base.dense_class, *out_and_in(base))
+        fits = given.is_floating_point() and list(given.shape) == shape
         given = base.with_weight(given.to(base.dtype)).weight if fits and given.isfinite().all() else given
     if own is None or own.is_meta or not torch.equal(given.to(own), own):
         raise ValueError(f"load_adapter: {path}: {key}: expected what the model has in this place, got another")

@@ -28,9 +28,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     """Attach a new adapter to what config.target_modules and target_parameters name, activate it and freeze all else.
 
     Args:
-        model: any module whose layers are nn.Linear, Linear4bit or, with other adapters on them, LoraLinear, or whose
-            fused experts `quantize_model` has put in 4 bits. Names in one of torch.compile or data parallelism, whole
-            or in parts, are those of the plain model.
+        model: any module whose layers are nn.Linear, transformers' Conv1D, Linear4bit or, with other adapters on them,
+            LoraLinear, or whose fused experts `quantize_model` has put in 4 bits. Names in one of torch.compile or data
+            parallelism, whole or in parts, are those of the plain model.
         config: the LoraConfig.
         name: of the adapter; no dots, and no attribute of nn.ParameterDict.
 
@@ -131,9 +131,10 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         model: a model with adapters.
         dequantize: False: each layer computes with one merged layer of its base's own kind (a 4-bit base is quantized
             again; so are experts) while the base is kept, so that `unmerge_adapter` restores it bit for bit. True: for
-            serving, every LoraLinear and Linear4bit becomes a plain nn.Linear in the base's dtype, rounded once from
-            the float32 sum, and fused experts in 4 bits become a plain parameter; this cannot be undone. A base with
-            hooks, or a subclass with a forward of its own, does with W0 + B A what it did with W0.
+            serving, every LoraLinear and Linear4bit becomes a plain nn.Linear (or Conv1D, if it was one) in the base's
+            dtype, rounded once from the float32 sum, and fused experts in 4 bits become a plain parameter; this cannot
+            be undone. A base with hooks, or a subclass with a forward of its own, does with W0 + B A what it did with
+            W0.
 
     Merged or not, the state_dict holds the base and the adapters; a merged model that loads one merges them again.
 

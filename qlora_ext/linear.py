@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_ext import functional
 from qlora_ext._ops import ops
+from qlora_ext.dense_linear import dense_class, is_dense_linear, new_dense, oriented, out_and_in, stored_shape
 from qlora_ext.layer_hooks import is_hooked, shallow_copy
 from qlora_ext.quant_state import QuantState
 from qlora_ext.quant_type import quant_type_of
@@ -35,12 +36,13 @@ class Linear4bit(nn.Module):
         absmax: frozen float32 [out, in/blocksize] (flat: [num_blocks]); uint8 with double quantization.
         nested_absmax, nested_offset: float32 buffers [ceil(num_blocks/256)] and 0-d, or None.
         bias: [out] or None.
+        dense_class: nn.Linear, or transformers' Conv1D: of which class the layer is with a float weight.
 
-    `load_state_dict` takes this layer's own tensors, or a float `weight` [out, in], which it quantizes. Another
-    quant_type is refused: the metadata of a state_dict says it; without (safetensors, a plain dict) the bytes tell it,
-    but for weights of a few hundred elements or few distinct values. With assign=True `dtype` becomes that of the
-    float weight, or of the layer that was saved (without metadata: of its bias). A float cast (`.half()`, `.to(dtype)`)
-    changes `dtype` and the bias; the scales stay float32.
+    `load_state_dict` takes this layer's own tensors, or a float `weight`, as dense_class stores it, and quantizes it.
+    Another quant_type is refused: the metadata of a state_dict says it; without (safetensors, a plain dict) the bytes
+    tell it, but for weights of a few hundred elements or few distinct values. With assign=True `dtype` becomes that of
+    the float weight, or of the layer that was saved (without metadata: of its bias). A float cast (`.half()`,
+    `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, by name.
@@ -51,6 +53,7 @@ class Linear4bit(nn.Module):
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
     bias: nn.Parameter | None
+    dense_class: type[nn.Module] = nn.Linear
 
     def __init__(
         self,
@@ -87,21 +90,23 @@ class Linear4bit(nn.Module):
         """The 4-bit twin of a linear layer, on its device; the bias is shared, the linear layer left as it is.
 
         Args:
-            linear: nn.Linear with a float32, float16 or bfloat16 weight (on "meta": the twin is on "meta" too).
+            linear: nn.Linear, or transformers' Conv1D, with a float32, float16 or bfloat16 weight (on "meta": the twin
+                is on "meta" too).
             quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
         Raises:
-            TypeError: linear is no nn.Linear, or its weight's dtype is none of the three.
+            TypeError: linear is neither of both, or its weight's dtype is none of the three.
             ValueError: an unknown quant_type or blocksize, NaN or Inf in the weight, or hooks, which would be lost.
         """
-        if not isinstance(linear, nn.Linear):
+        if not is_dense_linear(linear):
             raise TypeError(f"Linear4bit.from_linear: linear: expected an nn.Linear, got {type(linear).__name__}")
         if is_hooked(linear):
             expected = "no hooks, and its class's forward"
             raise ValueError(f"Linear4bit.from_linear: linear: expected {expected}, got a layer that has them")
+        size_out, size_in = out_and_in(linear)
         layer = cls(
-            linear.in_features,
-            linear.out_features,
+            size_in,
+            size_out,
             bias=False,
             quant_type=quant_type,
             blocksize=blocksize,
@@ -109,12 +114,14 @@ class Linear4bit(nn.Module):
             dtype=linear.weight.dtype,
             device="meta",
         )
+        if not isinstance(linear, nn.Linear):
+            layer.dense_class = type(linear)
         layer.quantize_(linear.weight)
         layer.bias = linear.bias
         return layer.train(linear.training)
 
     def with_weight(self, weight: Tensor) -> Linear4bit:
-        """A layer of the same kind, options and bias that holds `weight`, a float tensor [out, in], in 4 bits."""
+        """A layer of the same kind, options and bias that holds `weight`, as for `quantize_`, in 4 bits."""
         layer = shallow_copy(self)  # shares the bias
         layer.quantize_(weight)
         return layer
@@ -122,15 +129,17 @@ class Linear4bit(nn.Module):
     def quantize_(self, weight: Tensor) -> None:
         """Replace the weight by the 4-bit form of `weight`, a float tensor [out, in], on that tensor's device.
 
+        Of a Conv1D it is [in, out], as all float weights of a layer are as its dense_class stores them.
+
         Raises:
             ValueError: another shape, or NaN or Inf in it.
             TypeError: another dtype than float32, float16 or bfloat16.
         """
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            expected = [self.out_features, self.in_features]
+        expected = stored_shape(self.dense_class, self.out_features, self.in_features)
+        if list(weight.shape) != expected:
             raise ValueError(f"Linear4bit: weight: expected shape {expected}, got {list(weight.shape)}")
         with torch.inference_mode(False):  # autograd saves no inference tensor, not even a frozen one
-            self._set(*self._quantize(weight))
+            self._set(*self._quantize(oriented(self.dense_class, weight)))
 
     @property
     def state(self) -> QuantState:
@@ -276,18 +285,12 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Cal
 
 
 def dense(layer: nn.Linear | Linear4bit, weight: Tensor) -> nn.Linear:
-    """The layer with this float weight [out, in], frozen, in its dtype; a 4-bit or parametrized one as nn.Linear."""
-    if isinstance(layer, nn.Linear) and "weight" in layer._parameters:
+    """The layer with this float weight [out, in], frozen, in its dtype; a 4-bit or parametrized one as what it was."""
+    kind = dense_class(layer)
+    if not isinstance(layer, Linear4bit) and "weight" in layer._parameters:
         linear, dtype = shallow_copy(layer), layer.weight.dtype  # a subclass may compute in its own way
     else:
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
-        linear.register_parameter("bias", layer.bias)
+        linear = new_dense(kind, *out_and_in(layer), layer.bias).train(layer.training)
         dtype = layer.dtype if isinstance(layer, Linear4bit) else layer.weight.dtype
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    linear.weight = nn.Parameter(oriented(kind, weight).to(dtype).contiguous(), requires_grad=False)
     return linear
-
-
-def has_float_weight(layer: nn.Linear) -> bool:
-    """Whether its weight is a plain one, not one of bitsandbytes' or torchao's."""
-    weight = layer.weight
-    return weight.is_floating_point() and tuple(weight.shape) == (layer.out_features, layer.in_features)

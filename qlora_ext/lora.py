@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_ext.adapter_table import AdapterTable, check_values
+from qlora_ext.dense_linear import has_float_weight, is_dense_linear, oriented, out_and_in, stored_shape
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
 from qlora_ext.layer_names import check_name
-from qlora_ext.linear import Linear4bit, dense, has_float_weight
+from qlora_ext.linear import Linear4bit, dense
 from qlora_ext.lora_config import LoraConfig
 
 
@@ -22,7 +23,7 @@ class LoraLinear(nn.Module):
     """A frozen linear layer with adapters: y = base(x) + sum over active adapters of scaling (dropout(x) A^T) B^T.
 
     Args:
-        base_layer: nn.Linear or Linear4bit; kept as it is.
+        base_layer: nn.Linear, transformers' Conv1D or Linear4bit; kept as it is.
 
     Attributes:
         base_layer: the layer itself.
@@ -40,7 +41,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
         super().__init__()
-        if not isinstance(base_layer, (nn.Linear, Linear4bit)):
+        if not isinstance(base_layer, Linear4bit) and not is_dense_linear(base_layer):
             got = type(base_layer).__name__
             raise TypeError(f"LoraLinear: base_layer: expected nn.Linear or Linear4bit, got {got}")
         self.base_layer = base_layer
@@ -56,11 +57,11 @@ class LoraLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.base_layer.in_features
+        return out_and_in(self.base_layer)[1]
 
     @property
     def out_features(self) -> int:
-        return self.base_layer.out_features
+        return out_and_in(self.base_layer)[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,7 +148,7 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W0 + the updates of the active adapters in the base's dtype, [out, in], for models that read a weight.
+        """W0 + the updates of the active adapters, in the base's dtype and as it stores them, for models that read it.
 
         It is made anew each time, with gradients for the adapters, without dropout. Of a base whose weight has another
         form, as in 4 bits, only dtype, device, shape and the like can be read: models ask for them. To assign it, or
@@ -161,7 +162,8 @@ class LoraLinear(nn.Module):
             return base.weight
         if not has_float_weight(base):
             return FormOfWeight(self, base)  # type: ignore[return-value]
-        return self._updated(base.weight.float(), names).to(base.weight.dtype)
+        kind, weight = type(base), base.weight
+        return oriented(kind, self._updated(oriented(kind, weight).float(), names)).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -194,9 +196,9 @@ class LoraLinear(nn.Module):
             return self._updated(base.dequantize(torch.float32), self.active_adapters)
         if not has_float_weight(base):
             got = f"{type(base).__name__}'s {base.weight.dtype} {list(base.weight.shape)}"
-            shape = [self.out_features, self.in_features]
+            shape = stored_shape(type(base), *out_and_in(base))
             raise TypeError(f"LoraLinear: base_layer: expected a float weight {shape} to merge into, got {got}")
-        return self._updated(base.weight.float(), self.active_adapters)
+        return self._updated(oriented(type(base), base.weight).float(), self.active_adapters)
 
     def _updated(self, weight: Tensor, names: list[str]) -> Tensor:
         A, B = self.lora_A.forward(names), self.lora_B.forward(names)
@@ -213,7 +215,11 @@ class LoraLinear(nn.Module):
         """
         base = self.base_layer
         weight = self.merged_weight()
-        merged = base.with_weight(weight) if isinstance(base, Linear4bit) else dense(base, weight)
+        merged: nn.Linear | Linear4bit
+        if isinstance(base, Linear4bit):
+            merged = base.with_weight(oriented(base.dense_class, weight))
+        else:
+            merged = dense(base, weight)
         object.__setattr__(self, "merged_base", merged)  # as a child it would be in the state_dict
 
     def unmerge(self) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 from torch import nn
 
+from qlora_ext.dense_linear import is_dense_linear
 from qlora_ext.experts import Experts4bit, Stack4bit
 from qlora_ext.layer_names import children, is_named, is_within, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
 from qlora_ext.lora_experts import LoraExperts
 
-AnyLinear = nn.Linear | Linear4bit | LoraLinear
+AnyLinear = nn.Linear | Linear4bit | LoraLinear  # and transformers' Conv1D, which is taken for an nn.Linear
 # They hand the weights of their linear layers to kernels of their own, or to products by parts.
 CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # What transformers calls the last layers of its language models and classifiers. They are small, and their errors go
@@ -45,8 +47,8 @@ def _layers(model: nn.Module) -> dict[str, AnyLinear]:
     found = {}
     inside: set[int] = set()
     for name, module in plain_modules(model):
-        if name and id(module) not in inside and isinstance(module, (AnyLinear, *CLOSED)):
-            if isinstance(module, AnyLinear):
+        if name and id(module) not in inside and (_is_linear(module) or isinstance(module, CLOSED)):
+            if _is_linear(module):
                 found[name] = module
             inside.update(id(child) for child in module.modules())
         elif isinstance(module, Experts4bit) and not module.replaced:  # no part of a module that computes with it
@@ -63,6 +65,10 @@ def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
     if isinstance(wanted, str):
         return [name for name in layers if re.fullmatch(wanted, name)]
     return [name for name in layers if is_named(name, wanted)]
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[AnyLinear]:
+    return is_dense_linear(module) or isinstance(module, (Linear4bit, LoraLinear))
 
 
 def _computes_otherwise(layer: AnyLinear) -> bool:
@@ -86,7 +92,7 @@ def _replace_below(
         assert child is not None
         if id(child) not in converted:
             converted[id(child)] = child if is_wrapper(child) else convert(name, child)
-            if converted[id(child)] is child and not isinstance(child, (AnyLinear, *CLOSED)):
+            if converted[id(child)] is child and not _is_linear(child) and not isinstance(child, CLOSED):
                 _replace_below(child, name, convert, converted)
         if converted[id(child)] is not child:
             setattr(parent, key, converted[id(child)])

@@ -23,7 +23,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "use_dora": (False, None),
     "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -47,7 +46,9 @@ _SAVED_WHOLE = r"(^|.*\.){}($|\..*)"
 _BLOCK = r"(?:.*?\.)?{}\.(?P<index>\d+)\."
 
 
-def describe(model: nn.Module, config: LoraConfig, modules_to_save: list[str], *, tied: bool) -> dict[str, Any]:
+def describe(
+    model: nn.Module, config: LoraConfig, modules_to_save: list[str], *, tied: bool, conv1d: bool
+) -> dict[str, Any]:
     """The file's content, for an adapter that is on what the config targets."""
     plain = unwrapped(model)
     model_config = getattr(plain, "config", None)
@@ -60,6 +61,7 @@ def describe(model: nn.Module, config: LoraConfig, modules_to_save: list[str], *
         "use_dora": False,
         "modules_to_save": modules_to_save or None,
         **({"ensure_weight_tying": True} if tied else {}),
+        **({"fan_in_fan_out": True} if conv1d else {}),  # PEFT looks at the layer itself, and warns
         **asdict(config),
         "target_parameters": config.target_parameters or None,
     }

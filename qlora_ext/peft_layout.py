@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from qlora_ext.dense_linear import out_and_in
 from qlora_ext.experts import Stack4bit
 from qlora_ext.lora_experts import LoraExperts
 from qlora_ext.model_layers import AnyLinear
@@ -32,7 +33,8 @@ def shape_in_file(layer: AnyLinear, part: str, r: int) -> tuple[int, int]:
     """Of lora_A or lora_B: [r, in] and [out, r], or of all experts [experts * r, in] and [out, r * experts]."""
     stack = _stack(layer)
     if stack is None:
-        return (r, layer.in_features) if part == "lora_A" else (layer.out_features, r)
+        size_out, size_in = out_and_in(layer)
+        return (r, size_in) if part == "lora_A" else (size_out, r)
     experts, (size_in, size_out) = stack.shape[0], stack.sizes
     return (experts * r, size_in) if part == "lora_A" else (size_out, r * experts)
 

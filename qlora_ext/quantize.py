@@ -6,13 +6,14 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from qlora_ext.adapter_table import AdapterTable
 from qlora_ext.adapters import check_not_hooked, check_not_merged
+from qlora_ext.dense_linear import is_conv1d
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
@@ -33,8 +34,9 @@ def quantize_model(
 ) -> Model:
     """Replace each nn.Linear of the model by its Linear4bit, in place, one by one: at the peak one layer stands twice.
 
-    So are the fused experts of transformers' mixtures, by Experts4bit (`qlora_ext/experts.py`); the model computes
-    with transformers' "grouped_mm" implementation of experts then.
+    So is transformers' Conv1D, GPT-2's linear layer; and so are the fused experts of transformers' mixtures, by
+    Experts4bit (`qlora_ext/experts.py`): the model computes with transformers' "grouped_mm" implementation of experts
+    then.
 
     Args:
         model: any module, on any device ("meta" too). Adapters in it, not merged, stay on their layers.
@@ -80,8 +82,7 @@ def quantize_model(
 
     def convert(name: str, module: nn.Module) -> nn.Module:
         linear = module.base_layer if isinstance(module, LoraLinear) else module
-        # A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's.
-        if type(linear) is not nn.Linear or is_left(name, f"{name}.weight", linear.weight):
+        if not _is_known(linear) or is_left(name, f"{name}.weight", linear.weight):
             return module
         check_not_hooked("quantize_model", name, linear)
         layer: Linear4bit = quantize(name, Linear4bit.from_linear, linear)
@@ -140,6 +141,11 @@ def _warn_of_experts(model: nn.Module) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _is_known(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's."""
+    return type(module) is nn.Linear or is_conv1d(type(module))
 
 
 def _check_model(model: nn.Module) -> None:

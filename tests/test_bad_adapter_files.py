@@ -73,7 +73,6 @@ UNSUPPORTED = {
     "bias": "all",
     "use_dora": True,
     "lora_bias": True,
-    "fan_in_fan_out": True,
     "layer_replication": [[0, 2]],
     "target_parameters": ["q_proj.weight"],
     "trainable_token_indices": [1],

@@ -59,8 +59,11 @@ def test_composition_of_a_plain_base(dtype: torch.dtype, bits: int) -> None:
 
 
 def test_model_without_linear_layers_has_no_bits() -> None:
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=258))
-    got = composition(gpt2, adapter=False)
+    def gpt2(layers: int) -> GPT2LMHeadModel:
+        return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=layers, n_head=4, vocab_size=258))
+
+    assert composition(gpt2(1), adapter=False)["base_bits"] == 32
+    got = composition(gpt2(0), adapter=False)
     assert (got["base_bits"], got["trainable_percent"]) == (None, 100)
     assert table(a_report(base_bits=None, method="full")).splitlines()[1].startswith("full    -  ")
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import qlora_ext
+from qlora_ext.dense_linear import is_dense_linear
 
 from .output_folder import write_files
 
@@ -39,7 +40,7 @@ def composition(model: PreTrainedModel, *, adapter: bool) -> dict[str, Any]:
             total += elements - module.weight.numel() - module.absmax.numel()
             stored = [module.weight, module.absmax, module.nested_absmax, module.nested_offset]
             stored_bytes += _bytes(tensor for tensor in stored if tensor is not None)
-        elif isinstance(module, nn.Linear) and module is not head:
+        elif is_dense_linear(module) and module is not head:
             elements = module.weight.numel()
             stored_bytes += module.weight.nbytes
         else:
