@@ -24,12 +24,16 @@ LAST_PARTS = r"(.*\.)?({})"  # what a key of rank_pattern or alpha_pattern stand
 _WRAPPED = {"_checkpoint_wrapped_module", "_forward_module", "_original_module"}
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made it, whose class takes seconds to import."""
+    return type(module).__name__ == "OptimizedModule"
+
+
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether it only runs its one child in another way, as torch.compile and data parallelism do, or Experts4bit."""
-    # torch.compile's class takes seconds to import.
+    """Whether it only runs its first child in another way, as torch.compile and data parallelism do, or Experts4bit."""
     kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel, Experts4bit)
     within = module._modules.keys()
-    return isinstance(module, kinds) or "_orig_mod" in within or (bool(within) and within <= _WRAPPED)
+    return isinstance(module, kinds) or is_compiled(module) or (bool(within) and within <= _WRAPPED)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_ext.adapted_weight import UpdatedWeight, WeightInBits
 from qlora_ext.adapter_table import AdapterTable, check_values
 from qlora_ext.dense_linear import has_float_weight, is_dense_linear, oriented, out_and_in, stored_shape
 from qlora_ext.functional import cast_as_autocast
@@ -132,7 +133,7 @@ class LoraLinear(nn.Module):
         scaling, masks = self._dropout(x, names)
         for i, (a, b) in enumerate(zip(A, B, strict=True)):
             low_rank = F.linear(x * masks[i] if masks else x, a.to(x.dtype))
-            y = y + F.linear(low_rank, (b * scaling[i]).to(x.dtype))
+            y = y + F.linear(low_rank, (b.float() * scaling[i]).to(x.dtype))
         return y
 
     def _dropout(self, x: Tensor, names: list[str]) -> tuple[list[float], list[Tensor]]:
@@ -140,7 +141,7 @@ class LoraLinear(nn.Module):
         scaling = [self.scaling[name] for name in names]
         table: Any = self._modules["lora_dropout"]  # without __getattr__
         dropouts = map(table.__getitem__, names)
-        keep = [1 - getattr(each, "p", 0) if each.training else 1 for each in dropouts]  # Identity has no p
+        keep = [1 - each.p if each.training and not isinstance(each, nn.Identity) else 1 for each in dropouts]
         if all(k == 1 for k in keep):
             return scaling, []
         masks = [torch.empty_like(x, dtype=torch.bool).bernoulli_(k) for k in keep]
@@ -150,20 +151,24 @@ class LoraLinear(nn.Module):
     def weight(self) -> Tensor:
         """W0 + the updates of the active adapters, in the base's dtype and as it stores them, for models that read it.
 
-        It is made anew each time, with gradients for the adapters, without dropout. Of a base whose weight has another
-        form, as in 4 bits, only dtype, device, shape and the like can be read: models ask for them. To assign it, or
-        bias, is to assign the base's: so models tie weights.
+        It is made anew each time, and computed when it is used, with gradients for the adapters, without dropout. Of a
+        base whose weight has another form, as in 4 bits, only dtype, device, shape and the like can be read: models ask
+        for them. To assign it, or bias, is to assign the base's: so models tie weights.
         """
         merged, names = self.merged_base, self.active_adapters
         base = self.base_layer if merged is None else merged
         if isinstance(base, Linear4bit):
-            return FormOfWeight(self, base)  # type: ignore[return-value]
+            return WeightInBits(self, base)  # type: ignore[return-value]
         if merged is not None or not names:
             return base.weight
         if not has_float_weight(base):
-            return FormOfWeight(self, base)  # type: ignore[return-value]
+            return WeightInBits(self, base)  # type: ignore[return-value]
         kind, weight = type(base), base.weight
-        return oriented(kind, self._updated(oriented(kind, weight).float(), names)).to(weight.dtype)
+
+        def compute() -> Tensor:
+            return oriented(kind, self._updated(oriented(kind, weight).float(), names)).to(weight.dtype)
+
+        return compute() if torch.compiler.is_compiling() else UpdatedWeight(weight, compute)
 
     @property
     def bias(self) -> Tensor | None:
@@ -205,7 +210,7 @@ class LoraLinear(nn.Module):
         check_values(names, A, B, weight)
         with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # meta has none
             for name, a, b in zip(names, A, B, strict=True):
-                weight = weight.addmm(b, a, alpha=self.scaling[name])
+                weight = weight.addmm(b.float(), a.float(), alpha=self.scaling[name])
         return weight
 
     def merge(self) -> None:
@@ -238,35 +243,6 @@ class LoraLinear(nn.Module):
         if recurse and self.merged_base is not None:
             self.merged_base._apply(fn)
         return self
-
-
-class FormOfWeight:
-    """What a model may ask of a weight in another form than floats before it casts x; nothing can compute with it."""
-
-    READABLE = (
-        *("dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "requires_grad"),
-        *("is_floating_point", "is_cuda", "is_cpu", "is_meta"),
-    )
-
-    def __init__(self, owner: LoraLinear, base: nn.Linear | Linear4bit) -> None:
-        self._owner, self._base = owner, base
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self.READABLE:
-            return getattr(self._base.weight, name)
-        raise self._error(name)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
-        given = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, cls)]
-        raise given[0]._error(func.__name__) if given else TypeError(f"LoraLinear: weight: {func.__name__}")
-
-    def _error(self, name: str) -> AttributeError:
-        expected = "a base_layer with a float weight (as quantize_model(skip=...) leaves it)"
-        got = self.__dict__.get("_base")
-        return AttributeError(
-            f"LoraLinear: weight.{name}: expected {expected}, got {got}", name=name, obj=self.__dict__.get("_owner")
-        )
 
 
 def _merge_again(layer: LoraLinear, _: object) -> None:

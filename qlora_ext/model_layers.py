@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora_ext.dense_linear import is_dense_linear
 from qlora_ext.experts import Experts4bit, Stack4bit
-from qlora_ext.layer_names import children, is_named, is_within, is_wrapper, plain_modules, unwrapped
+from qlora_ext.layer_names import children, is_compiled, is_named, is_within, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
 from qlora_ext.lora_experts import LoraExperts
@@ -96,7 +96,7 @@ def _replace_below(
                 _replace_below(child, name, convert, converted)
         if converted[id(child)] is not child:
             setattr(parent, key, converted[id(child)])
-            if key == "_orig_mod":  # torch.compile's module has looked up what to call
+            if is_compiled(parent):  # it has looked up what to call
                 parent._initialize()  # type: ignore[operator]
 
 

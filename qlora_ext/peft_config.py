@@ -70,10 +70,10 @@ def describe(
 def _task_type(model: nn.Module, modules_to_save: list[str]) -> str | None:
     """By which PEFT's AutoPeftModel finds the model's class; None where PEFT would demand what is not in the file."""
     kind = type(model).__name__
-    if kind.endswith("ForConditionalGeneration") and getattr(
-        getattr(model, "config", None), "is_encoder_decoder", False
-    ):
-        return "SEQ_2_SEQ_LM"
+    if kind.endswith("ForConditionalGeneration"):
+        takes_ids = getattr(model, "main_input_name", None) == "input_ids"  # not Whisper, to which PEFT would give some
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        return "SEQ_2_SEQ_LM" if takes_ids and encodes else None
     for end, (task_type, heads) in _TASK_TYPES.items():
         if kind.endswith(end) and heads & model._modules.keys() <= set(modules_to_save):
             return task_type

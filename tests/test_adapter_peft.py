@@ -17,7 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_model import tiny_config
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PhiConfig, PhiForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PhiConfig,
+    PhiForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from qlora_ext import LoraConfig, LoraLinear, add_adapter, load_adapter, quantize_model, save_adapter
 
@@ -248,6 +255,18 @@ def test_pefts_output_head_comes_with_its_bias(tmp_path: Path) -> None:
     other.lm_head.bias.data += 1
     with pytest.raises(ValueError, match=r"lm_head.base_layer.bias: expected what the model has in this place"):
         load_adapter(other, tmp_path)
+
+
+def test_peft_calls_a_model_of_sounds_with_ours(tmp_path: Path) -> None:
+    """PEFT's own wrapper of SEQ_2_SEQ_LM would give it input_ids."""
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 1, "decoder_layers": 1}
+    sizes = {"d_model": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 100, "max_source_positions": 8}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = our_adapter(base := WhisperForConditionalGeneration(WhisperConfig(**heads, **sizes, **tokens)).eval(), r=2)
+    save_adapter(model, tmp_path)
+    inputs = {"input_features": torch.randn(1, 80, 16), "decoder_input_ids": torch.tensor([[1, 5]])}
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(theirs(**inputs).logits, model(**inputs).logits)
 
 
 def test_no_adapter_is_loaded_into_layers_without_values(tmp_path: Path) -> None:

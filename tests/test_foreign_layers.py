@@ -146,21 +146,6 @@ def test_a_weight_that_is_no_parameter_is_not_quantized() -> None:
     assert [type(layer) for layer in model] == [nn.Linear, Linear4bit]
 
 
-def test_weight_is_what_the_layer_computes_with_and_trains_its_adapters() -> None:
-    layer = adapted()[0]
-    torch.testing.assert_close(X @ layer.weight.T + layer.bias, layer(X))
-    layer.weight.sum().backward()
-    read = layer.lora_A["default"].grad.clone()
-    layer.lora_A["default"].grad = None
-    (layer(torch.eye(64)) - layer.bias).sum().backward()
-    torch.testing.assert_close(layer.lora_A["default"].grad, read)
-    layer.merge()
-    assert layer.weight is layer.merged_base.weight
-    layer.unmerge()
-    layer.active_adapters = []
-    assert layer.weight is layer.base_layer.weight
-
-
 def test_assigning_weight_and_bias_reaches_the_base() -> None:
     layer, weight = adapted()[0], nn.Parameter(torch.ones(64, 64))
     layer.weight = weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import peft
 import pytest
@@ -253,25 +252,3 @@ def test_adapter_name_must_be_new_and_without_dots(name: str) -> None:
     with pytest.raises(ValueError, match=f"name.*'{name}'"):
         layer.add_adapter(name, LoraConfig())
     assert list(layer.configs) == ["a0"]
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_of_a_weight_in_4_bits_only_its_form_can_be_read(merged: bool) -> None:
-    """Models look at a weight's dtype before they cast x; bytes would be wrong to compute with, or to change."""
-    layer = make_lora(make_linear(), LoraConfig())
-    layer.merge() if merged else None
-    weight: Any = layer.weight
-    assert (weight.dtype, weight.device, weight.shape) == (torch.uint8, torch.device("cpu"), (48, 128))
-    assert (weight.size(1), weight.requires_grad, weight.is_floating_point()) == (128, False, False)
-    assert not isinstance(weight, Tensor)
-    for use in (lambda: weight.mul_(2), lambda: weight.data, lambda: weight.T):
-        with pytest.raises(AttributeError, match=r"LoraLinear: weight\.\w+: .* float weight .*skip=.*got Linear4bit"):
-            use()
-    x = torch.randn(3, 256)
-    for use in (lambda: F.linear(x, weight), lambda: x @ weight, lambda: weight @ x, lambda: x * weight):
-        with pytest.raises(AttributeError, match=r"LoraLinear: weight\.\w+: .*got Linear4bit") as caught:
-            use()
-        assert caught.value.obj is layer
-    for use in (lambda: weight * 0.1, lambda: torch.cat([weight])):
-        with pytest.raises(TypeError):
-            use()

@@ -71,6 +71,9 @@ def test_it_obeys_what_is_set_on_dropout_modules(base: str) -> None:
     torch.testing.assert_close(layer(x), other)
     layer.lora_dropout["a0"] = nn.Identity()  # in the place of all dropout, as for serving
     assert_same(layer(x), without)
+    layer.lora_dropout["a0"] = nn.Sequential(nn.Dropout(0.5))  # is not called: what it would do is not known
+    with pytest.raises(AttributeError, match="'p'"):
+        layer(x)
     layer.delete_adapter("a0")
     assert [type(m) for m in layer.lora_dropout.modules() if m is not layer.lora_dropout] == [nn.Dropout]
 

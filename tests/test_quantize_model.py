@@ -22,6 +22,7 @@ from qlora_ext import (
     merge_adapter,
     quantize_model,
 )
+from qlora_ext.model_layers import linear_layers
 
 
 def test_each_linear_but_the_head_is_replaced_by_its_4bit_twin() -> None:
@@ -151,6 +152,12 @@ def test_a_model_without_a_linear_layer_is_refused() -> None:
     for model in (nn.Sequential(nn.ReLU()), quantize_model(nn.Sequential(nn.Linear(64, 8)))):
         with pytest.raises(ValueError, match=r"quantize_model.*model.*nn\.Linear"):
             quantize_model(model)
+
+
+def test_only_torch_compiles_module_is_one_in_between() -> None:
+    """Another may have a child of the name that it gives."""
+    model = nn.ModuleDict({"head": nn.Linear(64, 64), "_orig_mod": nn.Linear(64, 64)})
+    assert linear_layers(quantize_model(nn.Sequential(model))).keys() == {"0.head", "0._orig_mod"}
 
 
 def test_the_input_gradient_flows_through_all_layers() -> None:

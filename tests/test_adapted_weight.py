@@ -1,0 +1,167 @@
+"""What a model finds that reads the weight of a layer with adapters instead of calling it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layers import make_linear, make_lora, randomize_adapters
+from torch import Tensor, nn
+from transformers import MobileBertConfig, MobileBertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+from qlora_ext import LoraConfig, LoraLinear, add_adapter, quantize_model
+from qlora_ext.adapted_weight import UpdatedWeight
+
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def layer() -> LoraLinear:
+    torch.manual_seed(1)
+    layer = make_lora(nn.Linear(64, 48), LoraConfig(r=2))
+    randomize_adapters(layer)
+    return layer
+
+
+def test_it_is_what_the_layer_computes_with_and_trains_its_adapters(layer: LoraLinear) -> None:
+    torch.testing.assert_close(X @ layer.weight.T + layer.bias, layer(X))
+    layer.weight.sum().backward()
+    read = layer.lora_A["a0"].grad.clone()
+    layer.lora_A["a0"].grad = None
+    (layer(torch.eye(64)) - layer.bias).sum().backward()
+    torch.testing.assert_close(layer.lora_A["a0"].grad, read)
+    layer.merge()
+    assert layer.weight is layer.merged_base.weight
+    layer.unmerge()
+    layer.active_adapters = []
+    assert layer.weight is layer.base_layer.weight
+
+
+USES: list[Callable[[Tensor], Any]] = [
+    lambda w: F.linear(X, w),
+    lambda w: X @ w.T,
+    lambda w: 2 * w,
+    lambda w: w[3, 4],
+    lambda w: w.to(torch.bfloat16),
+    lambda w: torch.cat([w, w]),
+    lambda w: torch.stack((w, w), dim=0),
+    lambda w: torch.empty(3, 48).copy_(X @ w.T),
+    lambda w: copy.deepcopy(w.detach()),
+    lambda w: pickle.loads(pickle.dumps(w.detach())),
+    lambda w: w.data,
+    lambda w: w.requires_grad,
+    lambda w: w.stride(),
+    lambda w: torch.vmap(lambda x: torch.mv(w, x))(X),
+]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_torch_computes_with_it_as_with_a_tensor(layer: LoraLinear, use: Callable[[Tensor], Any]) -> None:
+    with torch.no_grad():
+        weight, got = layer.merged_weight(), layer.weight
+    assert isinstance(got, UpdatedWeight)
+    assert type(use(got)) is type(use(weight))
+    if isinstance(use(got), Tensor):
+        torch.testing.assert_close(use(got), use(weight), rtol=0, atol=0)
+    else:
+        assert use(got) == use(weight)
+
+
+def test_its_gradients_are_recorded_if_they_were_when_it_was_read(layer: LoraLinear) -> None:
+    with torch.no_grad():
+        without = layer.weight
+    assert not (X @ without.T).requires_grad
+    weight = layer.weight
+    with torch.no_grad():
+        X @ weight.T
+    assert (X @ weight.T).requires_grad
+
+
+def test_asking_for_its_form_computes_nothing(layer: LoraLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[object] = []
+    original = layer._updated
+    monkeypatch.setattr(layer, "_updated", lambda *given: computed.append(given) or original(*given))
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    assert (weight.dtype, weight.shape, weight.device) == (torch.float32, (48, 64), torch.device("cpu"))
+    assert (weight.size(0), weight.dim(), weight.ndim, weight.numel()) == (48, 2, 2, 48 * 64)
+    assert (weight.is_floating_point(), torch.is_floating_point(weight), weight.is_cuda) == (True, True, False)
+    assert not computed
+    X @ weight.T
+    X @ weight.T
+    assert len(computed) == 1
+
+
+def test_a_t5_that_looks_at_wo_computes_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "vocab_size": 100}
+    model = quantize_model(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).bfloat16().eval())
+    add_adapter(model, LoraConfig(r=2))
+    monkeypatch.setattr(LoraLinear, "_updated", lambda *_: pytest.fail("computed"))
+    wo = model.decoder.block[0].layer[-1].DenseReluDense.wo
+    assert isinstance(wo.weight, UpdatedWeight)
+    assert model(torch.tensor([[1, 2]]), labels=torch.tensor([[3]])).logits.isfinite().all()
+
+
+def test_torch_compile_computes_it_in_its_graph(layer: LoraLinear) -> None:
+    def use(x: Tensor) -> Tensor:
+        return x.to(layer.weight.dtype) @ layer.weight.T
+
+    torch.testing.assert_close(torch.compile(use, backend="eager", fullgraph=True)(X), use(X))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_in_4_bits_only_its_form_can_be_read(merged: bool) -> None:
+    """Models look at a weight's dtype before they cast x; bytes would be wrong to compute with, or to change."""
+    layer = make_lora(make_linear(), LoraConfig())
+    layer.merge() if merged else None
+    weight: Any = layer.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.uint8, torch.device("cpu"), (48, 128))
+    assert (weight.size(1), weight.requires_grad, weight.is_floating_point()) == (128, False, False)
+    assert (torch.numel(weight), torch.is_floating_point(weight)) == (48 * 128, False)
+    assert not isinstance(weight, Tensor)
+    weight.requires_grad = False
+    x = torch.randn(3, 256)
+    uses: list[Callable[[], Any]] = [
+        *(lambda: weight.mul_(2), lambda: weight.data, lambda: weight.T),
+        *(lambda: F.linear(x, weight), lambda: x @ weight, lambda: weight @ x, lambda: x * weight),
+        *(lambda: weight * 0.1, lambda: 2 * weight, lambda: -weight, lambda: weight[0], lambda: list(weight)),
+        *(lambda: torch.cat([weight]), lambda: torch._foreach_mul([weight], 2)),
+        *(lambda: setattr(weight, "data", x), lambda: setattr(weight, "requires_grad", True)),
+    ]
+    for use in uses:
+        with pytest.raises(
+            AttributeError, match=r"LoraLinear: weight\.\w+: .* float weight .*skip=.*got Linear4bit"
+        ) as got:
+            use()
+        assert got.value.obj is layer
+
+
+def test_a_model_that_concatenates_a_weight_in_4_bits_is_told() -> None:
+    sizes = {"hidden_size": 64, "embedding_size": 64, "intra_bottleneck_size": 64, "intermediate_size": 64}
+    config = MobileBertConfig(**sizes, num_hidden_layers=1, vocab_size=100, num_attention_heads=4)
+    model = quantize_model(MobileBertForMaskedLM(config).eval())
+    add_adapter(model, LoraConfig(r=2))
+    with pytest.raises(AttributeError, match=r"LoraLinear: weight\.\w+: .*skip"):
+        model(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_factors_of_16_bits_are_scaled_in_float32(quantized: bool) -> None:
+    """As load_state_dict(assign=True) may leave them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48))
+    model = quantize_model(model) if quantized else model
+    add_adapter(model, LoraConfig(r=8, lora_alpha=2.4))
+    randomize_adapters(model)
+    layer = model[0]
+    for table in (layer.lora_A, layer.lora_B):
+        table["default"] = nn.Parameter(table["default"].detach().bfloat16())
+    low_rank = X.double() @ layer.lora_A["default"].double().T @ layer.lora_B["default"].double().T
+    expected = layer.base_layer(X).double() + 0.3 * low_rank
+    torch.testing.assert_close(layer(X).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(X @ layer.merged_weight().T + layer.bias, expected.float(), rtol=1e-4, atol=1e-4)
