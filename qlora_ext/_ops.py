@@ -3,6 +3,7 @@ many floating-point operations they take (torch.utils.flop_counter)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from math import prod
 from pathlib import Path
@@ -37,23 +38,33 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _same_device(op: str, first: Tensor, **others: Tensor | list[Tensor] | None) -> None:
-    """A meta tensor among real ones reaches these functions instead of a kernel: that is an error, not a shape."""
-    for name, given in others.items():
-        for tensor in given if isinstance(given, list) else [given]:
-            if tensor is not None and tensor.device != first.device:
-                raise ValueError(f"{op}: {name}: expected device {first.device}, got {tensor.device}")
+def _fake(op: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function of the op's arguments, by name, that makes results of the right shape and no content."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    def register(results: Callable[..., Any]) -> Any:
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            _check_devices(op, given)
+            return results(**given)
+
+        return torch.library.register_fake(op, fake)
+
+    return register
 
 
-def _one_each(op: str, A: list[Tensor], **others: list[Any]) -> None:
-    """What the kernels check, but the backward of no kernel's would rely on."""
-    for name, given in others.items():
-        if len(given) != len(A) and (given or name != "dropout_mask"):
-            raise ValueError(f"{op}: {name}: expected {len(A)} as in A, got {len(given)}")
+def _check_devices(op: torch._ops.OpOverload, given: dict[str, Any]) -> None:
+    """A meta tensor among real ones comes here, not to a kernel: that is an error, not a question of shapes."""
+    listed = ((name, value if isinstance(value, (list, tuple)) else [value]) for name, value in given.items())
+    tensors = [(name, value) for name, values in listed for value in values if isinstance(value, Tensor)]
+    for name, tensor in tensors:
+        if tensor.device != (device := tensors[0][1].device):
+            op_name = op._schema.name.removeprefix("qlora_ext::")
+            raise ValueError(f"{op_name}: {name}: expected device {device}, got {tensor.device}")
 
 
-@torch.library.register_fake("qlora_ext::quantize_4bit")
-def _(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+@_fake(ops.quantize_4bit.default)
+def _(weight: Tensor, blocksize: int, **_: Any) -> tuple[Tensor, Tensor]:
     def layout(per: int) -> list[int]:
         if weight.dim() == 0 or weight.size(-1) % blocksize:
             return [ceil_div(weight.numel(), per)]
@@ -63,119 +74,45 @@ def _(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     return packed, weight.new_empty(layout(blocksize), dtype=torch.float32)
 
 
-@torch.library.register_fake("qlora_ext::quantize_absmax")
+@_fake(ops.quantize_absmax.default)
 def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = ceil_div(absmax.numel(), NESTED_BLOCKSIZE)
     codes = torch.empty_like(absmax, dtype=torch.uint8, memory_format=torch.contiguous_format)
     return codes, absmax.new_empty([groups]), absmax.new_empty([])
 
 
-@torch.library.register_fake("qlora_ext::dequantize_4bit")
-def _(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    _same_device("dequantize_4bit", packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset)
+@_fake(ops.dequantize_4bit.default)
+def _(packed: Tensor, shape: list[int], dtype: torch.dtype, **_: Any) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("qlora_ext::dequantize_4bit.out")
-def _(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    *,
-    out: Tensor,
-) -> None:
-    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    _same_device("dequantize_4bit", packed, **scales, out=out)
+@_fake(ops.dequantize_4bit.out)
+def _(**_: Any) -> None:
+    pass
 
 
-@torch.library.register_fake("qlora_ext::linear_4bit")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-) -> Tensor:
-    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    _same_device("linear_4bit", x, packed=packed, **scales, bias=bias)
+@_fake(ops.linear_4bit.default)
+def _(x: Tensor, out_features: int, **_: Any) -> Tensor:
     return x.new_empty([*x.shape[:-1], out_features])
 
 
-@torch.library.register_fake("qlora_ext::linear_4bit_dgrad")
-def _(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    in_features: int,
-) -> Tensor:
-    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    _same_device("linear_4bit_dgrad", grad, packed=packed, **scales)
+@_fake(ops.linear_4bit_dgrad.default)
+def _(grad: Tensor, in_features: int, **_: Any) -> Tensor:
     return grad.new_empty([*grad.shape[:-1], in_features])
 
 
-@torch.library.register_fake("qlora_ext::lora_linear_4bit")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-    A: list[Tensor],
-    B: list[Tensor],
-    scaling: list[float],
-    dropout_mask: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    _same_device("lora_linear_4bit", x, packed=packed, **scales, bias=bias, A=A, B=B, dropout_mask=dropout_mask)
-    _one_each("lora_linear_4bit", A, B=B, scaling=scaling, dropout_mask=dropout_mask)
+@_fake(ops.lora_linear_4bit.default)
+def _(x: Tensor, out_features: int, A: list[Tensor], **others: Any) -> tuple[Tensor, Tensor]:
+    for name in ("B", "scaling", "dropout_mask"):  # the backward pass, with no kernel to check it, counts on this
+        count = len(others[name])
+        if count != len(A) and (count or name != "dropout_mask"):
+            raise ValueError(f"lora_linear_4bit: {name}: expected {len(A)} as in A, got {count}")
     y = x.new_empty([*x.shape[:-1], out_features])
     return y, x.new_empty([prod(x.shape[:-1]), sum(a.shape[0] for a in A)])
 
 
-@torch.library.register_fake("qlora_ext::lora_linear_4bit_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    xA: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    A: list[Tensor],
-    B: list[Tensor],
-    scaling: list[float],
-    dropout_mask: list[Tensor],
-    with_grad_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    scales = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    adapters = {"A": A, "B": B, "dropout_mask": dropout_mask}
-    _same_device("lora_linear_4bit_backward", grad, x=x, xA=xA, packed=packed, **scales, **adapters)
+@_fake(ops.lora_linear_4bit_backward.default)
+def _(grad: Tensor, x: Tensor, A: list[Tensor], with_grad_x: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     ranks = sum(a.shape[0] for a in A)
     grad_x = grad.new_empty([*grad.shape[:-1], x.shape[-1]] if with_grad_x else [0])
     grad_A, grad_B = (grad.new_empty([ranks, size], dtype=torch.float32) for size in (x.shape[-1], grad.shape[-1]))

@@ -30,13 +30,13 @@ class UpdatedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _name(func) in FORM:
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunctionSubclass():  # to read what it has of its own
             args, kwargs = pytree.tree_map_only(cls, lambda weight: weight.value(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         raise TypeError(f"LoraLinear: weight: expected Python code to compute with it, got {func} called from C++")
 
 

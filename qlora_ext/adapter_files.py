@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +20,14 @@ from qlora_ext.dense_linear import dense_class, is_conv1d, out_and_in, stored_sh
 from qlora_ext.experts import Experts4bit
 from qlora_ext.layer_names import check_name, is_named, plain_modules
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraLinear
+from qlora_ext.lora import base_of
 from qlora_ext.lora_experts import LoraExperts
 from qlora_ext.model_layers import AnyLinear, expert_layers, linear_layers, lora_layers, named_layers
 from qlora_ext.peft_config import CONFIG_FILE, describe, read_config
 from qlora_ext.peft_layout import from_file, owners, shape_in_file, to_file
 from qlora_ext.sharded import check_whole, fill, gathered, reshard
 from qlora_ext.trained_modules import are_weights_tied, fit_modules, trained_modules
+from qlora_ext.whole_files import write_files
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -75,7 +75,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     tensors = {f"{_PREFIX}{place}": _to_write(place, tensor) for place, tensor in others.items()}
     for owner, layer_name in owners(linear, experts).items():
         layer = layers[layer_name]
-        for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+        for part, table in layer.tables.items():
             (tensor,) = table.forward([name])  # with its values, if accelerate has offloaded it
             whole = _to_write(f"{layer_name}.{part}.{name}", tensor)
             tensors[f"{_PREFIX}{owner}.{part}.weight"] = to_file(part, whole)
@@ -83,7 +83,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     described = describe(model, config, modules, tied=are_weights_tied(model, others), conv1d=conv1d)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_all(
+    write_files(
         {
             folder / WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
             folder / CONFIG_FILE: lambda path: path.write_text(json.dumps(described, indent=2) + "\n"),
@@ -150,7 +150,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         attach(model, weights, config, name)
     for layer_name, layer in lora_layers(model):
         if layer_name in weights:
-            for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            for part, table in layer.tables.items():
                 fill(table[name], from_file(layer, part, weights[layer_name][part]))
             layer.set_config(name, config, layer_name)
     freeze("load_adapter", model, [own for own, _ in modules.values()])
@@ -189,27 +189,6 @@ def _to_write(name: str, tensor: Tensor) -> Tensor:
     return gathered(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _write_all(writers: dict[Path, Callable[[Path], object]]) -> None:
-    """Write all beside, then rename all: no failure at writing leaves half a file or half a set."""
-    # Several processes, perhaps of several machines, may write to one folder.
-    beside = {path: path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp") for path in writers}
-    try:
-        for path, write in writers.items():
-            try:
-                write(beside[path])
-            except SafetensorError as error:  # as safetensors says that a disk is full
-                raise OSError(f"save_adapter: {path}: not written: {error}") from error
-            except OSError as error:
-                if error.errno is not None and error.filename is None:
-                    error.filename = str(path)
-                raise
-        for path in writers:
-            os.replace(beside[path], path)
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"load_adapter: {path}: expected a safetensors file, got no file")
@@ -238,7 +217,7 @@ def _parse_key(key: str, names: dict[str, str], path: Path) -> tuple[str, str]:
 
 def _check_base(key: str, layer: AnyLinear, given: Tensor, path: Path) -> None:
     """PEFT writes an output head beside its adapter: nothing new, unless the head was resized or trained."""
-    base = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    base = base_of(layer)
     own = base.bias if key.endswith(".bias") else base.weight
     own = own if own is None else gathered(own.detach())
     if isinstance(base, Linear4bit):
@@ -275,7 +254,7 @@ def _check_complete(targets: list[str], given: Collection[str], path: Path) -> N
 def _check_not_computed(model: nn.Module, name: str) -> None:
     """That values can be put into the adapter of this name: those of a parametrization are computed at each look."""
     for layer_name, layer in lora_layers(model):
-        for part, table in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+        for part, table in layer.tables.items():
             if is_parametrized(table, name):
                 at = f"load_adapter: model: {layer_name}.{part}.{name}"
                 raise ValueError(f"{at}: expected a parameter, got one with a parametrization")

@@ -10,17 +10,16 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
-from qlora_ext.adapter_table import leaves
 from qlora_ext.adapter_targets import targeted
-from qlora_ext.experts import Stack4bit, dequantize_experts, has_experts
+from qlora_ext.experts import Stack4bit, dequantize_experts, replaced_experts
 from qlora_ext.functional import has_values
-from qlora_ext.layer_hooks import has_hooks, has_other_forward, is_hooked
+from qlora_ext.layer_hooks import check_not_hooked, has_hooks, has_other_forward
 from qlora_ext.layer_names import check_name, plain_modules
 from qlora_ext.linear import Linear4bit, dense
-from qlora_ext.lora import LoraLinear
+from qlora_ext.lora import LoraLinear, base_of
 from qlora_ext.lora_config import LoraConfig
 from qlora_ext.lora_experts import LoraExperts
-from qlora_ext.model_layers import adapter_names, expert_layers, linear_layers, lora_layers, replace_layers
+from qlora_ext.model_layers import adapter_names, layers_of, lora_layers, replace_layers
 from qlora_ext.sharded import check_whole, reshard
 
 
@@ -47,7 +46,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     if not isinstance(config, LoraConfig):
         raise TypeError(f"add_adapter: config: expected a qlora_ext.LoraConfig, got {type(config)}")
     check_name("add_adapter", name, adapter_names(model))
-    layers = linear_layers(model) | expert_layers(model)
+    layers = layers_of(model)
     targets = {layer_name: layers[layer_name] for layer_name in targeted(model, config)}
     reshard(model)
     check_whole("add_adapter", targets)
@@ -80,7 +79,7 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     layers = list(lora_layers(model))
     for layer_name, layer in layers:  # before any switches
         for each in layer.configs.keys() & set(names):
-            if any(leaf.is_inference() for leaf in (*leaves(layer.lora_A, each), *leaves(layer.lora_B, each))):
+            if any(leaf.is_inference() for leaf in layer.leaves(each)):
                 expected = "an adapter made outside torch.inference_mode(), so that it can be trained"
                 raise ValueError(
                     f"set_adapter: model: {layer_name}: expected {expected}, got inference tensors: {each}"
@@ -88,7 +87,7 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     for _, layer in layers:
         layer.active_adapters = [n for n in names if n in layer.configs]
         for each in sorted(layer.configs, key=names.__contains__):  # what two share trains if one is active
-            for leaf in (*leaves(layer.lora_A, each), *leaves(layer.lora_B, each)):
+            for leaf in layer.leaves(each):
                 leaf.requires_grad_(each in names)
 
 
@@ -148,30 +147,32 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     """
     check_not_merged("merge_adapter", model)
     reshard(model)
-    layers = linear_layers(model) | expert_layers(model)
+    layers = layers_of(model)
     layers = {n: m for n, m in layers.items() if isinstance(m, LoraLinear) or dequantize}
     for name, module in plain_modules(model) if dequantize else ():
-        if has_other_forward(module) and has_experts(module):
+        if has_other_forward(module) and replaced_experts(module):
             check_not_hooked("merge_adapter", name, module)  # accelerate's forward knows their storage by its name
     check_whole("merge_adapter", layers, "save_adapter, and merge it in a model without fully_shard")
-    own = (
-        (n, m) for n, m in layers.items() if not has_other_forward(getattr(m, "base_layer", m))
-    )  # that is told below
-    _check_not_offloaded("merge_adapter", model, own)
-    for name, layer in layers.items():  # before any layer is touched
-        if dequantize:
-            for lost in (layer, getattr(layer, "base_layer", layer)):
-                if isinstance(lost, (LoraLinear, Linear4bit)):
-                    check_not_hooked("merge_adapter", name, lost)
-        if isinstance(layer, LoraLinear) and (dequantize or layer.active_adapters):
-            _check_mergeable(name, layer)
+    own = {n: m for n, m in layers.items() if not has_other_forward(base_of(m))}  # merged_weight refuses the others
+    _check_not_offloaded("merge_adapter", model, own.items())
     if not dequantize:
-        active = [layer for _, layer in lora_layers(model) if layer.active_adapters]
+        active = {name: layer for name, layer in lora_layers(model) if layer.active_adapters}
         if not active:
             raise ValueError("merge_adapter: model: expected an active adapter, got none")
-        for layer in active:
-            layer.merge()
+        try:
+            for name, adapted in active.items():
+                adapted.merge(_merged_weight(name, adapted))
+        except BaseException:
+            for adapted in active.values():
+                adapted.unmerge()
+            raise
         return
+    for name, layer in layers.items():  # before any is replaced
+        for lost in (layer, base_of(layer)):
+            if isinstance(lost, (LoraLinear, Linear4bit)):
+                check_not_hooked("merge_adapter", name, lost)
+        if isinstance(layer, LoraLinear):
+            _merged_weight(name, layer)
 
     def to_dense(_: str, module: nn.Module) -> nn.Module:
         if isinstance(module, (Stack4bit, LoraExperts)):
@@ -182,7 +183,7 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
 
     layers.clear()  # so that none is kept longer than it is needed
     replace_layers(model, to_dense)
-    for module in [module for module in model.modules() if has_experts(module)]:
+    for module in [module for module in model.modules() if replaced_experts(module)]:
         dequantize_experts(module)
 
 
@@ -218,7 +219,7 @@ def freeze(op: str, model: nn.Module, but: Iterable[Tensor] = ()) -> None:
     file of none from now on."""
     known = {id(tensor) for tensor in but}
     for _, layer in lora_layers(model):
-        known |= {id(tensor) for table in (layer.lora_A, layer.lora_B) for tensor in table.parameters()}
+        known |= {id(tensor) for table in layer.tables.values() for tensor in table.parameters()}
     stopped = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     model.requires_grad_(False)
     if stopped and len(adapter_names(model)) > 1:
@@ -228,11 +229,6 @@ def freeze(op: str, model: nn.Module, but: Iterable[Tensor] = ()) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def check_not_hooked(op: str, name: str, module: nn.Module) -> None:
-    if is_hooked(module):
-        raise ValueError(f"{op}: {name}: expected no hooks, and its class's forward, got a layer that has them")
 
 
 def _check_not_offloaded(op: str, model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
@@ -245,7 +241,8 @@ def _check_not_offloaded(op: str, model: nn.Module, layers: Iterable[tuple[str, 
             raise ValueError(f"{op}: model: {name}: expected {expected}, got one on meta with accelerate's hook")
 
 
-def _check_mergeable(name: str, layer: LoraLinear) -> None:
+def _merged_weight(name: str, layer: LoraLinear) -> Tensor:
+    """The layer's, checked."""
     try:
         weight = layer.merged_weight()
     except TypeError as error:
@@ -253,6 +250,7 @@ def _check_mergeable(name: str, layer: LoraLinear) -> None:
     if has_values(weight) and not weight.to(layer.dtype).isfinite().all():
         adapters = ", ".join(layer.active_adapters)
         raise ValueError(f"merge_adapter: {name}: expected finite values with {adapters}, got NaN or Inf")
+    return weight
 
 
 def check_has_adapter(op: str, model: nn.Module, name: str) -> None:

@@ -265,19 +265,14 @@ def quantize_experts(module: Any, name: str, **options: Any) -> None:
     module.config._experts_implementation = "grouped_mm"
 
 
-def _replaced_in(module: nn.Module) -> dict[str, Experts4bit]:
-    found = {key: child for key, child in module.named_children() if isinstance(child, Experts4bit)}
-    return {key: child for key, child in found.items() if child.replaced}
-
-
-def has_experts(module: nn.Module) -> bool:
-    """Whether some of its weights are in Experts4bit."""
-    return any(isinstance(child, Experts4bit) for child in module.children())
+def replaced_experts(module: nn.Module) -> dict[str, Experts4bit]:
+    """The Experts4bit that quantize_experts has put into it."""
+    return {key: child for key, child in module.named_children() if isinstance(child, Experts4bit) and child.replaced}
 
 
 def dequantize_experts(module: Any) -> None:
     """The inverse, for each weight that quantize_experts has replaced."""
-    found = _replaced_in(module)
+    found = replaced_experts(module)
     for key, experts in found.items():
         name, _ = experts.replaced
         if module.__dict__.get(name) is experts:  # else it has been given another since

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from qlora_ext._ops import ops
-from qlora_ext.quant_state import QuantState
+from qlora_ext.quant_state import QuantState, check_type
 
 
 def quantize_4bit(
@@ -18,7 +18,8 @@ def quantize_4bit(
     """Quantize a tensor to 4 bits a value, blockwise.
 
     In plain PyTorch, for a block w of `blocksize` consecutive elements of weight.flatten():
-    `absmax = w.abs().max(); code = (w[:, None] / absmax > bounds).sum(1)`, two codes a byte, the first in the high one.
+    `absmax = w.abs().max(); rank = (w[:, None] / absmax > bounds).sum(1)`, which is NF4's code; FP4's
+    values are not in order: there the code is looked up. Two codes a byte, the first in the high half.
 
     Args:
         weight: float32, float16 or bfloat16, any shape and device.
@@ -37,9 +38,9 @@ def quantize_4bit(
 
     Source: QLoRA, arXiv 2305.14314, section 3; the bytes are bitsandbytes'.
     """
-    _check_type("quantize_4bit", "weight", weight, Tensor)
-    _check_type("quantize_4bit", "quant_type", quant_type, str)
-    _check_type("quantize_4bit", "blocksize", blocksize, Integral)
+    check_type("quantize_4bit", "weight", weight, Tensor)
+    check_type("quantize_4bit", "quant_type", quant_type, str)
+    check_type("quantize_4bit", "blocksize", blocksize, Integral)
     packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, blocksize)
     if has_values(absmax) and not absmax.amax().isfinite():  # of NaN, too: the maximum is NaN
         blocks = absmax.flatten().isfinite().logical_not().nonzero().flatten()
@@ -72,10 +73,10 @@ def dequantize_4bit(
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
-    _check_type("dequantize_4bit", "packed", packed, Tensor)
-    _check_type("dequantize_4bit", "state", state, QuantState)
+    check_type("dequantize_4bit", "packed", packed, Tensor)
+    check_type("dequantize_4bit", "state", state, QuantState)
     if dtype is not None:
-        _check_type("dequantize_4bit", "dtype", dtype, torch.dtype)
+        check_type("dequantize_4bit", "dtype", dtype, torch.dtype)
     if out is not None:
         _check_out(out, state, dtype)
         ops.dequantize_4bit.out(packed, *_weight_arguments(state), out=out)
@@ -102,10 +103,10 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     Source: QLoRA, arXiv 2305.14314, equation 5.
     """
-    _check_type("linear_4bit", "packed", packed, Tensor)
+    check_type("linear_4bit", "packed", packed, Tensor)
     check_matrix("linear_4bit", state, x)
     if bias is not None:
-        _check_type("linear_4bit", "bias", bias, Tensor)
+        check_type("linear_4bit", "bias", bias, Tensor)
     x = cast_as_autocast(x)
     y: Tensor = ops.linear_4bit(x, packed, *_weight_arguments(state), state.shape[0], bias)
     return y
@@ -125,8 +126,8 @@ def cast_as_autocast(x: Tensor) -> Tensor:
 
 def check_matrix(op: str, state: QuantState, x: Tensor) -> None:
     """Raise TypeError or ValueError unless the state is of a matrix [out, in] and x is [..., in]."""
-    _check_type(op, "x", x, Tensor)
-    _check_type(op, "state", state, QuantState)
+    check_type(op, "x", x, Tensor)
+    check_type(op, "state", state, QuantState)
     if len(state.shape) != 2:
         raise ValueError(f"{op}: state.shape: expected [out, in], got {list(state.shape)}")
     if x.dim() == 0 or x.shape[-1] != state.shape[1]:
@@ -143,24 +144,10 @@ def _weight_arguments(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor 
 
 
 def _check_out(out: Tensor, state: QuantState, dtype: torch.dtype | None) -> None:
-    _check_type("dequantize_4bit", "out", out, Tensor)
+    check_type("dequantize_4bit", "out", out, Tensor)
     if out.shape != state.shape:
         raise ValueError(f"dequantize_4bit: out: expected shape {list(state.shape)}, got {list(out.shape)}")
     if dtype not in (None, out.dtype):
         raise TypeError(f"dequantize_4bit: out: expected dtype {dtype}, got {out.dtype}")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("dequantize_4bit: out: expected a tensor that wants no gradient (or torch.no_grad), got one")
-
-
-_KINDS = {
-    Tensor: "a torch.Tensor",
-    QuantState: "a QuantState",
-    torch.dtype: "a torch.dtype",
-    str: "a str",
-    Integral: "an int",
-}
-
-
-def _check_type(op: str, what: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{op}: {what}: expected {_KINDS[kind]}, got {type(value).__name__}")

@@ -33,6 +33,12 @@ def is_hooked(module: nn.Module) -> bool:
     return has_hooks(module) or has_other_forward(module)
 
 
+def check_not_hooked(op: str, what: str, module: nn.Module) -> None:
+    """Raise ValueError if it is_hooked."""
+    if is_hooked(module):
+        raise ValueError(f"{op}: {what}: expected no hooks, and its class's forward, got a layer that has them")
+
+
 def shallow_copy(layer: Module) -> Module:
     """A copy that shares the tensors and hooks, with tables of its own to put other tensors into."""
     twin = copy.copy(layer)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qlora_ext import functional
 from qlora_ext._ops import ops
 from qlora_ext.dense_linear import dense_class, is_dense_linear, new_dense, oriented, out_and_in, stored_shape
-from qlora_ext.layer_hooks import is_hooked, shallow_copy
+from qlora_ext.layer_hooks import check_not_hooked, shallow_copy
 from qlora_ext.quant_state import QuantState
 from qlora_ext.quant_type import quant_type_of
 
@@ -100,9 +100,7 @@ class Linear4bit(nn.Module):
         """
         if not is_dense_linear(linear):
             raise TypeError(f"Linear4bit.from_linear: linear: expected an nn.Linear, got {type(linear).__name__}")
-        if is_hooked(linear):
-            expected = "no hooks, and its class's forward"
-            raise ValueError(f"Linear4bit.from_linear: linear: expected {expected}, got a layer that has them")
+        check_not_hooked("Linear4bit.from_linear", "linear", linear)
         size_out, size_in = out_and_in(linear)
         layer = cls(
             size_in,
@@ -286,11 +284,10 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Cal
 
 def dense(layer: nn.Linear | Linear4bit, weight: Tensor) -> nn.Linear:
     """The layer with this float weight [out, in], frozen, in its dtype; a 4-bit or parametrized one as what it was."""
-    kind = dense_class(layer)
+    kind, dtype = dense_class(layer), layer.dtype if isinstance(layer, Linear4bit) else layer.weight.dtype
     if not isinstance(layer, Linear4bit) and "weight" in layer._parameters:
-        linear, dtype = shallow_copy(layer), layer.weight.dtype  # a subclass may compute in its own way
+        linear = shallow_copy(layer)  # a subclass may compute in its own way
     else:
         linear = new_dense(kind, *out_and_in(layer), layer.bias).train(layer.training)
-        dtype = layer.dtype if isinstance(layer, Linear4bit) else layer.weight.dtype
     linear.weight = nn.Parameter(oriented(kind, weight).to(dtype).contiguous(), requires_grad=False)
     return linear

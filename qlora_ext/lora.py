@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_ext.adapted_weight import UpdatedWeight, WeightInBits
-from qlora_ext.adapter_table import AdapterTable, check_values
+from qlora_ext.adapter_table import AdapterTable, check_values, leaves
 from qlora_ext.dense_linear import has_float_weight, is_dense_linear, oriented, out_and_in, stored_shape
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
@@ -99,6 +99,15 @@ class LoraLinear(nn.Module):
         self.scaling[name] = config.scaling(module_name)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
         self.configs[name] = config
+
+    @property
+    def tables(self) -> dict[str, AdapterTable]:
+        """lora_A and lora_B, by these names."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    def leaves(self, name: str) -> list[Tensor]:
+        """What trains of this adapter."""
+        return [leaf for table in self.tables.values() for leaf in leaves(table, name)]
 
     def _factors(self, r: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Empty tensors for A and B of this rank."""
@@ -192,6 +201,7 @@ class LoraLinear(nn.Module):
 
         Raises:
             TypeError: the base has a weight in a form of its own, or a forward that is not its class's.
+            ValueError: an active adapter is on meta, as one that accelerate has offloaded.
         """
         base = self.base_layer
         if has_other_forward(base):  # of accelerate's hooks: it would go on computing with the base's weight
@@ -210,16 +220,19 @@ class LoraLinear(nn.Module):
         check_values(names, A, B, weight)
         with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # meta has none
             for name, a, b in zip(names, A, B, strict=True):
-                weight = weight.addmm(b.float(), a.float(), alpha=self.scaling[name])
+                weight = self._plus(weight, a.float(), b.float(), self.scaling[name])
         return weight
 
-    def merge(self) -> None:
+    def _plus(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        return weight.addmm(b, a, alpha=scaling)
+
+    def merge(self, weight: Tensor | None = None) -> None:
         """Compute with one layer of the base's own kind that holds W0 + the updates (quantized again if it is 4-bit).
 
-        The base itself is kept, so `unmerge` restores it bit for bit.
+        The base itself is kept, so `unmerge` restores it bit for bit. `weight`: merged_weight(), if it is known.
         """
         base = self.base_layer
-        weight = self.merged_weight()
+        weight = self.merged_weight() if weight is None else weight
         merged: nn.Linear | Linear4bit
         if isinstance(base, Linear4bit):
             merged = base.with_weight(oriented(base.dense_class, weight))
@@ -243,6 +256,11 @@ class LoraLinear(nn.Module):
         if recurse and self.merged_base is not None:
             self.merged_base._apply(fn)
         return self
+
+
+def base_of(layer: nn.Module) -> Any:
+    """The layer below adapters; one without any is it itself."""
+    return layer.base_layer if isinstance(layer, LoraLinear) else layer
 
 
 def _merge_again(layer: LoraLinear, _: object) -> None:

@@ -39,14 +39,9 @@ class LoraExperts(LoraLinear):
         y: Tensor = base(input, counts, *adapters)
         return y
 
-    def _updated(self, weight: Tensor, names: list[str]) -> Tensor:
-        A, B = self.lora_A.forward(names), self.lora_B.forward(names)
-        check_values(names, A, B, weight)
-        matrices = weight.view(self.base_layer.shape)
-        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # meta has none
-            for name, a, b in zip(names, A, B, strict=True):
-                factors = (a.mT, b.mT) if self.base_layer.is_transposed else (b, a)
-                matrices.baddbmm_(*factors, alpha=self.scaling[name])  # of a weight decoded for this
+    def _plus(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        factors = (a.mT, b.mT) if self.base_layer.is_transposed else (b, a)
+        weight.view(self.base_layer.shape).baddbmm_(*factors, alpha=scaling)  # in place: it was decoded for this
         return weight
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -35,15 +35,16 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def linear_layers(model: nn.Module) -> dict[str, AnyLinear]:
     """The linear layers by name that can carry an adapter; those inside a LoraLinear are not counted."""
-    return {name: layer for name, layer in _layers(model).items() if not isinstance(layer, (Stack4bit, LoraExperts))}
+    return {name: layer for name, layer in layers_of(model).items() if not isinstance(layer, (Stack4bit, LoraExperts))}
 
 
 def expert_layers(model: nn.Module) -> dict[str, Stack4bit | LoraExperts]:
     """What holds the weights of fused experts in 4 bits, by the names of those weights."""
-    return {name: layer for name, layer in _layers(model).items() if isinstance(layer, (Stack4bit, LoraExperts))}
+    return {name: layer for name, layer in layers_of(model).items() if isinstance(layer, (Stack4bit, LoraExperts))}
 
 
-def _layers(model: nn.Module) -> dict[str, AnyLinear]:
+def layers_of(model: nn.Module) -> dict[str, AnyLinear]:
+    """Both of these."""
     found = {}
     inside: set[int] = set()
     for name, module in plain_modules(model):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qlora_ext.optim_checks import check, check_options, check_parameter, checked_gradient, checked_hyper
+from qlora_ext.optim_checks import check, check_options, check_parameter, checked_gradient, checked_hyper, parameters
 from qlora_ext.optim_files import find_states, save_states
 from qlora_ext.optim_state import Saved, checked_state, has_state, held, let_go, others_entries, with_others_entries
 from qlora_ext.paged_parameters import PagedParameters, Update, in_turn, update_of
@@ -182,7 +182,7 @@ class PagedAdamW(Optimizer):
             ValueError: 8-bit states of a sharded DTensor: the blocks of a shard are no part of a tensor's.
         """
         self._follow()
-        entries = self._paged.entries(p for group in self.param_groups for p in group["params"])
+        entries = self._paged.entries(parameters(self.param_groups))
         names, self.state = self.state, with_others_entries(entries, self.state)
         try:
             return super().state_dict()
@@ -209,7 +209,7 @@ class PagedAdamW(Optimizer):
         """Take over what Optimizer.load_state_dict has matched to the parameters."""
         entries = let_go(state["state"])
         saved = {}
-        for index, p in enumerate(p for group in state["param_groups"] for p in group["params"]):
+        for index, p in enumerate(parameters(state["param_groups"])):
             if p in entries and has_state(entries[p]):
                 saved[p] = checked_state("PagedAdamW.load_state_dict", index, p, self._paged.state_bits, entries[p])
         self._restore(saved, state["param_groups"])
@@ -276,20 +276,16 @@ class PagedAdamW(Optimizer):
     def _restore(self, saved: dict[Tensor, Saved], groups: list[dict[str, Any]], file: int = -1) -> None:
         for group in groups:
             checked_hyper(group)
-        self._paged.restore(saved, (p for group in groups for p in group["params"] if p.requires_grad), file)
+        self._paged.restore(saved, (p for p in parameters(groups) if p.requires_grad), file)
         self.state = defaultdict(dict, {p: self._paged.names(p) for p, of_p in saved.items() if of_p.steps})
         super().__setstate__({"param_groups": groups})
 
     def _follow(self) -> None:
-        self._paged.follow([p for group in self.param_groups for p in group["params"]], self.state)
+        self._paged.follow(list(parameters(self.param_groups)), self.state)
 
     def _updates(self) -> Iterator[Update]:
         """What a step updates, all of it checked."""
-        index = -1
-        for group in self.param_groups:
-            hyper = checked_hyper(group)
-            for p in group["params"]:
-                index += 1
-                if p.grad is None:
-                    continue
+        hypers = (hyper for group in self.param_groups for hyper in [checked_hyper(group)] * len(group["params"]))
+        for index, (p, hyper) in enumerate(zip(parameters(self.param_groups), hypers, strict=True)):
+            if p.grad is not None:
                 yield update_of(p, checked_gradient(index, p), index, hyper)

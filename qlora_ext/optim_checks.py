@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 from typing import Any
 
@@ -93,6 +93,11 @@ def check_options(**options: Any) -> None:
         has_type = isinstance(given, types) and (bool in types or not isinstance(given, bool))
         check(has_type, name, expected, given, TypeError)
         check(valid(given), name, expected, given)
+
+
+def parameters(groups: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """Those of all parameter groups, in order."""
+    return (p for group in groups for p in group["params"])
 
 
 def checked_hyper(group: dict[str, Any]) -> Hyper:

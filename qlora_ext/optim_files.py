@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from qlora_ext.optim_checks import checked_hyper
+from qlora_ext.optim_checks import checked_hyper, parameters
 from qlora_ext.optim_state import MOST_STEPS, Saved, state_forms
 from qlora_ext.paged_parameters import PagedParameters
 from qlora_ext.sharded import shard_number
@@ -21,7 +21,7 @@ def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters
     """Write the states of the parameters of these groups, page by page. A tensor's name is its parameter's number and
     its part: "3.exp_avg"."""
     forms, steps, parts = {}, {}, []
-    for index, p in enumerate(p for group in groups for p in group["params"]):
+    for index, p in enumerate(parameters(groups)):
         if taken := paged.steps(p):
             steps[index] = taken
             for part, form in state_forms(p, paged.state_bits).items():
@@ -47,7 +47,7 @@ def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters
 
 def _shards(groups: list[dict[str, Any]]) -> dict[int, int]:
     """The numbers of the parameters' shards that this process has, of those that are not the first."""
-    params = (p for group in groups for p in group["params"])
+    params = parameters(groups)
     return {index: number for index, p in enumerate(params) if (number := shard_number(p))}
 
 
@@ -87,7 +87,7 @@ def find_states(
         if "param_names" in own:
             group.setdefault("param_names", own["param_names"])
     saved = {}
-    for index, p in enumerate(p for group in groups for p in group["params"]):
+    for index, p in enumerate(parameters(groups)):
         if index not in steps:
             continue
         parts: dict[str, Tensor | int] = {}

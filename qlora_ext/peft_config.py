@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +109,7 @@ def _demands(given: dict[str, Any], saved: list[str]) -> Callable[[str], bool]:
     excluded, patterns = _listed(given, "exclude_modules", str), _listed(given, "layers_pattern", str, _BLOCK)
     indexes = _listed(given, "layers_to_transform", int)
 
-    @cache  # re's own keeps 512, and there may be more modules
-    def saved_whole(each: str) -> re.Pattern[str]:
-        """What PEFT puts no adapter on since modules_to_save has this name."""
-        return re.compile(_SAVED_WHOLE.format(each))
-
+    saved_whole = [re.compile(_SAVED_WHOLE.format(each)) for each in saved]  # here: re's cache keeps 512
     blocks = [_BLOCK.format(pattern) for pattern in patterns]
 
     def demands(name: str) -> bool:
@@ -122,7 +117,7 @@ def _demands(given: dict[str, Any], saved: list[str]) -> Callable[[str], bool]:
             return False
         if re.fullmatch(exclude, name) if isinstance(exclude, str) else is_named(name, excluded):
             return False
-        if any(saved_whole(each).match(name) for each in saved):
+        if any(pattern.match(name) for pattern in saved_whole):
             return False
         if not indexes or isinstance(targets, str) or name in targets:
             return True

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_KINDS = {"dtype": torch.dtype, "quant_type": str, "blocksize": Integral, "absmax": Tensor}
+_FIELDS = {"dtype": torch.dtype, "quant_type": str, "blocksize": Integral, "absmax": Tensor}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +44,11 @@ class QuantState:
             if not isinstance(shape, Sequence) or not all(isinstance(n, Integral | torch.SymInt) for n in shape):
                 raise TypeError(f"QuantState: shape: expected a torch.Size or another sequence of int, got {shape!r}")
             object.__setattr__(self, "shape", torch.Size(shape))
-        for what, kind in _KINDS.items():
-            if not isinstance(value := getattr(self, what), kind):
-                raise TypeError(f"QuantState: {what}: expected {kind.__name__}, got {value!r}")
+        for what, kind in _FIELDS.items():
+            check_type("QuantState", what, getattr(self, what), kind)
         for what in ("nested_absmax", "nested_offset"):
-            if not isinstance(value := getattr(self, what), Tensor | None):
-                raise TypeError(f"QuantState: {what}: expected Tensor or None, got {value!r}")
+            if (value := getattr(self, what)) is not None:
+                check_type("QuantState", what, value, Tensor)
 
     @property
     def double_quant(self) -> bool:
@@ -67,6 +66,14 @@ class QuantState:
             None if self.nested_absmax is None else self.nested_absmax.to(device),
             None if self.nested_offset is None else self.nested_offset.to(device),
         )
+
+
+def check_type(op: str, what: str, value: object, kind: type) -> None:
+    """Raise TypeError unless the argument is of this kind."""
+    if not isinstance(value, kind):
+        special: dict[type, str] = {Integral: "an int", str: "a str"}
+        name = special.get(kind, f"a {kind.__module__}.{kind.__name__}")
+        raise TypeError(f"{op}: {what}: expected {name}, got {type(value).__name__}")
 
 
 torch.serialization.add_safe_globals([QuantState])  # so torch.load reads one as it reads tensors

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from qlora_ext.adapter_table import AdapterTable
-from qlora_ext.adapters import check_not_hooked, check_not_merged
+from qlora_ext.adapters import check_not_merged
 from qlora_ext.dense_linear import is_conv1d
 from qlora_ext.experts import fused_experts, quantize_experts
-from qlora_ext.layer_hooks import has_other_forward
+from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraLinear
+from qlora_ext.lora import LoraLinear, base_of
 from qlora_ext.model_layers import HEADS, expert_layers, linear_layers, output_head, replace_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,10 +58,8 @@ def quantize_model(
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
     _check_model(model)
-    if not isinstance(skip, Iterable):
-        raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
     head = output_head(model) if skip is HEADS else set()
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    skip = (skip,) if isinstance(skip, str) or not isinstance(skip, Iterable) else tuple(skip)
     if not all(isinstance(name, str) for name in skip):
         raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
@@ -81,7 +79,7 @@ def quantize_model(
         return made
 
     def convert(name: str, module: nn.Module) -> nn.Module:
-        linear = module.base_layer if isinstance(module, LoraLinear) else module
+        linear = base_of(module)
         if not _is_known(linear) or is_left(name, f"{name}.weight", linear.weight):
             return module
         check_not_hooked("quantize_model", name, linear)

@@ -73,20 +73,15 @@ def fill(parameter: Tensor, value: Tensor) -> None:
     into.copy_(value)
 
 
-def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether fully_shard is on this very module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it there are no such modules
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
 def reshard(model: nn.Module) -> None:
     """Give FSDP2's layers their DTensors: after a forward some still have the whole, and what is written there is lost.
 
     It keeps nothing of either: the next forward gathers again.
     """
-    for module in model.modules():
-        if is_fully_sharded(module):
-            module.reshard()  # type: ignore[operator]
+    if fsdp := sys.modules.get("torch.distributed.fsdp"):  # without it there are no such layers
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def check_whole(op: str, layers: Mapping[str, Any], instead: str = "add adapters before fully_shard") -> None:

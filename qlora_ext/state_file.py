@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from qlora_ext.optim_state import Form
+from qlora_ext.whole_files import is_at, lock, naming
 
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -51,15 +51,13 @@ def write_state_file(
 def _replacing(path: Path) -> Iterator[FileIO]:
     """A new file, locked, which is <name>.tmp until the block ends and then `path`; gone if the block raises."""
     beside = path.with_name(f"{path.name}.tmp")
-    with _new_file(beside) as file:
+    with naming(path), _new_file(beside) as file:
         try:
             yield file
             os.fsync(file.fileno())
             os.replace(beside, path)
-        except BaseException as error:
+        except BaseException:
             beside.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = str(path)
             raise
 
 
@@ -71,15 +69,9 @@ def _new_file(path: Path) -> FileIO:
             _remove_left(path)
             continue
         # Until the lock holds, another may take the file for a left one.
-        if _lock(file) and _is(path, file):
+        if lock(file) and is_at(path, file):
             return file
         file.close()
-
-
-def _is(path: Path, file: FileIO) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
-    return False
 
 
 def _remove_left(path: Path) -> None:
@@ -88,19 +80,10 @@ def _remove_left(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
-        if not _lock(file):
+        if not lock(file):
             raise BlockingIOError(errno.EWOULDBLOCK, "another process or thread is writing it", str(path))
-        if _is(path, file):
+        if is_at(path, file):
             path.unlink()
-
-
-def _lock(file: FileIO) -> bool:
-    """Whether it is locked now, until it is closed; where there are no locks, it counts as locked."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
-    return True
 
 
 def read_header(at: str, file: BinaryIO) -> tuple[dict[str, str], dict[str, Form], dict[str, int]]:

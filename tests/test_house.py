@@ -30,7 +30,7 @@ OPS = (
 
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
 LAYERS = (
-    *("_C", "_ops", "quant_state", "functional", "quant_type", "layer_hooks", "dense_linear", "linear"),
+    *("_C", "whole_files", "_ops", "quant_state", "functional", "quant_type", "layer_hooks", "dense_linear", "linear"),
     *("sharded", "experts", "layer_names", "adapter_table", "adapted_weight", "lora_config", "lora", "lora_experts"),
     *("model_layers", "adapter_targets", "adapters", "quantize"),
     *("peft_config", "peft_layout", "trained_modules", "adapter_files"),

@@ -45,8 +45,7 @@ class Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
         for name, what in (("loss", "loss"), ("eval_loss", "held-out loss")):
-            if not math.isfinite(logs.get(name, 0)):
-                check_finite(logs[name], what, state.global_step)
+            check_finite(logs.get(name, 0.0), what, state.global_step)
         if "eval_loss" in logs:
             self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", file=sys.stderr)
         if "loss" not in logs:

@@ -42,7 +42,8 @@ class ModelFolder:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 (not a dict)
-                        yield StoredTensor(name, tuple(file.get_slice(name).get_shape()), partial(_read, file, name))
+                        shape = tuple(file.get_slice(name).get_shape())
+                        yield StoredTensor(name, shape, partial(_read_tensor, file, name))
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: not a readable safetensors file, or a truncated one ({error})") from error
 
@@ -74,7 +75,7 @@ class ModelFolder:
         return files
 
 
-def _read(file: Any, name: str, dtype: torch.dtype | None) -> Tensor:
+def _read_tensor(file: Any, name: str, dtype: torch.dtype | None) -> Tensor:
     # The tensor is a view of the mapped file: with a copy, later changes of the file do not reach the model.
     tensor: Tensor = file.get_tensor(name)
     return tensor.to(dtype=dtype, copy=True) if dtype is not None else tensor

@@ -1,7 +1,5 @@
 """The folder of a run: no two runs write into it at once, and none leaves products of another beside its own."""
 
-import errno
-import fcntl
 import os
 import re
 import shutil
@@ -9,6 +7,8 @@ from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
+
+from qlora_ext.whole_files import is_at, lock
 
 LOCK = ".finetune.lock"
 STAGING = ".incomplete"
@@ -22,7 +22,7 @@ BESIDE_MODEL = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 REPORTS = ("report.json", "report.png")
-PARTIAL = (STAGING, ".run.json", ".report.json", ".report.png")
+PARTIAL = (STAGING, "run.json.*.tmp", "report.*.tmp")
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -50,23 +50,6 @@ def _found(path: Path, patterns: Iterable[str]) -> list[Path]:
     return [each for pattern in patterns for each in path.glob(pattern)]
 
 
-def write_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write files beside their places, then rename all: none is ever half written, nor there without the others."""
-    partial = {name: folder / f".{name}" for name in contents}
-    try:
-        for name, content in contents.items():
-            partial[name].write_bytes(content)
-        for name in contents:
-            os.replace(partial[name], folder / name)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # a full disk is not told by name
-            error.filename = str(folder)
-        raise
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-
-
 class OutputFolder:
     """A context in which this process alone writes into `path`; the folder is made by `begin`."""
 
@@ -83,7 +66,7 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.lock is not None:
-            if self._is_there(self.lock):
+            if is_at(self.path / LOCK, self.lock):
                 (self.path / LOCK).unlink(missing_ok=True)  # first: another run takes only what has its name
             self.lock.close()
 
@@ -108,23 +91,13 @@ class OutputFolder:
         path = self.path / LOCK
         while self.lock is None:
             file = open(path, "ab", buffering=0, opener=_no_link)  # noqa: SIM115
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):  # where there are no locks
-                    file.close()
-                    raise ValueError(f"--output {self.path}: expected no other run in it, got one at work") from error
-            if self._is_there(file):
+            if not lock(file):
+                file.close()
+                raise ValueError(f"--output {self.path}: expected no other run in it, got one at work")
+            if is_at(path, file):
                 self.lock = file
-                return
-            file.close()  # of a run that has just ended
-
-    def _is_there(self, file: FileIO) -> bool:
-        """Whether the file that has the lock's name is this one."""
-        try:
-            return os.path.samestat((self.path / LOCK).lstat(), os.fstat(file.fileno()))
-        except FileNotFoundError:
-            return False
+            else:
+                file.close()  # of a run that has just ended
 
 
 def _no_link(path: str, flags: int) -> int:

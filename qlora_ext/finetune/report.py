@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 import qlora_ext
 from qlora_ext.dense_linear import is_dense_linear
-
-from .output_folder import write_files
+from qlora_ext.whole_files import write_files
 
 MIB = 2**20
 
@@ -132,7 +131,12 @@ def write(report: dict[str, Any], folder: Path) -> None:
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
     # report.json last: it says that the run is done.
-    write_files(folder, {"report.png": drawn.getvalue(), "report.json": (text + "\n").encode()})
+    write_files(
+        {
+            folder / "report.png": lambda path: path.write_bytes(drawn.getvalue()),
+            folder / "report.json": lambda path: path.write_bytes((text + "\n").encode()),
+        }
+    )
 
 
 def _no_nan(value: Any) -> Any:

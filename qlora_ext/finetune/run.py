@@ -14,6 +14,7 @@ import transformers
 
 import qlora_ext
 from qlora_ext.info import built_for_cuda, describe
+from qlora_ext.whole_files import write_files
 
 from .callbacks import check_finite
 from .compile import compile_layers
@@ -23,7 +24,7 @@ from .fit import check_fits, check_runs
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice, StatesReport
-from .output_folder import OutputFolder, write_files
+from .output_folder import OutputFolder
 from .report import composition, peak_rss, table, write
 from .targets import target_modules
 from .train import Outcome, Schedule, newest_checkpoint, saved_state, total_steps, train
@@ -105,7 +106,7 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     if options.compile:
         _say(f"{compile_layers(model)} layers to compile: the first step takes a minute")
     folder.begin(resume=options.resume, overwrite=options.overwrite)
-    write_files(options.output, {"run.json": (json.dumps(same, indent=2) + "\n").encode()})
+    write_files({options.output / "run.json": lambda path: path.write_text(json.dumps(same, indent=2) + "\n")})
 
     collate = PadToLongest(tokenizer.pad_token_id or 0)
     shown = (data.held_out or data.train)[: options.samples]

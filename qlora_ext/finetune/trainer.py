@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
+
+from qlora_ext.whole_files import naming
 
 from .adapter_checkpoints import AdapterCheckpoints
 from .data import IGNORE, Dataset, PadToLongest
@@ -140,13 +141,10 @@ def _staging(folder: Path) -> Iterator[Path]:
     Raises: OSError when it cannot be written: safetensors and torch.save say in other ways that a disk is full.
     """
     try:
-        yield folder / STAGING
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(folder)
-        raise
-    except (SafetensorError, RuntimeError) as error:
-        if not isinstance(error, SafetensorError) and not WRITER.search(str(error)):
+        with naming(folder):
+            yield folder / STAGING
+    except RuntimeError as error:
+        if not WRITER.search(str(error)):
             raise
         raise OSError(f"{folder}: not written, is the disk full? {error}") from error
     finally:
