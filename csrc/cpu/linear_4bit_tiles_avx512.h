@@ -1,6 +1,6 @@
-// linear_4bit for four and more rows of x, AVX512: 16 rows of W lie across the lanes and meet one number of x, or one
+// linear_4bit for three and more rows of x, AVX512: 16 rows of W lie across the lanes and meet one number of x, or one
 // pair, at a time. No sum is added up across lanes, and 16 absmax scale 64 weights each at once; for that, W's codes
-// and absmax must be transposed, which pays from four rows on. A file of kernels includes this inside its target
+// and absmax must be transposed, which pays from three rows on. A file of kernels includes this inside its target
 // region.
 //
 // Isa has
@@ -16,12 +16,13 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr int kTileRows = kFewRowsBoundary;    // of W
-constexpr int kTileChains = 2;                 // of dependent additions, to keep the units busy
-constexpr int kMostInTile = 8;                 // rows of x: with two chains each half of the registers
-constexpr int kLeastInTile = kMostInTile / 2;  // groups of rows have half of the most, or more
-constexpr std::int64_t kTileBlock = 64;        // weights of a row that are added up before they are scaled
-constexpr std::int64_t kTilePart = 1024;       // that all groups of rows meet, one after the other, in the L1
+constexpr int kTileRows = kFewRowsBoundary;  // of W
+constexpr int kTileChains = 2;               // of dependent additions, to keep the units busy
+constexpr int kStepsAhead = 2;               // that weights are decoded before they are multiplied
+constexpr int kMostInTile = 8;               // rows of x: with two chains each half of the registers
+constexpr int kLeastInTile = 3;              // groups of more rows in all have half of the most, or more
+constexpr std::int64_t kTileBlock = 64;      // weights of a row that are added up before they are scaled
+constexpr std::int64_t kTilePart = 1024;     // that all groups of rows meet, one after the other, in the L1
 
 // Of 4 vectors of which the i-th has 16 bytes of rows i, 4 + i, 8 + i and 12 + i: the j-th dwords of all rows.
 inline void transpose_dwords(const __m512i (&rows)[4], __m512i (&columns)[4]) {
@@ -118,7 +119,9 @@ struct TileOfW {
   std::int64_t next_stride;
 };
 
-// Onto the sums of a tile of y, [kRows][kTileRows]: `count` weights of each of W's rows times the same part of x.
+// Onto the sums of a tile of y, [kRows][kTileRows]: `count` weights of each of W's rows times the same part of x. The
+// next run is loaded, and the next steps' weights are decoded, before the products that do not wait for them: they
+// would fill the units' queues.
 template <typename Isa, int kRows>
 [[gnu::noinline]] void multiply_tile(const Isa& isa, const typename Isa::Element* x, const TileOfW& tile,
                                      std::int64_t count, std::int64_t blocksize, const float (*scales)[kTileRows],
@@ -126,6 +129,11 @@ template <typename Isa, int kRows>
   const TileOfW w = tile;  // what the barrier below may change is read again for each block
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(blocksize));
   const std::int64_t block = smaller(blocksize, kTileBlock);
+  __m512i ahead[4];
+  load_columns(w.packed, w.stride, ahead);
+  static_assert(Isa::kShifts % kStepsAhead == 0);
+  decltype(isa.decode(ahead[0], 0)) decoded[kStepsAhead];
+  for (int i = 0; i < kStepsAhead; ++i) decoded[i] = isa.decode(ahead[0], i);
   for (std::int64_t at = 0; at < count; at += block) {
     __m512 products[kRows][kTileChains];
     for (auto& of_row : products) {
@@ -133,13 +141,16 @@ template <typename Isa, int kRows>
     }
     for (int row = 0; row < kTileRows; ++row) __builtin_prefetch(w.next + at / 2 + row * w.next_stride, 0, 2);
     for (std::int64_t run = at; run < at + block; run += kRun) {
-      __m512i dwords[4];
-      load_columns(w.packed + run / 2, w.stride, dwords);
+      const __m512i dwords[4] = {ahead[0], ahead[1], ahead[2], ahead[3]};
+      load_columns(w.packed + smaller(run + kRun, count - kRun) / 2, w.stride, ahead);  // the last again: unused
 #pragma GCC unroll 4
       for (int d = 0; d < 4; ++d) {
+        const __m512i then = d < 3 ? dwords[d + 1] : ahead[0];
 #pragma GCC unroll 8
         for (int i = 0; i < Isa::kShifts; ++i) {
-          const auto weights = isa.decode(dwords[d], i);
+          const auto weights = decoded[i % kStepsAhead];
+          const int next = i + kStepsAhead;
+          decoded[i % kStepsAhead] = isa.decode(next < Isa::kShifts ? dwords[d] : then, next % Isa::kShifts);
 #pragma GCC unroll 8
           for (int m = 0; m < kRows; ++m, x += Isa::kFactors) {
             __m512& product = products[m][i % kTileChains];
@@ -192,9 +203,9 @@ inline bool pays_in_tiles(std::int64_t M, std::int64_t N) { return M >= kLeastIn
 
 template <typename Isa>
 void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
-  constexpr decltype(&multiply_tile<Isa, kMostInTile>) kKernels[] = {multiply_tile<Isa, 4>, multiply_tile<Isa, 5>,
-                                                                     multiply_tile<Isa, 6>, multiply_tile<Isa, 7>,
-                                                                     multiply_tile<Isa, 8>};
+  constexpr decltype(&multiply_tile<Isa, kMostInTile>) kKernels[] = {multiply_tile<Isa, 3>, multiply_tile<Isa, 4>,
+                                                                     multiply_tile<Isa, 5>, multiply_tile<Isa, 6>,
+                                                                     multiply_tile<Isa, 7>, multiply_tile<Isa, 8>};
   static_assert(sizeof kKernels / sizeof *kKernels == kMostInTile - kLeastInTile + 1);
   const Isa isa(p.w.quant_type);
   const auto* x = static_cast<const typename Isa::Element*>(p.x);
