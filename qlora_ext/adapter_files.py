@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, freeze, set_adapter
-from qlora_ext.dense_linear import dense_class, is_conv1d, out_and_in, stored_shape
+from qlora_ext.dense_linear import dense_class, out_and_in, stored_shape
 from qlora_ext.experts import Experts4bit
 from qlora_ext.layer_names import check_name, is_named, plain_modules
 from qlora_ext.linear import Linear4bit
@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             (tensor,) = table.forward([name])  # with its values, if accelerate has offloaded it
             whole = _to_write(f"{layer_name}.{part}.{name}", tensor)
             tensors[f"{_PREFIX}{owner}.{part}.weight"] = to_file(part, whole)
-    conv1d = any(is_conv1d(dense_class(layers[layer_name].base_layer)) for layer_name in linear)
+    conv1d = any(dense_class(layers[layer_name].base_layer) is not nn.Linear for layer_name in linear)
     described = describe(model, config, modules, tied=are_weights_tied(model, others), conv1d=conv1d)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,48 +5,50 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 
-def is_conv1d(kind: type[nn.Module]) -> bool:
-    """Whether this class is transformers' Conv1D, which is not imported here."""
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+def conv1d_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """transformers' Conv1D, which is not imported here, if this class is it or a subclass, as fully_shard makes one."""
+    return next((k for k in kind.__mro__ if k.__name__ == "Conv1D" and k.__module__.startswith("transformers.")), None)
 
 
 def is_dense_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is one of both; to the type checker Conv1D is an nn.Linear."""
-    return isinstance(module, nn.Linear) or is_conv1d(type(module))
+    return isinstance(module, nn.Linear) or conv1d_class(type(module)) is not None
 
 
 def dense_class(layer: nn.Module) -> type[nn.Module]:
-    """The class of a linear layer; of one in 4 bits, of the layer that it was."""
-    return getattr(layer, "dense_class", type(layer))
+    """Which of both a linear layer is; one in 4 bits, which it was."""
+    return getattr(layer, "dense_class", None) or conv1d_class(type(layer)) or nn.Linear
 
 
 def oriented(kind: type[nn.Module], weight: Tensor) -> Tensor:
-    """A weight [out, in] as this class stores it, and the other way round."""
-    return weight.T if is_conv1d(kind) else weight
+    """A weight [out, in] as this one of both stores it, and the other way round."""
+    return weight if kind is nn.Linear else weight.T
 
 
 def stored_shape(kind: type[nn.Module], size_out: int, size_in: int) -> list[int]:
-    """Of a weight [out, in] as this class stores it."""
-    return [size_in, size_out] if is_conv1d(kind) else [size_out, size_in]
+    """Of a weight [out, in] as this one of both stores it."""
+    return [size_out, size_in] if kind is nn.Linear else [size_in, size_out]
 
 
 def out_and_in(layer: nn.Module) -> tuple[int, int]:
     """out_features and in_features of a linear layer of any kind."""
     sizes: Any = layer
-    return (sizes.nf, sizes.nx) if is_conv1d(type(layer)) else (sizes.out_features, sizes.in_features)
+    return (sizes.nf, sizes.nx) if conv1d_class(type(layer)) else (sizes.out_features, sizes.in_features)
 
 
 def has_float_weight(layer: nn.Linear) -> bool:
     """Whether its weight is a plain one, not one of bitsandbytes' or torchao's."""
     weight = layer.weight
-    return weight.is_floating_point() and list(weight.shape) == stored_shape(type(layer), *out_and_in(layer))
+    return weight.is_floating_point() and list(weight.shape) == stored_shape(dense_class(layer), *out_and_in(layer))
 
 
 def new_dense(kind: type[nn.Module], size_out: int, size_in: int, bias: nn.Parameter | None) -> nn.Linear:
-    """A layer of this class, of both, without a weight yet."""
-    layer: Any = kind(size_out, size_in) if is_conv1d(kind) else nn.Linear(size_in, size_out, bias=False, device="meta")
+    """One of both, without a weight yet."""
+    with torch.device("meta"):
+        layer: Any = nn.Linear(size_in, size_out, bias=False) if kind is nn.Linear else kind(size_out, size_in)
     layer.register_parameter("bias", bias)
     return layer  # type: ignore[no-any-return]

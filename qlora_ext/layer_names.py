@@ -25,8 +25,8 @@ _WRAPPED = {"_checkpoint_wrapped_module", "_forward_module", "_original_module"}
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile made it, whose class takes seconds to import."""
-    return type(module).__name__ == "OptimizedModule"
+    """Whether torch.compile made it, whose class takes seconds to import; fully_shard makes a subclass of that."""
+    return any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
 
 
 def is_wrapper(module: nn.Module) -> bool:

@@ -112,8 +112,7 @@ class Linear4bit(nn.Module):
             dtype=linear.weight.dtype,
             device="meta",
         )
-        if not isinstance(linear, nn.Linear):
-            layer.dense_class = type(linear)
+        layer.dense_class = dense_class(linear)
         layer.quantize_(linear.weight)
         layer.bias = linear.bias
         return layer.train(linear.training)

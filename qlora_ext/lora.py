@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_ext.adapted_weight import UpdatedWeight, WeightInBits
+from qlora_ext.adapted_weight import WeightInBits
 from qlora_ext.adapter_table import AdapterTable, check_values, leaves
-from qlora_ext.dense_linear import has_float_weight, is_dense_linear, oriented, out_and_in, stored_shape
+from qlora_ext.dense_linear import dense_class, has_float_weight, is_dense_linear, oriented, out_and_in, stored_shape
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
 from qlora_ext.layer_names import check_name
@@ -160,9 +160,9 @@ class LoraLinear(nn.Module):
     def weight(self) -> Tensor:
         """W0 + the updates of the active adapters, in the base's dtype and as it stores them, for models that read it.
 
-        It is made anew each time, and computed when it is used, with gradients for the adapters, without dropout. Of a
-        base whose weight has another form, as in 4 bits, only dtype, device, shape and the like can be read: models ask
-        for them. To assign it, or bias, is to assign the base's: so models tie weights.
+        It is made anew each time, with gradients for the adapters, without dropout. Of a base whose weight has another
+        form, as in 4 bits, only dtype, device, shape and the like can be read: models ask for them. To assign it, or
+        bias, is to assign the base's: so models tie weights.
         """
         merged, names = self.merged_base, self.active_adapters
         base = self.base_layer if merged is None else merged
@@ -172,12 +172,8 @@ class LoraLinear(nn.Module):
             return base.weight
         if not has_float_weight(base):
             return WeightInBits(self, base)  # type: ignore[return-value]
-        kind, weight = type(base), base.weight
-
-        def compute() -> Tensor:
-            return oriented(kind, self._updated(oriented(kind, weight).float(), names)).to(weight.dtype)
-
-        return compute() if torch.compiler.is_compiling() else UpdatedWeight(weight, compute)
+        kind, weight = dense_class(base), base.weight
+        return oriented(kind, self._updated(oriented(kind, weight).float(), names)).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -211,9 +207,9 @@ class LoraLinear(nn.Module):
             return self._updated(base.dequantize(torch.float32), self.active_adapters)
         if not has_float_weight(base):
             got = f"{type(base).__name__}'s {base.weight.dtype} {list(base.weight.shape)}"
-            shape = stored_shape(type(base), *out_and_in(base))
+            shape = stored_shape(dense_class(base), *out_and_in(base))
             raise TypeError(f"LoraLinear: base_layer: expected a float weight {shape} to merge into, got {got}")
-        return self._updated(oriented(type(base), base.weight).float(), self.active_adapters)
+        return self._updated(oriented(dense_class(base), base.weight).float(), self.active_adapters)
 
     def _updated(self, weight: Tensor, names: list[str]) -> Tensor:
         A, B = self.lora_A.forward(names), self.lora_B.forward(names)

@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from qlora_ext.dense_linear import is_dense_linear
+from qlora_ext.dense_linear import dense_class, is_dense_linear
 from qlora_ext.experts import Experts4bit, Stack4bit
 from qlora_ext.layer_names import children, is_compiled, is_named, is_within, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
@@ -74,7 +74,7 @@ def _is_linear(module: nn.Module) -> TypeGuard[AnyLinear]:
 
 def _computes_otherwise(layer: AnyLinear) -> bool:
     """Whether it is a subclass of nn.Linear that may return anything, as routers of experts do."""
-    return isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
+    return is_dense_linear(layer) and type(layer).forward is not dense_class(layer).forward
 
 
 def replace_layers(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> None:

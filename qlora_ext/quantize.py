@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from qlora_ext.adapter_table import AdapterTable
 from qlora_ext.adapters import check_not_merged
-from qlora_ext.dense_linear import is_conv1d
+from qlora_ext.dense_linear import conv1d_class, is_dense_linear
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
@@ -143,13 +143,13 @@ def _warn_of_experts(model: nn.Module) -> None:
 
 def _is_known(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's."""
-    return type(module) is nn.Linear or is_conv1d(type(module))
+    return type(module) in (nn.Linear, conv1d_class(type(module)))
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model: model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.Linear):
+    if is_dense_linear(model):
         expected = "a module with layers in it to replace (for one layer: Linear4bit.from_linear)"
         raise ValueError(f"quantize_model: model: expected {expected}, got {type(model).__name__} itself")
     if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):

@@ -94,6 +94,6 @@ def trainable(model: nn.Module) -> set[str]:
 def everything(model: nn.Module) -> tuple[object, ...]:
     """All of a model that an operation on its adapters may change."""
     lora = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    adapters = [(layer.active_adapters, dict(layer.scaling), dict(layer.configs)) for layer in lora]
+    adapters = [(layer.active_adapters, dict(layer.scaling), dict(layer.configs), layer.merged) for layer in lora]
     kinds = [(name, type(module)) for name, module in model.named_modules()]
     return kinds, state_bytes(model), trainable(model), adapters

@@ -186,3 +186,44 @@ def test_a_copy_and_a_pickled_layer_know_their_class(tmp_path: Path) -> None:
         merge_adapter(holder, dequantize=True)
         assert holder["c"].weight.shape == (64, 128)
         assert type(holder["c"]) is Conv1D
+
+
+def test_a_subclass_is_what_it_was_made_of_but_computes_as_it_wants() -> None:
+    """fully_shard and parametrizations make subclasses."""
+    layer = nn.utils.parametrizations.weight_norm(Conv1D(48, 64), dim=None)
+    model = nn.Sequential(layer, nn.Linear(48, 8))
+    quantize_model(model)
+    assert model[0] is layer
+    add_adapter(model, LoraConfig(r=2))
+    assert (model[0].in_features, model[0].out_features, list(model[0].weight.shape)) == (64, 48, [64, 48])
+    randomize_adapters(model)
+    x = torch.randn(3, 64)
+    before = model(x)
+    merge_adapter(model)
+    torch.testing.assert_close(model(x), before, rtol=0.1, atol=0.1)  # the second layer is quantized again
+
+    class Halved(Conv1D):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2  # type: ignore[no-any-return]
+
+    model = quantize_model(nn.Sequential(Halved(48, 64), nn.Linear(48, 8)))
+    assert isinstance(model[0], Halved)
+    add_adapter(model, LoraConfig(r=2))
+    assert isinstance(model[0], Halved)
+
+
+def test_only_transformers_conv1d_is_one() -> None:
+    other = type("Conv1D", (nn.Linear,), {})(64, 64)
+    assert quantize_model(nn.Sequential(other, nn.Linear(64, 64)))[0] is other
+    with pytest.raises(ValueError, match=r"Linear4bit\.from_linear.*got Conv1D itself"):
+        quantize_model(Conv1D(48, 64))
+
+
+def test_dequantizing_draws_no_numbers_and_keeps_the_mode() -> None:
+    model = base(quantized=True).train()
+    model.transformer.h[0].mlp.c_fc.eval()
+    before = torch.get_rng_state()
+    merge_adapter(model, dequantize=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [conv.training for conv in convs(model).values()] == [True, True, False, *[True] * 5]
+    assert all(conv.weight.is_contiguous() for conv in convs(model).values())

@@ -170,9 +170,9 @@ def test_a_cast_while_merged_is_the_same_as_a_cast_after(base: str) -> None:
 @by_base
 def test_eval_and_train_while_merged_are_without_dropout(base: str) -> None:
     model = nn.Sequential(make_lora(make_base(base), LoraConfig(lora_dropout=0.5)))
-    x = torch.randn(3, 256)
     merge_adapter(model)
-    assert_same(model.train()(x), model.eval()(x))
+    assert_same(model.train()(x := torch.randn(3, 256)), model.eval()(x))
+    assert not model[0].merged_base.training
 
 
 @by_base

@@ -52,6 +52,24 @@ def test_a_merged_layer_stays_merged_while_its_state_dict_is_taken(base: str) ->
     assert model[0].merged_base is merged
 
 
+def test_a_merge_that_is_interrupted_leaves_nothing_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(make_lora(make_base("Linear4bit"), LoraConfig()) for _ in range(3)))
+    merge = LoraLinear.merge
+    merged: list[LoraLinear] = []
+
+    def interrupted(layer: LoraLinear, *weight: Tensor) -> None:
+        if len(merged) == 2:
+            raise KeyboardInterrupt
+        merge(layer, *weight)
+        merged.append(layer)
+
+    monkeypatch.setattr(LoraLinear, "merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapter(model)
+    assert len(merged) == 2
+    assert not any(layer.merged for layer in model)
+
+
 def test_two_threads_that_take_the_state_dict_do_not_lose_the_merge() -> None:
     model = merged_model("Linear4bit")
     expected, meet = model(X), threading.Barrier(2, timeout=20)

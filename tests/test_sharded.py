@@ -68,6 +68,17 @@ def with_head(seed: int) -> LlamaForSequenceClassification:
     return model
 
 
+def test_names_in_a_file_know_of_no_compiled_layer_that_is_sharded(tmp_path: Path) -> None:
+    """fully_shard makes a subclass of torch.compile's module."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    add_adapter(model, LoraConfig(r=2))
+    model[0] = torch.compile(model[0], backend="eager")
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+    save_adapter(model, tmp_path)
+    names = {f"base_model.model.{i}.lora_{part}.weight" for i in (0, 1) for part in "AB"}
+    assert load_file(tmp_path / WEIGHTS).keys() == names
+
+
 def test_a_sharded_model_is_saved_as_the_plain_one(tmp_path: Path) -> None:
     model = with_head(1)
     save_adapter(model, tmp_path / "plain")
