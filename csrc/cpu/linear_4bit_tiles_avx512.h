@@ -139,7 +139,11 @@ template <typename Isa, int kRows>
     for (auto& of_row : products) {
       for (auto& product : of_row) product = _mm512_setzero_ps();
     }
-    for (int row = 0; row < kTileRows; ++row) __builtin_prefetch(w.next + at / 2 + row * w.next_stride, 0, 2);
+    // Of half of the rows, in turn: a line has two blocks.
+    const std::int64_t first = at / kTileBlock % 2 * (kTileRows / 2);
+    for (std::int64_t row = first; row < first + kTileRows / 2; ++row) {
+      __builtin_prefetch(w.next + at / 2 + row * w.next_stride, 0, 2);
+    }
     for (std::int64_t run = at; run < at + block; run += kRun) {
       const __m512i dwords[4] = {ahead[0], ahead[1], ahead[2], ahead[3]};
       load_columns(w.packed + smaller(run + kRun, count - kRun) / 2, w.stride, ahead);  // the last again: unused
