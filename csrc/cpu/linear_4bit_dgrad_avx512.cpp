@@ -44,6 +44,7 @@ template <int kRows>
                                 const float* grad, std::int64_t N, Sums<kRows>& sums) {
   // All sums of 4 rows would fill the registers.
   constexpr int kAtOnce = kRows < kMostAtOnce ? kCodes : kCodes / 2;
+  const bool whole = w.count == kChunk;
   const std::uint64_t present = first_bits(w.count / 2);
   for (int first = 0; first < kCodes; first += kAtOnce) {
     __m512 sum[kRows][kAtOnce];
@@ -53,7 +54,9 @@ template <int kRows>
     const std::uint8_t* packed = w.packed;
     for (std::int64_t row = 0; row < w.rows; ++row, packed += w.stride) {
       if (first == 0) __builtin_prefetch(packed + kRowsAtOnce * w.stride, 0, 2);
-      const __m512i dwords = _mm512_maskz_loadu_epi8(present, packed);
+      // By a mask, a line that is not in the L1 takes longer to come.
+      const __m512i dwords = whole ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi8(present, packed);
+      asm volatile("" ::: "memory");  // else they are loaded for each shift
       const __m512 scale = lanes.scales(w.absmax + row * w.absmax_stride);
       // Not grad times absmax, which may overflow where their products with the codes do not.
       const __m512 values = kRows == 1 ? table * _mm512_set1_ps(grad[row]) : table;
