@@ -24,6 +24,11 @@ def dense_class(layer: nn.Module) -> type[nn.Module]:
     return getattr(layer, "dense_class", None) or conv1d_class(type(layer)) or nn.Linear
 
 
+def computes_otherwise(layer: nn.Module) -> bool:
+    """Whether it is a subclass of one of both that may return anything, as routers of experts do."""
+    return is_dense_linear(layer) and type(layer).forward is not dense_class(layer).forward
+
+
 def oriented(kind: type[nn.Module], weight: Tensor) -> Tensor:
     """A weight [out, in] as this one of both stores it, and the other way round."""
     return weight if kind is nn.Linear else weight.T

@@ -99,7 +99,8 @@ class Linear4bit(nn.Module):
             ValueError: an unknown quant_type or blocksize, NaN or Inf in the weight, or hooks, which would be lost.
         """
         if not is_dense_linear(linear):
-            raise TypeError(f"Linear4bit.from_linear: linear: expected an nn.Linear, got {type(linear).__name__}")
+            got = type(linear).__name__
+            raise TypeError(f"Linear4bit.from_linear: linear: expected an nn.Linear or Conv1D, got {got}")
         check_not_hooked("Linear4bit.from_linear", "linear", linear)
         size_out, size_in = out_and_in(linear)
         layer = cls(

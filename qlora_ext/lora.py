@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from qlora_ext.adapted_weight import WeightInBits
 from qlora_ext.adapter_table import AdapterTable, check_values, leaves
-from qlora_ext.dense_linear import dense_class, has_float_weight, is_dense_linear, oriented, out_and_in, stored_shape
+from qlora_ext.dense_linear import (
+    computes_otherwise,
+    dense_class,
+    has_float_weight,
+    is_dense_linear,
+    oriented,
+    out_and_in,
+    stored_shape,
+)
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
 from qlora_ext.layer_names import check_name
@@ -44,7 +52,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         if not isinstance(base_layer, Linear4bit) and not is_dense_linear(base_layer):
             got = type(base_layer).__name__
-            raise TypeError(f"LoraLinear: base_layer: expected nn.Linear or Linear4bit, got {got}")
+            raise TypeError(f"LoraLinear: base_layer: expected nn.Linear, Conv1D or Linear4bit, got {got}")
         self.base_layer = base_layer
         self.lora_A = AdapterTable()
         self.lora_B = AdapterTable()
@@ -196,13 +204,18 @@ class LoraLinear(nn.Module):
         """W0 + the updates of the active adapters, float32 [out, in].
 
         Raises:
-            TypeError: the base has a weight in a form of its own, or a forward that is not its class's.
+            TypeError: the base has a weight in a form of its own, or a forward that is not its class's; or a
+                parametrized bias, or weight if its class computes in its own way.
             ValueError: an active adapter is on meta, as one that accelerate has offloaded.
         """
         base = self.base_layer
         if has_other_forward(base):  # of accelerate's hooks: it would go on computing with the base's weight
             kind = type(base).__name__
             raise TypeError(f"LoraLinear: base_layer: expected the forward of its class, {kind}, got another")
+        computed = computes_otherwise(base) and "weight" not in base._parameters
+        if computed or (getattr(base, "bias", None) is not None and "bias" not in base._parameters):
+            got = type(base).__name__
+            raise TypeError(f"LoraLinear: base_layer: expected weight and bias without parametrizations, got {got}")
         if isinstance(base, Linear4bit):
             return self._updated(base.dequantize(torch.float32), self.active_adapters)
         if not has_float_weight(base):

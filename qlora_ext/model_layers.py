@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from qlora_ext.dense_linear import dense_class, is_dense_linear
+from qlora_ext.dense_linear import computes_otherwise, is_dense_linear
 from qlora_ext.experts import Experts4bit, Stack4bit
 from qlora_ext.layer_names import children, is_compiled, is_named, is_within, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
@@ -62,7 +62,7 @@ def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
     layers = linear_layers(model)
     if wanted == "all-linear":
         head = output_head(model)
-        return [name for name, layer in layers.items() if name not in head and not _computes_otherwise(layer)]
+        return [name for name, layer in layers.items() if name not in head and not computes_otherwise(layer)]
     if isinstance(wanted, str):
         return [name for name in layers if re.fullmatch(wanted, name)]
     return [name for name in layers if is_named(name, wanted)]
@@ -70,11 +70,6 @@ def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
 
 def _is_linear(module: nn.Module) -> TypeGuard[AnyLinear]:
     return is_dense_linear(module) or isinstance(module, (Linear4bit, LoraLinear))
-
-
-def _computes_otherwise(layer: AnyLinear) -> bool:
-    """Whether it is a subclass of nn.Linear that may return anything, as routers of experts do."""
-    return is_dense_linear(layer) and type(layer).forward is not dense_class(layer).forward
 
 
 def replace_layers(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> None:

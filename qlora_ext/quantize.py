@@ -99,7 +99,7 @@ def quantize_model(
                     check_not_hooked("quantize_model", name, module)
                 quantize(experts, quantize_experts, module, attribute)
     if not quantized:
-        others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"}
+        others = {type(module).__name__ for module in model.modules() if is_dense_linear(module)} - {"Linear", "Conv1D"}
         got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
         expected = f"an nn.Linear in it that is not in skip={(*skip, *sorted(head))}"
         raise ValueError(f"quantize_model: model: expected {expected}, got {got}")

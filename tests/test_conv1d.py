@@ -210,6 +210,8 @@ def test_a_subclass_is_what_it_was_made_of_but_computes_as_it_wants() -> None:
     assert isinstance(model[0], Halved)
     add_adapter(model, LoraConfig(r=2))
     assert isinstance(model[0], Halved)
+    with pytest.raises(ValueError, match=r"got only subclasses of it \(Halved\)"):
+        quantize_model(nn.Sequential(Halved(48, 64)))
 
 
 def test_only_transformers_conv1d_is_one() -> None:

@@ -15,7 +15,7 @@ namespace {
 
 struct Avx512 : SumsAvx512 {
   static constexpr std::int64_t kChunk = 128;
-  static constexpr int kMostRows = 2;  // of more, tiles are made
+  static constexpr int kMostRows = 2;  // of more, tiles are made, where W has the rows for one
   static constexpr int kRowsOfW = 2;
   static constexpr int kChains = 2;  // of dependent additions, to keep the units busy
   static constexpr DType kDType = DType::Float32;

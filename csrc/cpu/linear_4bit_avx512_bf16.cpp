@@ -26,7 +26,7 @@ __m512i bf16_codes(QuantType quant_type) {
 
 struct Avx512Bf16 : SumsAvx512 {
   static constexpr std::int64_t kChunk = 256;
-  static constexpr int kMostRows = 2;  // of more, tiles are made
+  static constexpr int kMostRows = 2;  // of more, tiles are made, where W has the rows for one
   static constexpr int kRowsOfW = 2;
   static constexpr int kChains = 2;  // of dependent additions, to keep the units busy
   static constexpr DType kDType = DType::BFloat16;

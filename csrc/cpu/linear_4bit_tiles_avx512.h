@@ -20,7 +20,7 @@ constexpr int kTileRows = kFewRowsBoundary;  // of W
 constexpr int kTileChains = 2;               // of dependent additions, to keep the units busy
 constexpr int kStepsAhead = 2;               // that weights are decoded before they are multiplied
 constexpr int kMostInTile = 8;               // rows of x: with two chains each half of the registers
-constexpr int kLeastInTile = 3;              // groups of more rows in all have half of the most, or more
+constexpr int kLeastInTile = 3;              // of more than the most, groups have half of it, or more
 constexpr std::int64_t kTileBlock = 64;      // weights of a row that are added up before they are scaled
 constexpr std::int64_t kTilePart = 1024;     // that all groups of rows meet, one after the other, in the L1
 
@@ -139,7 +139,7 @@ template <typename Isa, int kRows>
     for (auto& of_row : products) {
       for (auto& product : of_row) product = _mm512_setzero_ps();
     }
-    // Of half of the rows, in turn: a line has two blocks.
+    // Of half of the rows, in turn: a line has two blocks (at the ends of rows perhaps those of two, and is left out).
     const std::int64_t first = at / kTileBlock % 2 * (kTileRows / 2);
     for (std::int64_t row = first; row < first + kTileRows / 2; ++row) {
       __builtin_prefetch(w.next + at / 2 + row * w.next_stride, 0, 2);
@@ -211,6 +211,7 @@ void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
                                                                      multiply_tile<Isa, 5>, multiply_tile<Isa, 6>,
                                                                      multiply_tile<Isa, 7>, multiply_tile<Isa, 8>};
   static_assert(sizeof kKernels / sizeof *kKernels == kMostInTile - kLeastInTile + 1);
+  static_assert(kLeastInTile <= kMostInTile / 2);
   const Isa isa(p.w.quant_type);
   const auto* x = static_cast<const typename Isa::Element*>(p.x);
   const std::int64_t longest = p.M > kMostInTile ? kTilePart : kMaxSegment;
