@@ -7,6 +7,8 @@ as it needs nothing of ours. Memory is the peak RSS of one child process for eac
 of torch on. Then torch.profiler says where the time of a step goes (train_step_profile.jsonl; compiled layers have no
 parts to see).
 
+With `--lora-dropout` the same steps, but for the profile, go to train_step_dropout.jsonl.
+
 `--model` is a .gguf or a model folder (make demo leaves one in build/demo/model.gguf); without it a llama of the same
 shape with random weights is measured, which takes the same time.
 """
@@ -50,11 +52,11 @@ class Way:
         options = {"chunked loss": self.chunked, "eager attention": self.eager, "compiled": self.compiled}
         return ", ".join([self.method, *(name for name, chosen in options.items() if chosen)])
 
-    def build(self, model: nn.Module) -> nn.Module:
+    def build(self, model: nn.Module, lora_dropout: float) -> nn.Module:
         """The model under this method, in training mode; the model itself is used up."""
         if self.eager:
             model.set_attn_implementation("eager")
-        built = peers.METHODS[self.method](model).train()
+        built = peers.METHODS[self.method](model, lora_dropout).train()
         if self.compiled:
             compile_layers(built)
         return built
@@ -97,6 +99,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", help="a .gguf or a model folder; none: random weights in SmolLM2-135M's shape")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--lora-dropout", type=float, default=0.0, help="of the adapters' input")
     parser.add_argument("--loss-chunk", type=int, default=CHUNK_ON_CPU, help="tokens (default: finetune's)")
     parser.add_argument("--compile", action="store_true", help="ours with compiled layers, too: a minute more")
     parser.add_argument("--seconds", type=float, default=40, help="of measuring for each method")
@@ -122,13 +125,13 @@ def main() -> None:
 
     if args.only:
         way = ways[args.only]
-        step = step_of(way, way.build(model))
+        step = step_of(way, way.build(model, args.lora_dropout))
         for _ in range(STEPS_OF_MEMORY):
             step()
         print(json.dumps({"peak_rss_bytes": peak_rss()}))
         return
 
-    models = {name: way.build(copy.deepcopy(model)) for name, way in ways.items()}
+    models = {name: way.build(copy.deepcopy(model), args.lora_dropout) for name, way in ways.items()}
     steps = {name: step_of(way, models[name]) for name, way in ways.items()}
     losses = {name: step() for name, step in steps.items()}
     reference = losses[PEERS[-1]]
@@ -138,8 +141,9 @@ def main() -> None:
         losses
     )
 
-    same = {"bench": "train_step", "model": smollm2.name(args.model, tiny=args.smoke), "dtype": "bfloat16"}
-    same |= {"batch": args.batch, "length": args.length}
+    name = "train_step_dropout" if args.lora_dropout else "train_step"
+    same = {"bench": name, "model": smollm2.name(args.model, tiny=args.smoke), "dtype": "bfloat16"}
+    same |= {"batch": args.batch, "length": args.length, "lora_dropout": args.lora_dropout}
     rows: list[dict[str, Any]] = []
     for provider, times in interleaved(steps, seconds=args.seconds).items():
         timed = percentiles(times)
@@ -148,7 +152,9 @@ def main() -> None:
         if provider == OURS or not args.smoke:  # a child takes seconds to import all that it needs
             row["peak_rss_bytes"] = peak_memory(provider)
         rows.append(same | row | timed)
-    record.write("train_step", rows, smoke=args.smoke)
+    record.write(name, rows, smoke=args.smoke)
+    if args.lora_dropout:
+        return
 
     same["bench"], rows = "train_step_profile", []
     for provider, way in ways.items():

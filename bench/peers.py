@@ -14,10 +14,10 @@ import qlora_ext
 R, LORA_ALPHA = 8, 16
 
 
-def ours(model: nn.Module) -> nn.Module:
+def ours(model: nn.Module, lora_dropout: float) -> nn.Module:
     """QLoRA by qlora_ext."""
     qlora_ext.quantize_model(model)
-    qlora_ext.add_adapter(model, qlora_ext.LoraConfig(r=R, lora_alpha=LORA_ALPHA))
+    qlora_ext.add_adapter(model, qlora_ext.LoraConfig(r=R, lora_alpha=LORA_ALPHA, lora_dropout=lora_dropout))
     return model
 
 
@@ -42,19 +42,19 @@ def bitsandbytes_4bit(model: nn.Module) -> nn.Module:
     return model
 
 
-def peft_bitsandbytes(model: nn.Module) -> nn.Module:
+def peft_bitsandbytes(model: nn.Module, lora_dropout: float) -> nn.Module:
     """QLoRA by PEFT and bitsandbytes."""
-    return peft_lora(bitsandbytes_4bit(model))
+    return peft_lora(bitsandbytes_4bit(model), lora_dropout)
 
 
-def peft_lora(model: nn.Module) -> nn.Module:
+def peft_lora(model: nn.Module, lora_dropout: float) -> nn.Module:
     """LoRA by PEFT on the model's own weights."""
     model.requires_grad_(False)
-    config = peft.LoraConfig(r=R, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, config)
+    options = {"r": R, "lora_alpha": LORA_ALPHA, "lora_dropout": lora_dropout, "target_modules": "all-linear"}
+    return peft.get_peft_model(model, peft.LoraConfig(**options, task_type="CAUSAL_LM"))
 
 
-METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
+METHODS: dict[str, Callable[[nn.Module, float], nn.Module]] = {
     "qlora_ext QLoRA": ours,
     "PEFT + bitsandbytes QLoRA": peft_bitsandbytes,
     "PEFT LoRA on bf16": peft_lora,

@@ -43,6 +43,7 @@ def benches(cpu_paths: list[str]) -> list[list[str]]:
         ["bench/bench_dequantize_4bit.py", "--dtype", "bf16", "fp32"],
         ["bench/quantization_error.py"],
         ["bench/bench_train_step.py", "--model", "build/demo/model.gguf", "--compile"],
+        ["bench/bench_train_step.py", "--model", "build/demo/model.gguf", "--compile", "--lora-dropout", "0.1"],
         ["bench/bench_generate.py"],
         ["bench/bench_experts.py"],
         ["bench/bench_optimizer.py"],

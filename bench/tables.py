@@ -213,6 +213,7 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "compare_methods": methods_table,
     "compare_optimizers": optimizers_table,
     "train_step": train_step_table,
+    "train_step_dropout": train_step_table,
     "train_step_profile": train_step_profile_table,
     "generate": generate_table,
     "experts": experts_table,

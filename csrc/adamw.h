@@ -11,11 +11,13 @@
 #include <cstdint>
 
 #include "codec.h"
+#include "random.h"
 
 namespace qlora {
 
 // Elements that share one absmax of 8-bit states; the kernels' unit of work.
 constexpr std::int64_t kAdamwBlock = 256;
+static_assert(kAdamwBlock == kRandomBlock);
 
 // Of a parameter group at a step. All are double, as torch computes with them before it rounds to fp32.
 struct AdamwHyper {
@@ -85,32 +87,13 @@ inline AdamwFactors adamw_factors(const AdamwHyper& h) {
 
 // --- stochastic rounding: no state, only counters ------------------------------------------------------------------
 
-// The finalizer of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014).
-QLORA_HOST_DEVICE inline std::uint64_t mix(std::uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-  return x ^ x >> 31;
-}
-
 inline std::uint64_t adamw_key(const AdamwSlice& slice, std::uint64_t seed) {
   return mix(mix(mix(seed) ^ static_cast<std::uint64_t>(slice.hyper->step)) ^ slice.index);
 }
 
-// Of a block of 256 elements, by its index in the parameter.
-QLORA_HOST_DEVICE inline std::uint64_t adamw_block_key(std::uint64_t key, std::int64_t block) {
-  return mix(key ^ static_cast<std::uint64_t>(block));
-}
-
-// 16 random bits for element i of a block: a 32-bit mixing function whose halves of the key enter apart. The vector
-// kernels do the same.
-constexpr std::uint32_t kAdamwStride = 0x9e3779b9u, kAdamwMix1 = 0x7feb352du, kAdamwMix2 = 0x846ca68bu;
+// 16 random bits of an element of a block, whose index is that in the parameter.
 QLORA_HOST_DEVICE inline std::uint32_t random16(std::uint64_t block_key, std::uint32_t i) {
-  std::uint32_t x = static_cast<std::uint32_t>(block_key) + i * kAdamwStride;
-  x = (x ^ x >> 16) * kAdamwMix1;
-  x ^= static_cast<std::uint32_t>(block_key >> 32);
-  x = (x ^ x >> 15) * kAdamwMix2;
-  return x >> 16;
+  return random32(block_key, i) >> 16;
 }
 
 // fp32 -> bf16, up with the probability of the part that is cut off; exact values, Inf and NaN as to nearest.

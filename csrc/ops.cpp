@@ -273,6 +273,7 @@ TORCH_LIBRARY(qlora_ext, m) {
         ", Tensor[] A, Tensor[] B, float[] scaling, Tensor[] dropout_mask, bool with_grad_x)"
         " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 #undef QLORA_WEIGHT
+  m.def("dropout_mask(Tensor x, float keep) -> Tensor", {at::Tag::nondeterministic_seeded});
 }
 
 // What torch does for other ops, resolve views, ends in a crash for one that writes and returns nothing.

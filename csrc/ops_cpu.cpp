@@ -1,13 +1,17 @@
 // The CPU of the ops: the kernels of cpu/, spread over torch's threads.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
 #include <vector>
 
 #include "check.h"
 #include "cpu/adamw.h"
 #include "cpu/caches.h"
+#include "cpu/dropout_mask.h"
 #include "cpu/linear_4bit.h"
 #include "cpu/linear_4bit_dgrad.h"
 #include "cpu/matmul.h"
@@ -17,6 +21,7 @@
 #include "device.h"
 #include "ops_cpu_few_rows.h"
 #include "ops_parallel.h"
+#include "random.h"
 
 namespace qlora {
 namespace {
@@ -127,18 +132,19 @@ class Cpu final : public Device {
             at::ScalarType out_dtype) const override {
     const DType type = compute_in(dtype_of(compute));
     if (!cpu::has_matmul(type)) return Device::mm(a, b, scale, compute, out_dtype);
-    const bool masked = a.mask.defined() || b.mask.defined();
     // As out^T = b^T a^T: a panel would be filled in part only by so few columns, which are few rows there.
-    if (!masked && b.values.size(1) <= cpu::kMostRowProducts && a.values.size(0) > cpu::kMostRowProducts) {
-      return mm({b.values.t(), {}}, {a.values.t(), {}}, scale, compute, out_dtype).t();
+    if (b.values.size(1) <= cpu::kMostRowProducts && a.values.size(0) > cpu::kMostRowProducts) {
+      return mm(transposed(b), transposed(a), scale, compute, out_dtype).t();
     }
     const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
     const int64_t M = out.size(0), N = out.size(1), K = a.values.size(1);
     const bool as_it_lies = b.values.stride(1) == 1;
-    if (M <= cpu::kMostRowProducts && !masked && (as_it_lies || b.values.stride(0) == 1)) {
+    if (M <= cpu::kMostRowProducts && !a.mask.defined() && (as_it_lies || b.values.stride(0) == 1)) {
       const Tensor x = a.values.stride(1) == 1 ? a.values : a.values.contiguous();
+      const MaskedMatrix rows = as_it_lies ? b : transposed(b);
+      const Tensor mask = rows.mask.defined() ? rows.mask.contiguous() : rows.mask;
       const cpu::RowProducts product{.x = cpu_rows(x),
-                                     .b = cpu_rows(as_it_lies ? b.values : b.values.t()),
+                                     .b = cpu_rows(rows.values, mask),
                                      .b_as_it_lies = as_it_lies,
                                      .compute = type,
                                      .scale = static_cast<float>(scale),
@@ -166,6 +172,10 @@ class Cpu final : public Device {
  private:
   static DType compute_in(DType dtype) { return dtype == DType::BFloat16 ? dtype : DType::Float32; }
 
+  static MaskedMatrix transposed(const MaskedMatrix& m) {
+    return {m.values.t(), m.mask.defined() ? m.mask.t() : m.mask};
+  }
+
   static MaskedMatrix contiguous_if_masked(const MaskedMatrix& m) {
     return m.mask.defined() ? MaskedMatrix{m.values.contiguous(), m.mask.contiguous()} : m;
   }
@@ -178,17 +188,20 @@ class Cpu final : public Device {
   // out = the terms + added + bias, in chunks of rows: x of one chunk is arranged at a time.
   static void multiply(std::vector<cpu::Term> terms, LowRankList added, const Tensor& bias, DType compute,
                        const Tensor& out) {
+    std::vector<cpu::Term> masked;
     std::vector<Tensor> masks;  // kept until the product is done
     for (const LowRank& one : added) {
       const bool* mask = nullptr;
       if (one.mask.defined()) mask = masks.emplace_back(one.mask.contiguous()).const_data_ptr<bool>();
-      terms.push_back({.R = one.x.size(1),
-                       .x = matrix(one.x),
-                       .kind = cpu::Term::Kind::Dense,
-                       .dense = matrix(one.factor),
-                       .scale = static_cast<float>(one.scale),
-                       .out_mask = mask});
+      (mask == nullptr ? terms : masked)
+          .push_back({.R = one.x.size(1),
+                      .x = matrix(one.x),
+                      .kind = cpu::Term::Kind::Dense,
+                      .dense = matrix(one.factor),
+                      .scale = static_cast<float>(one.scale),
+                      .out_mask = mask});
     }
+    terms.insert(terms.begin(), masked.begin(), masked.end());  // the first of them needs no sums of its own
     const Tensor bias_values = bias.defined() ? bias.contiguous() : bias;
     const int64_t M = out.size(0), J = out.size(1);
     if (M == 0 || J == 0) return;
@@ -249,6 +262,24 @@ class Cpu final : public Device {
   }
 };
 
+// Which elements of x, a tensor of any dtype, dropout keeps, each with probability `keep`: a bool tensor, by torch's
+// generator. (Its bernoulli_ draws one number after the other.)
+Tensor dropout_mask(const Tensor& x, double keep) {
+  QLORA_CHECK(keep >= 0 && keep <= 1, "dropout_mask", "keep", "a probability in [0, 1]", keep);
+  const Tensor mask = at::empty(x.sizes(), x.options().dtype(at::kBool));
+  const int64_t n = mask.numel();
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  uint64_t key;
+  {
+    const std::lock_guard lock(generator.mutex());
+    key = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
+  }
+  bool* const kept = mask.data_ptr<bool>();
+  parallel_for(0, ceil_div(n, kRandomBlock), kGrain / kRandomBlock,
+               [&](int64_t begin, int64_t end) { cpu::dropout_mask(key, keep, n, begin, end, kept); });
+  return mask;
+}
+
 }  // namespace
 
 const Device& cpu_device() {
@@ -257,3 +288,5 @@ const Device& cpu_device() {
 }
 
 }  // namespace qlora
+
+TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) { m.impl("dropout_mask", qlora::dropout_mask); }

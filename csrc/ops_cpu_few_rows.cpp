@@ -69,7 +69,10 @@ void each_part(int64_t J, int64_t tile, int64_t R, const Addend& addend, const M
 
 }  // namespace
 
-cpu::Rows cpu_rows(const Tensor& m) { return {m.const_data_ptr(), dtype_of(m.scalar_type()), m.stride(0)}; }
+cpu::Rows cpu_rows(const Tensor& m, const Tensor& mask) {
+  return {m.const_data_ptr(), dtype_of(m.scalar_type()), m.stride(0),
+          mask.defined() ? mask.const_data_ptr<bool>() : nullptr, mask.defined() ? mask.stride(0) : 0};
+}
 
 void linear_4bit_few_rows(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias, LowRankList added,
                           const Tensor& y) {

@@ -16,7 +16,7 @@ void linear_4bit_few_rows(const at::Tensor& x, const Packed4bit& w, const at::Te
 void linear_4bit_dgrad_few_rows(const at::Tensor& grad, const Packed4bit& w, LowRankList added,
                                 const at::Tensor& grad_x);
 
-// A matrix whose rows are contiguous.
-cpu::Rows cpu_rows(const at::Tensor& m);
+// A matrix whose rows are contiguous, as are those of its mask, if that is defined.
+cpu::Rows cpu_rows(const at::Tensor& m, const at::Tensor& mask = {});
 
 }  // namespace qlora

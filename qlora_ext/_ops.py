@@ -119,6 +119,11 @@ def _(grad: Tensor, x: Tensor, A: list[Tensor], with_grad_x: bool, **_: Any) -> 
     return grad_x, grad_A, grad_B
 
 
+@_fake(ops.dropout_mask.default)
+def _(x: Tensor, **_: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
 # Two operations a multiply-add, as torch counts its own products, and none for decoding. Tensors come as their shapes.
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_ext._ops import ops
 from qlora_ext.adapted_weight import WeightInBits
 from qlora_ext.adapter_table import AdapterTable, check_values, leaves
 from qlora_ext.dense_linear import (
@@ -161,7 +162,7 @@ class LoraLinear(nn.Module):
         keep = [1 - each.p if each.training and not isinstance(each, nn.Identity) else 1 for each in dropouts]
         if all(k == 1 for k in keep):
             return scaling, []
-        masks = [torch.empty_like(x, dtype=torch.bool).bernoulli_(k) for k in keep]
+        masks = [_dropout_mask(x, k) for k in keep]
         return [s / k if k else 0.0 for s, k in zip(scaling, keep, strict=True)], masks
 
     @property
@@ -277,3 +278,10 @@ def _merge_again(layer: LoraLinear, _: object) -> None:
     if layer.merged:
         layer.unmerge()
         layer.merge()
+
+
+def _dropout_mask(x: Tensor, keep: float) -> Tensor:
+    """Which elements of x are kept, each with this probability."""
+    if x.is_cpu:
+        return ops.dropout_mask(x, keep)  # type: ignore[no-any-return]
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)

@@ -198,6 +198,11 @@ def check_every_cuda_bench(rows: list[dict[str, Any]]) -> None:
     assert skipped == {("quantize_4bit", "bitsandbytes", "graph")}
 
 
+def test_training_steps_with_dropout_have_results_of_their_own() -> None:
+    rows = rows_of("bench/bench_train_step.py", "--smoke", "--lora-dropout", "0.5")
+    assert {(row["bench"], row["lora_dropout"]) for row in rows} == {("train_step_dropout", 0.5)}
+
+
 def test_cuda_bench_fails_on_a_wrong_result_and_goes_on() -> None:
     code = (
         "import sys; sys.path.insert(0, 'bench'); sys.argv = ['bench_cuda.py', '--dry-run']\n"

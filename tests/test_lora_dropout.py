@@ -1,17 +1,20 @@
-"""Dropout before the adapters of a LoraLinear: who decides about it. Its gradients are tested in test_lora.py."""
+"""Dropout before the adapters of a LoraLinear: who decides about it, and its masks. Its gradients are tested in
+test_lora.py."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from layers import BASES, make_base, make_lora
 from reference import assert_same
-from torch import nn
+from torch import Tensor, nn
 
-from qlora_ext import LoraConfig, add_adapter, load_adapter, save_adapter
+from qlora_ext import _C, LoraConfig, add_adapter, load_adapter, save_adapter
 
+dropout_mask = torch.ops.qlora_ext.dropout_mask
 by_base = pytest.mark.parametrize("base", BASES)
 
 
@@ -87,3 +90,56 @@ def test_a_new_adapter_and_a_loaded_one_drop_as_their_config_says(tmp_path: Path
     dropout.p = 0.0
     load_adapter(model, tmp_path)
     assert model[0].lora_dropout["default"].p == 0.5
+
+
+def seeded_mask(x: Tensor, keep: float) -> Tensor:
+    torch.manual_seed(7)
+    return dropout_mask(x, keep)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (3,), (2, 5, 100), (300, 512)], ids=str)
+def test_a_seed_stands_for_the_same_masks_on_every_path_and_with_any_threads(
+    shape: tuple[int, ...], cpu_path: str
+) -> None:
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    mask = seeded_mask(x, 0.9)
+    assert (mask.dtype, mask.shape, mask.is_contiguous()) == (torch.bool, x.shape, True)
+    _C.set_cpu_path("portable")
+    assert_same(seeded_mask(x, 0.9), mask)
+    _C.set_cpu_path(cpu_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert_same(seeded_mask(x, 0.9), mask)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_masks_follow_torchs_generator() -> None:
+    x = torch.empty(64, 100)
+    first, second = seeded_mask(x, 0.5), dropout_mask(x, 0.5)
+    assert (first != second).any()
+    torch.manual_seed(8)
+    assert (dropout_mask(x, 0.5) != first).any()
+    torch.manual_seed(7)
+    with torch.random.fork_rng():
+        dropout_mask(x, 0.5)
+    assert_same(dropout_mask(x, 0.5), first)
+    # Whatever x is like: strided, in another dtype, to be differentiated.
+    torch.manual_seed(7)
+    assert_same(dropout_mask(torch.empty(100, 64).t().half().requires_grad_(), 0.5), first)
+    assert not first.requires_grad
+    assert dropout_mask(x, 1.0).all()
+    assert not dropout_mask(x, 0.0).any()
+
+
+@pytest.mark.parametrize("keep", [-0.1, 1.5, math.nan])
+def test_a_mask_wants_a_probability(keep: float) -> None:
+    with pytest.raises(ValueError, match=rf"dropout_mask: keep: expected a probability in \[0, 1\], got {keep}"):
+        dropout_mask(torch.empty(3), keep)
+
+
+def test_masks_in_torchs_tracers() -> None:
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(dropout_mask.default, (torch.empty(3, 64), 0.5), test_utils=checks)
+    assert torch.Tag.nondeterministic_seeded in dropout_mask.default.tags  # not to be computed twice

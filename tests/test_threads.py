@@ -41,6 +41,7 @@ for m in (1, 4, M):
             X[:m].to(dtype), *Q, N, None, A, B, [0.5], []
         ),
     }
+CALLS["lora_linear_4bit-dropout"] = lambda dtype: ops.lora_linear_4bit(X.to(dtype), *Q, N, None, A, B, [0.5], [MASK])
 CALLS["lora_backward"] = lambda dtype: ops.lora_linear_4bit_backward(
     GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, [0.5], [MASK], True
 )

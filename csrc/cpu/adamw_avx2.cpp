@@ -40,17 +40,17 @@ struct Avx2 {
     explicit Random(std::uint64_t block_key)
         : low(_mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(block_key)),
                                _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
-                                                  _mm256_set1_epi32(static_cast<int>(kAdamwStride))))),
+                                                  _mm256_set1_epi32(static_cast<int>(kRandomStride))))),
           high(_mm256_set1_epi32(static_cast<int>(block_key >> 32))) {}
 
     __m256i bits(std::int64_t i) const {
-      const auto offset = static_cast<int>(static_cast<std::uint32_t>(i) * kAdamwStride);
+      const auto offset = static_cast<int>(static_cast<std::uint32_t>(i) * kRandomStride);
       __m256i x = _mm256_add_epi32(low, _mm256_set1_epi32(offset));
       x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
-      x = _mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(kAdamwMix1)));
+      x = _mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(kRandomMix1)));
       x = _mm256_xor_si256(x, high);
       x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
-      x = _mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(kAdamwMix2)));
+      x = _mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(kRandomMix2)));
       return _mm256_srli_epi32(x, 16);
     }
   };

@@ -34,17 +34,17 @@ struct Avx512 {
         : low(_mm512_add_epi32(
               _mm512_set1_epi32(static_cast<int>(block_key)),
               _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                 _mm512_set1_epi32(static_cast<int>(kAdamwStride))))),
+                                 _mm512_set1_epi32(static_cast<int>(kRandomStride))))),
           high(_mm512_set1_epi32(static_cast<int>(block_key >> 32))) {}
 
     __m512i bits(std::int64_t i) const {
-      const auto offset = static_cast<int>(static_cast<std::uint32_t>(i) * kAdamwStride);
+      const auto offset = static_cast<int>(static_cast<std::uint32_t>(i) * kRandomStride);
       __m512i x = _mm512_add_epi32(low, _mm512_set1_epi32(offset));
       x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
-      x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(kAdamwMix1)));
+      x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(kRandomMix1)));
       x = _mm512_xor_si512(x, high);
       x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
-      x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(kAdamwMix2)));
+      x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(kRandomMix2)));
       return _mm512_srli_epi32(x, 16);
     }
   };

@@ -88,7 +88,7 @@ void update_blocks(const AdamwTask& task, std::int64_t begin, std::int64_t end) 
     const std::int64_t left = slice.count - at;
     const Block<Isa, P, G, kStochastic> elements{
         static_cast<P*>(slice.param) + at, static_cast<const G*>(slice.grad) + at, smaller(left, kAdamwBlock),
-        &task.factors, typename Isa::Random(adamw_block_key(task.key, (slice.first + at) / kAdamwBlock))};
+        &task.factors, typename Isa::Random(random_block_key(task.key, (slice.first + at) / kAdamwBlock))};
     if (is_8bit) {
       update_8bit<Isa>(elements, codes_m, codes_v, static_cast<std::uint8_t*>(slice.exp_avg) + at,
                        static_cast<std::uint8_t*>(slice.exp_avg_sq) + at, slice.exp_avg_absmax + block,

@@ -195,10 +195,20 @@ inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::in
   stage_absmax(w, K, row, rows, column, columns, s);
 }
 
+// Without a branch, for the compiler to vectorize.
+inline float kept(float x, bool keep) {
+  return __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, x) & (0u - static_cast<std::uint32_t>(keep)));
+}
+
+// sums += from where the mask is true; from may be the sums, which are kept there then, and cleared elsewhere.
 inline void add_masked(const float* from, const bool* mask, std::int64_t mask_stride, std::int64_t rows,
                        std::int64_t columns, float* sums) {
   for (std::int64_t row = 0; row < rows; ++row, from += kSumStride, sums += kSumStride, mask += mask_stride) {
-    for (std::int64_t j = 0; j < columns; ++j) sums[j] += mask[j] ? from[j] : 0.0f;
+    if (from == sums) {
+      for (std::int64_t j = 0; j < columns; ++j) sums[j] = kept(sums[j], mask[j]);
+    } else {
+      for (std::int64_t j = 0; j < columns; ++j) sums[j] += kept(from[j], mask[j]);
+    }
   }
 }
 
@@ -258,8 +268,9 @@ void multiply_part(const Matmul& product, const MatmulRows& all_rows, const Rect
   };
   clear(s.sums);
   each_block<Isa>(product, all_rows, [&](const Term& term, std::int64_t r, std::int64_t depth, const float* x) {
-    float* const sums = term.out_mask == nullptr ? s.sums : s.masked;
-    if (term.out_mask != nullptr && r == 0) clear(sums);
+    const bool alone = term.out_mask == nullptr || &term == product.terms;  // on its sums, or the first there
+    float* const sums = alone ? s.sums : s.masked;
+    if (!alone && r == 0) clear(sums);
     x += (part.row_begin - all_rows.begin) * steps_of<Isa>(depth);
     each_columns([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
       multiply_columns<Isa>(product, term, r, depth, x, rows, column, columns, s, sums + at);

@@ -13,11 +13,13 @@ struct Rows {
   const void* values;
   DType dtype;
   std::int64_t stride;
+  const bool* mask = nullptr;  // or where it is false the number counts as 0
+  std::int64_t mask_stride = 0;
 };
 
 // out[M, N] = scale * x[M, K] @ b + addend, summed in fp32.
 struct RowProducts {
-  Rows x;
+  Rows x;             // without a mask
   Rows b;             // [N, K], whose transpose is multiplied, or
   bool b_as_it_lies;  // [K, N]
   DType compute;      // Float32, or BFloat16 to multiply in pairs of bf16 where the CPU path has them

@@ -16,6 +16,16 @@ struct Avx2 {
   static constexpr int kLanes = 8, kPerStep = 1, kRows = 4;
   using Vector = __m256;
 
+  using Mask = __m256;  // all bits of a lane
+
+  static Mask mask(const bool* from, std::int64_t count = kLanes) {
+    std::uint8_t bytes[kLanes] = {};
+    __builtin_memcpy(bytes, from, static_cast<std::size_t>(count));
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_cvtepu8_epi32(eight), _mm256_setzero_si256()));
+  }
+  static Vector keep(Vector x, Mask mask) { return _mm256_and_ps(x, mask); }
+
   static Vector splat(float x) { return _mm256_set1_ps(x); }
   static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }

@@ -14,6 +14,15 @@ namespace {
 struct Avx512 : Avx512Vectors {
   static constexpr int kPerStep = 1;
 
+  using Mask = __mmask16;
+
+  static Mask true_bytes(__m128i bytes) { return _mm_cmpneq_epi8_mask(bytes, _mm_setzero_si128()); }
+  static Mask mask(const bool* from) { return true_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+  static Mask mask(const bool* from, std::int64_t count) {
+    return true_bytes(_mm512_castsi512_si128(load_bytes(from, count)));
+  }
+  static Vector keep(Vector x, Mask mask) { return _mm512_maskz_mov_ps(mask, x); }
+
   static Vector product(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
 };
 

@@ -14,6 +14,22 @@ namespace {
 struct Avx512Bf16 : Avx512Vectors {
   static constexpr int kPerStep = 2;
 
+  using Mask = __mmask32;
+
+  static Mask true_bytes(__m256i bytes) { return _mm256_cmpneq_epi8_mask(bytes, _mm256_setzero_si256()); }
+  static Mask mask(const bool* from) { return true_bytes(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+  static Mask mask(const bool* from, std::int64_t count) {
+    return true_bytes(_mm512_castsi512_si256(load_bytes(from, count)));
+  }
+  static Mask mask_in_turn(const bool* even, const bool* odd) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(even));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(odd));
+    return true_bytes(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)));
+  }
+  static Vector keep(Vector x, Mask mask) {
+    return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(mask, _mm512_castps_si512(x)));
+  }
+
   static Vector product(Vector a, Vector b, Vector sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(b), (__m512bh)_mm512_castps_si512(a));
   }

@@ -10,6 +10,10 @@
 //   places        if kPerStep is 2: kLanes places of a row, or of its first `count` numbers with zeros behind
 //   side_by_side  likewise: one place of each of kLanes columns, of two rows
 //   transpose     kLanes vectors: lane j of vector i goes to lane i of vector j
+//   Mask          of a place's numbers in each lane
+//   mask          of a row's next kLanes places, or of its first `count` numbers with false behind
+//   mask_in_turn  if kPerStep is 2, of side_by_side
+//   keep          the numbers of a vector that a Mask has, and zeros
 //   product       of places, onto fp32 sums
 //   splat, add, multiply
 namespace qlora::cpu {
@@ -47,20 +51,25 @@ void arrange(const RowProducts& p, std::int64_t k, std::int64_t depth, float* to
 }
 
 // A block of so many columns, a place in each vector; of b's rows, or of its columns side by side. What is beyond the
-// columns may be anything, beyond the block's `count` numbers it is 0.
+// columns may be anything, beyond the block's `count` numbers it is 0. mask: of the first number, or null.
 template <typename Isa, typename T>
-inline void load_columns(const T* from, std::int64_t stride, std::int64_t columns, std::int64_t count,
-                         typename Isa::Vector (&places)[Isa::kLanes]) {
+inline void load_columns(const T* from, std::int64_t stride, const bool* mask, std::int64_t mask_stride,
+                         std::int64_t columns, std::int64_t count, typename Isa::Vector (&places)[Isa::kLanes]) {
 #pragma GCC unroll 16
   for (std::int64_t i = 0; i < Isa::kLanes; ++i) {
-    places[i] = first_places<Isa>(from + (i < columns ? i : columns - 1) * stride, count);
+    const std::int64_t column = i < columns ? i : columns - 1;
+    places[i] = first_places<Isa>(from + column * stride, count);
+    if (mask != nullptr) {
+      const bool* of_column = mask + column * mask_stride;
+      places[i] = Isa::keep(places[i], count == kBlock<Isa> ? Isa::mask(of_column) : Isa::mask(of_column, count));
+    }
   }
   Isa::transpose(places);
 }
 
 template <typename Isa, typename T>
-inline void load_side_by_side(const T* from, std::int64_t stride, std::int64_t columns, std::int64_t count,
-                              typename Isa::Vector (&places)[Isa::kLanes]) {
+inline void load_side_by_side(const T* from, std::int64_t stride, const bool* mask, std::int64_t mask_stride,
+                              std::int64_t columns, std::int64_t count, typename Isa::Vector (&places)[Isa::kLanes]) {
   const auto load = [&](auto&& row) [[gnu::always_inline]] {
 #pragma GCC unroll 16
     for (std::int64_t i = 0; i < Isa::kLanes; ++i) {
@@ -71,15 +80,30 @@ inline void load_side_by_side(const T* from, std::int64_t stride, std::int64_t c
       }
     }
   };
-  if (columns == Isa::kLanes && count == kBlock<Isa>) return load([&](std::int64_t k) { return from + k * stride; });
-  T copies[kBlock<Isa>][Isa::kLanes];  // of rows that are not whole
+  if (columns == Isa::kLanes && count == kBlock<Isa>) {
+    load([&](std::int64_t k) { return from + k * stride; });
+    if (mask == nullptr) return;
+#pragma GCC unroll 16
+    for (std::int64_t i = 0; i < Isa::kLanes; ++i, mask += Isa::kPerStep * mask_stride) {
+      if constexpr (Isa::kPerStep == 1) {
+        places[i] = Isa::keep(places[i], Isa::mask(mask));
+      } else {
+        places[i] = Isa::keep(places[i], Isa::mask_in_turn(mask, mask + mask_stride));
+      }
+    }
+    return;
+  }
+  T copies[kBlock<Isa>][Isa::kLanes];  // of rows that are not whole, or masked
   const T zeros[Isa::kLanes] = {};
-  const bool whole = columns == Isa::kLanes;
-  for (std::int64_t k = 0; k < count && !whole; ++k) {
+  const bool as_they_are = columns == Isa::kLanes && mask == nullptr;
+  for (std::int64_t k = 0; k < count && !as_they_are; ++k) {
     __builtin_memset(copies[k], 0, sizeof copies[k]);
     __builtin_memcpy(copies[k], from + k * stride, static_cast<std::size_t>(columns) * sizeof(T));
+    for (std::int64_t j = 0; j < columns && mask != nullptr; ++j) {
+      if (!mask[k * mask_stride + j]) copies[k][j] = T{};
+    }
   }
-  load([&](std::int64_t k) { return k >= count ? zeros : whole ? from + k * stride : copies[k]; });
+  load([&](std::int64_t k) { return k >= count ? zeros : as_they_are ? from + k * stride : copies[k]; });
 }
 
 // A block's products with rows of x, onto their sums. Few rows have several chains of additions each, to keep the units
@@ -135,12 +159,14 @@ inline void finish_row(const RowProducts& p, std::int64_t first, std::int64_t co
 template <typename Isa, typename T>
 inline void add_block(const RowProducts& p, std::int64_t first, std::int64_t columns, std::int64_t k,
                       std::int64_t count, const float* x, float* sums) {
-  const T* b = static_cast<const T*>(p.b.values) + (p.b_as_it_lies ? k * p.b.stride + first : first * p.b.stride + k);
+  const std::int64_t row = p.b_as_it_lies ? k : first, column = p.b_as_it_lies ? first : k;
+  const T* b = static_cast<const T*>(p.b.values) + row * p.b.stride + column;
+  const bool* mask = p.b.mask == nullptr ? nullptr : p.b.mask + row * p.b.mask_stride + column;
   typename Isa::Vector places[Isa::kLanes];
   if (p.b_as_it_lies) {
-    load_side_by_side<Isa>(b, p.b.stride, columns, count, places);
+    load_side_by_side<Isa>(b, p.b.stride, mask, p.b.mask_stride, columns, count, places);
   } else {
-    load_columns<Isa>(b, p.b.stride, columns, count, places);
+    load_columns<Isa>(b, p.b.stride, mask, p.b.mask_stride, columns, count, places);
   }
   add_products<Isa>(x, p.M, places, sums);
 }

@@ -148,7 +148,7 @@ __device__ void store_param(const Entry& entry, const AdamwOptions& options, std
       return store_rounded<Half>(param, i, count, entry.in_groups, x, [](float p, int) { return round_to<Half>(p); });
     case DType::BFloat16:
       const std::uint64_t key =
-          options.stochastic_rounding ? adamw_block_key(entry.key, (entry.slice.first + i) / kAdamwBlock) : 0;
+          options.stochastic_rounding ? random_block_key(entry.key, (entry.slice.first + i) / kAdamwBlock) : 0;
       return store_rounded<BFloat16>(param, i, count, entry.in_groups, x, [&](float p, int k) {
         return options.stochastic_rounding
                    ? round_stochastically(p, random16(key, place + static_cast<std::uint32_t>(k)))

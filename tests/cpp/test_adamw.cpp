@@ -299,7 +299,7 @@ void check_random_bits() {
   constexpr int kBlocks = 1000, kCount = kBlocks * 256;
   const double most = 5 * std::sqrt(kCount / 4.0);  // five standard deviations
   const auto bits = [](std::uint64_t key, std::int64_t block, std::uint32_t i) {
-    return random16(adamw_block_key(key, block), i);
+    return random16(random_block_key(key, block), i);
   };
   int ones[16] = {}, equal[7][16] = {};
   for (std::int64_t block = 0; block < kBlocks; ++block) {

@@ -34,17 +34,27 @@ void spoil_between_rows(Values& of, std::int64_t rows, std::int64_t length, std:
   }
 }
 
-void check_case(const Case& c, bool b_as_it_lies) {
+void check_case(const Case& c, bool b_as_it_lies, bool masked) {
   const std::int64_t stride = c.K + c.beyond, b_stride = b_as_it_lies ? c.N + c.beyond : stride;
   const std::int64_t rows = b_as_it_lies ? c.K : c.N, row_length = b_as_it_lies ? c.N : c.K;
   Values x(c.x, (c.M - 1) * stride + c.K), b(c.b, (rows - 1) * b_stride + row_length);
   const Values bias(DType::Float32, c.N);
   spoil_between_rows(x, c.M, c.K, stride);
   spoil_between_rows(b, rows, row_length, b_stride);
+  const std::int64_t mask_stride = row_length + 3;
+  std::vector<std::uint8_t> coins(static_cast<std::size_t>(rows * mask_stride), 1);
+  for (std::int64_t row = 0; masked && row < rows; ++row) {
+    for (std::int64_t i = 0; i < row_length; ++i) {
+      if (generator() % 3 != 0) continue;
+      coins[static_cast<std::size_t>(row * mask_stride + i)] = 0;
+      b.set(row * b_stride + i, NAN);
+    }
+  }
+  const auto* mask = reinterpret_cast<const bool*>(coins.data());
   const auto multiply = [&](const float* addend, std::int64_t addend_stride, Values& out, std::int64_t part) {
     for (std::int64_t n = 0; n < c.N; n += part) {
       cpu::row_products({{x.bytes.data(), c.x, stride},
-                         {b.bytes.data(), c.b, b_stride},
+                         {b.bytes.data(), c.b, b_stride, masked ? mask : nullptr, mask_stride},
                          b_as_it_lies,
                          c.compute,
                          0.75f,
@@ -67,8 +77,9 @@ void check_case(const Case& c, bool b_as_it_lies) {
       for (std::int64_t n = 0; n < c.N; ++n) {
         double exact = 0, magnitude = 0;
         for (std::int64_t k = 0; k < c.K; ++k) {
-          const double term = 0.75 * times * operand(x, m * stride + k) *
-                              operand(b, b_as_it_lies ? k * b_stride + n : n * b_stride + k);
+          const std::int64_t row = b_as_it_lies ? k : n, column = b_as_it_lies ? n : k;
+          if (!mask[row * mask_stride + column]) continue;
+          const double term = 0.75 * times * operand(x, m * stride + k) * operand(b, row * b_stride + column);
           exact += term;
           magnitude += std::fabs(term);
         }
@@ -96,12 +107,14 @@ void check_case(const Case& c, bool b_as_it_lies) {
   }
 }
 
-// b both ways, in both kinds of products.
+// b both ways, with and without a mask, in both kinds of products.
 void check_cases(Case c) {
   for (const DType compute : {DType::Float32, DType::BFloat16}) {
     c.compute = compute;
-    check_case(c, false);
-    check_case(c, true);
+    for (const bool masked : {false, true}) {
+      check_case(c, false, masked);
+      check_case(c, true, masked);
+    }
   }
 }
 
