@@ -27,18 +27,21 @@ inline std::int64_t steps_of(std::int64_t depth) {
   return ceil_div(depth, Isa::kPerStep);
 }
 
+// Without a branch, for the compiler to vectorize.
+inline float kept(float x, bool keep) {
+  return __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, x) & (0u - static_cast<std::uint32_t>(keep)));
+}
+
 // `count` values of a matrix, `stride` apart from the first-th on, scaled, 0 where they are masked.
 template <typename T>
 void copy_values(const Matrix& m, std::int64_t first, std::int64_t stride, float scale, std::int64_t count, float* to) {
-  const T* from = static_cast<const T*>(m.values) + first;
-  if (m.mask == nullptr && stride == 1) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]) * scale;
-    return;
-  }
-  for (std::int64_t i = 0; i < count; ++i) {
-    const bool counts = m.mask == nullptr || m.mask[first + i * stride];
-    to[i] = counts ? to_float(from[i * stride]) * scale : 0.0f;
-  }
+  const auto copy = [&](std::int64_t step) [[gnu::always_inline]] {
+    const T* from = static_cast<const T*>(m.values) + first;
+    for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]) * scale;
+    if (m.mask == nullptr) return;
+    for (std::int64_t i = 0; i < count; ++i) to[i] = kept(to[i], m.mask[first + i * step]);
+  };
+  stride == 1 ? copy(1) : copy(stride);
 }
 
 // Numbers of a matrix, `stride` apart; of so many lines, `line_stride` apart, the first of which begins at `first`.
@@ -193,11 +196,6 @@ inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::in
     for (; byte < columns / 2; byte += 16) __builtin_memcpy(to + byte, from + byte, 16);
   }
   stage_absmax(w, K, row, rows, column, columns, s);
-}
-
-// Without a branch, for the compiler to vectorize.
-inline float kept(float x, bool keep) {
-  return __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, x) & (0u - static_cast<std::uint32_t>(keep)));
 }
 
 // sums += from where the mask is true; from may be the sums, which are kept there then, and cleared elsewhere.
