@@ -22,7 +22,7 @@ import cuda_providers as providers
 import record
 import torch
 from cuda_device import DryRun, Gpu, interleaved
-from cuda_providers import DTYPE, FORMAT, OURS, Provider, Weights
+from cuda_providers import COPY, DTYPE, FORMAT, OURS, Provider, Weights
 from timing import percentiles
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # (N, K)
@@ -53,13 +53,13 @@ class Run:
         square = torch.randn(self.matmul_size, self.matmul_size, device=self.where.device).to(DTYPE)
         out = torch.empty_like(square)
         passes: dict[str, Callable[[], object]] = {
-            "device copy": lambda: target.copy_(source),
+            COPY: lambda: target.copy_(source),
             "cuBLAS matmul": lambda: torch.mm(square, square, out=out),
         }
         times = {name: percentiles(t) for name, t in interleaved(self.where, passes, seconds=self.seconds).items()}
-        self.copy_bytes_per_s = self.copied_bytes / times["device copy"]["p50"]
+        self.copy_bytes_per_s = self.copied_bytes / times[COPY]["p50"]
         self.flops_per_s = 2 * self.matmul_size**3 / times["cuBLAS matmul"]["p50"]
-        rates = {"device copy": {"gb_per_s": self.copy_bytes_per_s / 1e9}}
+        rates = {COPY: {"gb_per_s": self.copy_bytes_per_s / 1e9}}
         rates["cuBLAS matmul"] = {"tflops": self.flops_per_s / 1e12}
         self.rows += [{"bench": "limits", "provider": name} | times[name] | rates[name] for name in passes]
 
@@ -95,7 +95,7 @@ class Run:
             row = same | {"provider": name, "mode": mode, "copies": count} | timed
             row |= {"gb_per_s": moved_bytes / timed["p50"] / 1e9, "of_limit": limit / timed["p50"]}
             row |= {"error": errors[key]}
-            peers = [t["p50"] for (other, its_mode), t in times.items() if other != OURS and its_mode == mode]
+            peers = [t["p50"] for (who, how), t in times.items() if who not in (OURS, COPY) and how == mode]
             if name == OURS and peers:
                 row["speedup_over_best_peer"] = min(peers) / timed["p50"]
             self.rows.append(row)

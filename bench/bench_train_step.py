@@ -120,6 +120,9 @@ def main() -> None:
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length))
     ways = {str(way): way for way in WAYS if args.compile or args.only or not way.compiled}
 
+    if args.smoke and args.lora_dropout:
+        ways = {name: ways[name] for name in (OURS, PEERS[-1])}
+
     def step_of(way: Way, built: nn.Module) -> Callable[[], float]:
         return training_step(built, ids, args.loss_chunk if way.chunked else None)
 

@@ -19,7 +19,7 @@ except ImportError:
     bnb = None
 
 ops = torch.ops.qlora_ext
-OURS = "qlora_ext"
+OURS, COPY = "qlora_ext", "device copy"  # which is the limit, not a peer
 FORMAT = ("nf4", 64)  # quant_type, blocksize
 DTYPE = torch.bfloat16
 
@@ -156,4 +156,4 @@ def copy_provider(w: Weights) -> Provider:
     """A device copy that reads and writes, together, the bytes of the dense and of the 4-bit weight."""
     half = (w.dense_bytes + w.packed_bytes) // 2
     dense = [weight.view(torch.uint8).view(-1)[:half] for weight in w.dense]
-    return Provider("device copy", lambda i: dense[i].clone(), partial(differing, dense[0]))
+    return Provider(COPY, lambda i: dense[i].clone(), partial(differing, dense[0]))

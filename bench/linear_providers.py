@@ -14,6 +14,7 @@ from torch import Tensor
 from weight import BLOCKSIZE, QUANT_TYPE, Weight
 
 import qlora_ext
+import qlora_ext._C as _C
 
 ops = torch.ops.qlora_ext
 
@@ -140,7 +141,7 @@ def _bitsandbytes_repacked(weight: Weight) -> Any:
     packed, state = _bitsandbytes_quantized(weight)
     import bitsandbytes.functional as bnb
 
-    if not bnb.has_avx512bf16():
+    if _C.cpu_path() != "avx512_bf16" or not bnb.has_avx512bf16():  # a path stands for a machine that has no more
         raise MissingPeerError("without AVX512_BF16 its eval mode does what its training mode does")
     return bnb._convert_weight_packed_for_cpu(packed, state)
 

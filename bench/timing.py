@@ -9,12 +9,13 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+LEAST_CALLS = 3  # or a median is what one moment of a shared machine gave
 
 
 def interleaved(
     providers: dict[Key, Callable[[], object]], *, seconds: float, burst: float = 0.05, warmup: float = 0.05
 ) -> dict[Key, list[float]]:
-    """Time each provider in turn, in bursts, until every one has had its share of `seconds`.
+    """Time each provider in turn, in bursts, until every one has had its share of `seconds`, and LEAST_CALLS.
 
     Args:
         providers: what to call, by name.
@@ -30,7 +31,7 @@ def interleaved(
         _burst(call, warmup)
     times: dict[Key, list[float]] = {name: [] for name in providers}
     spent = dict.fromkeys(providers, 0.0)
-    while waiting := [name for name in providers if spent[name] < seconds]:
+    while waiting := [name for name in providers if spent[name] < seconds or len(times[name]) < LEAST_CALLS]:
         for name in waiting:
             calls = _burst(providers[name], burst)
             spent[name] += sum(calls)

@@ -43,8 +43,8 @@ inline QuantType checked_quant_type(const char* op, const std::string& quant_typ
 
 inline void check_blocksize(const char* op, int64_t blocksize) {
   const bool power_of_two = blocksize > 0 && (blocksize & (blocksize - 1)) == 0;
-  QLORA_CHECK(power_of_two && blocksize >= 32 && blocksize <= 4096, op, "blocksize", "a power of two from 32 to 4096",
-              blocksize);
+  QLORA_CHECK(power_of_two && blocksize >= kMinBlocksize && blocksize <= kMaxBlocksize, op, "blocksize",
+              "a power of two from 32 to 4096", blocksize);
 }
 
 // Whether contiguous() gives the numbers of a 4-bit weight's tensor in the weight's order: of a contiguous one, of one

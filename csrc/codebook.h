@@ -82,6 +82,7 @@ constexpr float round_down(double x) {
 }
 
 inline constexpr float kDecadeEnds[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+constexpr int kDecades = sizeof kDecadeEnds / sizeof *kDecadeEnds;
 inline constexpr float kDecadeRange = 1.0f - 0.1f;  // of a decade that ends at 1
 
 // Seven decades below 1, decade i (from the smallest) cut into 2^i equal cells whose centres are the values; and 0
@@ -92,7 +93,7 @@ constexpr DynamicCodebook make_dynamic_codebook(bool is_signed) {
   DynamicCodebook book{};
   const int zero = is_signed ? 127 : 0;
   int index = 0;
-  for (int i = 0; i < 7; ++i) {
+  for (int i = 0; i < kDecades; ++i) {
     const int cells = is_signed ? 1 << i : 2 << i;
     const float step = kDecadeRange / static_cast<float>(cells);
     auto edge = [&](int k) {  // a fused multiply-add: the product of two floats is exact in double

@@ -14,6 +14,8 @@
 
 namespace qlora {
 
+constexpr std::int64_t kMinBlocksize = 32, kMaxBlocksize = 4096;
+
 // A 4-bit tensor as it lies in memory. With double quantization absmax holds uint8_t codes and the nested pointers are
 // set; without it absmax holds floats and they are null.
 struct Packed4bit {
@@ -22,7 +24,7 @@ struct Packed4bit {
   const float* nested_absmax;  // [ceil(num_blocks / 256)] or null
   const float* nested_offset;  // 0-d or null
   QuantType quant_type;
-  std::int64_t blocksize;  // a power of two, 32 ... 4096
+  std::int64_t blocksize;  // a power of two, kMinBlocksize ... kMaxBlocksize
 };
 
 // Rows and columns [begin, end) of a weight [*, K].

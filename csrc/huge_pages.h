@@ -9,7 +9,7 @@
 
 namespace qlora {
 
-constexpr std::size_t kHugePage = 2 << 20;
+constexpr std::int64_t kHugePage = 2 << 20;
 
 // Advises the whole pages inside [memory, memory + bytes), of which there must be at least one; call it before writing.
 inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {

@@ -199,7 +199,8 @@ Tensor check_bias(const char* op, const OptionalTensor& bias, const Tensor& x, i
 
 Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
   Tensor result = at::empty(sizes, options);
-  if (result.is_cpu() && result.nbytes() >= kHugePage) advise_huge_pages(result.data_ptr(), result.nbytes());
+  const auto bytes = static_cast<int64_t>(result.nbytes());
+  if (result.is_cpu() && bytes >= kHugePage) advise_huge_pages(result.data_ptr(), result.nbytes());
   return result;
 }
 
@@ -273,7 +274,7 @@ TORCH_LIBRARY(qlora_ext, m) {
         ", Tensor[] A, Tensor[] B, float[] scaling, Tensor[] dropout_mask, bool with_grad_x)"
         " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 #undef QLORA_WEIGHT
-  m.def("dropout_mask(Tensor x, float keep) -> Tensor", {at::Tag::nondeterministic_seeded});
+  m.def("dropout_mask(Tensor x, float keep, Tensor seed) -> Tensor");
 }
 
 // What torch does for other ops, resolve views, ends in a crash for one that writes and returns nothing.

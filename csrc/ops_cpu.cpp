@@ -1,11 +1,9 @@
 // The CPU of the ops: the kernels of cpu/, spread over torch's threads.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
-#include <mutex>
 #include <vector>
 
 #include "check.h"
@@ -262,18 +260,16 @@ class Cpu final : public Device {
   }
 };
 
-// Which elements of x, a tensor of any dtype, dropout keeps, each with probability `keep`: a bool tensor, by torch's
-// generator. (Its bernoulli_ draws one number after the other.)
-Tensor dropout_mask(const Tensor& x, double keep) {
-  QLORA_CHECK(keep >= 0 && keep <= 1, "dropout_mask", "keep", "a probability in [0, 1]", keep);
+// Which elements of x, a tensor of any dtype, dropout keeps, each with probability `keep`: a bool tensor, by the seed
+// alone.
+Tensor dropout_mask(const Tensor& x, double keep, const Tensor& seed) {
+  constexpr const char* kOp = "dropout_mask";
+  QLORA_CHECK(keep >= 0 && keep <= 1, kOp, "keep", "a probability in [0, 1]", keep);
+  QLORA_CHECK_TYPE(seed.scalar_type() == at::kLong, kOp, "seed", "dtype int64", seed.scalar_type());
+  QLORA_CHECK(seed.numel() == 1, kOp, "seed", "one number", seed.sizes());
   const Tensor mask = at::empty(x.sizes(), x.options().dtype(at::kBool));
   const int64_t n = mask.numel();
-  at::Generator generator = at::detail::getDefaultCPUGenerator();
-  uint64_t key;
-  {
-    const std::lock_guard lock(generator.mutex());
-    key = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
-  }
+  const uint64_t key = mix(static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()));
   bool* const kept = mask.data_ptr<bool>();
   parallel_for(0, ceil_div(n, kRandomBlock), kGrain / kRandomBlock,
                [&](int64_t begin, int64_t end) { cpu::dropout_mask(key, keep, n, begin, end, kept); });

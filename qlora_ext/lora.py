@@ -282,6 +282,7 @@ def _merge_again(layer: LoraLinear, _: object) -> None:
 
 def _dropout_mask(x: Tensor, keep: float) -> Tensor:
     """Which elements of x are kept, each with this probability."""
-    if x.is_cpu:
-        return ops.dropout_mask(x, keep)  # type: ignore[no-any-return]
+    if type(x) is Tensor and x.is_cpu:  # a DTensor knows torch's alone, which draws one number after the other there
+        seed = torch.randint(2**63 - 1, (), device="cpu")
+        return ops.dropout_mask(x, keep, seed)  # type: ignore[no-any-return]
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)

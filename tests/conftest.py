@@ -1,4 +1,5 @@
-"""What every test shares: a seed of its own, the CPU paths of this machine, and the skip of `needs_cuda`."""
+"""What every test shares: a seed of its own, the number of threads, the CPU paths of this machine, and the skip of
+`needs_cuda`."""
 
 from __future__ import annotations
 
@@ -24,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed(request: pytest.FixtureRequest) -> None:
     """Random inputs depend on the test alone, not on the tests before it."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def restored_thread_count() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=_C.cpu_paths())

@@ -190,6 +190,10 @@ def check_every_cuda_bench(rows: list[dict[str, Any]]) -> None:
     ours = [row for row in rows if row["provider"] == "qlora_ext"]
     assert not any("skipped" in row for row in ours)
     assert all(row["error"] <= (1 if "M" in row else 0) for row in ours)
+    for row in ours:
+        same = [r for r in rows if "p50" in r and all(r.get(k) == row.get(k) for k in ("bench", "M", "mode", "shape"))]
+        peers = [r["p50"] for r in same if r["provider"] not in ("qlora_ext", "device copy")]
+        assert row.get("speedup_over_best_peer") == (pytest.approx(min(peers) / row["p50"]) if peers else None)
     modes, shapes = ("eager", "graph"), {tuple(row["shape"]) for row in ours}
     expected = set(product(("linear_4bit", "linear_4bit_dgrad"), (1, 4, 16, 64, 128, 512, 2048), modes, shapes))
     expected |= set(product(("quantize_4bit", "dequantize_4bit"), (None,), modes, shapes))

@@ -126,6 +126,11 @@ def test_an_inactive_adapter_does_not_count(base: str) -> None:
     assert layer.lora_B["a1"].grad is None
 
 
+def test_a_starts_as_nn_linear_does() -> None:
+    a = make_lora(make_base("nn.Linear"), LoraConfig()).lora_A["a0"]
+    assert 0.99 / 16 < a.abs().max() <= 1 / 16  # 1 / sqrt(in)
+
+
 @by_base
 def test_bias_of_the_base_gets_its_gradient(base: str) -> None:
     layer = make_lora(make_base(base), LoraConfig())
@@ -141,7 +146,7 @@ def test_dropout_has_the_gradients_of_the_formula_with_the_same_masks(dtype: tor
     layer = make_lora(make_base(base, dtype=dtype), config, config)
     x = torch.randn(2, 5, 256).to(dtype)
     torch.manual_seed(7)
-    masks = [torch.ops.qlora_ext.dropout_mask(x, keep) for _ in range(2)]
+    masks = [torch.ops.qlora_ext.dropout_mask(x, keep, torch.randint(2**63 - 1, ())) for _ in range(2)]
     assert (masks[0] != masks[1]).any()
     torch.manual_seed(7)
     assert_as_exact_as(formula(layer, base_weight(layer, dtype), masks, keep), layer, x, masks, keep)

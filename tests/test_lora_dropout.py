@@ -1,20 +1,20 @@
-"""Dropout before the adapters of a LoraLinear: who decides about it, and its masks. Its gradients are tested in
-test_lora.py."""
+"""Dropout before the adapters of a LoraLinear: who decides about it. Its gradients are tested in test_lora.py."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from layers import BASES, make_base, make_lora
 from reference import assert_same
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
-from qlora_ext import _C, LoraConfig, add_adapter, load_adapter, save_adapter
+from qlora_ext import LoraConfig, add_adapter, load_adapter, save_adapter
 
-dropout_mask = torch.ops.qlora_ext.dropout_mask
 by_base = pytest.mark.parametrize("base", BASES)
 
 
@@ -92,54 +92,43 @@ def test_a_new_adapter_and_a_loaded_one_drop_as_their_config_says(tmp_path: Path
     assert model[0].lora_dropout["default"].p == 0.5
 
 
-def seeded_mask(x: Tensor, keep: float) -> Tensor:
+@by_base
+def test_masks_follow_torchs_generator(base: str) -> None:
+    layer, x = make_lora(make_base(base), LoraConfig(lora_dropout=0.5)), torch.randn(3, 256)
     torch.manual_seed(7)
-    return dropout_mask(x, keep)
-
-
-@pytest.mark.parametrize("shape", [(), (0, 3), (3,), (2, 5, 100), (300, 512)], ids=str)
-def test_a_seed_stands_for_the_same_masks_on_every_path_and_with_any_threads(
-    shape: tuple[int, ...], cpu_path: str
-) -> None:
-    x = torch.empty(shape, dtype=torch.bfloat16)
-    mask = seeded_mask(x, 0.9)
-    assert (mask.dtype, mask.shape, mask.is_contiguous()) == (torch.bool, x.shape, True)
-    _C.set_cpu_path("portable")
-    assert_same(seeded_mask(x, 0.9), mask)
-    _C.set_cpu_path(cpu_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert_same(seeded_mask(x, 0.9), mask)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_masks_follow_torchs_generator() -> None:
-    x = torch.empty(64, 100)
-    first, second = seeded_mask(x, 0.5), dropout_mask(x, 0.5)
+    first, second = layer(x), layer(x)
     assert (first != second).any()
-    torch.manual_seed(8)
-    assert (dropout_mask(x, 0.5) != first).any()
     torch.manual_seed(7)
     with torch.random.fork_rng():
-        dropout_mask(x, 0.5)
-    assert_same(dropout_mask(x, 0.5), first)
-    # Whatever x is like: strided, in another dtype, to be differentiated.
-    torch.manual_seed(7)
-    assert_same(dropout_mask(torch.empty(100, 64).t().half().requires_grad_(), 0.5), first)
-    assert not first.requires_grad
-    assert dropout_mask(x, 1.0).all()
-    assert not dropout_mask(x, 0.0).any()
+        assert_same(layer(x), first)
+    assert_same(layer(x), first)
 
 
-@pytest.mark.parametrize("keep", [-0.1, 1.5, math.nan])
-def test_a_mask_wants_a_probability(keep: float) -> None:
-    with pytest.raises(ValueError, match=rf"dropout_mask: keep: expected a probability in \[0, 1\], got {keep}"):
-        dropout_mask(torch.empty(3), keep)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls an op without a rule once for each
+def test_vmap_is_told_whether_masks_differ() -> None:
+    layer, x = make_lora(make_base("nn.Linear"), LoraConfig(lora_dropout=0.5)), torch.randn(1, 3, 256)
+    same = torch.func.vmap(layer, randomness="same")(x.expand(2, 3, 256))
+    torch.testing.assert_close(same[0], same[1], rtol=1e-3, atol=1e-5)
+    members = [p.expand(2, *p.shape) for p in layer.parameters()]
+    names = [name for name, _ in layer.named_parameters()]
+
+    def member(*parameters: Tensor) -> Tensor:
+        named = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, named, (x[0],))  # type: ignore[no-any-return]
+
+    for each, batch in ((layer, [x.expand(2, 3, 256)]), (member, members)):
+        differ = torch.func.vmap(each, randomness="different")(*batch)
+        assert (differ[0] != differ[1]).any()
+        with pytest.raises(RuntimeError, match="random"):
+            torch.func.vmap(each)(*batch)
 
 
-def test_masks_in_torchs_tracers() -> None:
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(dropout_mask.default, (torch.empty(3, 64), 0.5), test_utils=checks)
-    assert torch.Tag.nondeterministic_seeded in dropout_mask.default.tags  # not to be computed twice
+def test_a_sharded_input_is_dropped_by_torch() -> None:
+    layer = make_lora(make_base("nn.Linear"), LoraConfig(lora_dropout=0.5))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        y = distribute_module(layer, mesh)(distribute_tensor(torch.randn(4, 256), mesh, [Shard(0)]))
+        assert y.full_tensor().shape == (4, 48)
+    finally:
+        dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,6 @@ LR = 1e-2
 
 def flat(params: list[Parameter]) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in params])
-
-
-@pytest.fixture(autouse=True)
-def restored_thread_count() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the arithmetic -------------------------------------------------------------------------------------------------
@@ -103,7 +95,7 @@ def test_stochastic_rounding_is_unbiased_and_repeats(tmp_path: Path) -> None:
 
     assert torch.equal(run(0), torch.ones(20000, dtype=torch.bfloat16))
     rounded = run(1, stochastic_rounding=True)
-    assert rounded.double().mean().item() == pytest.approx(1 - 64 * 1e-4, abs=5e-4)
+    assert rounded.double().mean().item() == pytest.approx(1 - 64 * 1e-4, abs=2e-4)
     paged = run(1, stochastic_rounding=True, page_bytes=4096, host_budget=0, page_file=tmp_path / "pages")
     assert torch.equal(rounded, paged)
     assert not torch.equal(rounded, run(2, stochastic_rounding=True))

@@ -1,4 +1,4 @@
-"""Adapters and FSDP2 (fully_shard): before it they are added, after it saved and loaded; all else is refused."""
+"""FSDP2 (fully_shard) of layers, and of adapters: added before it, saved and loaded after it; all else is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from adapted_model import TOKENS, base_model, logits, with_adapter
-from layers import names_of, randomize_adapters
+from layers import make_linear, names_of, randomize_adapters, state_bytes, with_gradients
 from reference import assert_same
 from safetensors.torch import load_file
 from test_lora_experts import adapted
@@ -234,3 +234,23 @@ def test_experts_are_sharded_by_themselves(part: str) -> None:
     assert_same(model(MIXTURE_TOKENS).logits, expected)
     expected.square().mean().backward()
     model(MIXTURE_TOKENS).logits.square().mean().backward()
+
+
+def test_fully_shard_keeps_the_bytes_and_the_results() -> None:
+    """FSDP2 turns the parameters to DTensors, frozen uint8 ones too, and back for each forward."""
+    model = nn.Sequential(make_linear(), make_linear(48, double_quant=False))
+    x = torch.randn(3, 256)
+    expected = with_gradients(model, [x])
+    before = state_bytes(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for got, same in zip(with_gradients(model, [x]), expected, strict=True):
+        assert_same(got, same)
+    model(x).sum().backward()
+    assert model[0].bias.grad is not None
+    whole = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in model.state_dict().items()}
+    copy = nn.Sequential(make_linear(), make_linear(48, double_quant=False))
+    copy.load_state_dict(whole, strict=True)
+    assert state_bytes(copy) == before

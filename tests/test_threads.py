@@ -47,13 +47,6 @@ CALLS["lora_backward"] = lambda dtype: ops.lora_linear_4bit_backward(
 )
 
 
-@pytest.fixture(autouse=True)
-def restored_thread_count() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("op", CALLS)
 def test_same_bytes_for_every_thread_count_and_run(op: str, dtype: torch.dtype, cpu_path: str) -> None:

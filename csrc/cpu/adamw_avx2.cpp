@@ -14,25 +14,14 @@
 namespace qlora::cpu {
 namespace {
 
-struct Avx2 {
-  using V = __m256;
-  static constexpr std::int64_t kLanes = 8;
+struct Avx2 : Avx2Vectors {
+  using V = Vector;
 
-  static V splat(float x) { return _mm256_set1_ps(x); }
   static V multiply(V a, V b) { return _mm256_mul_ps(a, b); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V subtract(V a, V b) { return _mm256_sub_ps(a, b); }
   static V divide(V a, V b) { return _mm256_div_ps(a, b); }
   static V sqrt(V a) { return _mm256_sqrt_ps(a); }
-
-  template <typename T>
-  static V load(const T* from) {
-    return load8(from);
-  }
-  template <typename T>
-  static void store(T* to, V x) {
-    store8(to, x);
-  }
 
   struct Random {
     __m256i low, high;  // halves of the key, the low ones with the elements' part

@@ -7,25 +7,14 @@
 namespace qlora::cpu {
 namespace {
 
-struct Avx512 {
-  using V = __m512;
-  static constexpr std::int64_t kLanes = 16;
+struct Avx512 : Avx512Vectors {
+  using V = Vector;
 
-  static V splat(float x) { return _mm512_set1_ps(x); }
   static V multiply(V a, V b) { return _mm512_mul_ps(a, b); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V subtract(V a, V b) { return _mm512_sub_ps(a, b); }
   static V divide(V a, V b) { return _mm512_div_ps(a, b); }
   static V sqrt(V a) { return _mm512_sqrt_ps(a); }
-
-  template <typename T>
-  static V load(const T* from) {
-    return load16(from);
-  }
-  template <typename T>
-  static void store(T* to, V x) {
-    store16(to, x);
-  }
 
   struct Random {
     __m512i low, high;  // halves of the key, the low ones with the elements' part

@@ -19,8 +19,6 @@ constexpr const DynamicCodebook& state_codebook() {
   return kUnsignedCodebook;
 }
 
-constexpr int kDecades = 7;
-
 // --- encoding -----------------------------------------------------------------------------------------------------
 
 // The magnitudes lie on 8 lines: the smallest decade, if signed with 0, six more decades, and 1.

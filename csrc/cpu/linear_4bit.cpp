@@ -29,7 +29,7 @@ const FewRowsKernel* kernel_for([[maybe_unused]] DType dtype, [[maybe_unused]] s
 }
 
 std::int64_t arranged_row_bytes(const FewRowsKernel& kernel, std::int64_t K) {
-  return ceil_div(K, kernel.chunk) * kernel.chunk * itemsize(kernel.dtype);
+  return ceil_div(K, kernel.chunk) * kernel.chunk * kernel.bytes;
 }
 
 }  // namespace

@@ -50,7 +50,7 @@ void each_group(std::int64_t M, std::int64_t most, Body&& body) {
 // x comes to a kernel in groups of rows, each padded with zeros to whole chunks and in the order that it wants.
 struct FewRowsKernel {
   std::int64_t chunk;  // elements of a row
-  DType dtype;         // of x as it is multiplied
+  std::int64_t bytes;  // of an element of x as it is multiplied
   std::int64_t most_at_once;
   void (*arrange)(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged);  // a group
   void (*multiply)(const FewRows& product, std::int64_t begin, std::int64_t end);                  // all groups

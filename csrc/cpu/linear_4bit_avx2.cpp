@@ -72,7 +72,6 @@ struct Avx2 {
   static constexpr std::int64_t kChunk = 64;
   static constexpr int kMostRows = 8;
   static constexpr int kRowsOfW = 1;
-  static constexpr DType kDType = DType::Float32;
   using Element = float;
   using Lanes = LanesAvx2;
   using Vector = __m256;

@@ -13,20 +13,26 @@
 namespace qlora::cpu {
 namespace {
 
-struct Avx512 : SumsAvx512 {
+struct CodesFp32 {
+  using Element = float;
+
+  __m512 table;
+
+  explicit CodesFp32(QuantType quant_type) : table(_mm512_loadu_ps(codebook(quant_type).value)) {}
+
+  // The i-th code of each dword.
+  __m512 decode(__m512i dwords, int i) const {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, static_cast<unsigned>(4 * i)), table);
+  }
+};
+
+struct Avx512 : SumsAvx512, CodesFp32 {
   static constexpr std::int64_t kChunk = 128;
   static constexpr int kMostRows = 2;  // of more, tiles are made, where W has the rows for one
   static constexpr int kRowsOfW = 2;
   static constexpr int kChains = 2;  // of dependent additions, to keep the units busy
-  static constexpr DType kDType = DType::Float32;
-  using Element = float;
-  using Lanes = LanesAvx512<Avx512>;
-
-  __m512 table;
-
-  explicit Avx512(QuantType quant_type) : table(_mm512_loadu_ps(codebook(quant_type).value)) {}
-
-  static int run_of_lane(int lane) { return lane / 4; }
+  using Lanes = LanesAvx512<>;
+  using CodesFp32::CodesFp32;
 
   static constexpr int element(int i) {
     const int nibble = i / 16, dword = i % 16, byte = 4 * dword + nibble / 2;
@@ -42,9 +48,7 @@ struct Avx512 : SumsAvx512 {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       Vector weights[kRowsOfW];
-      for (int r = 0; r < kRowsOfW; ++r) {
-        weights[r] = _mm512_permutexvar_ps(_mm512_srli_epi32(dwords[r], 4 * i), table);
-      }
+      for (int r = 0; r < kRowsOfW; ++r) weights[r] = decode(dwords[r], i);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         const Vector values = _mm512_load_ps(x + m * kChunk + 16 * i);
@@ -61,19 +65,10 @@ struct Avx512 : SumsAvx512 {
   }
 };
 
-struct TileAvx512 {
+struct TileAvx512 : CodesFp32 {
   static constexpr int kFactors = 1;  // of a lane, in one step
   static constexpr int kShifts = 8;   // of a dword, each of which brings a code to every lane
-  static constexpr DType kDType = DType::Float32;
-  using Element = float;
-
-  __m512 table;
-
-  explicit TileAvx512(QuantType quant_type) : table(_mm512_loadu_ps(codebook(quant_type).value)) {}
-
-  __m512 decode(__m512i dwords, int i) const {
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, static_cast<unsigned>(4 * i)), table);
-  }
+  using CodesFp32::CodesFp32;
 
   // Of 4 of x: what the shifts bring, in their order.
   static __m128i in_order(__m128i x) { return _mm_shuffle_epi32(x, 0b10110001); }

@@ -1,5 +1,5 @@
 // What linear_4bit's AVX512 kernels, fp32 and bf16, share: sums of 16 lanes, absmax, and which of a chunk's absmax a
-// lane takes: that of the run of 32 weights that Isa::run_of_lane names. A file of kernels includes this inside its
+// lane takes: that of the run of 32 weights that kRunOfLane names. A file of kernels includes this inside its
 // target region, after dynamic_lookup_avx512.h or its twin for VBMI.
 #include "linear_4bit_loops.h"
 #include "simd_avx512.h"
@@ -49,14 +49,17 @@ struct SumsAvx512 {
   }
 };
 
-template <typename Isa>
+// Where a chunk of 128 weights lies in a register as in memory.
+constexpr int run_of_lane(int lane) { return lane / 4; }
+
+template <int (*kRunOfLane)(int) = run_of_lane>
 struct LanesAvx512 {
   __m512i run, block;
 
   explicit LanesAvx512(std::int64_t blocksize) {
     std::int32_t runs[16], blocks[16];
     for (int lane = 0; lane < 16; ++lane) {
-      runs[lane] = Isa::run_of_lane(lane);
+      runs[lane] = kRunOfLane(lane);
       blocks[lane] = static_cast<std::int32_t>(runs[lane] * kRun / blocksize);
     }
     run = _mm512_loadu_si512(runs);

@@ -15,30 +15,36 @@
 namespace qlora::cpu {
 namespace {
 
-__m512i bf16_codes(QuantType quant_type) {
-  std::uint16_t words[2 * kNumCodes];
-  for (int i = 0; i < 2 * kNumCodes; ++i) {
-    const int code = i % kNumCodes;
-    words[i] = round_code<BFloat16>(quant_type, code, codebook(quant_type).value[code]).bits;
-  }
-  return _mm512_loadu_si512(words);
-}
+struct CodesBf16 {
+  using Element = BFloat16;
 
-struct Avx512Bf16 : SumsAvx512 {
+  __m512i table;
+
+  explicit CodesBf16(QuantType quant_type) {
+    std::uint16_t words[2 * kNumCodes];
+    for (int i = 0; i < 2 * kNumCodes; ++i) {
+      const int code = i % kNumCodes;
+      words[i] = round_code<BFloat16>(quant_type, code, codebook(quant_type).value[code]).bits;
+    }
+    table = _mm512_loadu_si512(words);
+  }
+
+  // The i-th code of each word.
+  __m512bh decode(__m512i words, int i) const {
+    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(4 * i)), table);
+  }
+};
+
+// 8 bytes of the first vector, then 8 of the second.
+constexpr int run_of_lane_in_turn(int lane) { return lane / 2 % 2 * 4 + lane / 4; }
+
+struct Avx512Bf16 : SumsAvx512, CodesBf16 {
   static constexpr std::int64_t kChunk = 256;
   static constexpr int kMostRows = 2;  // of more, tiles are made, where W has the rows for one
   static constexpr int kRowsOfW = 2;
   static constexpr int kChains = 2;  // of dependent additions, to keep the units busy
-  static constexpr DType kDType = DType::BFloat16;
-  using Element = BFloat16;
-  using Lanes = LanesAvx512<Avx512Bf16>;
-
-  __m512i table;
-
-  explicit Avx512Bf16(QuantType quant_type) : table(bf16_codes(quant_type)) {}
-
-  // 8 bytes of the first vector, then 8 of the second.
-  static int run_of_lane(int lane) { return lane / 2 % 2 * 4 + lane / 4; }
+  using Lanes = LanesAvx512<run_of_lane_in_turn>;
+  using CodesBf16::CodesBf16;
 
   static constexpr int element(int i) {
     const int half = i / 128, nibble = i / 32 % 4, word = i % 32;
@@ -59,41 +65,28 @@ struct Avx512Bf16 : SumsAvx512 {
     Vector sums[kRowsOfW][kRows][kChains];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      __m512i weights[kRowsOfW];
-      for (int r = 0; r < kRowsOfW; ++r) {
-        weights[r] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[r][i / 4], 4 * (i % 4)), table);
-      }
+      __m512bh weights[kRowsOfW];
+      for (int r = 0; r < kRowsOfW; ++r) weights[r] = decode(words[r][i / 4], i % 4);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         const auto values = (__m512bh)_mm512_load_si512(x + m * kChunk + 32 * i);
         for (int r = 0; r < kRowsOfW; ++r) {
           Vector& sum = sums[r][m][i % kChains];
-          sum = _mm512_dpbf16_ps(i < kChains ? zero() : sum, (__m512bh)weights[r], values);
+          sum = _mm512_dpbf16_ps(i < kChains ? zero() : sum, weights[r], values);
         }
       }
     }
     static_assert(kChains == 2);
     for (int r = 0; r < kRowsOfW; ++r) {
-      for (int m = 0; m < kRows; ++m) {
-        products[r][m] = sums[r][m][0] + sums[r][m][1];
-      }
+      for (int m = 0; m < kRows; ++m) products[r][m] = sums[r][m][0] + sums[r][m][1];
     }
   }
 };
 
-struct TileAvx512Bf16 {
+struct TileAvx512Bf16 : CodesBf16 {
   static constexpr int kFactors = 2;  // of a lane, in one step
   static constexpr int kShifts = 4;   // of a dword, each of which brings two codes to every lane
-  static constexpr DType kDType = DType::BFloat16;
-  using Element = BFloat16;
-
-  __m512i table;
-
-  explicit TileAvx512Bf16(QuantType quant_type) : table(bf16_codes(quant_type)) {}
-
-  __m512bh decode(__m512i dwords, int i) const {
-    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(dwords, static_cast<unsigned>(4 * i)), table);
-  }
+  using CodesBf16::CodesBf16;
 
   // Of 8 of x: the pairs that the shifts bring, in their order. The low nibble is the odd element.
   static __m128i in_order(__m128i x) {

@@ -22,10 +22,6 @@ constexpr std::int64_t kRowsAtOnce = 64;         // of W, that are added up befo
 constexpr int kMostAtOnce = 4;                   // rows of grad
 constexpr int kCodes = 8;                        // of a dword
 
-struct ColumnsInRuns {
-  static int run_of_lane(int lane) { return lane / 4; }
-};
-
 // Of a chunk: the i-th codes of its dwords.
 template <int kRows>
 using Sums = __m512[kRows][kCodes];
@@ -40,8 +36,8 @@ struct ChunkOfW {
 
 // Times grad[kRows][w.rows], rows N apart, onto the sums.
 template <int kRows>
-[[gnu::noinline]] void add_rows(__m512 table, const LanesAvx512<ColumnsInRuns>& lanes, const ChunkOfW& w,
-                                const float* grad, std::int64_t N, Sums<kRows>& sums) {
+[[gnu::noinline]] void add_rows(__m512 table, const LanesAvx512<>& lanes, const ChunkOfW& w, const float* grad,
+                                std::int64_t N, Sums<kRows>& sums) {
   // All sums of 4 rows would fill the registers.
   constexpr int kAtOnce = kRows < kMostAtOnce ? kCodes : kCodes / 2;
   const bool whole = w.count == kChunk;
@@ -101,7 +97,7 @@ void finish_chunk(const FewRowsDgrad& p, std::int64_t column, std::int64_t count
 template <int kRows>
 void multiply_columns(const FewRowsDgrad& p, std::int64_t begin, std::int64_t end) {
   const __m512 table = _mm512_loadu_ps(codebook(p.w.quant_type).value);
-  const LanesAvx512<ColumnsInRuns> lanes(p.w.blocksize);
+  const LanesAvx512<> lanes(p.w.blocksize);
   for (std::int64_t strip = begin; strip < end; strip += kStrip) {
     const std::int64_t width = smaller(end - strip, kStrip);
     const std::int64_t before = strip % p.w.blocksize;  // columns of the first block that are left out

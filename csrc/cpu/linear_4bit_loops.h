@@ -5,7 +5,7 @@
 //   kMostRows      rows of x that are multiplied at once
 //   kRowsOfW       rows of W that are multiplied by x as it is loaded once
 //   kChunk         weights of each that are decoded at a time
-//   kDType         of x as it is multiplied; Element is the type
+//   Element        of x as it is multiplied
 //   element        of a chunk of x that lies at place i
 //   Vector         fp32 sums; a lane's weights of a chunk are of one run of 32, so that they share an absmax
 //   decode_absmax  absmax of blocks as numbers; writes up to a multiple of 64, or less
@@ -17,7 +17,7 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr std::int64_t kRun = 32;                     // the smallest blocksize
+constexpr std::int64_t kRun = kMinBlocksize;
 constexpr std::int64_t kRowBlock = kFewRowsBoundary;  // rows of W that meet a segment of x while it is in L1
 constexpr std::int64_t kLine = 64;                    // bytes of a cache line
 constexpr std::int64_t kBytesToL1 = 4096;             // ahead, that are fetched
@@ -230,7 +230,8 @@ void multiply_group(const FewRows& p, std::int64_t begin, std::int64_t end) {
 // There is more than one group only where W has fewer rows than a tile (linear_4bit_tiles_avx512.h).
 template <typename Isa>
 void multiply_few_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
-  const std::int64_t x_row = ceil_div(p.K, Isa::kChunk) * Isa::kChunk * itemsize(Isa::kDType);
+  constexpr std::int64_t kBytes = sizeof(typename Isa::Element);
+  const std::int64_t x_row = ceil_div(p.K, Isa::kChunk) * Isa::kChunk * kBytes;
   each_group(p.M, Isa::kMostRows, [&](std::int64_t m, std::int64_t rows) {
     FewRows group = p;
     group.x = static_cast<const char*>(p.x) + m * x_row;
@@ -242,7 +243,8 @@ void multiply_few_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
 }
 
 template <typename Isa>
-constexpr FewRowsKernel kAlongRows{Isa::kChunk, Isa::kDType, Isa::kMostRows, arrange_rows<Isa>, multiply_few_rows<Isa>};
+constexpr FewRowsKernel kAlongRows{Isa::kChunk, sizeof(typename Isa::Element), Isa::kMostRows, arrange_rows<Isa>,
+                                   multiply_few_rows<Isa>};
 
 }  // namespace
 }  // namespace qlora::cpu

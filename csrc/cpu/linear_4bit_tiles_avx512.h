@@ -4,7 +4,7 @@
 // region.
 //
 // Isa has
-//   kDType        of x as it is multiplied; Element is the type
+//   Element       of x as it is multiplied
 //   kFactors      elements of x, and weights, that a lane multiplies in a step
 //   kShifts       steps that the 8 codes of a dword take
 //   decode        the weights of step i of 16 dwords
@@ -101,11 +101,11 @@ void arrange_in_dwords(const From* x, std::int64_t rows, std::int64_t K, std::in
   }
 }
 
-// Of the dtypes that come to Isa: its own, and for fp32 all.
+// Of the dtypes that come to Isa: its own, and to fp32 all.
 template <typename Isa>
 void arrange_for_tiles(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged) {
   with_type(dtype, [&](auto type) {
-    if constexpr (Isa::kDType == DType::Float32 || std::is_same_v<decltype(type), typename Isa::Element>) {
+    if constexpr (sizeof(typename Isa::Element) == 4 || std::is_same_v<decltype(type), typename Isa::Element>) {
       arrange_in_dwords<Isa>(static_cast<const decltype(type)*>(x), rows, K, static_cast<std::int32_t*>(arranged));
     }
   });
@@ -244,7 +244,8 @@ void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
 }
 
 template <typename Isa>
-constexpr FewRowsKernel kInTiles{kRun, Isa::kDType, kMostInTile, arrange_for_tiles<Isa>, multiply_in_tiles<Isa>};
+constexpr FewRowsKernel kInTiles{kRun, sizeof(typename Isa::Element), kMostInTile, arrange_for_tiles<Isa>,
+                                 multiply_in_tiles<Isa>};
 
 }  // namespace
 }  // namespace qlora::cpu

@@ -16,13 +16,11 @@
 namespace qlora::cpu {
 namespace {
 
-struct Avx2 {
+struct Avx2 : Avx2Vectors {
   static constexpr std::int64_t kColumns = 16;
   // Rounding errors of longer chains would grow beyond those of torch's kernels.
   static constexpr std::int64_t kChain = 64;
   static constexpr std::int64_t kPerStep = 1;
-  static constexpr std::int64_t kLanes = 8;
-  using Vector = __m256;
   static constexpr int kTileRows = 6;
 
   template <typename T>
@@ -30,9 +28,6 @@ struct Avx2 {
     return load8(from);
   }
 
-  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
-
-  static void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
   static void store_first(float* to, Vector x, std::int64_t lanes) {
     float values[kLanes];
     _mm256_storeu_ps(values, x);
@@ -114,16 +109,6 @@ struct Avx2 {
       _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), sum[i][0]));
       _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), sum[i][1]));
     }
-  }
-
-  template <typename T>
-  static void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {
-    std::int64_t j = 0;
-    for (; j + 8 <= columns; j += 8) {
-      const __m256 sum = _mm256_loadu_ps(sums + j);
-      store8(out + j, bias == nullptr ? sum : _mm256_add_ps(sum, load8(bias + j)));
-    }
-    for (; j < columns; ++j) out[j] = round_to<T>(bias == nullptr ? sums[j] : sums[j] + to_float(bias[j]));
   }
 };
 

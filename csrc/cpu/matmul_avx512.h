@@ -1,4 +1,9 @@
-// What the two kinds of matmul share on AVX512. A file of kernels includes this inside its target region.
+// What the two kinds of matmul share on AVX512: tiles of 12 rows x 32 columns, 24 sums in 24 registers. A file of
+// kernels includes this inside its target region.
+//
+// Isa adds
+//   product     of a number, or pair, of x and those of 16 columns, onto their sums
+//   store_rows  fp32 values of 16 columns of the panel, of rows r and r + 1; r is even
 #include "matmul_loops.h"
 #include "simd_avx512.h"
 #include "transpose_bytes.h"
@@ -6,26 +11,55 @@
 namespace qlora::cpu {
 namespace {
 
-struct Avx512Tiles {
-  static constexpr std::int64_t kColumns = 32, kLanes = 16;
+template <typename Isa>
+struct Avx512Tiles : Avx512Vectors {
+  static constexpr std::int64_t kColumns = 32;
   static constexpr int kTileRows = 12;
-  using Vector = __m512;
 
-  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
-
-  static void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
   static void store_first(float* to, Vector x, std::int64_t lanes) {
     _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << lanes) - 1), x);
   }
 
   template <typename T>
-  static void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {
-    std::int64_t j = 0;
-    for (; j + 16 <= columns; j += 16) {
-      const __m512 sum = _mm512_loadu_ps(sums + j);
-      store16(out + j, bias == nullptr ? sum : _mm512_add_ps(sum, load16(bias + j)));
+  static void store_panel_rows(const T* even, const T* odd, std::int64_t r, float* panel) {
+    for (int q = 0; q < 32; q += 16) Isa::store_rows(load16(even + q), load16(odd + q), r, panel + q);
+  }
+
+  // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side: each byte is a pair.
+  static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t depth) {
+    const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
+    for (std::int64_t half = 0; half < kColumns; half += 16) {
+      for (std::int64_t r = 0; r < depth; r += 32) {
+        const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + half);
+        __m128i bytes[16];
+        transpose_bytes(s.packed + half * kStagedBytes + r / 2, kStagedBytes, bytes);
+        for (int i = 0; i < 16; ++i) {
+          const __m512i low = _mm512_cvtepu8_epi32(bytes[i]), high = _mm512_srli_epi32(low, 4);
+          Isa::store_rows(_mm512_mul_ps(_mm512_permutexvar_ps(high, table), absmax),
+                          _mm512_mul_ps(_mm512_permutexvar_ps(low, table), absmax), r + 2 * i, s.panel + half);
+        }
+      }
     }
-    for (; j < columns; ++j) out[j] = round_to<T>(bias == nullptr ? sums[j] : sums[j] + to_float(bias[j]));
+  }
+
+  // A function of its own for the reason that matmul_avx2.cpp tells.
+  template <int kRows>
+  [[gnu::noinline]] static void multiply_tile(const float* x, const float* panel, std::int64_t steps, float* sums) {
+    __m512 sum[kRows][2];
+    for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (std::int64_t step = 0; step < steps; ++step, panel += kColumns) {
+      const __m512 b0 = _mm512_loadu_ps(panel), b1 = _mm512_loadu_ps(panel + 16);
+#pragma GCC unroll 12
+      for (int i = 0; i < kRows; ++i) {
+        const __m512 a = _mm512_set1_ps(x[step * kRows + i]);
+        sum[i][0] = Isa::product(a, b0, sum[i][0]);
+        sum[i][1] = Isa::product(a, b1, sum[i][1]);
+      }
+    }
+    for (int i = 0; i < kRows; ++i, sums += kSumStride) {
+      _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sum[i][0]));
+      _mm512_storeu_ps(sums + 16, _mm512_add_ps(_mm512_loadu_ps(sums + 16), sum[i][1]));
+    }
   }
 };
 

@@ -1,4 +1,4 @@
-// matmul for AVX512_BF16: pairs of bf16 along the reduction, tiles of 12 rows x 32 columns, 24 sums in 24 registers.
+// matmul for AVX512_BF16: pairs of bf16 along the reduction.
 //
 // Places hold pairs in 32 bits, the element of even r in the low half: of x as it lies in memory, of the panel so that
 // row r / 2 has the pairs of its columns. Weights are decoded in fp32 and rounded once, as dequantize_4bit does (but
@@ -15,7 +15,7 @@
 namespace qlora::cpu {
 namespace {
 
-struct Avx512Bf16 : Avx512Tiles {
+struct Avx512Bf16 : Avx512Tiles<Avx512Bf16> {
   static constexpr std::int64_t kPerStep = 2;
   // The whole depth: beside the rounding of x, W and out to bf16 the errors of longer chains do not show.
   static constexpr std::int64_t kChain = kDepth / kPerStep;
@@ -28,38 +28,13 @@ struct Avx512Bf16 : Avx512Tiles {
     return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
   }
 
-  // 16 pairs of rows r and r + 1, and where they belong in the panel.
-  static void store_pairs(__m512 even, __m512 odd, const __m512i& interleave, float* to) {
+  static Vector product(Vector a, Vector b, Vector sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(b), (__m512bh)_mm512_castps_si512(a));
+  }
+
+  static void store_rows(__m512 even, __m512 odd, std::int64_t r, float* panel) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // words 0 to 15 are even's
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(interleave, halves));
-  }
-
-  template <typename T>
-  static void store_panel_rows(const T* even, const T* odd, std::int64_t r, float* panel) {
-    const __m512i interleave = words_in_turn();
-    float* to = panel + r / 2 * kColumns;
-    for (int q = 0; q < 32; q += 16) {
-      store_pairs(load16(even + q), load16(odd + q), interleave, to + q);
-    }
-  }
-
-  // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side: each byte is a pair.
-  static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t depth) {
-    const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
-    const __m512i interleave = words_in_turn();
-    for (std::int64_t half = 0; half < kColumns; half += 16) {
-      for (std::int64_t r = 0; r < depth; r += 32) {
-        const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + half);
-        __m128i bytes[16];
-        transpose_bytes(s.packed + half * kStagedBytes + r / 2, kStagedBytes, bytes);
-        float* to = s.panel + r / 2 * kColumns + half;
-        for (int i = 0; i < 16; ++i, to += kColumns) {
-          const __m512i low = _mm512_cvtepu8_epi32(bytes[i]), high = _mm512_srli_epi32(low, 4);
-          store_pairs(_mm512_mul_ps(_mm512_permutexvar_ps(high, table), absmax),
-                      _mm512_mul_ps(_mm512_permutexvar_ps(low, table), absmax), interleave, to);
-        }
-      }
-    }
+    _mm512_storeu_si512(panel + r / 2 * kColumns, _mm512_permutexvar_epi16(words_in_turn(), halves));
   }
 
   // 16 bytes of two of W's rows at a time: even columns are the high nibbles. After the last of an odd number of rows
@@ -92,25 +67,6 @@ struct Avx512Bf16 : Avx512Tiles {
     std::uint16_t words[32];
     for (int i = 0; i < 32; ++i) words[i] = static_cast<std::uint16_t>(j + i / 4 + i % 2 * 16 + i / 2 % 2 * 32);
     return _mm512_loadu_si512(words);
-  }
-
-  template <int kRows>
-  static void multiply_tile(const float* x, const float* panel, std::int64_t steps, float* sums) {
-    __m512 sum[kRows][2];
-    for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-    for (std::int64_t step = 0; step < steps; ++step, panel += kColumns) {
-      const auto b0 = (__m512bh)_mm512_loadu_si512(panel), b1 = (__m512bh)_mm512_loadu_si512(panel + 16);
-#pragma GCC unroll 12
-      for (int i = 0; i < kRows; ++i) {
-        const auto a = (__m512bh)_mm512_set1_ps(x[step * kRows + i]);
-        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], b0, a);
-        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], b1, a);
-      }
-    }
-    for (int i = 0; i < kRows; ++i, sums += kSumStride) {
-      _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sum[i][0]));
-      _mm512_storeu_ps(sums + 16, _mm512_add_ps(_mm512_loadu_ps(sums + 16), sum[i][1]));
-    }
   }
 };
 

@@ -17,7 +17,7 @@ constexpr std::int64_t kSumStride = kMaxColumns + 16;
 // decoded, per kStep of W's columns.
 static_assert(kDepth == kMaxColumns);  // W's rows are the panel's rows or its columns
 constexpr std::int64_t kStagedBytes = kDepth / 2 + 64;
-constexpr std::int64_t kStep = 32;
+constexpr std::int64_t kStep = kMinBlocksize;
 
 // The memory of one thread.
 struct MatmulScratch {

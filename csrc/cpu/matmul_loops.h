@@ -3,8 +3,7 @@
 //
 // Rows of x are arranged tile by tile, in the type that is multiplied, so that a tile reads one stream. Then, a panel
 // of columns of b at a time, b is decoded to the panel, and multiplied with all rows, tile by tile in registers, onto
-// fp32 sums. A weight is decoded once for all rows that are arranged, and never stored beyond the
-// panel.
+// fp32 sums. A weight is decoded once for all rows that are arranged, and never stored beyond the panel.
 //
 // Isa has
 //   kTileRows, kColumns    the most rows of a tile, and its columns, which are a panel's
@@ -13,12 +12,12 @@
 //   kLanes                 places, 32 bits each, of a Vector
 //   places                 kLanes * kPerStep elements
 //   transpose              kLanes vectors: lane j of vector i goes to lane i of vector j
-//   store, store_first     a Vector, or its first so many lanes
+//   load, store            a Vector of any dtype
+//   store_first            its first so many lanes
 //   store_panel_rows       dense values, two rows of the panel
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
 //   fill_weight_transposed the panel, from W[J, R], of which a panel is staged: W's rows are the panel's columns
 //   multiply_tile<rows>    so many rows of x @ panel, some steps, onto their sums
-//   store_row              sums + bias, rounded
 namespace qlora::cpu {
 namespace {
 
@@ -249,6 +248,17 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t r, s
   }
 }
 
+// sums + bias, rounded.
+template <typename Isa, typename T>
+void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {
+  std::int64_t j = 0;
+  for (; j + Isa::kLanes <= columns; j += Isa::kLanes) {
+    const auto sum = Isa::load(sums + j);
+    Isa::store(out + j, bias == nullptr ? sum : sum + Isa::load(bias + j));
+  }
+  for (; j < columns; ++j) out[j] = round_to<T>(bias == nullptr ? sums[j] : sums[j] + to_float(bias[j]));
+}
+
 // A rectangle that has room in the scratch: its sums lie there in blocks of kMaxColumns columns.
 template <typename Isa>
 void multiply_part(const Matmul& product, const MatmulRows& all_rows, const Rectangle& part, const MatmulScratch& s) {
@@ -284,7 +294,7 @@ void multiply_part(const Matmul& product, const MatmulRows& all_rows, const Rect
       const T* bias = product.bias == nullptr ? nullptr : static_cast<const T*>(product.bias) + column;
       T* out = static_cast<T*>(product.out) + part.row_begin * product.J + column;
       for (std::int64_t row = 0; row < rows; ++row, out += product.J) {
-        Isa::store_row(s.sums + at + row * kSumStride, bias, columns, out);
+        store_row<Isa>(s.sums + at + row * kSumStride, bias, columns, out);
       }
     });
   });

@@ -12,8 +12,6 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr Path kPaths[] = {Path::Portable, Path::Avx2, Path::Avx512, Path::Avx512Bf16};
-
 Path best_path() {
 #if defined(QLORA_EXT_EMULATED)  // the vector kernels are made of plain C++: cmake/emulated.cmake
   return Path::Avx512Bf16;
@@ -34,10 +32,10 @@ Path best_path() {
 
 Path parse(const std::string& name) {
   std::string runnable;
-  for (Path candidate : kPaths) {
-    if (candidate > best_path()) break;
-    if (name == path_name(candidate)) return candidate;
-    runnable += std::string(runnable.empty() ? "" : ", ") + path_name(candidate);
+  int path = 0;
+  for (const std::string& candidate : path_names()) {
+    if (name == candidate) return static_cast<Path>(path);
+    runnable += (path++ == 0 ? "" : ", ") + candidate;
   }
   throw std::invalid_argument("QLORA_EXT_CPU: expected one of " + runnable + " on this machine, got '" + name + "'");
 }
@@ -61,8 +59,8 @@ const char* path_name(Path path) {
 
 std::vector<std::string> path_names() {
   std::vector<std::string> names;
-  for (Path candidate : kPaths) {
-    if (candidate <= best_path()) names.emplace_back(path_name(candidate));
+  for (int path = 0; path <= static_cast<int>(best_path()); ++path) {
+    names.emplace_back(path_name(static_cast<Path>(path)));
   }
   return names;
 }

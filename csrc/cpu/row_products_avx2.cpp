@@ -12,9 +12,8 @@
 namespace qlora::cpu {
 namespace {
 
-struct Avx2 {
-  static constexpr int kLanes = 8, kPerStep = 1, kRows = 4;
-  using Vector = __m256;
+struct Avx2 : Avx2Vectors {
+  static constexpr int kPerStep = 1, kRows = 4;
 
   using Mask = __m256;  // all bits of a lane
 
@@ -26,29 +25,7 @@ struct Avx2 {
   }
   static Vector keep(Vector x, Mask mask) { return _mm256_and_ps(x, mask); }
 
-  static Vector splat(float x) { return _mm256_set1_ps(x); }
-  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
-  static Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
   static Vector product(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
-
-  template <typename T>
-  static void store(T* to, Vector x) {
-    store8(to, x);
-  }
-
-  template <typename T>
-  static Vector load(const T* from) {
-    return load8(from);
-  }
-
-  template <typename T>
-  static Vector load(const T* from, std::int64_t count) {
-    T values[kLanes] = {};
-    for (std::int64_t i = 0; i < count; ++i) values[i] = from[i];
-    return load8(values);
-  }
-
-  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
 };
 
 }  // namespace

@@ -6,13 +6,14 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
-#include "row_products_avx512.h"
+#include "row_products_loops.h"
+#include "simd_avx512.h"
 
 namespace qlora::cpu {
 namespace {
 
 struct Avx512 : Avx512Vectors {
-  static constexpr int kPerStep = 1;
+  static constexpr int kPerStep = 1, kRows = 8;
 
   using Mask = __mmask16;
 

@@ -6,13 +6,14 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 
-#include "row_products_avx512.h"
+#include "row_products_loops.h"
+#include "simd_avx512.h"
 
 namespace qlora::cpu {
 namespace {
 
 struct Avx512Bf16 : Avx512Vectors {
-  static constexpr int kPerStep = 2;
+  static constexpr int kPerStep = 2, kRows = 8;
 
   using Mask = __mmask32;
 

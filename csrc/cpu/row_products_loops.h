@@ -15,7 +15,7 @@
 //   mask_in_turn  if kPerStep is 2, of side_by_side
 //   keep          the numbers of a vector that a Mask has, and zeros
 //   product       of places, onto fp32 sums
-//   splat, add, multiply
+//   splat
 namespace qlora::cpu {
 namespace {
 
@@ -128,9 +128,9 @@ inline void add_products(const float* x, std::int64_t rows, const typename Isa::
     for (int m = 0; m < kRows; ++m) {
       auto sum = chains[0][m];
 #pragma GCC unroll 4
-      for (int i = 1; i < kChains; ++i) sum = Isa::add(sum, chains[i][m]);
+      for (int i = 1; i < kChains; ++i) sum += chains[i][m];
       float* to = sums + m * Isa::kLanes;
-      Isa::store(to, Isa::add(Isa::load(to), sum));
+      Isa::store(to, Isa::load(to) + sum);
     }
   }
   if constexpr (kRows > 1) {
@@ -141,9 +141,9 @@ inline void add_products(const float* x, std::int64_t rows, const typename Isa::
 template <typename Isa, typename T>
 inline void finish_row(const RowProducts& p, std::int64_t first, std::int64_t columns, std::int64_t m,
                        const float* sum) {
-  typename Isa::Vector values = Isa::multiply(Isa::load(sum), Isa::splat(p.scale));
+  typename Isa::Vector values = Isa::load(sum) * Isa::splat(p.scale);
   if (p.addend != nullptr) {
-    values = Isa::add(values, load_first<Isa>(p.addend + m * p.addend_stride + first, columns));
+    values += load_first<Isa>(p.addend + m * p.addend_stride + first, columns);
   }
   T* out = static_cast<T*>(p.out) + m * p.N + first;
   if (columns == Isa::kLanes) {

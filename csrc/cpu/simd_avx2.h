@@ -71,6 +71,33 @@ inline void transpose(__m256 (&x)[8]) {
   }
 }
 
+// The vectors of loops that are written for any instruction set.
+struct Avx2Vectors {
+  using Vector = __m256;
+  static constexpr std::int64_t kLanes = 8;
+
+  static Vector splat(float x) { return _mm256_set1_ps(x); }
+
+  template <typename T>
+  static Vector load(const T* from) {
+    return load8(from);
+  }
+
+  template <typename T>
+  static Vector load(const T* from, std::int64_t count) {
+    T values[kLanes] = {};
+    for (std::int64_t i = 0; i < count; ++i) values[i] = from[i];
+    return load8(values);
+  }
+
+  template <typename T>
+  static void store(T* to, Vector x) {
+    store8(to, x);
+  }
+
+  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
+};
+
 inline __m256i load_plane(const std::uint8_t (&bytes)[kNumCodes]) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
 }

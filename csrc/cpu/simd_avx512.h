@@ -1,5 +1,5 @@
-// What the AVX512 kernels share: loads and stores of 16 numbers of any dtype, of the first so many bytes and of a row
-// of out; indices of words in turn and of 4-bit codes for lookups; sums or the like across lanes, and a transposition.
+// What the AVX512 kernels share: loads and stores of 16 numbers of any dtype, and of the first so many bytes; indices
+// of words in turn and of 4-bit codes for lookups; sums or the like across lanes, and a transposition.
 // A file of kernels includes this inside its target region.
 namespace qlora::cpu {
 namespace {
@@ -101,6 +101,34 @@ inline void transpose(__m512 (&x)[16]) {
     x[12 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0b11011101);
   }
 }
+
+// The vectors of loops that are written for any instruction set.
+struct Avx512Vectors {
+  using Vector = __m512;
+  static constexpr std::int64_t kLanes = 16;
+
+  static Vector splat(float x) { return _mm512_set1_ps(x); }
+
+  template <typename T>
+  static Vector load(const T* from) {
+    return load16(from);
+  }
+
+  template <typename T>
+  static Vector load(const T* from, std::int64_t count) {
+    T values[kLanes];
+    const __m512i bytes = load_bytes(from, count * static_cast<std::int64_t>(sizeof(T)));
+    __builtin_memcpy(values, &bytes, sizeof values);
+    return load16(values);
+  }
+
+  template <typename T>
+  static void store(T* to, Vector x) {
+    store16(to, x);
+  }
+
+  static void transpose(Vector (&x)[kLanes]) { cpu::transpose(x); }
+};
 
 // The dword indices of the 16 codes of 8 bytes; a lookup uses their low 4 bits only, so they need no mask.
 inline __m512i indices(const std::uint8_t* packed) {

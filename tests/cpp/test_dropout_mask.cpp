@@ -51,6 +51,9 @@ void check_share(std::int64_t count, std::int64_t of, double expected) {
 }
 
 void check_randomness() {
+  const auto rare = draw(1, 0x1p-18, 1 << 22, 1 << 20);  // by the lower bits, too
+  check_share(std::count(rare.begin(), rare.end(), 1), 1 << 22, 0x1p-18);
+  CHECK(std::count(rare.begin(), rare.end(), 1) > 0);
   constexpr std::int64_t kCount = 1 << 20;
   for (const double keep : {0.001, 0.1, 0.5, 0.95}) {
     const auto kept = draw(1, keep, kCount, 1 << 20), other = draw(2, keep, kCount, 1 << 20);

@@ -237,15 +237,19 @@ void multiply(const cpu::Matmul& product, std::int64_t rows_each, std::int64_t c
   }
 }
 
-// out = mask * (u @ v) + x @ W^T (or x @ W) + other_mask * (u @ v) + bias, where u and v are strided and x has a mask.
+// out = mask * (u @ v) + other_mask * (u @ v) + x @ W^T (or x @ W) + bias, where u and v are strided and x has a mask;
+// where a mask is false may be NaN.
 void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, DType dtype,
                   QuantType quant_type) {
   if (!cpu::has_matmul(dtype)) return;
   const Weight w(N, K, blocksize, quant_type, true);
-  const std::int64_t R = transposed ? K : N, J = transposed ? N : K, rank = 5;
-  const Values x(dtype, M * R), u(dtype, rank * M), v(DType::Float32, J * rank), bias(dtype, J);
+  const std::int64_t R = transposed ? K : N, J = transposed ? N : K, rank = M % 2 == 0 ? 5 : 300;
+  const Values x(dtype, M * R), u(dtype, rank * M), bias(dtype, J);
+  Values v(DType::Float32, J * rank);
+  for (std::int64_t r = 0; r < rank; ++r) v.set(r, NAN);  // column 0
   std::vector<std::uint8_t> coins(static_cast<std::size_t>(M * (R + 2 * J)));
   for (auto& coin : coins) coin = generator() % 3 != 0;
+  for (std::int64_t row = 0; row < 2 * M; ++row) coins[static_cast<std::size_t>(M * R + row * J)] = 0;
   const auto* x_mask = reinterpret_cast<const bool*>(coins.data());
   cpu::Term terms[3] = {};
   terms[0].R = rank;
@@ -254,12 +258,12 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
   terms[0].dense = {v.bytes.data(), DType::Float32, 1, rank};
   terms[0].scale = 0.5f;
   terms[0].out_mask = x_mask + M * R;
-  terms[1].R = R;
-  terms[1].x = {x.bytes.data(), dtype, R, 1, x_mask};
-  terms[1].kind = transposed ? cpu::Term::Kind::WeightTransposed : cpu::Term::Kind::Weight;
-  terms[1].w = w.view;
-  terms[2] = terms[0];
-  terms[2].out_mask = terms[0].out_mask + M * J;
+  terms[1] = terms[0];
+  terms[1].out_mask = terms[0].out_mask + M * J;
+  terms[2].R = R;
+  terms[2].x = {x.bytes.data(), dtype, R, 1, x_mask};
+  terms[2].kind = transposed ? cpu::Term::Kind::WeightTransposed : cpu::Term::Kind::Weight;
+  terms[2].w = w.view;
   Values out(dtype, M * J), in_parts(dtype, M * J);
   const DType compute = dtype == DType::BFloat16 ? dtype : DType::Float32;
   cpu::Matmul product{M, J, terms, 3, bias.bytes.data(), out.bytes.data(), dtype, compute};
@@ -277,8 +281,8 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
         exact += term;
         magnitude += std::fabs(term);
       }
-      const double times = (terms[0].out_mask[m * J + j] ? 0.5 : 0) + (terms[2].out_mask[m * J + j] ? 0.5 : 0);
-      for (std::int64_t r = 0; r < rank; ++r) {
+      const double times = (terms[0].out_mask[m * J + j] ? 0.5 : 0) + (terms[1].out_mask[m * J + j] ? 0.5 : 0);
+      for (std::int64_t r = 0; r < rank && times != 0; ++r) {
         const double term =
             times * u.exact[static_cast<std::size_t>(r * M + m)] * v.exact[static_cast<std::size_t>(j * rank + r)];
         exact += term;

@@ -42,7 +42,8 @@ void check_case(const Case& c, bool b_as_it_lies, bool masked) {
   spoil_between_rows(x, c.M, c.K, stride);
   spoil_between_rows(b, rows, row_length, b_stride);
   const std::int64_t mask_stride = row_length + 3;
-  std::vector<std::uint8_t> coins(static_cast<std::size_t>(rows * mask_stride), 1);
+  std::vector<std::uint8_t> coins(
+      static_cast<std::size_t>(std::max<std::int64_t>((rows - 1) * mask_stride + row_length, 0)), 1);
   for (std::int64_t row = 0; masked && row < rows; ++row) {
     for (std::int64_t i = 0; i < row_length; ++i) {
       if (generator() % 3 != 0) continue;
