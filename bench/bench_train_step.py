@@ -108,6 +108,8 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.loss_chunk < 1:
         parser.error(f"--loss-chunk: expected at least 1, got {args.loss_chunk}")
+    if not 0 <= args.lora_dropout < 1:
+        parser.error(f"--lora-dropout: expected a probability in [0, 1), got {args.lora_dropout}")
     if args.smoke:
         args.batch, args.length, args.loss_chunk, args.seconds = 2, 16, 8, 0.1
     return args
@@ -120,7 +122,7 @@ def main() -> None:
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length))
     ways = {str(way): way for way in WAYS if args.compile or args.only or not way.compiled}
 
-    if args.smoke and args.lora_dropout:
+    if args.smoke and args.lora_dropout and not args.only:  # a second look at the same: two are enough
         ways = {name: ways[name] for name in (OURS, PEERS[-1])}
 
     def step_of(way: Way, built: nn.Module) -> Callable[[], float]:

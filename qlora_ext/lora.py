@@ -282,7 +282,8 @@ def _merge_again(layer: LoraLinear, _: object) -> None:
 
 def _dropout_mask(x: Tensor, keep: float) -> Tensor:
     """Which elements of x are kept, each with this probability."""
-    if type(x) is Tensor and x.is_cpu:  # a DTensor knows torch's alone, which draws one number after the other there
+    # A DTensor or a fake tensor knows torch's way alone, which on most CPUs draws one number after the other.
+    if type(x) in (Tensor, nn.Parameter) and x.is_cpu:
         seed = torch.randint(2**63 - 1, (), device="cpu")
         return ops.dropout_mask(x, keep, seed)  # type: ignore[no-any-return]
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)

@@ -23,7 +23,7 @@ constexpr std::int64_t kStep = kMinBlocksize;
 struct MatmulScratch {
   float* panel;          // [kDepth][panel's width]
   float* sums;           // [blocks of kMaxColumns][rows][kSumStride], kMaxRows * kSumStride in all
-  float* masked;         // likewise: a term before its out_mask
+  float* masked;         // likewise: a later term before its out_mask
   float* absmax;         // staged [W's columns / kStep][W's rows], of which there are at most kDepth
   std::uint8_t* packed;  // staged
 

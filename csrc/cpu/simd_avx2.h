@@ -1,5 +1,5 @@
-// What the AVX2 kernels share: loads and stores of 8 numbers of any dtype, the largest of 8, a transposition, and the
-// lookup of fp32 codes. A file of kernels includes this inside its target region.
+// What the AVX2 kernels share: loads and stores of 8 numbers of any dtype, the largest of 8, a transposition, vectors
+// as a class, and the lookup of fp32 codes. A file of kernels includes this inside its target region.
 #include "value_bytes.h"  // made by the compiler, so in any region
 
 namespace qlora::cpu {

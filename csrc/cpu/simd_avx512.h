@@ -1,6 +1,6 @@
 // What the AVX512 kernels share: loads and stores of 16 numbers of any dtype, and of the first so many bytes; indices
-// of words in turn and of 4-bit codes for lookups; sums or the like across lanes, and a transposition.
-// A file of kernels includes this inside its target region.
+// of words in turn and of 4-bit codes for lookups; sums or the like across lanes, a transposition; and vectors as a
+// class. A file of kernels includes this inside its target region.
 namespace qlora::cpu {
 namespace {
 

@@ -237,20 +237,23 @@ void multiply(const cpu::Matmul& product, std::int64_t rows_each, std::int64_t c
   }
 }
 
-// out = mask * (u @ v) + other_mask * (u @ v) + x @ W^T (or x @ W) + bias, where u and v are strided and x has a mask;
-// where a mask is false may be NaN.
+// out = mask * (u @ v) + other_mask * (u @ v) + x @ W^T (or x @ W) + bias, where u and v are strided and x has a mask.
+// Where a mask is false there may be NaN.
 void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, DType dtype,
                   QuantType quant_type) {
   if (!cpu::has_matmul(dtype)) return;
   const Weight w(N, K, blocksize, quant_type, true);
   const std::int64_t R = transposed ? K : N, J = transposed ? N : K, rank = M % 2 == 0 ? 5 : 300;
-  const Values x(dtype, M * R), u(dtype, rank * M), bias(dtype, J);
-  Values v(DType::Float32, J * rank);
+  const Values u(dtype, rank * M), bias(dtype, J);
+  Values x(dtype, M * R), v(DType::Float32, J * rank);
   for (std::int64_t r = 0; r < rank; ++r) v.set(r, NAN);  // column 0
   std::vector<std::uint8_t> coins(static_cast<std::size_t>(M * (R + 2 * J)));
   for (auto& coin : coins) coin = generator() % 3 != 0;
   for (std::int64_t row = 0; row < 2 * M; ++row) coins[static_cast<std::size_t>(M * R + row * J)] = 0;
   const auto* x_mask = reinterpret_cast<const bool*>(coins.data());
+  for (std::int64_t i = 0; i < M * R; ++i) {
+    if (!x_mask[i]) x.set(i, NAN);
+  }
   cpu::Term terms[3] = {};
   terms[0].R = rank;
   terms[0].x = {u.bytes.data(), dtype, 1, M};
@@ -296,10 +299,14 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
 // A product without a 4-bit weight and out of another dtype, as the adapters' gradients are.
 void check_dense(std::int64_t M, std::int64_t R, std::int64_t J, DType compute) {
   if (!cpu::has_matmul(compute)) return;
-  const Values x(DType::Float32, R * M), b(DType::BFloat16, R * J);
+  const Values x(DType::Float32, R * M);
+  Values b(DType::BFloat16, R * J);
   std::vector<std::uint8_t> coins(static_cast<std::size_t>(R * J));
   for (auto& coin : coins) coin = generator() % 2;
   const auto* mask = reinterpret_cast<const bool*>(coins.data());
+  for (std::int64_t i = 0; i < R * J; ++i) {
+    if (!mask[i]) b.set(i, NAN);
+  }
   cpu::Term term{};
   term.R = R;
   term.x = {x.bytes.data(), DType::Float32, 1, M};
