@@ -107,15 +107,30 @@ struct Weight4bit {
   }
 };
 
-// Adapters for x[..., K] -> [..., N]: A[i] is [r_i, K], B[i] [N, r_i]; the masks, if any, have x's shape.
+// Dropout that keeps elements of x with these probabilities, by a seed for each.
+inline void check_dropout(const char* op, const at::Tensor& x, c10::ArrayRef<double> keep, const at::Tensor& seed) {
+  for (const double probability : keep) {
+    QLORA_CHECK(probability >= 0 && probability <= 1, op, "keep", "a probability in [0, 1]", probability);
+  }
+  QLORA_CHECK_TYPE(seed.scalar_type() == at::kLong, op, "seed", "dtype int64", seed.scalar_type());
+  const auto count = static_cast<int64_t>(keep.size());
+  QLORA_CHECK(seed.numel() == count, op, "seed", std::to_string(count) + (count == 1 ? " number" : " numbers"),
+              seed.sizes());
+  check_device(op, "seed", seed, x);
+}
+
+// Adapters for x[..., K] -> [..., N]: A[i] is [r_i, K], B[i] [N, r_i]; keep and seed, if any, of the dropout before
+// each.
 inline void check_adapters(const char* op, const at::Tensor& x, int64_t N, at::TensorList A, at::TensorList B,
-                           c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
+                           c10::ArrayRef<double> scaling, c10::ArrayRef<double> keep, const OptionalTensor& seed) {
   QLORA_CHECK(!A.empty(), op, "A", "at least 1 tensor", A.size());
   QLORA_CHECK(B.size() == A.size(), op, "B", std::to_string(A.size()) + " tensors, as in A", B.size());
   QLORA_CHECK(scaling.size() == A.size(), op, "scaling", std::to_string(A.size()) + " numbers, as in A",
               scaling.size());
-  QLORA_CHECK(dropout_mask.empty() || dropout_mask.size() == A.size(), op, "dropout_mask",
-              "no tensors or " + std::to_string(A.size()) + ", as in A", dropout_mask.size());
+  QLORA_CHECK(keep.empty() || keep.size() == A.size(), op, "keep",
+              "no numbers or " + std::to_string(A.size()) + ", as in A", keep.size());
+  QLORA_CHECK(seed.has_value() == !keep.empty(), op, "seed", keep.empty() ? "none without keep" : "one beside keep",
+              seed.has_value() ? "one" : "none");
   for (size_t i = 0; i < A.size(); ++i) {
     checked_dtype(op, "A", A[i].scalar_type());
     checked_dtype(op, "B", B[i].scalar_type());
@@ -126,11 +141,7 @@ inline void check_adapters(const char* op, const at::Tensor& x, int64_t N, at::T
     QLORA_CHECK(B[i].dim() == 2 && B[i].size(0) == N && B[i].size(1) == A[i].size(0), op, "B",
                 "shape [" + std::to_string(N) + ", " + std::to_string(A[i].size(0)) + "]", B[i].sizes());
   }
-  for (const at::Tensor& mask : dropout_mask) {
-    QLORA_CHECK_TYPE(mask.scalar_type() == at::kBool, op, "dropout_mask", "dtype bool", mask.scalar_type());
-    QLORA_CHECK(mask.sizes() == x.sizes(), op, "dropout_mask", x.sizes(), mask.sizes());
-    check_device(op, "dropout_mask", mask, x);
-  }
+  if (seed.has_value()) check_dropout(op, x, keep, *seed);
 }
 
 }  // namespace qlora

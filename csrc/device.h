@@ -37,6 +37,9 @@ class Device {
   // The slice of the weight [*, K], dense, into out.
   virtual void dequantize_4bit(const Packed4bit& w, int64_t K, const Slice& slice, const at::Tensor& out) const = 0;
 
+  // Which elements dropout keeps: each with probability kept_below / 2^32, by the seed, a number, and its index alone.
+  virtual void dropout_mask(const at::Tensor& seed, uint32_t kept_below, const at::Tensor& mask) const = 0;
+
   // The size of the workspace on the tensor's device that a slice of the weight is decoded into: it should stay in the
   // cache between decoding and multiplying.
   virtual int64_t workspace_bytes(const at::Tensor& like) const = 0;

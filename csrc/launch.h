@@ -27,6 +27,10 @@ cudaError_t launch_quantize_absmax(const float* absmax, std::int64_t n, double* 
 cudaError_t launch_dequantize_4bit(const Packed4bit& w, std::int64_t K, const Slice& slice, DType dtype, void* out,
                                    cudaStream_t stream);
 
+// kept[n], on a 16-byte boundary, of bool: each with probability kept_below / 2^32, by *seed and its index alone.
+cudaError_t launch_dropout_mask(const std::int64_t* seed, std::uint32_t kept_below, std::int64_t n, std::uint8_t* kept,
+                                cudaStream_t stream);
+
 // What the split of a product over the device depends on.
 struct DeviceLimits {
   int num_sms;

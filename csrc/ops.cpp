@@ -9,6 +9,7 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -173,6 +174,15 @@ void multiply_slices_dgrad(const Tensor& grad, const Packed4bit& w, const Tensor
 
 }  // namespace
 
+Tensor dropout_mask(const Tensor& x, double keep, const Tensor& seed) {
+  check_dropout("dropout_mask", x, keep, seed);
+  const double kept_below = std::nearbyint(keep * 0x1p32);
+  const Tensor mask = at::empty(x.sizes(), x.options().dtype(at::kBool));
+  if (kept_below >= 0x1p32) return mask.fill_(true);
+  device_for(x).dropout_mask(seed, static_cast<uint32_t>(kept_below), mask);
+  return mask;
+}
+
 LinearArguments check_linear(const char* op, const Tensor& x, const Tensor& packed, const Tensor& absmax,
                              const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                              const std::string& quant_type, int64_t blocksize, int64_t out_features) {
@@ -253,6 +263,7 @@ void register_ops(torch::Library& m) {
   m.impl("dequantize_4bit.out", dequantize_4bit_out);
   m.impl("linear_4bit", linear_4bit);
   m.impl("linear_4bit_dgrad", linear_4bit_dgrad);
+  m.impl("dropout_mask", dropout_mask);
   register_lora_ops(m);
 }
 
@@ -268,10 +279,10 @@ TORCH_LIBRARY(qlora_ext, m) {
   m.def("linear_4bit(Tensor x, " QLORA_WEIGHT ", SymInt out_features, Tensor? bias) -> Tensor");
   m.def("linear_4bit_dgrad(Tensor grad, " QLORA_WEIGHT ", SymInt in_features) -> Tensor");
   m.def("lora_linear_4bit(Tensor x, " QLORA_WEIGHT
-        ", SymInt out_features, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, Tensor[] dropout_mask)"
+        ", SymInt out_features, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, float[] keep, Tensor? seed)"
         " -> (Tensor y, Tensor xA)");
   m.def("lora_linear_4bit_backward(Tensor grad, Tensor x, Tensor xA, " QLORA_WEIGHT
-        ", Tensor[] A, Tensor[] B, float[] scaling, Tensor[] dropout_mask, bool with_grad_x)"
+        ", Tensor[] A, Tensor[] B, float[] scaling, float[] keep, Tensor? seed, bool with_grad_x)"
         " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 #undef QLORA_WEIGHT
   m.def("dropout_mask(Tensor x, float keep, Tensor seed) -> Tensor");

@@ -44,6 +44,10 @@ at::Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor multiply(const LinearArguments& arguments, const at::Tensor& bias, LowRankList added);
 at::Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added);
 
+// Which elements of x, of any dtype, dropout keeps, each with probability `keep`: a bool tensor, by the seed alone, the
+// same on every device.
+at::Tensor dropout_mask(const at::Tensor& x, double keep, const at::Tensor& seed);
+
 // x[..., n] as [M, n] (its sizes may be symbols), and a matrix as the tensor whose leading dimensions are x's.
 at::Tensor as_rows(const at::Tensor& x);
 at::Tensor in_shape_of(const at::Tensor& rows, const at::Tensor& x);

@@ -55,6 +55,12 @@ struct Weight {
   }
 };
 
+// Of adapters; one object, so that autograd takes it for one argument that is no variable.
+struct AdapterOptions {
+  std::vector<double> scaling, keep;
+  OptionalTensor seed;
+};
+
 Tensor call_linear(const Tensor& x, const Weight& w, c10::SymInt out_features, const OptionalTensor& bias) {
   static const auto op =
       c10::Dispatcher::singleton()
@@ -76,29 +82,37 @@ Tensor call_dgrad(const Tensor& grad, const Weight& w, c10::SymInt in_features) 
 
 std::tuple<Tensor, Tensor> call_lora(const Tensor& x, const Weight& w, c10::SymInt out_features,
                                      const OptionalTensor& bias, at::TensorList A, at::TensorList B,
-                                     c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("qlora_ext::lora_linear_4bit", "")
-                             .typed<std::tuple<Tensor, Tensor>(
-                                 const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                 const OptionalTensor&, std::string, int64_t, c10::SymInt, const OptionalTensor&,
-                                 at::TensorList, at::TensorList, c10::ArrayRef<double>, at::TensorList)>();
+                                     const AdapterOptions& options) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("qlora_ext::lora_linear_4bit", "")
+          .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                            const OptionalTensor&, std::string, int64_t, c10::SymInt,
+                                            const OptionalTensor&, at::TensorList, at::TensorList,
+                                            c10::ArrayRef<double>, c10::ArrayRef<double>, const OptionalTensor&)>();
   return op.call(x, w.packed, w.absmax, w.nested_absmax, w.nested_offset, w.quant_type, w.blocksize,
-                 std::move(out_features), bias, A, B, scaling, dropout_mask);
+                 std::move(out_features), bias, A, B, options.scaling, options.keep, options.seed);
 }
 
 std::tuple<Tensor, Tensor, Tensor> call_lora_backward(const Tensor& grad, const Tensor& x, const Tensor& xA,
                                                       const Weight& w, at::TensorList A, at::TensorList B,
-                                                      c10::ArrayRef<double> scaling, at::TensorList dropout_mask,
-                                                      bool with_grad_x) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("qlora_ext::lora_linear_4bit_backward", "")
-                             .typed<std::tuple<Tensor, Tensor, Tensor>(
-                                 const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                 const OptionalTensor&, const OptionalTensor&, std::string, int64_t, at::TensorList,
-                                 at::TensorList, c10::ArrayRef<double>, at::TensorList, bool)>();
+                                                      const AdapterOptions& options, bool with_grad_x) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("qlora_ext::lora_linear_4bit_backward", "")
+          .typed<std::tuple<Tensor, Tensor, Tensor>(
+              const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+              const OptionalTensor&, std::string, int64_t, at::TensorList, at::TensorList, c10::ArrayRef<double>,
+              c10::ArrayRef<double>, const OptionalTensor&, bool)>();
   return op.call(grad, x, xA, w.packed, w.absmax, w.nested_absmax, w.nested_offset, w.quant_type, w.blocksize, A, B,
-                 scaling, dropout_mask, with_grad_x);
+                 options.scaling, options.keep, options.seed, with_grad_x);
+}
+
+Tensor call_dropout_mask(const Tensor& x, double keep, const Tensor& seed) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qlora_ext::dropout_mask", "")
+                             .typed<Tensor(const Tensor&, double, const Tensor&)>();
+  return op.call(x, keep, seed);
 }
 
 void save_bias(AutogradContext* ctx, const OptionalTensor& bias) {
@@ -150,31 +164,26 @@ struct Linear4bitDgrad : torch::autograd::Function<Linear4bitDgrad> {
   }
 };
 
-// One object, so that autograd takes it for one argument that is no variable.
-struct ScalingAndMasks {
-  std::vector<double> scaling;
-  variable_list masks;
-};
-
 struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
-  // Of what is saved: after the weight's tensors x and xA, then A, B and the masks of all adapters.
+  // Of what is saved: after the weight's tensors x and xA, then A and B of all adapters, and the seed of dropout, if
+  // any.
   static constexpr size_t kX = Weight::kTensors, kXA = kX + 1, kAdapters = kXA + 1;
 
   // Returns y. xA is no second output: it would have to be marked as not differentiable, and compiled autograd takes no
   // function that marks one.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, at::TensorList A,
                         at::TensorList B, const Weight& w, const c10::SymInt& out_features,
-                        const ScalingAndMasks& scaling_and_masks, Tensor* xA) {
-    const auto& [scaling, masks] = scaling_and_masks;
+                        const AdapterOptions& options, Tensor* xA) {
     at::AutoDispatchBelowADInplaceOrView below;
     Tensor y;
-    std::tie(y, *xA) = call_lora(x, w, out_features, bias, A, B, scaling, masks);
+    std::tie(y, *xA) = call_lora(x, w, out_features, bias, A, B, options);
     variable_list saved = w.save(ctx);
     saved.insert(saved.end(), {x, *xA});
     saved.insert(saved.end(), A.begin(), A.end());
     saved.insert(saved.end(), B.begin(), B.end());
-    saved.insert(saved.end(), masks.begin(), masks.end());
-    ctx->saved_data["scaling"] = scaling;
+    if (options.seed.has_value()) saved.push_back(*options.seed);
+    ctx->saved_data["scaling"] = options.scaling;
+    ctx->saved_data["keep"] = options.keep;
     save_bias(ctx, bias);
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
@@ -184,11 +193,13 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Weight w = Weight::saved(ctx, saved);
-    const std::vector<double> scaling = ctx->saved_data.at("scaling").toDoubleVector();
+    AdapterOptions options{
+        ctx->saved_data.at("scaling").toDoubleVector(), ctx->saved_data.at("keep").toDoubleVector(), {}};
+    const auto& [scaling, keep, seed] = options;
     const size_t count = scaling.size();
     const at::TensorList A = at::TensorList(saved).slice(kAdapters, count);
     const at::TensorList B = at::TensorList(saved).slice(kAdapters + count, count);
-    const at::TensorList masks = at::TensorList(saved).slice(kAdapters + 2 * count);
+    if (!keep.empty()) options.seed = saved.at(kAdapters + 2 * count);
     const size_t first_B = 2 + count;  // of the gradients, in the order of forward's arguments: x, bias, A, B, ...
     variable_list out(2 + 2 * count + 4);
     if (!grads[0].defined()) return out;
@@ -200,8 +211,11 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
       const Tensor grad = as_rows(grads[0]).to(at::kFloat);
       Tensor grad_x = ctx->needs_input_grad(0) ? call_dgrad(grad, w, saved[kX].sym_size(-1)) : Tensor();
       for (size_t i = 0; i < count; ++i) {
-        auto masked = [&](const Tensor& t) { return masks.empty() ? t : at::where(as_rows(masks[i]), t, 0); };
-        const Tensor x = masked(as_rows(saved[kX]).to(at::kFloat));
+        const Tensor rows = as_rows(saved[kX]);
+        const Tensor mask =
+            keep.empty() ? Tensor() : call_dropout_mask(rows, keep[i], seed->reshape({-1})[static_cast<int64_t>(i)]);
+        auto masked = [&](const Tensor& t) { return mask.defined() ? at::where(mask, t, 0) : t; };
+        const Tensor x = masked(rows.to(at::kFloat));
         const Tensor a = A[i].to(at::kFloat), g = at::matmul(grad * scaling[i], B[i].to(at::kFloat));
         if (grad_x.defined()) grad_x = grad_x + masked(at::matmul(g, a));
         out[2 + i] = at::matmul(g.t(), x).to(A[i].scalar_type());
@@ -212,7 +226,7 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     }
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [grad_x, grad_A, grad_B] =
-        call_lora_backward(grads[0], saved[kX], saved[kXA], w, A, B, scaling, masks, ctx->needs_input_grad(0));
+        call_lora_backward(grads[0], saved[kX], saved[kXA], w, A, B, options, ctx->needs_input_grad(0));
     if (ctx->needs_input_grad(0)) out[0] = grad_x;
     int64_t first = 0;
     for (size_t i = 0; i < count; ++i) {
@@ -261,15 +275,16 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
                                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                                             std::string quant_type, int64_t blocksize, c10::SymInt out_features,
                                             const OptionalTensor& bias, at::TensorList A, at::TensorList B,
-                                            c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
+                                            c10::ArrayRef<double> scaling, c10::ArrayRef<double> keep,
+                                            const OptionalTensor& seed) {
+  const AdapterOptions options{scaling.vec(), keep.vec(), seed};
   const Weight w{packed, absmax, nested_absmax, nested_offset, quant_type, blocksize};
   if (!is_recorded({x, bias.value_or(Tensor()), A, B})) {
     at::AutoDispatchBelowADInplaceOrView below;
-    return call_lora(x, w, out_features, bias, A, B, scaling, dropout_mask);
+    return call_lora(x, w, out_features, bias, A, B, options);
   }
   Tensor xA;
-  const Tensor y =
-      LoraLinear4bit::apply(x, bias, A, B, w, out_features, ScalingAndMasks{scaling.vec(), dropout_mask.vec()}, &xA);
+  const Tensor y = LoraLinear4bit::apply(x, bias, A, B, w, out_features, options, &xA);
   return {y, xA};
 }
 

@@ -1,6 +1,5 @@
 // The CPU of the ops: the kernels of cpu/, spread over torch's threads.
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
@@ -85,6 +84,14 @@ class Cpu final : public Device {
   void adamw(const AdamwSlice* slices, int64_t n, const AdamwOptions& options, const Tensor&) const override {
     parallel_for(0, adamw_blocks(slices, n), kGrain / kAdamwBlock,
                  [&](int64_t begin, int64_t end) { cpu::adamw(slices, n, options, begin, end); });
+  }
+
+  void dropout_mask(const Tensor& seed, uint32_t kept_below, const Tensor& mask) const override {
+    const int64_t n = mask.numel();
+    const uint64_t key = mix(static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()));
+    bool* const kept = mask.data_ptr<bool>();
+    parallel_for(0, ceil_div(n, kRandomBlock), kGrain / kRandomBlock,
+                 [&](int64_t begin, int64_t end) { cpu::dropout_mask(key, kept_below, n, begin, end, kept); });
   }
 
   int64_t workspace_bytes(const Tensor&) const override { return cpu::l2_bytes(); }
@@ -260,22 +267,6 @@ class Cpu final : public Device {
   }
 };
 
-// Which elements of x, a tensor of any dtype, dropout keeps, each with probability `keep`: a bool tensor, by the seed
-// alone.
-Tensor dropout_mask(const Tensor& x, double keep, const Tensor& seed) {
-  constexpr const char* kOp = "dropout_mask";
-  QLORA_CHECK(keep >= 0 && keep <= 1, kOp, "keep", "a probability in [0, 1]", keep);
-  QLORA_CHECK_TYPE(seed.scalar_type() == at::kLong, kOp, "seed", "dtype int64", seed.scalar_type());
-  QLORA_CHECK(seed.numel() == 1, kOp, "seed", "one number", seed.sizes());
-  const Tensor mask = at::empty(x.sizes(), x.options().dtype(at::kBool));
-  const int64_t n = mask.numel();
-  const uint64_t key = mix(static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()));
-  bool* const kept = mask.data_ptr<bool>();
-  parallel_for(0, ceil_div(n, kRandomBlock), kGrain / kRandomBlock,
-               [&](int64_t begin, int64_t end) { cpu::dropout_mask(key, keep, n, begin, end, kept); });
-  return mask;
-}
-
 }  // namespace
 
 const Device& cpu_device() {
@@ -284,5 +275,3 @@ const Device& cpu_device() {
 }
 
 }  // namespace qlora
-
-TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) { m.impl("dropout_mask", qlora::dropout_mask); }

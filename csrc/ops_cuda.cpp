@@ -71,6 +71,13 @@ class Cuda final : public Device {
                  "adamw_step", c10::str(n, " slices, ", adamw_blocks(slices, n), " blocks of ", kAdamwBlock));
   }
 
+  void dropout_mask(const Tensor& seed, uint32_t kept_below, const Tensor& mask) const override {
+    const c10::cuda::CUDAGuard guard(mask.device());
+    check_launch(cuda::launch_dropout_mask(seed.const_data_ptr<int64_t>(), kept_below, mask.numel(),
+                                           static_cast<uint8_t*>(mask.data_ptr()), stream()),
+                 "dropout_mask", c10::str(mask.sizes()));
+  }
+
   int64_t workspace_bytes(const Tensor& like) const override {
     constexpr int64_t kMost = 32 << 20;
     const int64_t l2 = attribute(cudaDevAttrL2CacheSize, like.get_device());

@@ -18,30 +18,39 @@ int64_t total_rank(at::TensorList A) {
   return total;
 }
 
+// Which elements of the rows dropout keeps before adapter i; undefined if all. The backward pass draws them again, so
+// that no mask is stored between the passes.
+Tensor mask_before(size_t i, const Tensor& rows, c10::ArrayRef<double> keep, const OptionalTensor& seed) {
+  if (keep.empty() || keep[i] == 1) return {};
+  return dropout_mask(rows, keep[i], seed->reshape({-1}).select(0, static_cast<int64_t>(i)));
+}
+
 // y = linear_4bit(x) + sum_i scaling_i ((x * mask_i) A_i^T) B_i^T; xA: the (x * mask_i) A_i^T side by side, in x's
 // dtype.
 std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
                                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                                             std::string quant_type, int64_t blocksize, int64_t out_features,
                                             const OptionalTensor& bias_arg, at::TensorList A, at::TensorList B,
-                                            c10::ArrayRef<double> scaling, at::TensorList dropout_mask) {
+                                            c10::ArrayRef<double> scaling, c10::ArrayRef<double> keep,
+                                            const OptionalTensor& seed) {
   constexpr const char* kOp = "lora_linear_4bit";
   const PlainDispatch plain;
   const LinearArguments arguments =
       check_linear(kOp, x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out_features);
   const Tensor bias = check_bias(kOp, bias_arg, x, out_features);
-  check_adapters(kOp, x, out_features, A, B, scaling, dropout_mask);
+  check_adapters(kOp, x, out_features, A, B, scaling, keep, seed);
   const Device& device = device_for(x);
   const auto dtype = x.scalar_type();
   const auto compute = device.compute_dtype(dtype);
   std::vector<Tensor> xA;
   std::vector<LowRank> added;
-  if (dropout_mask.empty()) {
+  if (keep.empty()) {
     const Tensor stacked = A.size() == 1 ? A[0] : at::cat(A, 0);
     xA.push_back(device.mm({arguments.rows, {}}, {stacked.t(), {}}, 1.0, compute, dtype));
   } else {
     for (size_t i = 0; i < A.size(); ++i) {
-      xA.push_back(device.mm({arguments.rows, as_rows(dropout_mask[i])}, {A[i].t(), {}}, 1.0, compute, dtype));
+      const Tensor mask = mask_before(i, arguments.rows, keep, seed);
+      xA.push_back(device.mm({arguments.rows, mask}, {A[i].t(), {}}, 1.0, compute, dtype));
     }
   }
   const Tensor all_xA = xA.size() == 1 ? xA[0].contiguous() : at::cat(xA, 1);
@@ -60,14 +69,15 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
 std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
     const Tensor& grad_arg, const Tensor& x_arg, const Tensor& xA, const Tensor& packed, const Tensor& absmax,
     const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
-    at::TensorList A, at::TensorList B, c10::ArrayRef<double> scaling, at::TensorList dropout_mask, bool with_grad_x) {
+    at::TensorList A, at::TensorList B, c10::ArrayRef<double> scaling, c10::ArrayRef<double> keep,
+    const OptionalTensor& seed, bool with_grad_x) {
   constexpr const char* kOp = "lora_linear_4bit_backward";
   const PlainDispatch plain;
   QLORA_CHECK(x_arg.dim() >= 1, kOp, "x", "at least 1 dimension", x_arg.sizes());
   const int64_t K = x_arg.size(-1);
   const LinearArguments arguments =
       check_dgrad(kOp, grad_arg, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, K);
-  check_adapters(kOp, x_arg, arguments.N, A, B, scaling, dropout_mask);
+  check_adapters(kOp, x_arg, arguments.N, A, B, scaling, keep, seed);
   const Tensor& grad = arguments.rows;
   const Tensor x = as_rows(x_arg);
   const int64_t M = x.size(0), ranks = total_rank(A);
@@ -83,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
   const auto compute = device.compute_dtype(grad.scalar_type());
   std::vector<LowRank> added;
   for (size_t i = 0; i < A.size(); ++i) {
-    const Tensor mask = dropout_mask.empty() ? Tensor() : as_rows(dropout_mask[i]);
-    added.push_back({device.mm({grad, {}}, {B[i], {}}, scaling[i], compute, at::kFloat), A[i], 1.0, mask});
+    const Tensor g = device.mm({grad, {}}, {B[i], {}}, scaling[i], compute, at::kFloat);
+    added.push_back({g, A[i], 1.0, mask_before(i, x, keep, seed)});
   }
   // Before the adapters' gradients: g has left grad's rows in the caches of the threads that read them again here.
   const Tensor grad_x =

@@ -102,10 +102,12 @@ def _(grad: Tensor, in_features: int, **_: Any) -> Tensor:
 
 
 @_fake(ops.lora_linear_4bit.default)
-def _(x: Tensor, out_features: int, A: list[Tensor], **others: Any) -> tuple[Tensor, Tensor]:
-    for name in ("B", "scaling", "dropout_mask"):  # the backward pass, with no kernel to check it, counts on this
+def _(x: Tensor, out_features: int, A: list[Tensor], seed: Tensor | None, **others: Any) -> tuple[Tensor, Tensor]:
+    if (seed is None) == bool(others["keep"]):
+        raise ValueError(f"lora_linear_4bit: seed: expected one beside keep alone, got {seed} beside {others['keep']}")
+    for name in ("B", "scaling", "keep"):  # the backward pass, with no kernel to check it, counts on this
         count = len(others[name])
-        if count != len(A) and (count or name != "dropout_mask"):
+        if count != len(A) and (count or name != "keep"):
             raise ValueError(f"lora_linear_4bit: {name}: expected {len(A)} as in A, got {count}")
     y = x.new_empty([*x.shape[:-1], out_features])
     return y, x.new_empty([prod(x.shape[:-1]), sum(a.shape[0] for a in A)])

@@ -10,12 +10,10 @@ import torch
 
 from qlora_ext import _C
 
-FOR_CPU_ALONE = {"qlora_ext::dropout_mask"}  # torch draws masks well on CUDA
-
 
 def ops_without_cuda() -> list[str]:
     """The ops that do not run on CUDA tensors, but should: all of them in a build without CUDA, else none."""
-    ops = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qlora_ext::")} - FOR_CPU_ALONE
+    ops = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qlora_ext::")}
     return [name for name in sorted(ops) if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
 
 

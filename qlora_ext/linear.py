@@ -5,7 +5,7 @@ Plain tensors, no tensor subclass; all metadata is on the module (described in R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -151,15 +151,22 @@ class Linear4bit(nn.Module):
         return y
 
     def forward_with_adapters(
-        self, x: Tensor, A: list[Tensor], B: list[Tensor], scaling: list[float], dropout_mask: list[Tensor]
+        self,
+        x: Tensor,
+        A: list[Tensor],
+        B: list[Tensor],
+        scaling: list[float],
+        keep: Sequence[float] = (),
+        seed: Tensor | None = None,
     ) -> Tensor:
-        """`forward(x) + sum_i scaling[i] * ((x * dropout_mask[i]) @ A[i].T) @ B[i].T` as one op with its own backward.
+        """`forward(x) + sum_i scaling[i] * (dropout_i(x) @ A[i].T) @ B[i].T` as one op with its own backward.
 
         Args:
             x: as for `linear_4bit`.
             A, B: of each adapter, [r, in] and [out, r]; cast to x's dtype (or float32) inside.
             scaling: of each adapter; with dropout it holds the factor 1 / (1 - p) too.
-            dropout_mask: bool tensors of x's shape, one an adapter, or an empty list.
+            keep, seed: of the dropout before each adapter, if any: the probabilities that an element of x counts, and
+                int64 numbers, as many, on x's device, from which its masks are drawn, anew in the backward pass.
 
         Returns:
             [..., out] in x's dtype (autocast: in autocast's), with gradients for x, bias, A and B.
@@ -169,7 +176,7 @@ class Linear4bit(nn.Module):
 
         Source: LoRA, arXiv 2106.09685, section 4.1; QLoRA, arXiv 2305.14314, equation 5.
         """
-        y: Tensor = self._multiply(ops.lora_linear_4bit.default, x, A, B, scaling, dropout_mask)[0]
+        y: Tensor = self._multiply(ops.lora_linear_4bit.default, x, A, B, scaling, keep, seed)[0]
         return y
 
     def _multiply(self, op: Any, x: Tensor, *more: Any) -> Any:

@@ -148,22 +148,23 @@ class LoraLinear(nn.Module):
         if x.device != y.device:  # to which hooks of the base have taken it
             x = x.to(y.device)
         check_values(names, A, B, x)
-        scaling, masks = self._dropout(x, names)
+        scaling, keep, seed = self._dropout(x, names)
         for i, (a, b) in enumerate(zip(A, B, strict=True)):
-            low_rank = F.linear(x * masks[i] if masks else x, a.to(x.dtype))
+            low_rank = F.linear(x if seed is None else x * _dropout_mask(x, keep[i], seed[i]), a.to(x.dtype))
             y = y + F.linear(low_rank, (b.float() * scaling[i]).to(x.dtype))
         return y
 
-    def _dropout(self, x: Tensor, names: list[str]) -> tuple[list[float], list[Tensor]]:
-        """The scaling of each of these adapters, with dropout's 1 / (1 - p) in it, and the masks, if any."""
+    def _dropout(self, x: Tensor, names: list[str]) -> tuple[list[float], list[float], Tensor | None]:
+        """The scaling of each of these adapters, with dropout's 1 / (1 - p) in it, and, if there is any, the
+        probabilities 1 - p that an element of x counts and the seeds of its masks."""
         scaling = [self.scaling[name] for name in names]
         table: Any = self._modules["lora_dropout"]  # without __getattr__
         dropouts = map(table.__getitem__, names)
         keep = [1 - each.p if each.training and not isinstance(each, nn.Identity) else 1 for each in dropouts]
         if all(k == 1 for k in keep):
-            return scaling, []
-        masks = [_dropout_mask(x, k) for k in keep]
-        return [s / k if k else 0.0 for s, k in zip(scaling, keep, strict=True)], masks
+            return scaling, [], None
+        seed = torch.randint(2**63 - 1, (len(names),), device=x.device)
+        return [s / k if k else 0.0 for s, k in zip(scaling, keep, strict=True)], keep, seed
 
     @property
     def weight(self) -> Tensor:
@@ -280,10 +281,10 @@ def _merge_again(layer: LoraLinear, _: object) -> None:
         layer.merge()
 
 
-def _dropout_mask(x: Tensor, keep: float) -> Tensor:
+def _dropout_mask(x: Tensor, keep: float, seed: Tensor) -> Tensor:
     """Which elements of x are kept, each with this probability."""
-    # A DTensor or a fake tensor knows torch's way alone, which on most CPUs draws one number after the other.
+    # A DTensor knows torch's way alone, which on most CPUs draws one number after the other; so does CUDA where the ops
+    # are not built for it.
     if type(x) in (Tensor, nn.Parameter) and x.is_cpu:
-        seed = torch.randint(2**63 - 1, (), device="cpu")
         return ops.dropout_mask(x, keep, seed)  # type: ignore[no-any-return]
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)

@@ -6,9 +6,11 @@ element 2j is the high nibble of byte j. The codebooks come from the extension; 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,6 +113,31 @@ def dequantize_4bit(q: Quantized, shape: tuple[int, ...], dtype: torch.dtype) ->
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
     absmax = decode_absmax(q)[torch.arange(n) // q.blocksize]
     return (codebook(q.quant_type)[codes] * absmax).to(dtype).view(shape)
+
+
+def dropout_mask(shape: tuple[int, ...], keep: float, seed: int, first: int = 0) -> Tensor:
+    """Which elements dropout keeps: those whose hash is below keep * 2^32."""
+    return torch.from_numpy(dropout_hashes(math.prod(shape), seed, first) < round(keep * 2**32)).view(shape)
+
+
+def dropout_hashes(n: int, seed: int, first: int = 0) -> np.ndarray:
+    """A number of 32 bits for each element, of the seed and its index, from `first` on."""
+    index = np.arange(first, first + n, dtype=np.uint64)
+    with np.errstate(over="ignore"):  # all of it modulo 2^64 or 2^32
+        key = _mix(_mix(np.array(seed, dtype=np.int64).astype(np.uint64)) ^ index // 256)
+        low, high = (key >> shift & 0xFFFFFFFF for shift in (0, 32))
+        x = (low + index % 256 * 0x9E3779B9).astype(np.uint32)
+        x = (x ^ x >> 16) * np.uint32(0x7FEB352D) ^ high.astype(np.uint32)
+        hashes: np.ndarray = (x ^ x >> 15) * np.uint32(0x846CA68B)
+    return hashes
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finalizer."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
 
 
 # Equal values, dtype and shape. Only the sign of a zero and the payload of a NaN are free.

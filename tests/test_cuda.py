@@ -92,6 +92,13 @@ def test_linear_4bit_dgrad_is_as_exact_as_torch(case: LinearCase) -> None:
     assert_as_exact_as_torch(grad_x.cpu(), torch_result.cpu(), exact)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (1000,), (300, 4097)], ids=str)
+def test_dropout_mask_is_that_of_the_cpu(shape: tuple[int, ...]) -> None:
+    x, seed = torch.empty(shape), torch.tensor(7)
+    for keep in (0.0, 0.9, 1.0):
+        assert_same(ops.dropout_mask(*on(DEVICE, (x, keep, seed))).cpu(), ops.dropout_mask(x, keep, seed))
+
+
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -102,14 +109,14 @@ def test_lora_linear_4bit_and_its_gradients_are_as_exact_as_torch(
     q = quantized_normal((n, k), "nf4", 64, double_quant=True)
     a, b, scaling = adapters(RANKS["r5-r16"], n, k)
     leaves = [torch.randn(m, k).to(dtype), torch.randn(n).to(dtype), *a, *b]
-    mask = [torch.rand(m, k) > 0.3 for _ in a] if dropout else []
+    keep, seed = ([0.7] * len(a), torch.arange(len(a))) if dropout else ([], None)
     grad = torch.randn(m, n).to(dtype)
     weight = ops.dequantize_4bit(*q, (n, k), torch.float32)
 
-    there = on(DEVICE, (leaves, grad, mask, weight.to(dtype)))
-    results = with_lora_gradients(fused(on(DEVICE, q), n, scaling, there[2]), *there[:2])
-    low = with_lora_gradients(plain(there[3], scaling, there[2]), *there[:2])
-    exact = with_lora_gradients(plain(weight.double(), scaling, mask), [leaf.double() for leaf in leaves], grad)
+    there = on(DEVICE, (leaves, grad, weight.to(dtype), seed))
+    results = with_lora_gradients(fused(on(DEVICE, q), n, scaling, keep, there[3]), *there[:2])
+    low = with_lora_gradients(plain(there[2], scaling, keep, there[3]), *there[:2])
+    exact = with_lora_gradients(plain(weight.double(), scaling, keep, seed), [leaf.double() for leaf in leaves], grad)
     for got, torch_result, exact_result in zip(results, low, exact, strict=True):
         assert_as_exact_as_torch(got.cpu(), torch_result.cpu(), exact_result)
 

@@ -47,9 +47,10 @@ def linear_4bit_dgrad(m: int, x: Tensor, q: Quantized) -> Tensor:
 
 
 def lora_linear_4bit(m: int, x: Tensor, q: Quantized) -> tuple[Tensor, Tensor]:
-    """A is made of the weight's scales and B of x, so that they too are there only when the inputs are."""
+    """A is made of the weight's scales, B of x, the seed of codes: they, too, are there only when the inputs are."""
     a, b = (q.absmax.view(-1, K)[:8].float() / 256 - 0.5) / 16, x[:1, :N].T.float().repeat(1, 8)
-    result: tuple[Tensor, Tensor] = ops.lora_linear_4bit(x[:m], *q, N, None, [a], [b], [0.1], [])
+    dropout = [0.9], q.packed[0, :8].view(torch.int64)
+    result: tuple[Tensor, Tensor] = ops.lora_linear_4bit(x[:m], *q, N, None, [a], [b], [0.1], *dropout)
     return result
 
 
@@ -58,6 +59,7 @@ CALLS: dict[str, Callable[[Tensor, Quantized], Any]] = {
     "quantize_4bit": lambda x, _: ops.quantize_4bit(x, "nf4", 64),
     "quantize_absmax": lambda x, _: ops.quantize_absmax(x.float()),
     "dequantize_4bit": lambda _, q: ops.dequantize_4bit(*q, (N, K), torch.bfloat16),
+    "dropout_mask": lambda x, q: ops.dropout_mask(x, 0.9, q.packed[0, :8].view(torch.int64)),
 } | {f"{op.__name__}-M{m}": partial(op, m) for op in (linear_4bit, linear_4bit_dgrad, lora_linear_4bit) for m in ROWS}
 ON_EACH = pytest.mark.parametrize("name", CALLS)
 
@@ -188,7 +190,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.quantize_absmax.default, (x.float(),))
     torch.library.opcheck(ops.dequantize_4bit.default, (*q, (N, K), torch.bfloat16))
     torch.library.opcheck(ops.linear_4bit_dgrad.default, (x[:2, :N], *q, K))
+    torch.library.opcheck(ops.dropout_mask.default, (x, 0.9, torch.tensor(7, device=DEVICE)))
     for m in (2, 300):
         torch.library.opcheck(ops.linear_4bit.default, (x[:m].clone().requires_grad_(), *q, N, None))
     a, b, scaling = on(DEVICE, adapters((8,), N, K))
-    torch.library.opcheck(ops.lora_linear_4bit.default, (x[:2], *q, N, None, a, b, scaling, []))
+    for dropout in (([], None), ([0.5], torch.tensor([7], device=DEVICE))):
+        torch.library.opcheck(ops.lora_linear_4bit.default, (x[:2], *q, N, None, a, b, scaling, *dropout))

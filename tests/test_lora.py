@@ -146,7 +146,7 @@ def test_dropout_has_the_gradients_of_the_formula_with_the_same_masks(dtype: tor
     layer = make_lora(make_base(base, dtype=dtype), config, config)
     x = torch.randn(2, 5, 256).to(dtype)
     torch.manual_seed(7)
-    masks = [torch.ops.qlora_ext.dropout_mask(x, keep, torch.randint(2**63 - 1, ())) for _ in range(2)]
+    masks = [torch.ops.qlora_ext.dropout_mask(x, keep, seed) for seed in torch.randint(2**63 - 1, (2,))]
     assert (masks[0] != masks[1]).any()
     torch.manual_seed(7)
     assert_as_exact_as(formula(layer, base_weight(layer, dtype), masks, keep), layer, x, masks, keep)

@@ -92,6 +92,19 @@ def test_a_new_adapter_and_a_loaded_one_drop_as_their_config_says(tmp_path: Path
     assert model[0].lora_dropout["default"].p == 0.5
 
 
+def test_no_mask_is_kept_for_the_backward_pass() -> None:
+    """Of a layer in 4 bits: the seeds of its adapters' masks, and nothing else."""
+
+    def kept_bytes(p: float) -> int:
+        sizes: list[int] = []
+        layer = make_lora(make_base("Linear4bit"), *[LoraConfig(lora_dropout=p)] * 2)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            layer(torch.randn(100, 256))
+        return sum(sizes)
+
+    assert kept_bytes(0.1) == kept_bytes(0.0) + 2 * 8
+
+
 @by_base
 def test_masks_follow_torchs_generator(base: str) -> None:
     layer, x = make_lora(make_base(base), LoraConfig(lora_dropout=0.5)), torch.randn(3, 256)

@@ -24,6 +24,8 @@ SHAPES = {
 }
 RANKS = {"r8": (8,), "r1": (1,), "r5-r16": (5, 16)}
 WEIGHT = quantized_normal((48, 256), "nf4", 64, double_quant=True)
+X, A, B, SEED = normal(3, 256), normal(8, 256), normal(48, 8), torch.tensor([7])
+DROPOUT = [0.7], SEED
 
 Forward = Callable[[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Tensor]]
 
@@ -37,15 +39,22 @@ def adapters(ranks: Sequence[int], n: int, k: int) -> tuple[list[Tensor], list[T
     )
 
 
-def fused(q: Quantized, n: int, scaling: list[float], mask: list[Tensor]) -> Forward:
-    return lambda x, bias, a, b: lora_linear_4bit(x, *q, n, bias, a, b, scaling, mask)
+def fused(
+    q: Quantized, n: int, scaling: list[float], keep: Sequence[float] = (), seed: Tensor | None = None
+) -> Forward:
+    return lambda x, bias, a, b: lora_linear_4bit(x, *q, n, bias, a, b, scaling, keep, seed)
 
 
-def plain(weight: Tensor, scaling: list[float], mask: list[Tensor]) -> Forward:
+def masks(x: Tensor, keep: Sequence[float], seed: Tensor | None) -> list[Tensor]:
+    """Those of dropout before each adapter."""
+    return [torch.ops.qlora_ext.dropout_mask(x, k, seed[i]) for i, k in enumerate(keep) if seed is not None]
+
+
+def plain(weight: Tensor, scaling: list[float], keep: Sequence[float] = (), seed: Tensor | None = None) -> Forward:
     """The same in plain PyTorch, all in the dtype of x."""
 
     def forward(x: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        y, parts = F.linear(x, weight, bias), [x[..., :0]]
+        y, parts, mask = F.linear(x, weight, bias), [x[..., :0]], masks(x, keep, seed)
         for i in range(len(a)):
             parts.append(F.linear(x * mask[i] if mask else x, a[i].to(x.dtype)))
             y = y + scaling[i] * F.linear(parts[-1], b[i].to(x.dtype))
@@ -69,13 +78,13 @@ def test_values_and_gradients_as_exact_as_torch(
     q = quantized_normal((n, k), "nf4", 64, double_quant=True)
     a, b, scaling = adapters(RANKS[ranks], n, k)
     leaves = [torch.randn(m, k).to(dtype), torch.randn(n).to(dtype), *a, *b]
-    mask = [torch.rand(m, k) > 0.3 for _ in a] if dropout else []
+    drop = ([0.7, 1.0][: len(a)], torch.arange(len(a))) if dropout else ((), None)
     grad = torch.randn(m, n).to(dtype)
 
-    results = with_gradients(fused(q, n, scaling, mask), leaves, grad)
-    low = with_gradients(plain(dequantize_4bit(q, (n, k), dtype), scaling, mask), leaves, grad)
+    results = with_gradients(fused(q, n, scaling, *drop), leaves, grad)
+    low = with_gradients(plain(dequantize_4bit(q, (n, k), dtype), scaling, *drop), leaves, grad)
     weight = dequantize_4bit(q, (n, k), torch.float32).double()
-    exact = with_gradients(plain(weight, scaling, mask), [leaf.double() for leaf in leaves], grad)
+    exact = with_gradients(plain(weight, scaling, *drop), [leaf.double() for leaf in leaves], grad)
     for got, torch_result, exact_result in zip(results, low, exact, strict=True):
         assert_as_exact_as_torch(got, torch_result, exact_result)
 
@@ -88,11 +97,11 @@ def test_adapters_in_bf16_leave_fp32_exact(k: int, m: int, cpu_path: str) -> Non
     a, b, _ = adapters((8,), 48, k)
     a, b, scaling = [t.bfloat16() for t in a], [t.bfloat16() for t in b], [0.3]
     leaves, grad = [torch.randn(m, k), torch.randn(48), *a, *b], torch.randn(m, 48)
-    results = with_gradients(fused(q, 48, scaling, []), leaves, grad)
+    results = with_gradients(fused(q, 48, scaling), leaves, grad)
     weight = dequantize_4bit(q, (48, k), torch.float32)
     in_fp32 = [leaf.float() for leaf in leaves]
-    low = with_gradients(plain(weight, scaling, []), in_fp32, grad)
-    exact = with_gradients(plain(weight.double(), scaling, []), [leaf.double() for leaf in leaves], grad)
+    low = with_gradients(plain(weight, scaling), in_fp32, grad)
+    exact = with_gradients(plain(weight.double(), scaling), [leaf.double() for leaf in leaves], grad)
     for got, torch_result, exact_result in zip(results, low, exact, strict=True):
         assert_as_exact_as_torch(got, torch_result.to(got.dtype), exact_result)
 
@@ -100,9 +109,9 @@ def test_adapters_in_bf16_leave_fp32_exact(k: int, m: int, cpu_path: str) -> Non
 def test_masked_out_elements_do_not_count(cpu_path: str) -> None:
     """Not even an Inf."""
     a, b, scaling = adapters((8,), 48, 256)
-    mask = torch.rand(4, 256) > 0.3
-    x = torch.where(mask, torch.randn(4, 256), torch.inf)
-    _, xa = lora_linear_4bit(x, *WEIGHT, 48, None, a, b, scaling, [mask])
+    [mask] = masks(X, *DROPOUT)
+    x = torch.where(mask, X, torch.inf)
+    _, xa = fused(WEIGHT, 48, scaling, *DROPOUT)(x, None, a, b)
     torch.testing.assert_close(xa, torch.where(mask, x, 0) @ a[0].T)
 
 
@@ -112,7 +121,7 @@ def test_zero_b_changes_nothing(dtype: torch.dtype, cpu_path: str) -> None:
     a, b, scaling = adapters((8, 4), 48, 256)
     for m in (1, 4, 100):
         x, bias = torch.randn(m, 256).to(dtype), torch.randn(48).to(dtype)
-        y, _ = fused(WEIGHT, 48, scaling, [])(x, bias, a, [torch.zeros_like(b_i) for b_i in b])
+        y, _ = fused(WEIGHT, 48, scaling)(x, bias, a, [torch.zeros_like(b_i) for b_i in b])
         assert_same(y, linear_4bit(x, *WEIGHT, 48, bias))
 
 
@@ -121,7 +130,7 @@ def test_gradients_only_where_asked(cpu_path: str) -> None:
     a, b, scaling = adapters((8, 4), 48, 256)
     leaves = [torch.randn(5, 256), torch.randn(48), *a, *b]
     grad = torch.randn(5, 48)
-    forward = fused(WEIGHT, 48, scaling, [])
+    forward = fused(WEIGHT, 48, scaling)
     together = with_gradients(forward, leaves, grad)[2:]
     for i, expected in enumerate(together):
         alone = [leaf.clone().requires_grad_(i == j) for j, leaf in enumerate(leaves)]
@@ -134,27 +143,24 @@ def test_gradients_only_where_asked(cpu_path: str) -> None:
 def test_leading_dimensions(shape: tuple[int, ...], cpu_path: str) -> None:
     a, b, scaling = adapters((8,), 48, 256)
     x, grad = torch.randn(shape), torch.randn(*shape[:-1], 48)
-    mask = torch.rand(shape) > 0.3
-    leaves = [x, torch.randn(48), *a, *b]
-    results = with_gradients(fused(WEIGHT, 48, scaling, [mask]), leaves, grad)
+    leaves, forward = [x, torch.randn(48), *a, *b], fused(WEIGHT, 48, scaling, *DROPOUT)
+    results = with_gradients(forward, leaves, grad)
     leaves[0] = x.view(-1, 256)
-    flat = with_gradients(fused(WEIGHT, 48, scaling, [mask.view(-1, 256)]), leaves, grad.view(-1, 48))
+    flat = with_gradients(forward, leaves, grad.view(-1, 48))
     for got, expected in zip(results, flat, strict=True):
         assert_same(got, expected.view(got.shape))
 
 
 def test_non_contiguous_arguments(cpu_path: str) -> None:
     a, b, scaling = adapters((8,), 48, 256)
-    mask = torch.rand(7, 256) > 0.3
     leaves = [torch.randn(7, 256), torch.randn(48), *a, *b]
-    grad = torch.randn(7, 48)
-    expected = with_gradients(fused(WEIGHT, 48, scaling, [mask]), leaves, grad)
+    grad, inner = torch.randn(7, 48), fused(WEIGHT, 48, scaling, *DROPOUT)
+    expected = with_gradients(inner, leaves, grad)
 
     def transposed(tensor: Tensor) -> Tensor:
         return tensor.T.contiguous().T
 
     def forward(x: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        inner = fused(WEIGHT, 48, scaling, [transposed(mask)])
         return inner(transposed(x), bias, [transposed(a_i) for a_i in a], [transposed(b_i) for b_i in b])
 
     torch.testing.assert_close(with_gradients(forward, leaves, transposed(grad)), expected)
@@ -163,22 +169,18 @@ def test_non_contiguous_arguments(cpu_path: str) -> None:
 def test_no_bias(cpu_path: str) -> None:
     a, b, scaling = adapters((8,), 48, 256)
     x = torch.randn(3, 256)
-    forward = fused(WEIGHT, 48, scaling, [])
+    forward = fused(WEIGHT, 48, scaling)
     assert_same(forward(x, None, a, b), forward(x, torch.zeros(48), a, b))
 
 
 def test_compile_is_one_graph_forward_and_backward() -> None:
     a, b, scaling = adapters((8, 4), 48, 256)
-    mask = [torch.rand(5, 256) > 0.3 for _ in a]
     leaves = [torch.randn(5, 256), torch.randn(48), *a, *b]
     grad = torch.randn(5, 48)
-    forward = fused(WEIGHT, 48, scaling, mask)
+    forward = fused(WEIGHT, 48, scaling, [0.7, 0.5], torch.arange(2))
     eager = with_gradients(forward, leaves, grad)
     compiled = with_gradients(torch.compile(forward, fullgraph=True), leaves, grad)
     torch.testing.assert_close(compiled, eager)
-
-
-X, A, B = normal(3, 256), normal(8, 256), normal(48, 8)
 
 
 def call(
@@ -189,9 +191,10 @@ def call(
     a: tuple[Tensor, ...] = (A,),
     b: tuple[Tensor, ...] = (B,),
     scaling: tuple[float, ...] = (0.5,),
-    mask: tuple[Tensor, ...] = (),
+    keep: tuple[float, ...] = (),
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return lora_linear_4bit(x, *WEIGHT, out_features, bias, a, b, scaling, mask)
+    return lora_linear_4bit(x, *WEIGHT, out_features, bias, a, b, scaling, keep, seed)
 
 
 BAD = {
@@ -211,10 +214,13 @@ BAD = {
     "b-device": (partial(call, b=(B.to("meta"),)), ValueError, "B: .*cpu.*meta"),
     "b-length": (partial(call, b=()), ValueError, "B: .*1.*0"),
     "scaling-length": (partial(call, scaling=()), ValueError, "scaling: .*1.*0"),
-    "mask-length": (partial(call, mask=(X > 0,) * 2), ValueError, "dropout_mask: .*1.*2"),
-    "mask-dtype": (partial(call, mask=(X,)), TypeError, "dropout_mask: .*bool"),
-    "mask-shape": (partial(call, mask=(X[:2] > 0,)), ValueError, "dropout_mask: "),
-    "mask-device": (partial(call, mask=((X > 0).to("meta"),)), ValueError, "dropout_mask: .*cpu.*meta"),
+    "keep-length": (partial(call, keep=(0.5, 0.5), seed=SEED), ValueError, "keep: .*1.*2"),
+    "keep-range": (partial(call, keep=(1.5,), seed=SEED), ValueError, r"keep: .*\[0, 1\], got 1.5"),
+    "seed-missing": (partial(call, keep=(0.5,)), ValueError, "seed: .*beside keep, got none"),
+    "seed-alone": (partial(call, seed=SEED), ValueError, "seed: .*none without keep, got one"),
+    "seed-length": (partial(call, keep=(0.5,), seed=torch.arange(2)), ValueError, r"seed: .*1 number, got \[2\]"),
+    "seed-dtype": (partial(call, keep=(0.5,), seed=SEED.int()), TypeError, "seed: .*int64.*Int"),
+    "seed-device": (partial(call, keep=(0.5,), seed=SEED.to("meta")), ValueError, "seed: .*cpu.*meta"),
 }
 
 
@@ -232,16 +238,16 @@ def test_opcheck(dropout: bool, dtype: torch.dtype) -> None:
         tensor.requires_grad_()
     x = torch.randn(2, 5, 128).to(dtype).requires_grad_()
     bias = torch.randn(24).to(dtype).requires_grad_()
-    mask = [torch.rand(2, 5, 128) > 0.3 for _ in a] if dropout else []
+    drop = ([0.7, 1.0], torch.arange(2)) if dropout else ([], None)
     q = quantized_normal((24, 128), "nf4", 64, double_quant=True)
-    torch.library.opcheck(lora_linear_4bit.default, (x, *q, 24, bias, a, b, scaling, mask))
+    torch.library.opcheck(lora_linear_4bit.default, (x, *q, 24, bias, a, b, scaling, *drop))
 
 
 def test_compiled_autograd_takes_its_node() -> None:
     """As torch._dynamo.config.compiled_autograd has it, of what runs eagerly forward."""
     a, b, scaling = adapters((8, 4), 48, 256)
     leaves = [torch.randn(5, 256), torch.randn(48), *a, *b]
-    grad, forward = torch.randn(5, 48), fused(WEIGHT, 48, scaling, [])
+    grad, forward = torch.randn(5, 48), fused(WEIGHT, 48, scaling)
     eager = with_gradients(forward, leaves, grad)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         torch.testing.assert_close(with_gradients(forward, leaves, grad), eager)

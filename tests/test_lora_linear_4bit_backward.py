@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import DTYPES, normal, quantized_normal
 from reference import assert_same, dequantize_4bit
+from test_lora_linear_4bit import masks
 from torch import Tensor
 
 backward = torch.ops.qlora_ext.lora_linear_4bit_backward
@@ -13,26 +14,27 @@ M, N, K = 6, 48, 256
 Q = quantized_normal((N, K), "nf4", 64, double_quant=True)
 GRAD, X, XA = normal(M, N), normal(M, K), normal(M, 8)
 A, B = [normal(3, K), normal(5, K, seed=2)], [normal(N, 3), normal(N, 5, seed=2)]
-SCALING, MASKS = [0.5, 2.0], [normal(M, K) > 0, normal(M, K, seed=2) > -1]
+SCALING, NONE, DROPOUT = [0.5, 2.0], ([], None), ([0.5, 0.9], torch.tensor([3, 4]))
 
 
 def test_shapes_and_dtypes(cpu_path: str) -> None:
     """The adapters' gradients are stacked, float32 and B's transposed; grad_x has grad's leading dimensions."""
     x, grad = X.view(2, 3, K).bfloat16(), GRAD.view(2, 3, N).bfloat16()
-    grad_x, grad_a, grad_b = backward(grad, x, XA.bfloat16(), *Q, A, B, SCALING, [], True)
+    grad_x, grad_a, grad_b = backward(grad, x, XA.bfloat16(), *Q, A, B, SCALING, *NONE, True)
     assert (grad_x.shape, grad_x.dtype) == ((2, 3, K), torch.bfloat16)
     assert (grad_a.shape, grad_a.dtype) == ((8, K), torch.float32)
     assert (grad_b.shape, grad_b.dtype) == ((8, N), torch.float32)
 
 
-@pytest.mark.parametrize("masks", [[], MASKS], ids=["", "dropout"])
-def test_values(masks: list[Tensor], cpu_path: str) -> None:
-    grad_x, grad_a, grad_b = backward(GRAD, X, XA, *Q, A, B, SCALING, masks, True)
+@pytest.mark.parametrize("dropout", [NONE, DROPOUT], ids=["", "dropout"])
+def test_values(dropout: tuple[list[float], Tensor | None], cpu_path: str) -> None:
+    grad_x, grad_a, grad_b = backward(GRAD, X, XA, *Q, A, B, SCALING, *dropout, True)
+    kept = masks(X, *dropout)
     parts = XA.double().split([3, 5], dim=1)
     exact_x = GRAD.double() @ dequantize_4bit(Q, (N, K), torch.float32).double()
     exact_a, exact_b = [], []
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
-        mask = masks[i].double() if masks else 1.0
+        mask = kept[i].double() if kept else 1.0
         g = SCALING[i] * GRAD.double() @ b.double()
         exact_x += mask * (g @ a.double())
         exact_a.append(g.T @ (X.double() * mask))
@@ -42,8 +44,8 @@ def test_values(masks: list[Tensor], cpu_path: str) -> None:
 
 
 def test_grad_x_only_where_wanted(cpu_path: str) -> None:
-    everything = backward(GRAD, X, XA, *Q, A, B, SCALING, MASKS, True)
-    grad_x, *adapters = backward(GRAD, X, XA, *Q, A, B, SCALING, MASKS, False)
+    everything = backward(GRAD, X, XA, *Q, A, B, SCALING, *DROPOUT, True)
+    grad_x, *adapters = backward(GRAD, X, XA, *Q, A, B, SCALING, *DROPOUT, False)
     assert grad_x.numel() == 0
     assert_same(adapters, list(everything[1:]))
 
@@ -52,15 +54,15 @@ def test_expanded_gradient(cpu_path: str) -> None:
     """What y.sum().backward() gives: one number seen as a matrix."""
     grad = torch.ones(()).expand(M, N)
     assert_same(
-        backward(grad, X, XA, *Q, A, B, SCALING, [], True),
-        backward(grad.contiguous(), X, XA, *Q, A, B, SCALING, [], True),
+        backward(grad, X, XA, *Q, A, B, SCALING, *NONE, True),
+        backward(grad.contiguous(), X, XA, *Q, A, B, SCALING, *NONE, True),
     )
 
 
 def test_neither_autograd_nor_autocast_sees_what_is_inside(cpu_path: str) -> None:
     """Nor do they in linear_4bit_dgrad."""
     calls = {
-        "lora": lambda grad: backward(grad, X, XA, *Q, A, B, SCALING, MASKS, True),
+        "lora": lambda grad: backward(grad, X, XA, *Q, A, B, SCALING, *DROPOUT, True),
         "dgrad": lambda grad: torch.ops.qlora_ext.linear_4bit_dgrad(grad, *Q, K),
     }
     for name, call in calls.items():
@@ -84,6 +86,8 @@ BAD = {
     "xA-shape": ({"xA": XA[:, 1:]}, ValueError, r"xA: .*\[6, 8\].*\[6, 7\]"),
     "A-shape": ({"A": [A[0], A[1][:, 1:]]}, ValueError, "A: "),
     "scaling": ({"scaling": [1.0]}, ValueError, "scaling: "),
+    "keep": ({"keep": [0.5]}, ValueError, "keep: .*2, as in A, got 1"),
+    "seed": ({"keep": [0.5, 0.5]}, ValueError, "seed: .*one beside keep, got none"),
     "device": ({"x": X.to("meta")}, ValueError, ".*meta"),
 }
 
@@ -92,7 +96,7 @@ BAD = {
 def test_errors(changed: dict[str, object], error: type[Exception], message: str) -> None:
     names = ("grad", "x", "xA", "packed", "absmax", "nested_absmax", "nested_offset", "quant_type", "blocksize")
     arguments = dict(zip(names, (GRAD, X, XA, *Q), strict=True))
-    arguments |= {"A": A, "B": B, "scaling": SCALING, "dropout_mask": [], "with_grad_x": True}
+    arguments |= {"A": A, "B": B, "scaling": SCALING, "keep": [], "seed": None, "with_grad_x": True}
     with pytest.raises(error, match=f"^lora_linear_4bit_backward: {message}"):
         backward(**(arguments | changed))
 
@@ -100,7 +104,7 @@ def test_errors(changed: dict[str, object], error: type[Exception], message: str
 @pytest.mark.parametrize("with_grad_x", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_opcheck(dtype: torch.dtype, with_grad_x: bool) -> None:
-    arguments = (GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, SCALING, MASKS, with_grad_x)
+    arguments = (GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, SCALING, *DROPOUT, with_grad_x)
     torch.library.opcheck(backward.default, arguments)
 
 
@@ -109,4 +113,4 @@ def test_many_ranks_beside_few_features(n: int, k: int) -> None:
     """r beyond the few columns or rows of a product: the strides that torch.compile is promised."""
     q = quantized_normal((n, k), "nf4", 32, double_quant=True)
     grad, x, xa, a, b = (torch.randn(shape) for shape in ((64, n), (64, k), (64, 40), (40, k), (n, 40)))
-    torch.library.opcheck(backward.default, (grad, x, xa, *q, [a], [b], [2.0], [], True))
+    torch.library.opcheck(backward.default, (grad, x, xa, *q, [a], [b], [2.0], *NONE, True))

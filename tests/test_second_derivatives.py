@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, quantized_normal
 from reference import assert_as_exact_as_torch, assert_same, dequantize_4bit
+from test_lora_linear_4bit import masks
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -16,28 +17,29 @@ ops = torch.ops.qlora_ext
 M, N, K = 5, 48, 256
 WEIGHT = quantized_normal((N, K), "nf4", 64, double_quant=True)
 DENSE = dequantize_4bit(WEIGHT, (N, K), torch.float32)
-SCALING = [2.0, 0.5]
+SCALING, KEEP, SEED = [2.0, 0.5], [0.7, 0.5], torch.tensor([3, 4])
 
 Product = Callable[..., Tensor]
 
 
-def plain(weight: Tensor, *, masks: Sequence[Tensor] = ()) -> dict[str, Product]:
+def plain(weight: Tensor, keep: Sequence[float] = ()) -> dict[str, Product]:
     """The products in plain PyTorch, in the dtype of x."""
 
     def lora(x: Tensor, bias: Tensor, *ab: Tensor) -> Tensor:
-        y, count = F.linear(x, weight, bias), len(ab) // 2
+        y, count, mask = F.linear(x, weight, bias), len(ab) // 2, masks(x, keep, SEED)
         for i, (a, b, scaling) in enumerate(zip(ab[:count], ab[count:], SCALING, strict=False)):
-            xA = F.linear(x * masks[i] if masks else x, a.to(x.dtype))
+            xA = F.linear(x * mask[i] if mask else x, a.to(x.dtype))
             y = y + scaling * F.linear(xA, b.to(x.dtype))
         return y
 
     return {"linear_4bit": lora, "linear_4bit_dgrad": lambda grad: grad @ weight, "lora_linear_4bit": lora}
 
 
-def ours(*, masks: Sequence[Tensor] = ()) -> dict[str, Product]:
+def ours(keep: Sequence[float] = ()) -> dict[str, Product]:
     def lora(x: Tensor, bias: Tensor, *ab: Tensor) -> Tensor:
         count = len(ab) // 2
-        y, _ = ops.lora_linear_4bit(x, *WEIGHT, N, bias, ab[:count], ab[count:], SCALING[:count], masks)
+        dropout = (keep, SEED[:count]) if keep else ((), None)
+        y, _ = ops.lora_linear_4bit(x, *WEIGHT, N, bias, ab[:count], ab[count:], SCALING[:count], *dropout)
         return y
 
     return {
@@ -69,12 +71,12 @@ def twice_differentiated(product: Product, leaves: Sequence[Tensor]) -> tuple[li
 @pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dgrad", "lora_linear_4bit", "lora_linear_4bit-dropout"])
 def test_as_exact_as_torch(op: str, dtype: torch.dtype, cpu_path: str) -> None:
     op, *dropout = op.split("-")
-    masks = [torch.rand(M, K) > 0.3 for _ in SCALING] if dropout else []
+    keep = KEEP if dropout else []
     leaves = leaves_of(op, dtype)
-    results = twice_differentiated(ours(masks=masks)[op], leaves)
-    low = twice_differentiated(plain(DENSE.to(dtype), masks=masks)[op], leaves)
+    results = twice_differentiated(ours(keep)[op], leaves)
+    low = twice_differentiated(plain(DENSE.to(dtype), keep)[op], leaves)
     in_fp64 = [leaf.double() for leaf in leaves]
-    exact = twice_differentiated(plain(DENSE.double(), masks=masks)[op], in_fp64)
+    exact = twice_differentiated(plain(DENSE.double(), keep)[op], in_fp64)
     for got, torch_results, exact_results in zip(results, low, exact, strict=True):
         for each in zip(got, torch_results, exact_results, strict=True):
             assert_as_exact_as_torch(*each)
@@ -91,10 +93,9 @@ def test_create_graph_changes_no_byte(op: str, cpu_path: str) -> None:
 @pytest.mark.parametrize("shape", [(K,), (2, 3, K), (2, 0, K)])
 def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     _, *others = leaves_of("lora_linear_4bit", torch.float32)
-    x, mask = torch.randn(shape), [torch.rand(shape) > 0.3 for _ in SCALING]
-    _, results = twice_differentiated(ours(masks=mask)["lora_linear_4bit"], [x, *others])
-    flat_mask = [m.view(-1, K) for m in mask]
-    _, flat = twice_differentiated(ours(masks=flat_mask)["lora_linear_4bit"], [x.view(-1, K), *others])
+    x, product = torch.randn(shape), ours(KEEP)["lora_linear_4bit"]
+    _, results = twice_differentiated(product, [x, *others])
+    _, flat = twice_differentiated(product, [x.view(-1, K), *others])
     for got, expected in zip(results, flat, strict=True):
         assert_same(got, expected.view(got.shape))
 
@@ -102,9 +103,9 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
 def test_masked_out_elements_do_not_count() -> None:
     """Not even an Inf."""
     x, *others = leaves_of("lora_linear_4bit", torch.float32)
-    mask = torch.rand(M, K) > 0.3
+    [mask] = masks(x, KEEP[:1], SEED)
     leaves = [leaf.requires_grad_() for leaf in others[1::2]]  # A and B of one adapter
-    y = ours(masks=[mask])["lora_linear_4bit"](torch.where(mask, x, torch.inf), None, *leaves)
+    y = ours(KEEP[:1])["lora_linear_4bit"](torch.where(mask, x, torch.inf), None, *leaves)
     first = torch.autograd.grad(y, leaves, torch.ones_like(y), create_graph=True)
     assert all(g.isfinite().all() for g in first)
 
@@ -153,15 +154,17 @@ def test_tangents_raise(op: str) -> None:
             torch.autograd.grad(y, leaves, grad)
 
 
-@pytest.mark.parametrize("lists", ["B", "scaling", "masks"])
+@pytest.mark.parametrize("lists", ["B", "scaling", "keep"])
 def test_lists_of_other_lengths_are_named_on_meta(lists: str) -> None:
     """Where no kernel checks them."""
     x, _, *ab = (leaf.to("meta").requires_grad_() for leaf in leaves_of("lora_linear_4bit", torch.float32))
-    scaling, masks = SCALING[: 1 if lists == "scaling" else 2], [x.detach().bool()] * (1 if lists == "masks" else 0)
+    scaling, keep = SCALING[: 1 if lists == "scaling" else 2], KEEP[: 1 if lists == "keep" else 2]
     weight = [t.to("meta") if isinstance(t, Tensor) else t for t in WEIGHT]
-    name = {"masks": "dropout_mask"}.get(lists, lists)
-    with pytest.raises(ValueError, match=f"lora_linear_4bit: {name}: expected 2 as in A, got 1"):
-        ops.lora_linear_4bit(x, *weight, N, None, ab[:2], ab[2 : 3 if lists == "B" else 4], scaling, masks)
+    b, seed = ab[2 : 3 if lists == "B" else 4], SEED.to("meta")
+    with pytest.raises(ValueError, match=f"lora_linear_4bit: {lists}: expected 2 as in A, got 1"):
+        ops.lora_linear_4bit(x, *weight, N, None, ab[:2], b, scaling, keep, seed)
+    with pytest.raises(ValueError, match="lora_linear_4bit: seed: expected one beside keep alone, got None beside"):
+        ops.lora_linear_4bit(x, *weight, N, None, ab[:2], b, scaling, keep, None)
 
 
 def test_under_autocast_gradients_stay_in_fp32() -> None:

@@ -151,6 +151,14 @@ class Device:
         self._call("dequantize_4bit", weight, K, part, DTYPES[dtype], out.address)
         return out.tensor()
 
+    def dropout_mask(self, n: int, keep: float, seed: int, first: int = 0) -> Tensor:
+        """bool [n]. first: the elements before them that are not there."""
+        self._missing, self._skipped = {"kept": first}, Fraction(first, max(first + n, 1))
+        kept = self._empty("kept", n, torch.uint8)
+        source = self._put("seed", torch.tensor(seed))
+        self._call("dropout_mask", source, round(keep * 2**32), first + n, kept.address)
+        return kept.tensor().bool()
+
     def linear_4bit(self, x: Tensor, q: Quantized, out_features: int, bias: Tensor | None = None) -> Tensor:
         """x[M, K] @ W[N, K]^T + bias."""
         (m, k), n = x.shape, out_features

@@ -49,16 +49,16 @@ class Library:
             key = before.copy()
             for path in sorted(files_of(source, csrc), key=lambda path: path.name):
                 key.update(path.read_bytes())
-            return _compile(source, csrc, CACHE / f"{source.stem}.{key.hexdigest()[:16]}.o")
+            return _compile(source, csrc, CACHE / f"{source.stem}.{key.hexdigest()[:16]}")
 
         with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(build, sources))
-        self.functions = ctypes.CDLL(str(_link(objects)))
+            built = list(pool.map(build, sources))
+        self.functions = ctypes.CDLL(str(_link(built)))
         self.functions.takes_fused.restype = ctypes.c_bool
         for op in ("linear_4bit", "linear_4bit_dgrad"):
             getattr(self.functions, f"{op}_workspace_bytes").restype = ctypes.c_int64
         self.functions.adamw_table_bytes.restype = self.functions.fill_adamw_table.restype = ctypes.c_int64
-        self._ptx = [path.with_suffix(".ptx").read_text() for path in objects if path.with_suffix(".ptx").exists()]
+        self._ptx = [(folder / "ptx").read_text() for folder in built if (folder / "ptx").exists()]
 
     @functools.cached_property
     def ptx(self) -> dict[str, str]:
@@ -99,26 +99,32 @@ def files_of(source: Path, csrc: Path) -> set[Path]:
 
 
 def _compile(source: Path, csrc: Path, target: Path) -> Path:
-    """The object file, and beside it the PTX of a .cu file."""
+    """A folder with the object file, and of a .cu file the PTX: both of one run, whose names for kernels they share."""
     if target.exists():
         return target
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        fresh = Path(folder) / target.name
+        fresh = Path(folder) / "fresh"
+        fresh.mkdir()
         keep = ("-gencode", "arch=compute_80,code=compute_80", "--keep", "--keep-dir", folder)
-        run_nvcc([*FLAGS, f"-I{csrc}", *(keep if source.suffix == ".cu" else ()), "-c", source, "-o", fresh])
+        run_nvcc([*FLAGS, f"-I{csrc}", *(keep if source.suffix == ".cu" else ()), "-c", source, "-o", fresh / "o"])
         for ptx in Path(folder).glob("*.ptx"):
-            os.replace(ptx, target.with_suffix(".ptx"))
-        os.replace(fresh, target)
+            os.replace(ptx, fresh / "ptx")
+        try:
+            os.replace(fresh, target)
+        except OSError:  # another process was first
+            if not target.exists():
+                raise
     return target
 
 
-def _link(objects: list[Path]) -> Path:
-    key = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
+def _link(built: list[Path]) -> Path:
+    key = hashlib.sha256("".join(folder.name for folder in built).encode()).hexdigest()[:16]
     library = CACHE / f"launchers.{key}.so"
     if not library.exists():
         fresh = library.with_suffix(f".{os.getpid()}")
         # -Bsymbolic: the recorder is meant, even where a CUDA torch has brought the real runtime.
+        objects = [folder / "o" for folder in built]
         subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic,--no-undefined", "-o", fresh, *objects], check=True)
         os.replace(fresh, library)
     return library

@@ -21,6 +21,9 @@ NOT_APPLICABLE = {
     ("quantize_absmax", NIBBLE): "its codes have 8 bits",
     ("quantize_absmax", FRAGMENT): "no mma",
     ("dequantize_4bit", FRAGMENT): "no mma",
+    ("dropout_mask", NIBBLE): "no codes",
+    ("dropout_mask", FRAGMENT): "no mma",
+    ("dropout_mask", SCALE): "no scales",
 }
 
 
@@ -42,6 +45,7 @@ ADAMW = "adamw.cu"
 QUANTIZE_4BIT = "quantize_4bit.cu"
 QUANTIZE_ABSMAX = "quantize_absmax.cu"
 DEQUANTIZE_4BIT = "dequantize_4bit.cu"
+DROPOUT_MASK = "dropout_mask.cu"
 LINEAR_4BIT = "linear_4bit.cu"
 DGRAD = "linear_4bit_dgrad.cu"
 ABSMAX, PAIR_TABLE, SPLIT = "absmax.cuh", "pair_table.cuh", "split.cuh"
@@ -85,6 +89,15 @@ MUTANTS = [
     Mutant(QUANTIZE_ABSMAX, TAIL, "begin < num_groups; begin +=", "begin + 1 < num_groups; begin +="),
     Mutant(QUANTIZE_ABSMAX, TAIL, "if (i < n) codes", "if (i <= n) codes"),
     Mutant(QUANTIZE_ABSMAX, TAIL, "n == 0 ? 0.0f : ", ""),
+
+    Mutant(DROPOUT_MASK, BOUND, "< kept_below", "<= kept_below"),
+    Mutant(DROPOUT_MASK, BOUND, "first % kRandomBlock", "first"),
+    Mutant(DROPOUT_MASK, BOUND, "first / kRandomBlock", "first / kThreads / kPerThread"),
+    Mutant(DROPOUT_MASK, BOUND, "n - first >= kPerThread", "n - first > kPerThread"),
+    Mutant(DROPOUT_MASK, TAIL, "if (n == 0) return cudaSuccess;", ""),
+    Mutant(DROPOUT_MASK, TAIL, "first + i < n", "first + i <= n"),
+    Mutant(DROPOUT_MASK, TAIL, "n - first >= kPerThread", "n - first + 1 >= kPerThread"),
+    Mutant(DROPOUT_MASK, TAIL, "ceil_div(n, ", "(n / "),
 
     Mutant(DEQUANTIZE_4BIT, NIBBLE, "nibble_shift(i)", "4 * i"),
     Mutant(DEQUANTIZE_4BIT, NIBBLE, "kGroup == 1 ? 0 :", "kGroup == 1 ? 4 :"),

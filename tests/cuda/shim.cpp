@@ -90,6 +90,11 @@ int dequantize_4bit(const Weight* weight, Integer K, const qlora::Slice* slice, 
                                              at<CUstream_st>(stream));
 }
 
+int dropout_mask(Integer seed, Integer kept_below, Integer n, Integer kept, Integer stream) {
+  return qlora::cuda::launch_dropout_mask(at<const std::int64_t>(seed), static_cast<std::uint32_t>(kept_below), n,
+                                          at<std::uint8_t>(kept), at<CUstream_st>(stream));
+}
+
 bool takes_fused(const Product* product) { return qlora::cuda::takes_fused(*product); }
 
 Integer linear_4bit_workspace_bytes(const Product* product, const Limits* limits) {

@@ -88,6 +88,9 @@ cudaError_t launch_dequantize_4bit(const Packed4bit&, std::int64_t, const Slice&
 bool takes_fused(const Product4bit&) { return false; }
 std::int64_t linear_4bit_workspace_bytes(const Product4bit&, const DeviceLimits&) { return 0; }
 std::int64_t linear_4bit_dgrad_workspace_bytes(const Product4bit&, const DeviceLimits&) { return 0; }
+cudaError_t launch_dropout_mask(const std::int64_t*, std::uint32_t, std::int64_t, std::uint8_t*, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
 cudaError_t launch_linear_4bit(const Product4bit&, const DeviceLimits&, void*, cudaStream_t) {
   return cudaErrorNotSupported;
 }
