@@ -1,12 +1,10 @@
-// The ops of torch.ops.qlora_ext: schemas, argument checks, allocation, and the sliced path; those with adapters are in
-// ops_lora.cpp. What they compute with is the Device of their tensors.
+// The ops of torch.ops.qlora_ext: schemas, argument checks, and allocation; those with adapters are in ops_lora.cpp,
+// those of experts in ops_experts.cpp. What they compute with is the Device of their tensors.
 #include "ops.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/_unsafe_view.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 
 #include <algorithm>
 #include <cmath>
@@ -116,8 +114,6 @@ Tensor linear_4bit_dgrad(const Tensor& grad, const Tensor& packed, const Tensor&
   return in_shape_of(multiply_dgrad(arguments, {}), grad);
 }
 
-// --- the sliced path ----------------------------------------------------------------------------------------------
-
 // The last dimension of x, after the checks that come before the weight's own.
 int64_t inner_size(const char* op, const char* what, const Tensor& x, const Tensor& packed, const char* outer_what,
                    int64_t outer) {
@@ -126,50 +122,6 @@ int64_t inner_size(const char* op, const char* what, const Tensor& x, const Tens
   QLORA_CHECK(x.dim() >= 1, op, what, "at least 1 dimension", x.sizes());
   check_device(op, "packed", packed, x);
   return x.size(-1);
-}
-
-// Of `total` rows or columns, how many a slice takes so that it fits the workspace; slices of about the same size,
-// since a narrow last one is multiplied by a slower and less exact kernel.
-int64_t slice_size(int64_t workspace_bytes, int64_t total, int64_t bytes_each) {
-  const int64_t slices = ceil_div(total * bytes_each, workspace_bytes);
-  const int64_t size = std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(1, slices)));
-  return size < 256 ? size : ceil_div(size, 64) * 64;  // BLAS libraries want aligned rows
-}
-
-// x @ W^T + bias, the weight decoded a slice of rows at a time.
-void multiply_slices(const Tensor& x, const Packed4bit& w, const Tensor& bias, const Tensor& y) {
-  const int64_t N = y.size(1), K = x.size(1);
-  const Device& device = device_for(x);
-  const int64_t step = slice_size(device.workspace_bytes(x), N, K * x.element_size());
-  Tensor workspace = at::empty({std::min(step, N), K}, x.options());
-  for (int64_t begin = 0; begin < N; begin += step) {
-    const int64_t count = std::min(step, N - begin);
-    device.dequantize_4bit(w, K, {begin, begin + count, 0, K}, workspace);
-    const Tensor weight_t = workspace.narrow(0, 0, count).t();
-    Tensor out = y.narrow(1, begin, count);
-    if (bias.defined()) {
-      at::addmm_out(out, bias.narrow(0, begin, count), x, weight_t);
-    } else {
-      at::mm_out(out, x, weight_t);
-    }
-  }
-}
-
-// grad @ W. The weight is cut by columns, so that no slice adds onto another's rounded sum.
-void multiply_slices_dgrad(const Tensor& grad, const Packed4bit& w, const Tensor& grad_x) {
-  const int64_t N = grad.size(1), K = grad_x.size(1);
-  const Device& device = device_for(grad);
-  // Cut where vector kernels want it, unless blocks are so large that a slice would be the whole weight.
-  const int64_t boundary = std::min<int64_t>(w.blocksize, 256);
-  const int64_t step =
-      ceil_div(slice_size(device.workspace_bytes(grad), K, N * grad.element_size()), boundary) * boundary;
-  Tensor workspace = at::empty({N * std::min(step, K)}, grad.options());
-  for (int64_t begin = 0; begin < K; begin += step) {
-    const int64_t count = std::min(step, K - begin);
-    device.dequantize_4bit(w, K, {0, N, begin, begin + count}, workspace);
-    Tensor part = grad_x.narrow(1, begin, count);
-    at::mm_out(part, grad, workspace.narrow(0, 0, N * count).view({N, count}));
-  }
 }
 
 }  // namespace
@@ -214,34 +166,6 @@ Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return result;
 }
 
-Tensor multiply(const LinearArguments& arguments, const Tensor& bias, LowRankList added) {
-  const auto& [N, K, w, x] = arguments;
-  const auto dtype = x.scalar_type();
-  Tensor y = new_result({x.size(0), N}, x.options());
-  const Device& device = device_for(x);
-  if (y.numel() == 0) return y;
-  if (device.fused_linear_4bit(x, w.view, bias, added, y)) return y;
-  const auto compute = device.compute_dtype(dtype);
-  if (compute != dtype) y = at::empty(y.sizes(), y.options().dtype(compute));
-  multiply_slices(x.to(compute), w.view, bias.defined() ? bias.to(compute) : bias, y);
-  add_low_rank(y, added);
-  return y.to(dtype);
-}
-
-Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added) {
-  const auto& [N, K, w, grad] = arguments;
-  const auto dtype = grad.scalar_type();
-  Tensor grad_x = new_result({grad.size(0), K}, grad.options());
-  const Device& device = device_for(grad);
-  if (grad_x.numel() == 0) return grad_x;
-  if (device.fused_linear_4bit_dgrad(grad, w.view, added, grad_x)) return grad_x;
-  const auto compute = device.compute_dtype(dtype);
-  if (compute != dtype) grad_x = at::empty(grad_x.sizes(), grad_x.options().dtype(compute));
-  multiply_slices_dgrad(grad.to(compute), w.view, grad_x);
-  add_low_rank(grad_x, added);
-  return grad_x.to(dtype);
-}
-
 Tensor as_rows(const Tensor& x) {
   const auto sizes = x.sym_sizes();
   c10::SymInt count = 1;
@@ -265,6 +189,7 @@ void register_ops(torch::Library& m) {
   m.impl("linear_4bit_dgrad", linear_4bit_dgrad);
   m.impl("dropout_mask", dropout_mask);
   register_lora_ops(m);
+  register_expert_ops(m);
 }
 
 }  // namespace qlora
@@ -284,6 +209,13 @@ TORCH_LIBRARY(qlora_ext, m) {
   m.def("lora_linear_4bit_backward(Tensor grad, Tensor x, Tensor xA, " QLORA_WEIGHT
         ", Tensor[] A, Tensor[] B, float[] scaling, float[] keep, Tensor? seed, bool with_grad_x)"
         " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
+  m.def("experts_4bit(Tensor x, " QLORA_WEIGHT ", Tensor offs, SymInt out_features, bool is_transposed) -> Tensor");
+  m.def("lora_experts_4bit(Tensor x, " QLORA_WEIGHT
+        ", Tensor offs, SymInt out_features, bool is_transposed, Tensor[] A, Tensor[] B, float[] scaling)"
+        " -> (Tensor y, Tensor xA)");
+  m.def("lora_experts_4bit_backward(Tensor grad, Tensor x, Tensor xA, " QLORA_WEIGHT
+        ", Tensor offs, bool is_transposed, Tensor[] A, Tensor[] B, float[] scaling, bool with_grad_x)"
+        " -> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)");
 #undef QLORA_WEIGHT
   m.def("dropout_mask(Tensor x, float keep, Tensor seed) -> Tensor");
 }

@@ -40,7 +40,10 @@ at::Tensor check_bias(const char* op, const OptionalTensor& bias, const at::Tens
 // system needs longer to hand out that many small pages than most kernels need to fill them.
 at::Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// rows @ W^T + bias + added: [M, N]; rows @ W + added: [M, K].
+// y = x @ W^T + bias + added: [M, N]; grad_x = grad @ W + added: [M, K].
+void multiply(const at::Tensor& x, const Packed4bit& w, const at::Tensor& bias, LowRankList added, const at::Tensor& y);
+void multiply_dgrad(const at::Tensor& grad, const Packed4bit& w, LowRankList added, const at::Tensor& grad_x);
+// The same into a new tensor, rows in the place of x and grad.
 at::Tensor multiply(const LinearArguments& arguments, const at::Tensor& bias, LowRankList added);
 at::Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added);
 
@@ -58,8 +61,9 @@ void adamw_step(at::TensorList params, at::TensorList grads, at::TensorList exp_
                 at::TensorList exp_avg_absmax, at::TensorList exp_avg_sq_absmax, const AdamwHyper& hyper,
                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf, std::optional<uint64_t> seed);
 
-// The ops for a device's tensors, to be registered under its dispatch key. register_lora_ops: those of ops_lora.cpp.
-void register_ops(torch::Library& m);
+// The ops for a device's tensors, to be registered under its dispatch key: of ops_lora.cpp, ops_experts.cpp, and all.
 void register_lora_ops(torch::Library& m);
+void register_expert_ops(torch::Library& m);
+void register_ops(torch::Library& m);
 
 }  // namespace qlora

@@ -212,9 +212,10 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
       Tensor grad_x = ctx->needs_input_grad(0) ? call_dgrad(grad, w, saved[kX].sym_size(-1)) : Tensor();
       for (size_t i = 0; i < count; ++i) {
         const Tensor rows = as_rows(saved[kX]);
+        const bool drops = !keep.empty() && keep[i] != 1;
         const Tensor mask =
-            keep.empty() ? Tensor() : call_dropout_mask(rows, keep[i], seed->reshape({-1})[static_cast<int64_t>(i)]);
-        auto masked = [&](const Tensor& t) { return mask.defined() ? at::where(mask, t, 0) : t; };
+            drops ? call_dropout_mask(rows, keep[i], seed->reshape({-1})[static_cast<int64_t>(i)]) : Tensor();
+        auto masked = [&](const Tensor& t) { return drops ? at::where(mask, t, 0) : t; };
         const Tensor x = masked(rows.to(at::kFloat));
         const Tensor a = A[i].to(at::kFloat), g = at::matmul(grad * scaling[i], B[i].to(at::kFloat));
         if (grad_x.defined()) grad_x = grad_x + masked(at::matmul(g, a));

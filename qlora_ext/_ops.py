@@ -103,12 +103,11 @@ def _(grad: Tensor, in_features: int, **_: Any) -> Tensor:
 
 @_fake(ops.lora_linear_4bit.default)
 def _(x: Tensor, out_features: int, A: list[Tensor], seed: Tensor | None, **others: Any) -> tuple[Tensor, Tensor]:
-    if (seed is None) == bool(others["keep"]):
-        raise ValueError(f"lora_linear_4bit: seed: expected one beside keep alone, got {seed} beside {others['keep']}")
-    for name in ("B", "scaling", "keep"):  # the backward pass, with no kernel to check it, counts on this
-        count = len(others[name])
-        if count != len(A) and (count or name != "keep"):
-            raise ValueError(f"lora_linear_4bit: {name}: expected {len(A)} as in A, got {count}")
+    others["seed"] = [] if seed is None else seed.flatten()
+    for name in ("B", "scaling", "keep", "seed"):  # the backward pass, with no kernel to check it, counts on this
+        expected, got = len(others["keep"] if name == "seed" else A), len(others[name])
+        if got != expected and (got or name != "keep"):
+            raise ValueError(f"lora_linear_4bit: {name}: expected {expected} as in A, got {got}")
     y = x.new_empty([*x.shape[:-1], out_features])
     return y, x.new_empty([prod(x.shape[:-1]), sum(a.shape[0] for a in A)])
 
@@ -126,27 +125,45 @@ def _(x: Tensor, **_: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.bool)
 
 
+@_fake(ops.experts_4bit.default)
+def _(x: Tensor, out_features: int, **_: Any) -> Tensor:
+    return x.new_empty([x.shape[0], out_features])
+
+
+@_fake(ops.lora_experts_4bit.default)
+def _(x: Tensor, out_features: int, A: list[Tensor], **_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty([x.shape[0], out_features]), x.new_empty([x.shape[0], sum(a.shape[1] for a in A)])
+
+
+@_fake(ops.lora_experts_4bit_backward.default)
+def _(
+    grad: Tensor, x: Tensor, A: list[Tensor], B: list[Tensor], with_grad_x: bool, **_: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    grad_A, grad_B = ([each.new_empty(each.shape, dtype=torch.float32) for each in factors] for factors in (A, B))
+    return grad.new_empty(x.shape if with_grad_x else [0]), grad_A, grad_B
+
+
 # Two operations a multiply-add, as torch counts its own products, and none for decoding. Tensors come as their shapes.
 
 
-@register_flop_formula([ops.linear_4bit, ops.linear_4bit_dgrad])
+@register_flop_formula([ops.linear_4bit, ops.linear_4bit_dgrad, ops.experts_4bit])
 def _(x: torch.Size, *others: object, out_shape: torch.Size, **_: object) -> int:
     return 2 * x.numel() * out_shape[-1]
 
 
-@register_flop_formula(ops.lora_linear_4bit)
+@register_flop_formula([ops.lora_linear_4bit, ops.lora_experts_4bit])
 def _(x: torch.Size, *others: object, out_shape: tuple[torch.Size, torch.Size], **_: object) -> int:
     y, xA = out_shape
     return 2 * x.numel() * (y[-1] + xA[-1]) + 2 * xA.numel() * y[-1]
 
 
-@register_flop_formula(ops.lora_linear_4bit_backward)
+@register_flop_formula([ops.lora_linear_4bit_backward, ops.lora_experts_4bit_backward])
 def _(
     grad: torch.Size,
     x: torch.Size,
     xA: torch.Size,
     *others: object,
-    out_shape: tuple[torch.Size, torch.Size, torch.Size],
+    out_shape: tuple[torch.Size, object, object],
     **_: object,
 ) -> int:
     grad_xA_and_B, grad_A = 2 * 2 * grad.numel() * xA[-1], 2 * x.numel() * xA[-1]

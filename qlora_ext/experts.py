@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler, for a second, at once
-from torch.nn import functional as F
 
+from qlora_ext import experts_autograd as experts_autograd  # registers it
 from qlora_ext._ops import NESTED_BLOCKSIZE, ops
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.linear import Linear4bit
@@ -42,53 +41,21 @@ class Stack4bit(Linear4bit):
     def forward(  # type: ignore[override]
         self,
         input: Tensor,
-        counts: list[int],
+        offs: Tensor,
         A: Sequence[Tensor] = (),
         B: Sequence[Tensor] = (),
         scaling: Sequence[float] = (),
     ) -> Tensor:
-        """Each matrix times its rows: [rows, in] -> [rows, out].
+        """Each matrix times its rows: [rows, in] -> [rows, out], in one op.
 
         Args:
-            input: the rows, sorted by matrix.
-            counts: how many each matrix has.
+            input, offs: as for Experts4bit.
             A, B, scaling: of LoraExperts' adapters, [experts, r, in] and [experts, out, r].
         """
-        x = cast_as_autocast(input)
-        *of_each, nested_offset = self._tensors()
-        weights = [None if t is None else t.view(self.shape[0], -1, *t.shape[1:]) for t in of_each]
-        all_A, all_B = ([_split(factor) for factor in each] for each in (A, B))
-
-        def product(i: int, rows: Tensor) -> Tensor:
-            own = (*(None if t is None else t[i] for t in weights), nested_offset, self.quant_type, self.blocksize)
-            return self._product(rows, own, [a[i] for a in all_A], [b[i] for b in all_B], list(scaling))
-
-        parts = x.split(counts)
-        return torch.cat([product(i, rows) for i, rows in enumerate(parts) if len(rows)] or [product(0, parts[0])])
-
-    def _product(
-        self, x: Tensor, weight: tuple[Any, ...], A: list[Tensor], B: list[Tensor], scaling: list[float]
-    ) -> Tensor:
-        y: Tensor
-        _, rows, columns = self.shape
-        if self.is_transposed:  # x @ W is what the backward of F.linear computes
-            y = ops.linear_4bit_dgrad(x, *weight, columns)
-            for a, b, scale in zip(A, B, scaling, strict=True):
-                y = y + F.linear(F.linear(x, a.to(x.dtype)), (b * scale).to(x.dtype))
-        elif A:
-            y, _ = ops.lora_linear_4bit(x, *weight, rows, None, A, B, scaling, [])
-        else:
-            y = ops.linear_4bit(x, *weight, rows, None)
+        x, (_, size) = cast_as_autocast(input), self.sizes
+        product = (x, *self._tensors(), self.quant_type, self.blocksize, offs, size, self.is_transposed)
+        y: Tensor = ops.lora_experts_4bit(*product, A, B, scaling)[0] if A else ops.experts_4bit(*product)
         return y
-
-
-def _split(factor: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """A or B of all matrices, to be indexed by matrix.
-
-    If it trains it is split once, so that one backward puts the gradients of all side by side: that of factor[i] would
-    make one of the whole factor's size for each.
-    """
-    return factor.unbind() if torch.is_grad_enabled() and factor.requires_grad else factor
 
 
 class Experts4bit(nn.Module):
@@ -176,7 +143,6 @@ class Experts4bit(nn.Module):
             raise ValueError(f"Experts4bit: transpose: expected the last two dimensions, got {dim0} and {dim1}")
         return Transposed(self)
 
-    @_disable_dynamo  # it would compile a graph with all matrices, and anew when other ones have no rows
     def forward(self, input: Tensor, offs: Tensor) -> Tensor:
         """Each matrix times its rows: [rows, in] -> [rows, out].
 
@@ -193,14 +159,8 @@ class Experts4bit(nn.Module):
         if offs.dtype not in (torch.int32, torch.int64) or tuple(offs.shape) != self.shape[:1]:
             expected, got = f"integers [{self.shape[0]}]", f"{offs.dtype} {list(offs.shape)}"
             raise ValueError(f"Experts4bit: offs: expected {expected}, got {got}")
-        ends = offs.tolist()
-        counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-        behind = len(input) - sum(counts)
-        if min(counts) < 0 or behind < 0:
-            expected = f"ascending ends of at most {len(input)} rows"
-            raise ValueError(f"Experts4bit: offs: expected {expected}, got {ends}")
-        y: Tensor = self.stack(input[: len(input) - behind] if behind else input, counts)
-        return F.pad(y, (0, 0, 0, behind)) if behind else y
+        y: Tensor = self.stack(input, offs)
+        return y
 
     def extra_repr(self) -> str:
         return f"shape={list(self.shape)}"

@@ -138,8 +138,10 @@ class LoraLinear(nn.Module):
         if merged is not None or not names:
             return base(input)  # type: ignore[no-any-return]
         A, B = parts["lora_A"].forward(names), parts["lora_B"].forward(names)
+        scaling, keep = self._dropout(names)
         if isinstance(base, Linear4bit) and not is_hooked(base):
-            return base.forward_with_adapters(input, A, B, *self._dropout(input, names))
+            seed = torch.randint(2**63 - 1, (len(keep),), device=A[0].device) if keep else None
+            return base.forward_with_adapters(input, A, B, scaling, keep, seed)
         x = cast_as_autocast(input)
         y = base(x)
         if not isinstance(y, Tensor):
@@ -148,23 +150,21 @@ class LoraLinear(nn.Module):
         if x.device != y.device:  # to which hooks of the base have taken it
             x = x.to(y.device)
         check_values(names, A, B, x)
-        scaling, keep, seed = self._dropout(x, names)
         for i, (a, b) in enumerate(zip(A, B, strict=True)):
-            low_rank = F.linear(x if seed is None else x * _dropout_mask(x, keep[i], seed[i]), a.to(x.dtype))
+            low_rank = F.linear(x * _dropout_mask(x, keep[i]) if keep else x, a.to(x.dtype))
             y = y + F.linear(low_rank, (b.float() * scaling[i]).to(x.dtype))
         return y
 
-    def _dropout(self, x: Tensor, names: list[str]) -> tuple[list[float], list[float], Tensor | None]:
+    def _dropout(self, names: list[str]) -> tuple[list[float], list[float]]:
         """The scaling of each of these adapters, with dropout's 1 / (1 - p) in it, and, if there is any, the
-        probabilities 1 - p that an element of x counts and the seeds of its masks."""
+        probability 1 - p that an element of x counts."""
         scaling = [self.scaling[name] for name in names]
         table: Any = self._modules["lora_dropout"]  # without __getattr__
         dropouts = map(table.__getitem__, names)
         keep = [1 - each.p if each.training and not isinstance(each, nn.Identity) else 1 for each in dropouts]
         if all(k == 1 for k in keep):
-            return scaling, [], None
-        seed = torch.randint(2**63 - 1, (len(names),), device=x.device)
-        return [s / k if k else 0.0 for s, k in zip(scaling, keep, strict=True)], keep, seed
+            return scaling, []
+        return [s / k if k else 0.0 for s, k in zip(scaling, keep, strict=True)], keep
 
     @property
     def weight(self) -> Tensor:
@@ -281,10 +281,10 @@ def _merge_again(layer: LoraLinear, _: object) -> None:
         layer.merge()
 
 
-def _dropout_mask(x: Tensor, keep: float, seed: Tensor) -> Tensor:
+def _dropout_mask(x: Tensor, keep: float) -> Tensor:
     """Which elements of x are kept, each with this probability."""
-    # A DTensor knows torch's way alone, which on most CPUs draws one number after the other; so does CUDA where the ops
-    # are not built for it.
+    # A DTensor or a fake tensor knows torch's way alone, which on most CPUs draws one number after the other.
     if type(x) in (Tensor, nn.Parameter) and x.is_cpu:
+        seed = torch.randint(2**63 - 1, (), device="cpu")
         return ops.dropout_mask(x, keep, seed)  # type: ignore[no-any-return]
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)

@@ -27,7 +27,7 @@ class LoraExperts(LoraLinear):
         A = torch.empty(experts, r, size_in, dtype=torch.float32, device=device)
         return A, torch.empty(experts, size_out, r, dtype=torch.float32, device=device)
 
-    def forward(self, input: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, offs: Tensor) -> Tensor:  # type: ignore[override]
         """Each matrix, with the active adapters' parts for it, times its rows, as Stack4bit's."""
         merged, names = self.merged_base, self.active_adapters
         base: Any = self.base_layer if merged is None else merged
@@ -36,7 +36,7 @@ class LoraExperts(LoraLinear):
             A, B = self.lora_A.forward(names), self.lora_B.forward(names)
             check_values(names, A, B, input)
             adapters = [A, B, [self.scaling[name] for name in names]]
-        y: Tensor = base(input, counts, *adapters)
+        y: Tensor = base(input, offs, *adapters)
         return y
 
     def _plus(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -12,6 +12,9 @@ from cases import DTYPES, LINEAR_CASES, WEIGHT_CASES, LinearCase, WeightCase, no
 from layers import make_linear, make_lora, randomize_adapters, state_bytes, with_gradients
 from on_device import cpu, on
 from reference import Quantized, assert_as_exact_as_torch, assert_same, quantize
+from test_experts_4bit import ends, stack
+from test_lora_experts_4bit import adapters as expert_adapters
+from test_lora_experts_4bit import plain_lora
 from test_lora_linear_4bit import RANKS, SHAPES, adapters, fused, plain
 from test_lora_linear_4bit import with_gradients as with_lora_gradients
 from torch import Tensor, nn
@@ -95,7 +98,7 @@ def test_linear_4bit_dgrad_is_as_exact_as_torch(case: LinearCase) -> None:
 @pytest.mark.parametrize("shape", [(), (0, 3), (1000,), (300, 4097)], ids=str)
 def test_dropout_mask_is_that_of_the_cpu(shape: tuple[int, ...]) -> None:
     x, seed = torch.empty(shape), torch.tensor(7)
-    for keep in (0.0, 0.9, 1.0):
+    for keep in (0.0, 0.9, 1 - 2**-33, 1.0):
         assert_same(ops.dropout_mask(*on(DEVICE, (x, keep, seed))).cpu(), ops.dropout_mask(x, keep, seed))
 
 
@@ -119,6 +122,29 @@ def test_lora_linear_4bit_and_its_gradients_are_as_exact_as_torch(
     exact = with_lora_gradients(plain(weight.double(), scaling, keep, seed), [leaf.double() for leaf in leaves], grad)
     for got, torch_result, exact_result in zip(results, low, exact, strict=True):
         assert_as_exact_as_torch(got.cpu(), torch_result.cpu(), exact_result)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_experts_and_their_gradients_are_as_exact_as_torch(dtype: torch.dtype, is_transposed: bool) -> None:
+    q, weight = stack(256, 192, is_transposed)
+    a, b, scaling = expert_adapters((8,), 256, 192)
+    leaves, offs = [torch.randn(84, 256).to(dtype), *a, *b], ends(3, 0, 70, 8)
+    grad = torch.randn(84, 192).to(dtype)
+
+    def results(device: str, compute: torch.dtype | None) -> list[Tensor]:
+        x, *ab = (t.to(device, compute if t.dtype == dtype else None).requires_grad_() for t in leaves)
+        if compute is None:
+            y, _ = ops.lora_experts_4bit(
+                x, *on(device, q), offs.to(device), 192, is_transposed, ab[:1], ab[1:], scaling
+            )
+        else:
+            y, _ = plain_lora(x, weight.to(device, compute), offs, ab, scaling)
+        return [y.detach().cpu(), *cpu(torch.autograd.grad(y, [x, *ab], grad.to(device, y.dtype)))]
+
+    exact = results("cpu", torch.float64)
+    for each in zip(results(DEVICE, None), results(DEVICE, dtype), exact, strict=True):
+        assert_as_exact_as_torch(*each)
 
 
 @pytest.mark.parametrize("m", [1, 5, 100])

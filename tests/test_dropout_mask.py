@@ -34,8 +34,9 @@ def test_it_depends_on_nothing_but_shape_probability_and_seed() -> None:
     assert_same(dropout_mask(X, 0.5, torch.tensor(-7)), reference.dropout_mask(X.shape, 0.5, -7))
     for seed in (-7, 0, 6, 8):
         assert abs((dropout_mask(X, 0.5, torch.tensor(seed)) == mask).float().mean() - 0.5) < 5 / 160
-    assert dropout_mask(X, 1.0, SEED).all()
-    assert not dropout_mask(X, 0.0, SEED).any()
+    for keep in (1.0, 1 - 2**-33):  # which is 1, to 32 bits
+        assert dropout_mask(X, keep, SEED).all()
+        assert not dropout_mask(X, 1 - keep, SEED).any()
 
 
 def test_opcheck() -> None:

@@ -23,7 +23,8 @@ OPS = sorted(set(re.findall(r'm\.def\("(\w+)', (CSRC / "ops.cpp").read_text())))
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
 LAYERS = (
     *("_C", "whole_files", "_ops", "quant_state", "functional", "quant_type", "layer_hooks", "dense_linear", "linear"),
-    *("sharded", "experts", "layer_names", "adapter_table", "adapted_weight", "lora_config", "lora", "lora_experts"),
+    *("sharded", "experts_autograd", "experts", "layer_names", "adapter_table", "adapted_weight", "lora_config"),
+    *("lora", "lora_experts"),
     *("model_layers", "adapter_targets", "adapters", "quantize"),
     *("peft_config", "peft_layout", "trained_modules", "adapter_files"),
     *("optim_state", "optim_checks", "state_file", "paged_parameters", "optim_files", "optim", "__init__", "info"),

@@ -22,7 +22,8 @@ SHAPES = {
     "flat": (9, 24, 100),
     "no-rows": (0, 8, 64),
 }
-RANKS = {"r8": (8,), "r1": (1,), "r5-r16": (5, 16)}
+RANKS = {"r8": (8,), "r1": (1,), "r5-r16": (5, 16), "r5-r16-r8": (5, 16, 8)}
+KEEP = (0.7, 1.0, 0.4)
 WEIGHT = quantized_normal((48, 256), "nf4", 64, double_quant=True)
 X, A, B, SEED = normal(3, 256), normal(8, 256), normal(48, 8), torch.tensor([7])
 DROPOUT = [0.7], SEED
@@ -78,7 +79,7 @@ def test_values_and_gradients_as_exact_as_torch(
     q = quantized_normal((n, k), "nf4", 64, double_quant=True)
     a, b, scaling = adapters(RANKS[ranks], n, k)
     leaves = [torch.randn(m, k).to(dtype), torch.randn(n).to(dtype), *a, *b]
-    drop = ([0.7, 1.0][: len(a)], torch.arange(len(a))) if dropout else ((), None)
+    drop = (KEEP[-len(a) :] if len(a) > 1 else KEEP[:1], torch.arange(len(a))) if dropout else ((), None)
     grad = torch.randn(m, n).to(dtype)
 
     results = with_gradients(fused(q, n, scaling, *drop), leaves, grad)

@@ -163,15 +163,22 @@ def test_copies_and_files_hold_the_same(name: str) -> None:
         assert model(TOKENS).logits.isfinite().all()
 
 
-def test_generates_and_compiles() -> None:
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_is_one_graph_to_compile_and_to_export(name: str) -> None:
+    model = quantize_model(mixture(name))
+    with torch.inference_mode():
+        logits = model(TOKENS).logits
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(TOKENS).logits, logits)
+    exported = torch.export.export(model, (TOKENS,), {"use_cache": False}).module()
+    torch.testing.assert_close(exported(TOKENS, use_cache=False).logits, logits)
+
+
+def test_generates() -> None:
     model = quantize_model(mixture("mixtral"))
     generate = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(TOKENS, **generate)
     assert expected.shape == (2, 25)
-    with torch.inference_mode():
-        logits = model(TOKENS).logits
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, backend="eager")(TOKENS).logits, logits)
 
 
 @pytest.mark.parametrize("skip", ["experts", "model.layers.0.mlp.experts", "down_proj"])

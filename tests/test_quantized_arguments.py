@@ -18,7 +18,11 @@ CALLS: dict[str, Callable[[Quantized], Tensor | tuple[Tensor, Tensor]]] = {
     "linear_4bit": lambda q: ops.linear_4bit(normal(3, 128), *q, 8, None),
     "linear_4bit_dgrad": lambda q: ops.linear_4bit_dgrad(normal(3, 8), *q, 128),
     "lora_linear_4bit": lambda q: ops.lora_linear_4bit(
-        normal(3, 128), *q, 8, None, [normal(2, 128)], [normal(8, 2)], [0.5], []
+        normal(3, 128), *q, 8, None, [normal(2, 128)], [normal(8, 2)], [0.5], [], None
+    ),
+    "experts_4bit": lambda q: ops.experts_4bit(normal(3, 128), *q, torch.tensor([3]), 8, False),
+    "lora_experts_4bit": lambda q: ops.lora_experts_4bit(
+        normal(3, 8), *q, torch.tensor([3]), 128, True, [normal(1, 2, 8)], [normal(1, 128, 2)], [0.5]
     ),
 }
 every_op = pytest.mark.parametrize("op", CALLS)

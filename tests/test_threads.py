@@ -24,7 +24,7 @@ FLAT_Q = quantized_normal((N, FLAT_K), "nf4", 64, double_quant=True)
 WEIGHT, X, GRAD = normal(N, K), normal(M, K), normal(M, N)
 ABSMAX = WEIGHT.abs()
 A, B = [normal(8, K)], [normal(N, 8)]
-XA, MASK = normal(M, 8), normal(M, K) > 0
+XA, DROPOUT = normal(M, 8), ([0.9], torch.tensor([7]))
 
 # Each op in a dtype, and the products with a number of rows.
 CALLS: dict[str, Callable[[torch.dtype], Tensor | tuple[Tensor, ...]]] = {
@@ -38,12 +38,12 @@ for m in (1, 4, M):
         f"linear_4bit-flat-M{m}": lambda dtype, m=m: ops.linear_4bit(X[:m, :FLAT_K].to(dtype), *FLAT_Q, N, None),
         f"linear_4bit_dgrad-M{m}": lambda dtype, m=m: ops.linear_4bit_dgrad(GRAD[:m].to(dtype), *Q, K),
         f"lora_linear_4bit-M{m}": lambda dtype, m=m: ops.lora_linear_4bit(
-            X[:m].to(dtype), *Q, N, None, A, B, [0.5], []
+            X[:m].to(dtype), *Q, N, None, A, B, [0.5], [], None
         ),
     }
-CALLS["lora_linear_4bit-dropout"] = lambda dtype: ops.lora_linear_4bit(X.to(dtype), *Q, N, None, A, B, [0.5], [MASK])
+CALLS["lora_linear_4bit-dropout"] = lambda dtype: ops.lora_linear_4bit(X.to(dtype), *Q, N, None, A, B, [0.5], *DROPOUT)
 CALLS["lora_backward"] = lambda dtype: ops.lora_linear_4bit_backward(
-    GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, [0.5], [MASK], True
+    GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, [0.5], *DROPOUT, True
 )
 
 

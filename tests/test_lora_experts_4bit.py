@@ -1,0 +1,154 @@
+"""Experts with adapters as one op; the modules around it are tested in test_lora_experts.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from cases import DTYPES, normal, pairwise
+from reference import assert_as_exact_as_torch, assert_same
+from test_experts_4bit import COUNTS, SHAPES, ends, experts_4bit, plain, stack
+from torch import Tensor
+
+lora_experts_4bit = torch.ops.qlora_ext.lora_experts_4bit
+RANKS = {"r8": (8,), "r5-r16": (5, 16)}
+
+
+def adapters(ranks: Sequence[int], size_in: int, size_out: int) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """A, B and scaling for four experts, of the size that they have in training."""
+    return (
+        [torch.randn(4, r, size_in) / size_in**0.5 for r in ranks],
+        [torch.randn(4, size_out, r) * 0.1 for r in ranks],
+        [2.0 / (i + 1) for i in range(len(ranks))],
+    )
+
+
+def plain_lora(x: Tensor, weight: Tensor, offs: Tensor, ab: Sequence[Tensor], scaling: list[float]) -> list[Tensor]:
+    """y, and xA up to the last end, in plain PyTorch in the dtype of x."""
+    y, parts = plain(x, weight, offs), []
+    for a, b, scale in zip(ab[: len(scaling)], ab[len(scaling) :], scaling, strict=True):
+        parts.append(plain(x, a, offs))
+        y = y + scale * plain(parts[-1], b, offs)
+    return [y, torch.cat(parts, 1)[: int(offs[-1])]]
+
+
+@pytest.mark.parametrize(
+    ("dtype_name", "shape", "counts", "ranks", "is_transposed"),
+    pairwise(DTYPES, SHAPES, COUNTS, RANKS, (False, True)),
+    ids=str,
+)
+def test_values_and_gradients_as_exact_as_torch(
+    dtype_name: str, shape: str, counts: str, ranks: str, is_transposed: bool, cpu_path: str
+) -> None:
+    dtype, (size_in, size_out), (rows, behind) = DTYPES[dtype_name], SHAPES[shape], COUNTS[counts]
+    q, weight = stack(size_in, size_out, is_transposed)
+    a, b, scaling = adapters(RANKS[ranks], size_in, size_out)
+    offs, x = ends(*rows), normal(sum(rows) + behind, size_in, dtype=dtype)
+    grad = normal(len(x), size_out, dtype=dtype, seed=2)
+
+    def results(forward: Callable[..., Sequence[Tensor]], *leaves: Tensor) -> list[Tensor]:
+        leaves = tuple(leaf.clone().requires_grad_() for leaf in leaves)
+        y, xA = forward(*leaves)
+        gradients = torch.autograd.grad(y, leaves, grad.to(y.dtype))
+        return [y.detach(), xA.detach()[: sum(rows)], *gradients]
+
+    def ours(x: Tensor, *ab: Tensor) -> Sequence[Tensor]:
+        factors = ab[: len(a)], ab[len(a) :]
+        both: Sequence[Tensor] = lora_experts_4bit(x, *q, offs, size_out, is_transposed, *factors, scaling)
+        return both
+
+    def of_torch(x: Tensor, *ab: Tensor) -> Sequence[Tensor]:
+        return plain_lora(x, weight.to(x.dtype), offs, ab, scaling)
+
+    low, exact = results(of_torch, x, *a, *b), results(of_torch, *(t.double() for t in (x, *a, *b)))
+    for each in zip(results(ours, x, *a, *b), low, exact, strict=True):
+        assert_as_exact_as_torch(*each)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_zero_b_changes_nothing(dtype: torch.dtype, is_transposed: bool, cpu_path: str) -> None:
+    q, _ = stack(256, 192, is_transposed)
+    a, b, scaling = adapters((8, 4), 256, 192)
+    x, offs = normal(80, 256, dtype=dtype), ends(1, 4, 0, 70)
+    y, _ = lora_experts_4bit(x, *q, offs, 192, is_transposed, a, [torch.zeros_like(each) for each in b], scaling)
+    assert_same(y, experts_4bit(x, *q, offs, 192, is_transposed))
+
+
+def test_gradients_only_where_asked() -> None:
+    q, _ = stack(256, 192, is_transposed=False)
+    a, b, scaling = adapters((8, 4), 256, 192)
+    leaves, grad = [normal(6, 256), *a, *b], normal(6, 192, seed=2)
+
+    def gradients(wanted: Sequence[int]) -> list[Tensor]:
+        asked = [leaf.clone().requires_grad_(i in wanted) for i, leaf in enumerate(leaves)]
+        y, _ = lora_experts_4bit(asked[0], *q, ends(2, 0, 3, 1), 192, False, asked[1:3], asked[3:], scaling)
+        return list(torch.autograd.grad(y, [asked[i] for i in wanted], grad))
+
+    together = gradients(range(5))
+    for i in range(5):
+        assert_same(gradients([i]), [together[i]])
+
+
+def test_gradients_of_gradients() -> None:
+    """And with rows behind the last end."""
+    q, weight = stack(96, 128, is_transposed=True)
+    a, b, scaling = adapters((3, 2), 96, 128)
+    offs = ends(2, 0, 3, 1)
+
+    def second(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = x, *ab = [t.to(dtype).requires_grad_() for t in (normal(7, 96), *a, *b)]
+        if dtype == torch.float32:
+            y, _ = lora_experts_4bit(x, *q, offs, 128, True, ab[:2], ab[2:], scaling)
+        else:
+            y, _ = plain_lora(x, weight.to(dtype), offs, ab, scaling)
+        first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves)
+
+    for got, exact in zip(second(torch.float32), second(torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+Q, _ = stack(256, 192, is_transposed=False)
+X, OFFS, A, B = normal(6, 256), ends(2, 0, 3, 1), normal(4, 8, 256), normal(4, 192, 8)
+
+
+def call(
+    x: Tensor = X, a: Sequence[Tensor] = (A,), b: Sequence[Tensor] = (B,), scaling: Sequence[float] = (0.5,)
+) -> Tensor:
+    y: Tensor = lora_experts_4bit(x, *Q, OFFS, 192, False, a, b, scaling)[0]
+    return y
+
+
+BAD: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
+    "x-dtype": (partial(call, X.double()), TypeError, "x: .*Double"),
+    "a-none": (partial(call, a=(), b=(), scaling=()), ValueError, "A: .*at least 1"),
+    "a-experts": (partial(call, a=(A[1:],)), ValueError, r"A: .*the first of 4, got \[3, 8, 256\]"),
+    "a-dimensions": (partial(call, a=(A[0],)), ValueError, r"A: expected 3 dimensions.*\[8, 256\]"),
+    "a-columns": (partial(call, a=(A[..., 1:],)), ValueError, "A: .*255"),
+    "a-dtype": (partial(call, a=(A.double(),)), TypeError, "A: .*Double"),
+    "a-device": (partial(call, a=(A.to("meta"),)), ValueError, "A: .*cpu.*meta"),
+    "b-rank": (partial(call, b=(B[..., 1:],)), ValueError, "B: .*7"),
+    "b-experts": (partial(call, b=(B[1:],)), ValueError, r"B: .*the first of 4, got \[3, 192, 8\]"),
+    "b-length": (partial(call, b=()), ValueError, "B: .*1 tensors, as in A, got 0"),
+    "scaling-length": (partial(call, scaling=()), ValueError, "scaling: .*1 numbers, as in A, got 0"),
+}
+
+
+@pytest.mark.parametrize(("bad_call", "error", "message"), BAD.values(), ids=BAD)
+def test_errors(bad_call: Callable[[], Tensor], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^lora_experts_4bit: {message}"):
+        bad_call()
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_opcheck(dtype: torch.dtype, is_transposed: bool) -> None:
+    q, _ = stack(256, 192, is_transposed)
+    a, b, scaling = adapters((8, 4), 256, 192)
+    for tensor in (*a, *b):
+        tensor.requires_grad_()
+    x = normal(6, 256, dtype=dtype).requires_grad_()
+    torch.library.opcheck(lora_experts_4bit.default, (x, *q, OFFS, 192, is_transposed, a, b, scaling))

@@ -1,0 +1,68 @@
+"""The op by itself; that its results are the gradients is in test_lora_experts_4bit.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, normal
+from reference import assert_same
+from test_experts_4bit import ends, stack
+
+backward = torch.ops.qlora_ext.lora_experts_4bit_backward
+Q, _ = stack(256, 192, is_transposed=False)
+GRAD, X, XA, OFFS = normal(7, 192), normal(7, 256), normal(7, 8), ends(2, 0, 3, 1)
+A, B = [normal(4, 3, 256), normal(4, 5, 256)], [normal(4, 192, 3), normal(4, 192, 5)]
+SCALING = [0.5, 2.0]
+
+
+def test_shapes_and_dtypes(cpu_path: str) -> None:
+    half = [t.bfloat16() for t in (GRAD, X, XA)]
+    grad_x, grad_a, grad_b = backward(*half, *Q, OFFS, False, A, B, SCALING, True)
+    assert (grad_x.shape, grad_x.dtype) == (X.shape, torch.bfloat16)
+    for got, like in ((grad_a, A), (grad_b, B)):
+        assert [(g.shape, g.dtype) for g in got] == [(t.shape, torch.float32) for t in like]
+
+
+def test_experts_without_rows_have_gradients_of_zero(cpu_path: str) -> None:
+    for counts in ((2, 0, 3, 1), (0, 0, 6, 0), (0, 0, 0, 0)):
+        grad_x, grad_a, grad_b = backward(GRAD, X, XA, *Q, ends(*counts), False, A, B, SCALING, True)
+        assert not grad_x[sum(counts) :].any()
+        for gradient in (*grad_a, *grad_b):
+            assert [bool(each.any()) for each in gradient] == [count > 0 for count in counts]
+
+
+def test_grad_x_only_where_wanted(cpu_path: str) -> None:
+    _, *expected = backward(GRAD, X, XA, *Q, OFFS, False, A, B, SCALING, True)
+    grad_x, *adapters = backward(GRAD, X, XA, *Q, OFFS, False, A, B, SCALING, False)
+    assert grad_x.numel() == 0
+    assert_same(adapters, expected)
+
+
+BAD = {
+    "grad-dtype": ({"grad": GRAD.double()}, TypeError, "grad: .*Float.*Double"),
+    "grad-rows": ({"grad": GRAD[1:]}, ValueError, r"grad: .*\[7, 192\].*\[6, 192\]"),
+    "grad-columns": ({"grad": GRAD[:, 1:]}, ValueError, "packed: "),
+    "grad-dimensions": ({"grad": GRAD[0]}, ValueError, "grad: expected 2 dimensions"),
+    "x-columns": ({"x": X[:, 1:]}, ValueError, "packed: "),
+    "xA-dtype": ({"xA": XA.bfloat16()}, TypeError, "xA: .*Float.*BFloat16"),
+    "xA-shape": ({"xA": XA[:, 1:]}, ValueError, r"xA: .*\[7, 8\].*\[7, 7\]"),
+    "A-shape": ({"A": [A[0], A[1][..., 1:]]}, ValueError, "A: "),
+    "offs": ({"offs": ends(2, 0, 3, 7)}, ValueError, "offs: .*at most 7 rows"),
+    "device": ({"x": X.to("meta")}, ValueError, ".*meta"),
+}
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD.values(), ids=BAD)
+def test_errors(changed: dict[str, object], error: type[Exception], message: str) -> None:
+    names = ("grad", "x", "xA", "packed", "absmax", "nested_absmax", "nested_offset", "quant_type", "blocksize", "offs")
+    arguments = dict(zip(names, (GRAD, X, XA, *Q, OFFS), strict=True))
+    arguments |= {"is_transposed": False, "A": A, "B": B, "scaling": SCALING, "with_grad_x": True}
+    with pytest.raises(error, match=f"^lora_experts_4bit_backward: {message}"):
+        backward(**(arguments | changed))
+
+
+@pytest.mark.parametrize("with_grad_x", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_opcheck(dtype: torch.dtype, with_grad_x: bool) -> None:
+    given = [t.to(dtype) for t in (GRAD, X, XA)]
+    torch.library.opcheck(backward.default, (*given, *Q, OFFS, False, A, B, SCALING, with_grad_x))
