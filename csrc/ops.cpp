@@ -209,13 +209,18 @@ TORCH_LIBRARY(qlora_ext, m) {
   m.def("lora_linear_4bit_backward(Tensor grad, Tensor x, Tensor xA, " QLORA_WEIGHT
         ", Tensor[] A, Tensor[] B, float[] scaling, float[] keep, Tensor? seed, bool with_grad_x)"
         " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
-  m.def("experts_4bit(Tensor x, " QLORA_WEIGHT ", Tensor offs, SymInt out_features, bool is_transposed) -> Tensor");
+  // They wait for offs.
+  const std::vector<at::Tag> tags{at::Tag::cudagraph_unsafe};
+  m.def("experts_4bit(Tensor x, " QLORA_WEIGHT ", Tensor offs, SymInt out_features, bool is_transposed) -> Tensor",
+        tags);
   m.def("lora_experts_4bit(Tensor x, " QLORA_WEIGHT
         ", Tensor offs, SymInt out_features, bool is_transposed, Tensor[] A, Tensor[] B, float[] scaling)"
-        " -> (Tensor y, Tensor xA)");
+        " -> (Tensor y, Tensor xA)",
+        tags);
   m.def("lora_experts_4bit_backward(Tensor grad, Tensor x, Tensor xA, " QLORA_WEIGHT
         ", Tensor offs, bool is_transposed, Tensor[] A, Tensor[] B, float[] scaling, bool with_grad_x)"
-        " -> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)");
+        " -> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)",
+        tags);
 #undef QLORA_WEIGHT
   m.def("dropout_mask(Tensor x, float keep, Tensor seed) -> Tensor");
 }

@@ -148,7 +148,7 @@ struct Linear4bit : torch::autograd::Function<Linear4bit> {
   }
 };
 
-// x @ W, the product of experts whose matrices are [in, out], has x @ W^T for its gradient.
+// x @ W has x @ W^T for its gradient.
 struct Linear4bitDgrad : torch::autograd::Function<Linear4bitDgrad> {
   static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Weight& w, const c10::SymInt& in_features) {
     at::AutoDispatchBelowADInplaceOrView below;

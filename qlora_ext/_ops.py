@@ -101,13 +101,19 @@ def _(grad: Tensor, in_features: int, **_: Any) -> Tensor:
     return grad.new_empty([*grad.shape[:-1], in_features])
 
 
+def _check_lists(op: str, expected: dict[str, int], **lists: Any) -> None:
+    """Of adapters: the backward pass, with no kernel to check them, counts on this."""
+    for name, count in expected.items():
+        if len(lists[name]) != count:
+            raise ValueError(f"{op}: {name}: expected {count} as in A, got {len(lists[name])}")
+
+
 @_fake(ops.lora_linear_4bit.default)
-def _(x: Tensor, out_features: int, A: list[Tensor], seed: Tensor | None, **others: Any) -> tuple[Tensor, Tensor]:
-    others["seed"] = [] if seed is None else seed.flatten()
-    for name in ("B", "scaling", "keep", "seed"):  # the backward pass, with no kernel to check it, counts on this
-        expected, got = len(others["keep"] if name == "seed" else A), len(others[name])
-        if got != expected and (got or name != "keep"):
-            raise ValueError(f"lora_linear_4bit: {name}: expected {expected} as in A, got {got}")
+def _(
+    x: Tensor, out_features: int, A: list[Tensor], keep: list[float], seed: Tensor | None, **others: Any
+) -> tuple[Tensor, Tensor]:
+    expected = {"B": len(A), "scaling": len(A), "keep": len(A) if keep else 0, "seed": len(keep)}
+    _check_lists("lora_linear_4bit", expected, keep=keep, seed=[] if seed is None else seed.flatten(), **others)
     y = x.new_empty([*x.shape[:-1], out_features])
     return y, x.new_empty([prod(x.shape[:-1]), sum(a.shape[0] for a in A)])
 
@@ -131,7 +137,8 @@ def _(x: Tensor, out_features: int, **_: Any) -> Tensor:
 
 
 @_fake(ops.lora_experts_4bit.default)
-def _(x: Tensor, out_features: int, A: list[Tensor], **_: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, out_features: int, A: list[Tensor], **others: Any) -> tuple[Tensor, Tensor]:
+    _check_lists("lora_experts_4bit", {"B": len(A), "scaling": len(A)}, **others)
     return x.new_empty([x.shape[0], out_features]), x.new_empty([x.shape[0], sum(a.shape[1] for a in A)])
 
 

@@ -9,14 +9,16 @@ remains its own.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qlora_ext import experts_autograd as experts_autograd  # registers it
 from qlora_ext._ops import NESTED_BLOCKSIZE, ops
+from qlora_ext.experts_autograd import check_no_tangents
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.linear import Linear4bit
 
@@ -52,6 +54,7 @@ class Stack4bit(Linear4bit):
             input, offs: as for Experts4bit.
             A, B, scaling: of LoraExperts' adapters, [experts, r, in] and [experts, out, r].
         """
+        check_no_tangents("Experts4bit", input, *A, *B)
         x, (_, size) = cast_as_autocast(input), self.sizes
         product = (x, *self._tensors(), self.quant_type, self.blocksize, offs, size, self.is_transposed)
         y: Tensor = ops.lora_experts_4bit(*product, A, B, scaling)[0] if A else ops.experts_4bit(*product)
@@ -200,6 +203,18 @@ def _grouped_mm(
     return y
 
 
+@functools.cache
+def _let_compilers_in() -> None:
+    """torch.compile asks only the functions of torch.overrides for __torch_function__, of which grouped_mm is none."""
+    if hasattr(F, "grouped_mm"):
+
+        @torch.compiler.substitute_in_graph(F.grouped_mm, skip_signature_check=True)
+        def grouped_mm(mat_a: Any, mat_b: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+            of_experts = isinstance(mat_b, (Experts4bit, Transposed))
+            product = _grouped_mm if of_experts else torch._grouped_mm
+            return product(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+
+
 def fused_experts(module: nn.Module) -> list[str]:
     """The attributes in which a module of transformers has the weights of fused experts, if its forward can be made of
     grouped_mm: `use_experts_implementation` marks those modules by attributes that it gives them."""
@@ -211,6 +226,7 @@ def fused_experts(module: nn.Module) -> list[str]:
 
 def quantize_experts(module: Any, name: str, **options: Any) -> None:
     """Put Experts4bit in the place of such a weight. The module's own forward computes with them from now on."""
+    _let_compilers_in()
     weight = module.get_parameter(name)
     experts = Experts4bit(weight, is_transposed=module.is_transposed, **options).train(module.training)
     experts.replaced = name, module.config

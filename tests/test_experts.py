@@ -114,6 +114,14 @@ def test_only_grouped_mm_takes_them_and_says_what_it_wants() -> None:
         F.grouped_mm(x.double(), transposed, offs=offs)
 
 
+def test_tangents_raise() -> None:
+    experts = Experts4bit(torch.randn(2, 64, 64))
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        x = torch.autograd.forward_ad.make_dual(torch.randn(3, 64), torch.ones(3, 64))
+        with pytest.raises(RuntimeError, match=r"^Experts4bit: forward mode AD: expected tensors without tangents"):
+            F.grouped_mm(x, experts.transpose(1, 2), offs=ends(1, 2))
+
+
 def test_autocast_casts_x_as_for_a_float_weight() -> None:
     experts = Experts4bit(torch.randn(2, 64, 64))
     with torch.autocast("cpu", torch.bfloat16):

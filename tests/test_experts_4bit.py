@@ -79,6 +79,30 @@ def test_what_is_not_contiguous_gives_the_same(cpu_path: str) -> None:
     assert_same(experts_4bit(x.T.contiguous().T, *q, spread, 192, True), expected)
 
 
+def test_it_is_known_to_wait() -> None:
+    """So that no CUDA graph takes it in."""
+    for op in (experts_4bit, torch.ops.qlora_ext.lora_experts_4bit, torch.ops.qlora_ext.lora_experts_4bit_backward):
+        assert torch.Tag.cudagraph_unsafe in op.default.tags
+
+
+def test_no_gradient_is_none() -> None:
+    q, _ = stack(96, 128, is_transposed=False)
+    x = normal(6, 96).requires_grad_()
+    y = experts_4bit(x, *q, ends(2, 0, 3, 1), 128, False)
+    none = torch.autograd.grad(torch._C._functions.UndefinedGrad()(y).sum(), x, allow_unused=True)
+    assert none == (None,)
+
+
+def test_tangents_of_gradients_raise() -> None:
+    q, _ = stack(96, 128, is_transposed=False)
+    x = normal(6, 96).requires_grad_()
+    y = experts_4bit(x, *q, ends(2, 0, 3, 1), 128, False)
+    with torch.autograd.forward_ad.dual_level():
+        grad = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        with pytest.raises(RuntimeError, match=r"^experts_4bit: forward mode AD: expected tensors without tangents"):
+            torch.autograd.grad(y, x, grad)
+
+
 def test_gradients_of_gradients() -> None:
     q, weight = stack(96, 128, is_transposed=False)
     offs, second = ends(2, 0, 3, 1), []

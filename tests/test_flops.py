@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from layers import make_linear, make_lora
+from test_experts_4bit import ends, plain, stack
+from test_lora_experts_4bit import adapters, plain_lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,6 +36,31 @@ def flops(model: nn.Module, x: Tensor, backward: bool) -> int:
         if backward and y.requires_grad:
             y.sum().backward()
     return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("ranks", [(), (8,), (8, 4)], ids=["no adapter", "one", "two"])
+@pytest.mark.parametrize("x_requires_grad", [False, True], ids=["first", "later"])
+def test_counts_experts(x_requires_grad: bool, ranks: tuple[int, ...]) -> None:
+    """Both passes."""
+    q, weight = stack(256, 192, is_transposed=False)
+    a, b, scaling = adapters(ranks, 256, 192)
+    x, *ab = leaves = [t.requires_grad_() for t in (torch.randn(6, 256), *a, *b)]
+    x.requires_grad_(x_requires_grad)
+    offs, counts = ends(2, 0, 3, 1), []
+    for ours in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            if not ours:
+                y = plain_lora(x, weight, offs, ab, scaling)[0] if ranks else plain(x, weight, offs)
+            elif ranks:
+                y, _ = torch.ops.qlora_ext.lora_experts_4bit(
+                    x, *q, offs, 192, False, ab[: len(ranks)], ab[len(ranks) :], scaling
+                )
+            else:
+                y = torch.ops.qlora_ext.experts_4bit(x, *q, offs, 192, False)
+            if any(leaf.requires_grad for leaf in leaves):
+                y.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("ranks", [(), (8,), (8, 4)], ids=["no adapter", "one", "two"])

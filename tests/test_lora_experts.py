@@ -185,15 +185,16 @@ def test_what_does_not_fit_is_named() -> None:
         merge_adapter(model)
 
 
-def test_compiles_and_generates() -> None:
-    model = adapted("mixtral")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_and_generates(dtype: torch.dtype) -> None:
+    model = adapted("mixtral").to(dtype)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     gradients = []
     for each in (model, compiled):
         model.zero_grad()
         for tokens in TOKENS:  # gradients that add up, of two graphs
-            loss_of(each(tokens[None]).logits).backward()
+            loss_of(each(tokens[None]).logits.float()).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(gradients[1], gradients[0])
     generated = model.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=0)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 lora_experts_4bit = torch.ops.qlora_ext.lora_experts_4bit
 RANKS = {"r8": (8,), "r5-r16": (5, 16)}
+Q, _ = stack(256, 192, is_transposed=False)
+X, OFFS, A, B = normal(6, 256), ends(2, 0, 3, 1), normal(4, 8, 256), normal(4, 192, 8)
 
 
 def adapters(ranks: Sequence[int], size_in: int, size_out: int) -> tuple[list[Tensor], list[Tensor], list[float]]:
@@ -92,6 +94,61 @@ def test_gradients_only_where_asked() -> None:
         assert_same(gradients([i]), [together[i]])
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_forms_of_arguments_and_a_second_backward(is_transposed: bool, cpu_path: str) -> None:
+    """Rows that are not contiguous, one number expanded to a gradient, ranks of 1 and of more than 32."""
+    q, _ = stack(256, 192, is_transposed)
+    a, b, scaling = adapters((1, 40), 256, 192)
+    x, offs = normal(9, 256, dtype=torch.bfloat16), ends(4, 0, 5, 0)
+    found = []
+    for spread in (False, True):
+        leaves = [t.detach().requires_grad_() for t in (x.T.contiguous().T if spread else x, *a, *b)]
+        y, xA = lora_experts_4bit(leaves[0], *q, offs, 192, is_transposed, leaves[1:3], leaves[3:], scaling)
+        assert not xA.requires_grad
+        grad = torch.ones((), dtype=torch.bfloat16).expand(9, 192)
+        found.append(torch.autograd.grad(y, leaves, grad if spread else grad.contiguous(), retain_graph=True))
+        assert_same(list(torch.autograd.grad(y, leaves, grad)), list(found[-1]))
+    assert_same(list(found[1]), list(found[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_adapters_in_16_bits_get_gradients_in_16_bits(dtype: torch.dtype) -> None:
+    q, _ = stack(256, 192, is_transposed=False)
+    a, b, scaling = adapters((8,), 256, 192)
+    leaves = [t.to(dtype).requires_grad_() for t in (*a, *b)]
+    in_32_bits = [t.detach().float().requires_grad_() for t in leaves]
+    grads = []
+    for ab in (leaves, in_32_bits):
+        y, _ = lora_experts_4bit(X, *q, OFFS, 192, False, ab[:1], ab[1:], scaling)
+        grads.append(torch.autograd.grad(y.square().sum(), ab))
+    for got, same in zip(*grads, strict=True):
+        assert_same(got, same.to(dtype))
+
+
+@pytest.mark.parametrize("lists", ["B", "scaling"])
+def test_lists_of_other_lengths_are_named_on_meta(lists: str) -> None:
+    """Where no kernel checks them."""
+    x, offs, a, b = (t.to("meta") for t in (X, OFFS, A, B))
+    weight = [t.to("meta") if isinstance(t, Tensor) else t for t in Q]
+    B_given, scaling = [b] * (1 if lists == "B" else 2), [0.5] * (1 if lists == "scaling" else 2)
+    with pytest.raises(ValueError, match=f"lora_experts_4bit: {lists}: expected 2 as in A, got 1"):
+        lora_experts_4bit(x, *weight, offs, 192, False, [a, a], B_given, scaling)
+
+
+def test_under_autocast_second_derivatives_stay_in_fp32() -> None:
+    q, _ = stack(256, 192, is_transposed=False)
+    a, b, scaling = adapters((8,), 256, 192)
+
+    def first() -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (X, *a, *b)]
+        y, _ = lora_experts_4bit(leaves[0], *q, OFFS, 192, False, leaves[1:2], leaves[2:], scaling)
+        return [g.detach() for g in torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)]
+
+    expected = first()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(first(), expected)
+
+
 def test_gradients_of_gradients() -> None:
     """And with rows behind the last end."""
     q, weight = stack(96, 128, is_transposed=True)
@@ -109,10 +166,6 @@ def test_gradients_of_gradients() -> None:
 
     for got, exact in zip(second(torch.float32), second(torch.float64), strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
-
-
-Q, _ = stack(256, 192, is_transposed=False)
-X, OFFS, A, B = normal(6, 256), ends(2, 0, 3, 1), normal(4, 8, 256), normal(4, 192, 8)
 
 
 def call(

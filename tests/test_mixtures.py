@@ -163,9 +163,10 @@ def test_copies_and_files_hold_the_same(name: str) -> None:
         assert model(TOKENS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_is_one_graph_to_compile_and_to_export(name: str) -> None:
-    model = quantize_model(mixture(name))
+def test_is_one_graph_to_compile_and_to_export(name: str, dtype: torch.dtype) -> None:
+    model = quantize_model(mixture(name).to(dtype))
     with torch.inference_mode():
         logits = model(TOKENS).logits
     torch._dynamo.reset()

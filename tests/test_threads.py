@@ -25,6 +25,7 @@ WEIGHT, X, GRAD = normal(N, K), normal(M, K), normal(M, N)
 ABSMAX = WEIGHT.abs()
 A, B = [normal(8, K)], [normal(N, 8)]
 XA, DROPOUT = normal(M, 8), ([0.9], torch.tensor([7]))
+ENDS = torch.tensor([1, 1, 40, M])  # of the rows of 4 experts
 
 # Each op in a dtype, and the products with a number of rows.
 CALLS: dict[str, Callable[[torch.dtype], Tensor | tuple[Tensor, ...]]] = {
@@ -42,6 +43,13 @@ for m in (1, 4, M):
         ),
     }
 CALLS["lora_linear_4bit-dropout"] = lambda dtype: ops.lora_linear_4bit(X.to(dtype), *Q, N, None, A, B, [0.5], *DROPOUT)
+CALLS["lora_experts_4bit"] = lambda dtype: ops.lora_experts_4bit(
+    X.to(dtype), *Q, ENDS, N // 4, False, [A[0].expand(4, 8, K)], [B[0].view(4, N // 4, 8)], [0.5]
+)
+CALLS["lora_experts_4bit_backward"] = lambda dtype: ops.lora_experts_4bit_backward(
+    GRAD[:, : N // 4].to(dtype), X.to(dtype), XA.to(dtype), *Q, ENDS, False,
+    [A[0].expand(4, 8, K)], [B[0].view(4, N // 4, 8)], [0.5], True,
+)  # fmt: skip
 CALLS["lora_backward"] = lambda dtype: ops.lora_linear_4bit_backward(
     GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, [0.5], *DROPOUT, True
 )
