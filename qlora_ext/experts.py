@@ -8,8 +8,10 @@ remains its own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,6 +96,7 @@ class Experts4bit(nn.Module):
         double_quant: bool = True,
     ) -> None:
         super().__init__()
+        let_compilers_in()
         if weight.dim() != 3:
             raise ValueError(f"Experts4bit: weight: expected [experts, rows, columns], got {list(weight.shape)}")
         self.shape = weight.shape
@@ -113,6 +116,10 @@ class Experts4bit(nn.Module):
         if rows * columns % (blocksize * NESTED_BLOCKSIZE) != 0:
             self.stack.double_quant = False
         self.quantize_(weight)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        let_compilers_in()  # of a process that made none
+        super().__setstate__(state)
 
     def quantize_(self, weight: Tensor) -> None:
         """Replace the weight, without adapters' updates, on that tensor's device; raises as Linear4bit.quantize_."""
@@ -203,16 +210,23 @@ def _grouped_mm(
     return y
 
 
-@functools.cache
-def _let_compilers_in() -> None:
-    """torch.compile asks only the functions of torch.overrides for __torch_function__, of which grouped_mm is none."""
-    if hasattr(F, "grouped_mm"):
+def let_compilers_in() -> None:
+    """Have torch.compile ask of grouped_mm what it asks of the functions of torch.overrides: for __torch_function__."""
+    with _LOCK:
+        _substitute_grouped_mm()
 
-        @torch.compiler.substitute_in_graph(F.grouped_mm, skip_signature_check=True)
-        def grouped_mm(mat_a: Any, mat_b: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
-            of_experts = isinstance(mat_b, (Experts4bit, Transposed))
-            product = _grouped_mm if of_experts else torch._grouped_mm
-            return product(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+
+_LOCK = threading.Lock()
+
+
+@functools.cache
+def _substitute_grouped_mm() -> None:
+    def grouped_mm(mat_a: Any, mat_b: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+        product = _grouped_mm if isinstance(mat_b, (Experts4bit, Transposed)) else torch._grouped_mm
+        return product(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+
+    with contextlib.suppress(ValueError):  # who has done so before leaves the compiler a break in its graph
+        torch.compiler.substitute_in_graph(F.grouped_mm, skip_signature_check=True)(grouped_mm)
 
 
 def fused_experts(module: nn.Module) -> list[str]:
@@ -226,7 +240,6 @@ def fused_experts(module: nn.Module) -> list[str]:
 
 def quantize_experts(module: Any, name: str, **options: Any) -> None:
     """Put Experts4bit in the place of such a weight. The module's own forward computes with them from now on."""
-    _let_compilers_in()
     weight = module.get_parameter(name)
     experts = Experts4bit(weight, is_transposed=module.is_transposed, **options).train(module.training)
     experts.replaced = name, module.config

@@ -49,7 +49,7 @@ def _lora_backward(ctx: Any, grad: Tensor | None, _: None) -> Gradients:
     packed, absmax, nested_absmax, nested_offset, offs, x, xA, *factors = ctx.saved_tensors
     A, B = factors[: len(ctx.scaling)], factors[len(ctx.scaling) :]
     if grad is None:
-        return (None,) * 13
+        return (*[None] * 10, [None] * len(A), [None] * len(B), None)
     check_no_tangents("lora_experts_4bit", grad)
     weight, wants_x = (packed, absmax, nested_absmax, nested_offset, *ctx.kind, offs), ctx.needs_input_grad[0]
     if torch.is_grad_enabled():  # create_graph: by products that can be differentiated again, in float32
@@ -60,7 +60,7 @@ def _lora_backward(ctx: Any, grad: Tensor | None, _: None) -> Gradients:
     else:
         gradients = ops.lora_experts_4bit_backward(grad, x, xA, *weight, ctx.is_transposed, A, B, ctx.scaling, wants_x)
         grad_x, grad_A, grad_B = gradients
-    return (grad_x if wants_x else None, *[None] * 9, list(grad_A), list(grad_B), None)
+    return (grad_x if wants_x else None, *[None] * 9, grad_A, grad_B, None)
 
 
 def _differentiable(

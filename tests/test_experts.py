@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +115,27 @@ def test_only_grouped_mm_takes_them_and_says_what_it_wants() -> None:
         F.grouped_mm(x, transposed, offs=ends(1, 3))
     with pytest.raises(TypeError, match=r"experts_4bit: x: expected dtype .*Double"):
         F.grouped_mm(x.double(), transposed, offs=offs)
+
+
+def test_one_that_was_pickled_is_one_graph_elsewhere(tmp_path: Path) -> None:
+    """In bfloat16, where torch.compile has to be told of it, in a process that has made none; by threads at once."""
+    torch.save(Experts4bit(torch.randn(2, 64, 64).bfloat16()), tmp_path / "experts.pt")
+    code = """
+import sys, threading, torch
+import qlora_ext
+from torch.nn import functional as F
+found = []
+def load():
+    found.append(torch.load(sys.argv[1], weights_only=False))
+threads = [threading.Thread(target=load) for _ in range(4)]
+[t.start() for t in threads], [t.join() for t in threads]
+assert len(found) == 4
+x, offs = torch.randn(3, 64).bfloat16(), torch.tensor([1, 3], dtype=torch.int32)
+def product(x, offs):
+    return F.grouped_mm(x, found[0].transpose(1, 2), offs=offs)
+assert torch.equal(torch.compile(product, backend="eager", fullgraph=True)(x, offs), product(x, offs))
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "experts.pt"], check=True)
 
 
 def test_tangents_raise() -> None:

@@ -131,6 +131,17 @@ def test_trains_with_checkpointing_and_accumulation() -> None:
         assert_same(other(TOKENS).logits, first(TOKENS).logits)
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_tangents_raise(part: str) -> None:
+    model = adapted("mixtral")
+    name = f"model.layers.0.mlp.experts.quantized_down_proj_.stack.{part}.default"
+    factor = model.get_parameter(name).detach()
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(factor, torch.ones_like(factor))
+        with pytest.raises(RuntimeError, match=r"^Experts4bit: forward mode AD: expected tensors without tangents"):
+            functional_call(model, {name: dual}, (TOKENS,))
+
+
 def test_several_adapters_switch_merge_and_unmerge() -> None:
     model = adapted("gpt_oss")
     one = model(TOKENS).logits

@@ -111,6 +111,18 @@ def test_forms_of_arguments_and_a_second_backward(is_transposed: bool, cpu_path:
     assert_same(list(found[1]), list(found[0]))
 
 
+def test_no_gradient_is_none_and_tangents_of_gradients_raise() -> None:
+    x, a, b = leaves = [t.clone().requires_grad_() for t in (X, A, B)]
+    y, _ = lora_experts_4bit(x, *Q, OFFS, 192, False, [a], [b], [0.5])
+    none = torch.autograd.grad(torch._C._functions.UndefinedGrad()(y).sum(), leaves, allow_unused=True)
+    assert none == (None,) * 3
+    y, _ = lora_experts_4bit(x, *Q, OFFS, 192, False, [a], [b], [0.5])
+    with torch.autograd.forward_ad.dual_level():
+        grad = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        with pytest.raises(RuntimeError, match=r"^lora_experts_4bit: forward mode AD: expected tensors without"):
+            torch.autograd.grad(y, leaves, grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_adapters_in_16_bits_get_gradients_in_16_bits(dtype: torch.dtype) -> None:
     q, _ = stack(256, 192, is_transposed=False)
