@@ -119,7 +119,7 @@ class Experts4bit(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         let_compilers_in()  # of a process that made none
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def quantize_(self, weight: Tensor) -> None:
         """Replace the weight, without adapters' updates, on that tensor's device; raises as Linear4bit.quantize_."""
