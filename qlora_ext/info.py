@@ -12,7 +12,7 @@ from qlora_ext import _C
 
 
 def ops_without_cuda() -> list[str]:
-    """The ops that do not run on CUDA tensors, but should: all of them in a build without CUDA, else none."""
+    """The ops that do not run on CUDA tensors: all of them in a build without CUDA, else none."""
     ops = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qlora_ext::")}
     return [name for name in sorted(ops) if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
 
