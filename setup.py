@@ -30,8 +30,9 @@ os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), syscon
 
 LANGUAGE = ["-O3", "-std=c++20"]
 # -ffp-contract=off: roundings are part of the storage format. -fopenmp: without it at::parallel_for is one thread.
+# -fno-math-errno: else square roots are taken one by one.
 # Python's own flags have -fwrapv, with which GCC spills registers in the innermost loops, and often -g, 35 MB of it.
-HOST = ["-ffp-contract=off", "-fno-wrapv", "-g0", "-fopenmp", "-Wall", "-fvisibility=hidden"]
+HOST = ["-ffp-contract=off", "-fno-math-errno", "-fno-wrapv", "-g0", "-fopenmp", "-Wall", "-fvisibility=hidden"]
 NVCC = ["--expt-relaxed-constexpr", "--threads=4", f"-Xcompiler={','.join(HOST)}"]
 
 

@@ -1,4 +1,4 @@
-// AdamW: the portable code, and the choice of the path.
+// AdamW: the choice of the kernel, and a slice's last, shorter block.
 #include "adamw.h"
 
 #include <algorithm>
@@ -11,7 +11,8 @@
 namespace qlora::cpu {
 namespace {
 
-struct Portable {
+// One number at a time.
+struct Scalar {
   using V = float;
   static constexpr std::int64_t kLanes = 1;
 
@@ -57,17 +58,17 @@ struct Portable {
 };
 
 void update(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
+  auto kernel = adamw_portable;
 #if defined(__x86_64__)
-  if (const Path chosen = path(); chosen != Path::Portable) {
-    const std::int64_t whole = std::max(begin, std::min(end, task.slice->count / kAdamwBlock));
-    const auto vector_kernel = chosen == Path::Avx2     ? adamw_avx2
-                               : chosen == Path::Avx512 ? adamw_avx512
-                                                        : adamw_avx512_bf16;
-    vector_kernel(task, begin, whole);
-    begin = whole;
-  }
+  const Path chosen = path();
+  if (chosen == Path::Avx2) kernel = adamw_avx2;
+  if (chosen == Path::Avx512) kernel = adamw_avx512;
+  if (chosen == Path::Avx512Bf16) kernel = adamw_avx512_bf16;
 #endif
-  update_slice<Portable>(task, begin, end);
+  const std::int64_t whole = std::max(begin, std::min(end, task.slice->count / kAdamwBlock));
+  kernel(task, begin, whole);
+  begin = whole;
+  update_slice<Scalar>(task, begin, end);
 }
 
 }  // namespace

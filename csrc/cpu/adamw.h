@@ -12,7 +12,7 @@ namespace qlora::cpu {
 // [0, adamw_blocks) as it likes.
 void adamw(const AdamwSlice* slices, std::int64_t n, const AdamwOptions& options, std::int64_t begin, std::int64_t end);
 
-// --- the vector kernels -------------------------------------------------------------------------------------------
+// --- the kernels --------------------------------------------------------------------------------------------------
 
 // The update of one slice.
 struct AdamwTask {
@@ -22,7 +22,8 @@ struct AdamwTask {
   std::uint64_t key;  // adamw_key
 };
 
-// Twins of the portable code: blocks [begin, end) of the slice, all of them whole.
+// Blocks [begin, end) of the slice, all of them whole.
+void adamw_portable(const AdamwTask& task, std::int64_t begin, std::int64_t end);
 void adamw_avx2(const AdamwTask& task, std::int64_t begin, std::int64_t end);
 void adamw_avx512(const AdamwTask& task, std::int64_t begin, std::int64_t end);
 void adamw_avx512_bf16(const AdamwTask& task, std::int64_t begin, std::int64_t end);

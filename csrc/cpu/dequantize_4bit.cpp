@@ -6,6 +6,7 @@
 
 #include "path.h"
 #include "quantize.h"
+#include "simd_portable.h"
 
 namespace qlora::cpu {
 namespace {
@@ -14,11 +15,16 @@ namespace {
 template <typename T>
 void dequantize_part(const Packed4bit& w, std::int64_t begin, std::int64_t end, T* out) {
   const float absmax = block_absmax(w, begin / w.blocksize);
-  T table[kNumCodes];
-  for (int code = 0; code < kNumCodes; ++code) {
-    table[code] = decode<T>(codebook(w.quant_type), static_cast<std::uint8_t>(code), absmax);
+  const auto decode_one = [&](std::int64_t i) {
+    return decode<T>(codebook(w.quant_type), unpack(w.packed, i), absmax);
+  };
+  if (begin < end && begin % 2 != 0) *out++ = decode_one(begin++);
+  const CodePairs& pairs = code_pairs(w.quant_type);
+  constexpr std::int64_t kLanes = PortableVectors::kLanes;
+  for (; begin + kLanes <= end; begin += kLanes, out += kLanes) {
+    PortableVectors::store(out, pairs(w.packed + begin / 2) * absmax);
   }
-  for (std::int64_t i = begin; i < end; ++i) out[i - begin] = table[unpack(w.packed, i)];
+  while (begin < end) *out++ = decode_one(begin++);
 }
 
 template <typename T>

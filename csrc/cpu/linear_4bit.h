@@ -20,8 +20,8 @@ struct FewRows {
   DType dtype;  // of y, and of x before arrange_x
 };
 
-// The most rows of x (of this dtype, on the CPU path in use) that are multiplied here; beyond, matmul or (AMX) torch is
-// faster. 0: no such kernel.
+// The most rows of x (of this dtype, on the CPU path in use) that are multiplied here; beyond, matmul or torch is
+// faster.
 std::int64_t most_few_rows(DType dtype);
 
 // x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on
@@ -34,7 +34,7 @@ void arrange_x(const void* x, DType dtype, std::int64_t M, std::int64_t N, std::
 constexpr std::int64_t kFewRowsBoundary = 16;
 void linear_4bit(const FewRows& product, std::int64_t begin, std::int64_t end);
 
-// --- the vector kernels -------------------------------------------------------------------------------------------
+// --- the kernels --------------------------------------------------------------------------------------------------
 
 // Calls body(begin, rows) for groups of the rows of x, of as many as `most` at most and of half as many at least (or of
 // all).
@@ -56,6 +56,7 @@ struct FewRowsKernel {
   void (*multiply)(const FewRows& product, std::int64_t begin, std::int64_t end);                  // all groups
 };
 
+extern const FewRowsKernel few_rows_portable;
 // For x of this dtype. / For M rows of x in all, and N of W.
 const FewRowsKernel& few_rows_avx2(DType dtype);
 const FewRowsKernel& few_rows_avx512(std::int64_t M, std::int64_t N);

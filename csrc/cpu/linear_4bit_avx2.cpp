@@ -119,22 +119,8 @@ struct Avx2 {
                          _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
   }
 
-  // One number after the other: a vector of them would wait for a gather, or for scalars to reach the L1.
   static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
-    if (w.nested_absmax == nullptr) {
-      __builtin_memcpy(absmax, static_cast<const float*>(w.absmax) + first,
-                       static_cast<std::size_t>(count) * sizeof(float));
-      return;
-    }
-    const auto* codes = static_cast<const std::uint8_t*>(w.absmax);
-    const float offset = *w.nested_offset;
-    for (std::int64_t i = 0; i < count;) {
-      const std::int64_t group = (first + i) / kNestedBlocksize, rest = (group + 1) * kNestedBlocksize - first;
-      const float scale = w.nested_absmax[group];
-      for (const std::int64_t end = smaller(rest, count); i < end; ++i) {
-        absmax[i] = decode_dynamic(kDynamicCodebook.value[codes[first + i]], scale, offset);
-      }
-    }
+    decode_absmax_in_turn(w, first, count, absmax);
   }
 };
 

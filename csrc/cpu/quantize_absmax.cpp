@@ -9,30 +9,6 @@
 
 namespace qlora::cpu {
 
-namespace {
-
-// encode_dynamic for 16 values, step by step: a search waits for each of its comparisons, others go on meanwhile.
-constexpr std::int64_t kAtOnce = 16;
-
-void encode_at_once(const float* absmax, float offset, float inverse, std::uint8_t* codes) {
-  float x[kAtOnce];
-  unsigned code[kAtOnce] = {};
-  for (std::int64_t i = 0; i < kAtOnce; ++i) x[i] = (absmax[i] - offset) * inverse;
-  for (int bit = 7; bit >= 0; --bit) {
-    const float* bound = kDynamicCodebook.bound + (1 << bit) - 1;
-    for (std::int64_t i = 0; i < kAtOnce; ++i) code[i] |= static_cast<unsigned>(x[i] > bound[code[i]]) << bit;
-  }
-  for (std::int64_t i = 0; i < kAtOnce; ++i) codes[i] = static_cast<std::uint8_t>(code[i]);
-}
-
-void encode_absmax(const float* absmax, std::int64_t n, float offset, float inverse, std::uint8_t* codes) {
-  std::int64_t i = 0;
-  for (; i + kAtOnce <= n; i += kAtOnce) encode_at_once(absmax + i, offset, inverse, codes + i);
-  for (; i < n; ++i) codes[i] = encode_dynamic(kDynamicCodebook.bound, (absmax[i] - offset) * inverse);
-}
-
-}  // namespace
-
 void sum_absmax(const float* absmax, std::int64_t n, std::int64_t begin, std::int64_t end, double* sums) {
   constexpr std::int64_t kGroups = 8;  // at once: an addition waits for the one before it in its group only
   std::int64_t group = begin;
@@ -60,14 +36,13 @@ float absmax_offset(const double* sums, std::int64_t groups, std::int64_t n) {
 
 void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int64_t begin, std::int64_t end,
                      std::uint8_t* codes, float* nested_absmax) {
+  auto kernel = quantize_absmax_portable;
 #if defined(__x86_64__)
-  if (const Path chosen = path(); chosen != Path::Portable) {
-    const std::int64_t whole = std::max(begin, std::min(end, n / kNestedBlocksize));
-    const auto vector_kernel = chosen == Path::Avx2 ? quantize_absmax_avx2 : quantize_absmax_avx512;
-    vector_kernel(absmax, offset, begin, whole, codes, nested_absmax);
-    begin = whole;
-  }
+  if (path() >= Path::Avx2) kernel = path() == Path::Avx2 ? quantize_absmax_avx2 : quantize_absmax_avx512;
 #endif
+  const std::int64_t whole = std::max(begin, std::min(end, n / kNestedBlocksize));
+  kernel(absmax, offset, begin, whole, codes, nested_absmax);
+  begin = whole;
   for (std::int64_t group = begin; group < end; ++group) {
     const std::int64_t first = group * kNestedBlocksize;
     const std::int64_t last = std::min<std::int64_t>(n, first + kNestedBlocksize);
@@ -77,7 +52,9 @@ void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int
     }
     nested_absmax[group] = std::bit_cast<float>(largest);
     const float inverse = inverse_group_absmax(nested_absmax[group]);
-    encode_absmax(absmax + first, last - first, offset, inverse, codes + first);
+    for (std::int64_t i = first; i < last; ++i) {
+      codes[i] = encode_dynamic(kDynamicCodebook.bound, (absmax[i] - offset) * inverse);
+    }
   }
 }
 

@@ -7,7 +7,7 @@
 
 namespace qlora::cpu {
 
-void row_products(const RowProducts& product, [[maybe_unused]] std::int64_t begin, [[maybe_unused]] std::int64_t end) {
+void row_products(const RowProducts& product, std::int64_t begin, std::int64_t end) {
   if (product.M > kMostRowProducts) throw std::logic_error("row_products: more rows than kMostRowProducts");
 #if defined(__x86_64__)
   if (path() == Path::Avx512Bf16 && product.compute == DType::BFloat16) {
@@ -16,7 +16,7 @@ void row_products(const RowProducts& product, [[maybe_unused]] std::int64_t begi
   if (path() >= Path::Avx512) return row_products_avx512(product, begin, end);
   if (path() == Path::Avx2) return row_products_avx2(product, begin, end);
 #endif
-  throw std::logic_error("row_products: no kernel on this CPU path");
+  row_products_portable(product, begin, end);
 }
 
 }  // namespace qlora::cpu

@@ -34,9 +34,10 @@ struct RowProducts {
 constexpr std::int64_t kMostRowProducts = 32;  // rows of x; more are matmul's
 
 // Columns [begin, end) of out; each element gets the same roundings however they are cut. std::logic_error for more
-// rows or on the portable path, which has no such kernel.
+// rows.
 void row_products(const RowProducts& product, std::int64_t begin, std::int64_t end);
 
+void row_products_portable(const RowProducts& product, std::int64_t begin, std::int64_t end);
 void row_products_avx2(const RowProducts& product, std::int64_t begin, std::int64_t end);
 void row_products_avx512(const RowProducts& product, std::int64_t begin, std::int64_t end);
 void row_products_avx512_bf16(const RowProducts& product, std::int64_t begin, std::int64_t end);

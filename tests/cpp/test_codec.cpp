@@ -1,10 +1,11 @@
 // The format one value at a time: conversions against exhaustive or independent computation, encode against a linear
-// search.
+// search; and the portable vectors' conversions against those of one value.
 #include <cmath>
 #include <cstring>
 
 #include "check.h"
 #include "codec.h"
+#include "cpu/simd_portable.h"
 
 using namespace qlora;
 
@@ -42,6 +43,28 @@ void check_conversions(float largest) {
     const float x = std::bit_cast<float>(state);
     if (x != x || std::fabs(x) > largest) continue;
     CHECK(is_nearest_even(x, round_to<T>(x)));
+  }
+}
+
+std::uint32_t bits_of(float x) { return std::bit_cast<std::uint32_t>(x); }
+
+// Every upper half of a float, with lower ones around which roundings change.
+template <typename T>
+void check_vectors() {
+  using Vectors = cpu::PortableVectors;
+  for (std::uint32_t upper = 0; upper < 0x10000; ++upper) {
+    const std::int64_t lane = upper % Vectors::kLanes;
+    T values[Vectors::kLanes] = {};
+    values[lane].bits = static_cast<std::uint16_t>(upper);
+    const Vectors::Vector wide = Vectors::load(values);
+    for (std::int64_t i = 0; i < Vectors::kLanes; ++i) CHECK_EQ(bits_of(wide[i]), bits_of(to_float(values[i])));
+    for (const std::uint32_t lower :
+         {0x0000u, 0x0001u, 0x0fffu, 0x1000u, 0x1001u, 0x7fffu, 0x8000u, 0x8001u, 0xf000u}) {
+      Vectors::Vector x{};
+      x[lane] = std::bit_cast<float>(upper << 16 | lower);
+      Vectors::store(values, x);
+      for (std::int64_t i = 0; i < Vectors::kLanes; ++i) CHECK_EQ(values[i].bits, round_to<T>(x[i]).bits);
+    }
   }
 }
 
@@ -92,6 +115,8 @@ void check_bytes() {
 int main() {
   check_conversions<Half>(65519.0f);
   check_conversions<BFloat16>(3.38e38f);
+  check_vectors<Half>();
+  check_vectors<BFloat16>();
   check_encode(QuantType::NF4);
   check_encode(QuantType::FP4);
   check_dynamic();
