@@ -22,7 +22,7 @@ void dequantize_part(const Packed4bit& w, std::int64_t begin, std::int64_t end, 
   const CodePairs& pairs = code_pairs(w.quant_type);
   constexpr std::int64_t kLanes = PortableVectors::kLanes;
   for (; begin + kLanes <= end; begin += kLanes, out += kLanes) {
-    PortableVectors::store(out, pairs(w.packed + begin / 2) * absmax);
+    PortableVectors::store(out, pairs(w.packed[begin / 2], w.packed[begin / 2 + 1]) * absmax);
   }
   while (begin < end) *out++ = decode_one(begin++);
 }

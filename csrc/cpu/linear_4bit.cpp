@@ -35,7 +35,7 @@ std::int64_t arranged_row_bytes(const FewRowsKernel& kernel, std::int64_t K) {
 }  // namespace
 
 std::int64_t most_few_rows(DType dtype) {
-  if (dtype == DType::BFloat16 && has_amx_bf16()) return 8;
+  if (dtype == DType::BFloat16 && has_bf16_matrices()) return 8;
   return path() < Path::Avx512 ? 8 : kMostRowProducts;  // which adds the adapters
 }
 

@@ -30,18 +30,16 @@ struct Portable : PortableVectors {
   void multiply(const std::uint8_t* packed, std::int64_t, const float* x, Vector (&products)[kRowsOfW][kRows]) const {
     constexpr int kVectors = kChunk / kLanes;
     Vector weights[kVectors];
-    for (int i = 0; i < kVectors; ++i) weights[i] = pairs(packed + 2 * i);
+    for (int i = 0; i < kVectors; ++i) weights[i] = pairs(packed[2 * i], packed[2 * i + 1]);
     for (int m = 0; m < kRows; ++m, x += kChunk) {
       Vector even = weights[0] * load(x), odd = weights[1] * load(x + kLanes);
       for (int i = 2; i < kVectors; i += 2) {
-        even += weights[i] * load(x + i * kLanes);
-        odd += weights[i + 1] * load(x + (i + 1) * kLanes);
+        even = multiply_add(weights[i], load(x + i * kLanes), even);
+        odd = multiply_add(weights[i + 1], load(x + (i + 1) * kLanes), odd);
       }
       products[0][m] = even + odd;
     }
   }
-
-  static Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 
   static void copy_bytes(const std::uint8_t* from, std::int64_t count, std::uint8_t (&chunk)[kChunk / 2]) {
     __builtin_memset(chunk, 0, sizeof chunk);

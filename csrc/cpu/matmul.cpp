@@ -13,8 +13,9 @@
 namespace qlora::cpu {
 namespace {
 
-// Null where there is none.
-const MatmulKernel* find_kernel([[maybe_unused]] DType compute) {
+// Null where torch's is faster.
+const MatmulKernel* find_kernel(DType compute) {
+  if (compute == DType::BFloat16 && has_bf16_matrices()) return nullptr;
 #if defined(__x86_64__)
   switch (path()) {
     case Path::Portable:
@@ -22,13 +23,15 @@ const MatmulKernel* find_kernel([[maybe_unused]] DType compute) {
     case Path::Avx2:
       return &matmul_avx2;
     case Path::Avx512Bf16:
-      if (compute == DType::BFloat16) return has_amx_bf16() ? nullptr : &matmul_avx512_bf16;
+      if (compute == DType::BFloat16) return &matmul_avx512_bf16;
       [[fallthrough]];
     case Path::Avx512:
       return &matmul_avx512;
   }
-#endif
   return nullptr;
+#else
+  return &matmul_portable;
+#endif
 }
 
 const MatmulKernel& kernel_for(const Matmul& product) {

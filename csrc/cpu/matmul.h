@@ -58,8 +58,8 @@ struct Rectangle {
 constexpr std::int64_t kMatmulRowBoundary = 12;
 constexpr std::int64_t kMatmulColumnBoundary = 32;
 
-// Whether the CPU path in use has a kernel that computes in this: not the portable path, nor for bf16 where the CPU
-// multiplies matrices itself (AMX) and torch makes use of that.
+// Whether there is a kernel that computes in this: torch's are faster for bf16 where has_bf16_matrices, and on x86-64
+// without AVX2.
 bool has_matmul(DType compute);
 
 // So many rows, a multiple of kMatmulRowBoundary, are arranged at a time: a decoded weight is multiplied with all of

@@ -48,6 +48,6 @@ struct MatmulKernel {
                    const MatmulScratch& scratch);
 };
 
-extern const MatmulKernel matmul_avx2, matmul_avx512, matmul_avx512_bf16;
+extern const MatmulKernel matmul_portable, matmul_avx2, matmul_avx512, matmul_avx512_bf16;
 
 }  // namespace qlora::cpu

@@ -43,18 +43,20 @@ void copy_values(const Matrix& m, std::int64_t first, std::int64_t stride, float
   stride == 1 ? copy(1) : copy(stride);
 }
 
-// Numbers of a matrix, `stride` apart; of so many lines, `line_stride` apart, the first of which begins at `first`.
+// Numbers of a matrix, `stride` apart; of so many lines, `line_stride` apart, the first of which begins at `first` and
+// is to be the place-th of a step.
 struct MatrixLines {
-  std::int64_t first, count, line_stride, stride;
+  std::int64_t first, count, line_stride, stride, place;
 };
 
-// `depth` numbers of each of at most Isa::kLanes lines, scaled: step by step, the places of all lines side by side, and
-// zeros up to `to_stride` or Isa::kLanes places.
+// `depth` numbers of each of the first Isa::kLanes lines, scaled: step by step, the places of all lines side by side,
+// and zeros up to `to_stride` or Isa::kLanes places.
 template <typename Isa, typename T>
 void interleave(const Matrix& m, const MatrixLines& lines, float scale, std::int64_t depth, std::int64_t to_stride,
                 float* to) {
   constexpr std::int64_t kElements = Isa::kLanes * Isa::kPerStep;
   const bool as_they_lie = lines.stride == 1 && m.mask == nullptr && scale == 1.0f;
+  to += lines.place;
   for (std::int64_t at = 0; at < depth; at += kElements) {
     const std::int64_t count = smaller(kElements, depth - at);
     const auto read = [&](std::int64_t line) [[gnu::always_inline]] {
@@ -76,7 +78,7 @@ void interleave(const Matrix& m, const MatrixLines& lines, float scale, std::int
     for (std::int64_t line = 0; line < Isa::kLanes; ++line) places[line] = read(line);
     Isa::transpose(places);
     const std::int64_t steps = steps_of<Isa>(count);
-    std::int64_t left = steps_of<Isa>(depth - at) * to_stride;  // places to the end
+    std::int64_t left = steps_of<Isa>(depth - at) * to_stride - lines.place;  // places to the end
 #pragma GCC unroll 16
     for (std::int64_t step = 0; step < Isa::kLanes; ++step, to += to_stride, left -= to_stride) {
       if (step >= steps) break;
@@ -93,8 +95,13 @@ void interleave(const Matrix& m, const MatrixLines& lines, float scale, std::int
 // Rows [row, row + rows) of x, of a tile, from r on.
 template <typename Isa>
 void arrange_tile(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64_t r, std::int64_t depth, float* to) {
-  const MatrixLines lines{row * x.row_stride + r * x.column_stride, rows, x.row_stride, x.column_stride};
-  with_type(x.dtype, [&](auto type) { interleave<Isa, decltype(type)>(x, lines, 1.0f, depth, rows, to); });
+  with_type(x.dtype, [&](auto type) {
+    // The last lines first: what they write into the next step, the first overwrite.
+    for (std::int64_t i = (rows - 1) / Isa::kLanes * Isa::kLanes; i >= 0; i -= Isa::kLanes) {
+      const std::int64_t first = (row + i) * x.row_stride + r * x.column_stride;
+      interleave<Isa, decltype(type)>(x, {first, rows - i, x.row_stride, x.column_stride, i}, 1.0f, depth, rows, to);
+    }
+  });
 }
 
 // Calls body(term, r, depth, x) for each block of each term, with x where its rows begin.
@@ -151,8 +158,8 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
       return;
     }
     for (std::int64_t j = 0; j < Isa::kColumns; j += Isa::kLanes) {
-      const MatrixLines lines{first + j * b.column_stride, width - j, b.column_stride, b.row_stride};
-      interleave<Isa, T>(b, lines, term.scale, depth, Isa::kColumns, panel + j);
+      const MatrixLines lines{first + j * b.column_stride, width - j, b.column_stride, b.row_stride, j};
+      interleave<Isa, T>(b, lines, term.scale, depth, Isa::kColumns, panel);
     }
   });
 }

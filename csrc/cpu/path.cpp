@@ -3,6 +3,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 #include <atomic>
@@ -69,21 +71,25 @@ bool has_native_bf16() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+  return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
 #else
-  return true;  // not known: let torch decide
+  return false;
 #endif
 }
 
-bool has_amx_bf16() {
-#if defined(__x86_64__) && !defined(QLORA_EXT_EMULATED)
-  static const bool has_tiles = [] {  // once: in a virtual machine CPUID takes microseconds
+bool has_bf16_matrices() {
+#if defined(QLORA_EXT_EMULATED)
+  return false;
+#elif defined(__x86_64__)
+  static const bool has_amx = [] {  // once: in a virtual machine CPUID takes microseconds
     unsigned eax, ebx, ecx, edx;
     constexpr unsigned kAmxBf16 = 1u << 22;
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0;
   }();
-  return has_tiles;
+  return has_amx && path() == Path::Avx512Bf16;
 #else
-  return false;
+  return has_native_bf16();
 #endif
 }
 

@@ -17,8 +17,9 @@ std::vector<std::string> path_names();  // those this machine can run, ascending
 // Whether this machine has instructions that multiply bf16, whichever path is in use.
 bool has_native_bf16();
 
-// Whether it has those that multiply matrices of bf16, AMX.
-bool has_amx_bf16();
+// Whether it has those that multiply matrices of bf16, which torch makes use of: AMX, if the path is the one of such a
+// CPU, or Arm's BF16.
+bool has_bf16_matrices();
 
 // Throws std::invalid_argument, naming what was expected, if the machine cannot run it or there is no such path.
 void set_path(const std::string& name);

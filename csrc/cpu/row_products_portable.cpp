@@ -18,7 +18,7 @@ struct Portable : PortableVectors {
   }
   static Vector keep(Vector x, Mask mask) { return floats(bits(x) & mask); }
 
-  static Vector product(Vector a, Vector b, Vector sum) { return sum + a * b; }
+  static Vector product(Vector a, Vector b, Vector sum) { return multiply_add(a, b, sum); }
 };
 
 }  // namespace

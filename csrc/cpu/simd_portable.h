@@ -19,6 +19,16 @@ struct PortableVectors {
 
   static Vector splat(float x) { return Vector{x, x, x, x}; }
 
+  // a * b + c, fused where that is an instruction.
+  static Vector multiply_add(Vector a, Vector b, Vector c) {
+#ifdef __FP_FAST_FMAF
+    for (std::int64_t i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+  }
+
   template <typename T>
   static Vector load(const T* from) {
     return Vector{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
@@ -83,10 +93,11 @@ struct CodePairs {
   }
 
   // Of two bytes: two loads.
-  PortableVectors::Vector operator()(const std::uint8_t* bytes) const {
+  PortableVectors::Vector operator()(std::uint8_t first, std::uint8_t second) const {
     using Halves = double __attribute__((vector_size(16)));
     double half[2];
-    for (int i = 0; i < 2; ++i) __builtin_memcpy(&half[i], value[bytes[i]], sizeof half[i]);
+    __builtin_memcpy(&half[0], value[first], sizeof half[0]);
+    __builtin_memcpy(&half[1], value[second], sizeof half[1]);
     return reinterpret_cast<PortableVectors::Vector>(Halves{half[0], half[1]});
   }
 };
