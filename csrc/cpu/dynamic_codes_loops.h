@@ -1,4 +1,4 @@
-// 8-bit codes of whole blocks, by the Codes of one path (dynamic_codes_avx2.h, dynamic_codes_avx512.h). A file of
+// 8-bit codes of whole blocks, by the Codes of one path (dynamic_codes_portable.h, _avx2.h, _avx512.h). A file of
 // kernels includes this inside its target region.
 #include "../codec.h"  // before a target region
 

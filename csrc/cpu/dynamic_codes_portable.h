@@ -1,4 +1,6 @@
 // The 8-bit codes of the dynamic codebooks for any machine: by lookup, and by search.
+#pragma once
+
 #include "dynamic_codes.h"
 #include "simd_portable.h"
 

@@ -10,8 +10,8 @@
 //   Vector         fp32 sums; a lane's weights of a chunk are of one run of 32, so that they share an absmax
 //   decode_absmax  absmax of blocks as numbers; writes up to a multiple of 64, or less
 //   multiply       a chunk of W times the chunk of each row of x, each lane its own sum, not yet scaled
-//   copy_bytes     to a chunk, with zeros behind them
-//   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out; with zeros for lanes
+//   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out
+//   copy_bytes     if a chunk is more than a run: to a chunk, with zeros behind them; and `scales` with zeros for lanes
 //                  whose runs are not among the first so many
 //   add_lanes      the totals of as many sums as a Vector has lanes
 namespace qlora::cpu {
@@ -134,7 +134,7 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
       }
     }
   };
-  const auto multiply = [&](std::int64_t k) [[gnu::always_inline]] {
+  const auto multiply = [&](std::int64_t k) __attribute__((always_inline)) {
     multiply_chunk<Isa, kRows>(
         isa, at(k), x + k * kRows, [&](const float* absmax) { return lanes.scales(absmax); }, sum);
   };
@@ -146,7 +146,9 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
   }
   if (k < count) fetch_ahead(k);
   for (; k + Isa::kChunk <= count; k += Isa::kChunk) multiply(k);
-  if (k < count) multiply_end<Isa, kRows>(isa, lanes, at(k), x + k * kRows, count - k, sum);
+  if constexpr (Isa::kChunk > kRun) {
+    if (k < count) multiply_end<Isa, kRows>(isa, lanes, at(k), x + k * kRows, count - k, sum);
+  }
   for (int r = 0; r < kRowsOfW; ++r) {
     for (int m = 0; m < kRows; ++m) sums[m][row + r] = sum[r][m];
   }

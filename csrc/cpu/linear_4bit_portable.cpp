@@ -15,7 +15,7 @@ struct Portable : PortableVectors {
 
   struct Lanes {
     explicit Lanes(std::int64_t) {}
-    Vector scales(const float* absmax, std::int64_t = 1) const { return splat(*absmax); }
+    Vector scales(const float* absmax) const { return splat(*absmax); }
   };
 
   const CodePairs& pairs;
@@ -39,11 +39,6 @@ struct Portable : PortableVectors {
       }
       products[0][m] = even + odd;
     }
-  }
-
-  static void copy_bytes(const std::uint8_t* from, std::int64_t count, std::uint8_t (&chunk)[kChunk / 2]) {
-    __builtin_memset(chunk, 0, sizeof chunk);
-    __builtin_memcpy(chunk, from, static_cast<std::size_t>(count));
   }
 
   static Vector add_lanes(const Vector* x) {

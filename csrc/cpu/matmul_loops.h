@@ -34,7 +34,7 @@ inline float kept(float x, bool keep) {
 // `count` values of a matrix, `stride` apart from the first-th on, scaled, 0 where they are masked.
 template <typename T>
 void copy_values(const Matrix& m, std::int64_t first, std::int64_t stride, float scale, std::int64_t count, float* to) {
-  const auto copy = [&](std::int64_t step) [[gnu::always_inline]] {
+  const auto copy = [&](std::int64_t step) __attribute__((always_inline)) {
     const T* from = static_cast<const T*>(m.values) + first;
     for (std::int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]) * scale;
     if (m.mask == nullptr) return;
@@ -59,7 +59,7 @@ void interleave(const Matrix& m, const MatrixLines& lines, float scale, std::int
   to += lines.place;
   for (std::int64_t at = 0; at < depth; at += kElements) {
     const std::int64_t count = smaller(kElements, depth - at);
-    const auto read = [&](std::int64_t line) [[gnu::always_inline]] {
+    const auto read = [&](std::int64_t line) __attribute__((always_inline)) {
       if (line >= lines.count) return typename Isa::Vector{};
       const std::int64_t first = lines.first + line * lines.line_stride + at * lines.stride;
       if (as_they_lie) {

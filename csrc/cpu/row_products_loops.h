@@ -70,7 +70,7 @@ inline void load_columns(const T* from, std::int64_t stride, const bool* mask, s
 template <typename Isa, typename T>
 inline void load_side_by_side(const T* from, std::int64_t stride, const bool* mask, std::int64_t mask_stride,
                               std::int64_t columns, std::int64_t count, typename Isa::Vector (&places)[Isa::kLanes]) {
-  const auto load = [&](auto&& row) [[gnu::always_inline]] {
+  const auto load = [&](auto&& row) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (std::int64_t i = 0; i < Isa::kLanes; ++i) {
       if constexpr (Isa::kPerStep == 1) {

@@ -336,6 +336,7 @@ int main() {
   for (const auto& path : cpu::path_names()) {
     cpu::set_path(path);
     for (DType dtype : {DType::Float32, DType::Float16, DType::BFloat16}) {
+      CHECK(cpu::most_few_rows(dtype) >= 8);
       const QuantType quant_type = dtype == DType::Float16 ? QuantType::FP4 : QuantType::NF4;
       // K of whole and unfinished chunks (of 32 to 256 weights), of one and of several segments (of 512 to 4096); M of
       // one and of several groups (of at most 4 or 8), even and uneven, which meet W in parts (of 1024); N of less than

@@ -45,14 +45,16 @@ Quantized quantize(const void* weight, DType dtype, std::int64_t n, std::int64_t
 std::vector<std::uint8_t> dequantize(const Packed4bit& w, std::int64_t n, DType dtype, std::int64_t step,
                                      bool past_caches = false, std::size_t offset = 0) {
   constexpr std::size_t kAlignment = 64;
-  std::vector<std::uint8_t> memory(static_cast<std::size_t>(n * itemsize(dtype)) + offset + kAlignment);
+  constexpr std::uint8_t kUntouched = 0xa5;
+  std::vector<std::uint8_t> memory(static_cast<std::size_t>(n * itemsize(dtype)) + offset + 2 * kAlignment, kUntouched);
   const std::size_t before = -reinterpret_cast<std::uintptr_t>(memory.data()) % kAlignment + offset;
-  for (std::int64_t begin = 0; begin < n; begin += step) {
+  for (std::int64_t begin = (n - 1) / step * step; begin >= 0; begin -= step) {  // what one writes too much, stays
     cpu::dequantize_4bit(w, begin, std::min(n, begin + step), dtype, memory.data() + before + begin * itemsize(dtype),
                          past_caches);
   }
-  const auto first = memory.begin() + static_cast<std::ptrdiff_t>(before);
-  return {first, first + n * itemsize(dtype)};
+  const auto first = memory.begin() + static_cast<std::ptrdiff_t>(before), last = first + n * itemsize(dtype);
+  CHECK(std::all_of(last, memory.end(), [](std::uint8_t byte) { return byte == kUntouched; }));
+  return {first, last};
 }
 
 void check(std::int64_t n, std::int64_t blocksize, DType dtype, QuantType quant_type) {
