@@ -1,7 +1,7 @@
 // dequantize_4bit: out[i] = round_to_dtype(value[code i] * absmax of i's block), one rounding.
 //
-// The vector kernels decode a block through the table of its 16 possible results, so the products and their rounding are
-// computed 16 times a block instead of once a weight, and the result is the same bits.
+// The vector kernels decode a block through the table of its 16 possible results, so the products and their rounding
+// are computed 16 times a block instead of once a weight, and the result is the same bits.
 #include <algorithm>
 
 #include "path.h"
