@@ -75,7 +75,8 @@ def products_are_torchs(dtype: torch.dtype, cpu_path: str) -> bool:
         return True
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return dtype == torch.bfloat16 and ("amx_bf16" in flags or "bf16" in flags)
+    amx = "amx_bf16" in flags and cpu_path == "avx512_bf16"
+    return dtype == torch.bfloat16 and (amx or "bf16" in flags)
 
 
 @pytest.fixture

@@ -28,9 +28,11 @@ const MatmulKernel* find_kernel(DType compute) {
     case Path::Avx512:
       return &matmul_avx512;
   }
-  return nullptr;
-#else
+#endif
+#ifdef QLORA_EXT_PORTABLE_MATMUL
   return &matmul_portable;
+#else
+  return nullptr;
 #endif
 }
 

@@ -40,6 +40,12 @@ struct MatmulScratch {
         packed(reinterpret_cast<std::uint8_t*>(absmax + kAbsmaxFloats)) {}
 };
 
+// The portable kernel is for machines other than x86-64: where that has no AVX2 torch's products are faster, with 16
+// registers as there are. (Sanitizers, which run there, define it, too.)
+#if !defined(__x86_64__) && !defined(QLORA_EXT_PORTABLE_MATMUL)
+#define QLORA_EXT_PORTABLE_MATMUL
+#endif
+
 // The kernels of one instruction set.
 struct MatmulKernel {
   std::int64_t per_step;  // elements of the reduction that lie in a float of the arranged x

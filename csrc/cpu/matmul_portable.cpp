@@ -1,8 +1,7 @@
-// matmul for machines other than x86-64, in fp32: tiles of 12 rows x 8 columns, 24 sums in Arm's 32 registers. (Where
-// x86-64 has no AVX2 it has 16, and torch's kernels are faster.)
+// matmul for any machine, in fp32: tiles of 12 rows x 8 columns, 24 sums in Arm's 32 registers.
 #include "matmul_blocks.h"
 
-#if !defined(__x86_64__)
+#ifdef QLORA_EXT_PORTABLE_MATMUL
 #include "matmul_loops.h"
 #include "simd_portable.h"
 

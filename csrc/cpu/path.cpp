@@ -72,7 +72,8 @@ bool has_native_bf16() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16");
 #elif defined(__aarch64__)
-  return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which headers of older systems lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
 #else
   return false;
 #endif

@@ -21,7 +21,7 @@ struct PortableVectors {
 
   // a * b + c, fused where that is an instruction.
   static Vector multiply_add(Vector a, Vector b, Vector c) {
-#ifdef __FP_FAST_FMAF
+#if defined(__FP_FAST_FMAF) || defined(__aarch64__)
     for (std::int64_t i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
 #else

@@ -12,7 +12,7 @@
 #include "check.h"
 #include "cpu/linear_4bit.h"
 #include "cpu/linear_4bit_dgrad.h"
-#include "cpu/matmul.h"
+#include "cpu/matmul_blocks.h"
 #include "cpu/path.h"
 #include "cpu/quantize.h"
 #include "double_quant.h"
@@ -54,6 +54,12 @@ std::unique_ptr<void, decltype(&std::free)> room_for_x(DType dtype, std::int64_t
   const std::int64_t bytes = (cpu::arranged_bytes(dtype, M, N, K) + 63) / 64 * 64;
   return {std::aligned_alloc(64, static_cast<std::size_t>(bytes)), std::free};
 }
+
+#ifdef QLORA_EXT_PORTABLE_MATMUL
+constexpr bool kPortableMatmul = true;
+#else
+constexpr bool kPortableMatmul = false;
+#endif
 
 // How far a result may be from the exact one, whose terms' absolute values add up to `magnitude`: the sum's rounding in
 // fp32 (or of factors in bf16), and the rounding of the result.
@@ -335,6 +341,8 @@ void check_dense(std::int64_t M, std::int64_t R, std::int64_t J, DType compute) 
 int main() {
   for (const auto& path : cpu::path_names()) {
     cpu::set_path(path);
+    CHECK_EQ(cpu::has_matmul(DType::Float32), path != "portable" || kPortableMatmul);
+    CHECK_EQ(cpu::has_matmul(DType::BFloat16), cpu::has_matmul(DType::Float32) && !cpu::has_bf16_matrices());
     for (DType dtype : {DType::Float32, DType::Float16, DType::BFloat16}) {
       CHECK(cpu::most_few_rows(dtype) >= 8);
       const QuantType quant_type = dtype == DType::Float16 ? QuantType::FP4 : QuantType::NF4;
