@@ -143,13 +143,13 @@ class Cpu final : public Device {
     }
     const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
     const int64_t M = out.size(0), N = out.size(1), K = a.values.size(1);
-    const bool as_it_lies = b.values.stride(1) == 1;
-    if (M <= cpu::kMostRowProducts && !a.mask.defined() && (as_it_lies || b.values.stride(0) == 1)) {
-      const Tensor x = a.values.stride(1) == 1 ? a.values : a.values.contiguous();
+    if (M <= cpu::kMostRowProducts && !a.mask.defined()) {
+      const bool as_it_lies = b.values.stride(1) == 1 || b.values.stride(0) != 1;
       const MaskedMatrix rows = as_it_lies ? b : transposed(b);
+      const Tensor x = with_contiguous_rows(a.values), values = with_contiguous_rows(rows.values);
       const Tensor mask = rows.mask.defined() ? rows.mask.contiguous() : rows.mask;
       const cpu::RowProducts product{.x = cpu_rows(x),
-                                     .b = cpu_rows(rows.values, mask),
+                                     .b = cpu_rows(values, mask),
                                      .b_as_it_lies = as_it_lies,
                                      .compute = type,
                                      .scale = static_cast<float>(scale),
@@ -180,6 +180,8 @@ class Cpu final : public Device {
   static MaskedMatrix transposed(const MaskedMatrix& m) {
     return {m.values.t(), m.mask.defined() ? m.mask.t() : m.mask};
   }
+
+  static Tensor with_contiguous_rows(const Tensor& m) { return m.stride(1) == 1 ? m : m.contiguous(); }
 
   static MaskedMatrix contiguous_if_masked(const MaskedMatrix& m) {
     return m.mask.defined() ? MaskedMatrix{m.values.contiguous(), m.mask.contiguous()} : m;

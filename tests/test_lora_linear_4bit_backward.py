@@ -52,10 +52,10 @@ def test_grad_x_only_where_wanted(cpu_path: str) -> None:
 
 def test_expanded_gradient(cpu_path: str) -> None:
     """What y.sum().backward() gives: one number seen as a matrix."""
-    grad = torch.ones(()).expand(M, N)
+    x, xa, grad = X.repeat(7, 1), XA.repeat(7, 1), torch.ones(()).expand(7 * M, N)
     assert_same(
-        backward(grad, X, XA, *Q, A, B, SCALING, *NONE, True),
-        backward(grad.contiguous(), X, XA, *Q, A, B, SCALING, *NONE, True),
+        backward(grad, x, xa, *Q, A, B, SCALING, *NONE, True),
+        backward(grad.contiguous(), x, xa, *Q, A, B, SCALING, *NONE, True),
     )
 
 
