@@ -28,9 +28,9 @@ void register_cuda_device(const Device& device) { cuda_device = &device; }
 
 Tensor Device::mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
                   at::ScalarType out) const {
-  Tensor product = at::mm(masked(a, compute), masked(b, compute));
+  Tensor product = at::mm(masked(a, compute), masked(b, compute)).to(out);  // then scaled: 16 bits would round twice
   if (scale != 1.0) product.mul_(scale);
-  return product.to(out);
+  return product;
 }
 
 // Adapters without a mask side by side, so that `out` is read and written once however many there are.
