@@ -12,7 +12,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import BLOCKSIZES, DTYPES, QUANT_TYPES, normal
-from reference import Quantized, assert_as_exact_as_torch, assert_same
+from reference import Quantized, assert_same
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -97,11 +97,12 @@ def test_linear_is_the_op_with_the_fields_of_the_state(dtype: torch.dtype, bias:
     assert b is None or b.grad is not None
 
 
-def test_linear_is_the_dequantized_layer_as_exact_as_torch() -> None:
+def test_linear_is_close_to_the_dequantized_layer() -> None:
+    """Its exact result: torch's own is off by more than this tolerance on some CPUs."""
     packed, state = qlora_ext.quantize_4bit(torch.randn(48, 256))
     layer = [torch.randn(3, 256), qlora_ext.dequantize_4bit(packed, state), torch.randn(48)]
     y = qlora_ext.linear_4bit(layer[0], packed, state, layer[2])
-    assert_as_exact_as_torch(y, F.linear(*layer), F.linear(*(tensor.double() for tensor in layer)))
+    torch.testing.assert_close(y, F.linear(*(tensor.double() for tensor in layer)).float())
 
 
 def test_eval_and_train_alternate() -> None:
