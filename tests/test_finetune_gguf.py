@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from loading_memory import measure
 from tiny_model import assert_same_model, load, save_tiny_model
 from tiny_model import one_thread as one_thread
 from torch import Tensor
@@ -162,38 +162,9 @@ def test_real_gguf_answers_a_question(smollm2: Path) -> None:
     assert tokenizer.decode(output[0, prompt.shape[1] :]) == "The capital of France is Paris.<|im_end|>"
 
 
-MEASURE = """
-import sys, threading, torch
-from qlora_ext.finetune.load import load_model, open_checkpoint
-from transformers import LlamaForCausalLM
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-def watch():
-    while not done.wait(0.002):
-        peak[0] = max(peak[0], anonymous())
-
-before = anonymous()
-peak, done = [before], threading.Event()
-watcher = threading.Thread(target=watch)
-watcher.start()
-quantize = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
-model = load_model(open_checkpoint(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"), quantize=quantize)
-done.set()
-watcher.join()
-tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
-print(peak[0] - before, sum(tensors.values()))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_loading_holds_one_tensor_more_than_the_model(smollm2: Path) -> None:
-    child = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(smollm2)], check=True, capture_output=True, text=True, timeout=120
-    )
-    growth, model = map(int, child.stdout.split())
+    growth, model = measure(smollm2)
     largest = 49152 * 576 * 4  # the embedding in fp32
     assert growth <= model + 2 * largest + 64 * 2**20
     assert model < 120 * 2**20, "the model under test is quantized"

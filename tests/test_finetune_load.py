@@ -1,20 +1,19 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny_model import assert_same_model, load, save_tiny_model
 from tiny_model import one_thread as one_thread
 from torch import Tensor
-from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 import qlora_ext
-from qlora_ext.experts import Experts4bit
 from qlora_ext.finetune.load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from qlora_ext.finetune.model_folder import ModelFolder
 
@@ -166,21 +165,6 @@ def test_linears_are_quantized_from_the_stored_weight(tmp_path: Path, double_qua
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
-def test_rearranged_architecture_loads_and_its_linears_are_quantized(tmp_path: Path) -> None:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
-    saved = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
-    saved.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors").keys()
-    assert stored != saved.state_dict().keys(), "the case needs an architecture whose file has other names"
-    assert_same_model(load(tmp_path), saved)
-    model = load(tmp_path, quantize=QUANTIZE)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, qlora_ext.Linear4bit)
-    assert isinstance(model.model.layers[0].mlp.experts.down_proj, Experts4bit)
-    eager = load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention="eager")
-    assert eager.config._attn_implementation == "eager"
-
-
 def test_unknown_missing_and_misshaped_tensors_are_named(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     key = name.replace(".", "__")
@@ -216,12 +200,13 @@ def test_damaged_safetensors(tmp_path: Path, damage: str) -> None:
         load(tmp_path)
 
 
-def test_a_model_that_bitsandbytes_has_quantized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_a_model_in_layers_of_another_kind(tmp_path: Path, method: str) -> None:
     save_tiny_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": method, "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="expected the original model, got one that bitsandbytes has quantized"):
+    with pytest.raises(ValueError, match=f"expected the original model, got one quantized by {method}"):
         load(tmp_path)
 
 
@@ -274,14 +259,18 @@ def test_hub_name_is_fetched_without_pickles(tmp_path: Path, monkeypatch: pytest
     saved = save_tiny_model(tmp_path)
     fetched: dict[str, Any] = {}
 
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
-        fetched.update(name=name, patterns=allow_patterns)
+    def snapshot(name: str, **patterns: list[str]) -> str:
+        fetched.update(name=name, **patterns)
         return str(tmp_path)
 
     monkeypatch.setattr("qlora_ext.finetune.load.snapshot_download", snapshot)
     assert_same_model(load(Path("someone/tiny")), saved)
     assert fetched["name"] == "someone/tiny"
-    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in fetched["patterns"])
+    files = ["model-00001-of-00002.safetensors", "tokenizer.model", "pytorch_model.bin", "original/model.safetensors"]
+    fetched_files = filter_repo_objects(
+        files, allow_patterns=fetched["allow_patterns"], ignore_patterns=fetched["ignore_patterns"]
+    )
+    assert list(fetched_files) == files[:2]
 
     def offline(*_: object, **__: object) -> str:
         raise OSError("no route to host\nmore lines")

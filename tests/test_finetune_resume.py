@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -10,18 +11,46 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finetune_command import arguments as arguments
 from finetune_command import data as data
 from finetune_command import model as model
 from finetune_command import words
+from safetensors.torch import load_file
 from tiny_model import one_thread as one_thread
+from tiny_model import tiny_tokenizer
+from tiny_training import assert_same_tensors, interrupt_at
+from tiny_training import python_handles_interrupts as python_handles_interrupts
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, PreTrainedConfig
 
 from qlora_ext.finetune import __main__ as cli
 
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 258}
+MIXTRAL = MixtralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+GPT_NEOX = GPTNeoXConfig(**SIZES, num_attention_heads=4)
 CHANGES: list[dict[str, Any]] = [
     *({"seed": 5}, {"method": "lora"}, {"r": 4}, {"blocksize": 32}, {"optimizer": "paged_adamw32"}),
     *({"lr": 1e-3}, {"schedule": "cosine"}, {"warmup": 2}, {"lora-dropout": 0.5}, {"skip": "q_proj"}),
 ]
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, GPT_NEOX], ids=lambda config: config.model_type)
+def test_a_model_that_its_file_names_otherwise_resumes(
+    config: PreTrainedConfig, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' Trainer finds neither experts nor head in its own checkpoint, and goes on with the first ones."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(copy.deepcopy(config)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    arguments |= {"model": tmp_path / "model", "method": "full", "dtype": "fp32", "steps": 6}
+    assert cli.main(words({**arguments, "output": tmp_path / "whole"})) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert cli.main(words(arguments)) == 130
+    assert [path.name for path in arguments["output"].glob("checkpoint-*")] == ["checkpoint-4"]
+    assert cli.main(words({**arguments, "resume": True})) == 0
+    got, whole = (load_file(folder / "model.safetensors") for folder in (arguments["output"], tmp_path / "whole"))
+    assert_same_tensors(got, whole)
 
 
 def test_resume_keeps_the_examples_of_a_step(

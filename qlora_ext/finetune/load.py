@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.base import HfQuantizer
 
 import qlora_ext
 from qlora_ext import _C, Linear4bit
@@ -23,10 +23,12 @@ from qlora_ext.layer_names import is_within
 from qlora_ext.model_layers import output_head
 from qlora_ext.quantize import quantizable
 
+from .conversions import converted, take_decoder
 from .gguf_file import GgufFile
 from .model_folder import ModelFolder
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+OTHER_FORMATS = ["*/*.safetensors"]  # gpt-oss has the same weights once more, in original/
 # What a model that computes a buffer of such a name may find in older files; the first two transformers ignores, too.
 FORMERLY = {
     r"rotary_emb\.inv_freq": r"(^|\.)rotary_emb\.inv_freq$",
@@ -67,7 +69,7 @@ def open_checkpoint(source: str) -> ModelFolder | GgufFile:
         if path.suffix == ".gguf" or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
             raise FileNotFoundError(f"{path}: no such file or folder")
         try:
-            path = Path(snapshot_download(source, allow_patterns=HUB_FILES))
+            path = Path(snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS))
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise FileNotFoundError(f"{source}: no such folder, and not fetched from the hub ({reason})") from error
@@ -95,6 +97,7 @@ def load_model(
     no model can be built, or an attention that the model or the machine does not have.
     """
     config = checkpoint.config()
+    decoder = take_decoder(config)
     built: dict[str, Any] = {"dtype": dtype} | ({} if attention is None else {"attn_implementation": attention})
     # Parameters get no storage but buffers do: those that no checkpoint holds (rotary frequencies) are ready.
     with init_empty_weights(include_buffers=False):
@@ -110,18 +113,10 @@ def load_model(
                 f"{checkpoint.path}: expected a config of a model that can be built{how}, "
                 f"got {type(error).__name__}: {error}"
             ) from error
-    if get_model_conversion_mapping(model, add_legacy=False):
-        # transformers rearranges this architecture's checkpoints while loading (fused experts, for one).
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, use_safetensors=True, local_files_only=True, **built
-        )
-        if quantize is not None:
-            _quantize(model, quantize)
-    else:
-        _compute_buffers(model)
-        _stream(model, checkpoint, device, quantize)
-        if (checkpoint.path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    _compute_buffers(model)
+    _stream(model, checkpoint, decoder, device, quantize)
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
@@ -150,25 +145,29 @@ def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
 def _stream(
     model: PreTrainedModel,
     checkpoint: ModelFolder | GgufFile,
+    decoder: HfQuantizer | None,
     device: torch.device,
     quantize: dict[str, Any] | None,
 ) -> None:
-    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    precise = re.compile("|".join(map(re.escape, model._keep_in_fp32_modules_strict or ())) or r"(?!)")
+    expected = {
+        name: (tuple(tensor.shape), torch.float32 if precise.search(name) else tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+    tensors = converted(checkpoint, model, decoder)
     ignored = _ignored(model)
     if quantize is not None:
         _quantize(model, quantize)
     missing = set(expected)
-    stored = checkpoint.tensors(model)
-    for name, shape, read in tqdm(stored, total=len(expected), desc="loading", unit="tensor", leave=False):
-        places = [place for place in _places(name, model.base_model_prefix) if place in expected]
-        if not places:
+    for name, shape, read in tqdm(tensors, total=len(expected), desc="loading", unit="tensor", leave=False):
+        if name not in expected:
             if ignored.search(name):
                 continue
             raise ValueError(f"{checkpoint.path}: unknown tensor {name!r} for {type(model).__name__}")
-        wanted, dtype = expected[places[0]]
+        wanted, dtype = expected[name]
         if shape != wanted:
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: expected shape {wanted}, got {shape}")
-        owner_name, _, leaf = places[0].rpartition(".")
+        owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         holder = owner if leaf == "weight" else getattr(owner, leaf, None)
         layer = holder if isinstance(holder, Linear4bit | Experts4bit) else None
@@ -180,14 +179,9 @@ def _stream(
                 layer.quantize_(tensor)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: {error}") from error
-        missing.discard(places[0])
+        missing.discard(name)
     model.tie_weights(missing_keys=missing)
     _check_complete(model, checkpoint.path)
-
-
-def _places(name: str, prefix: str) -> tuple[str, ...]:
-    """What a stored tensor may be called in the model, the likeliest first: many were saved without their head."""
-    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
 
 def _ignored(model: PreTrainedModel) -> re.Pattern[str]:
@@ -197,7 +191,8 @@ def _ignored(model: PreTrainedModel) -> re.Pattern[str]:
     """
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ())]
     for name, _ in model.named_non_persistent_buffers():
-        patterns += [rf"^{re.escape(place)}$" for place in _places(name, model.base_model_prefix)]
+        prefix = f"{model.base_model_prefix}."  # which files of models without their head lack
+        patterns += [rf"^({re.escape(prefix)})?{re.escape(name.removeprefix(prefix))}$"]
         for ending, before in FORMERLY.items():
             patterns += [before] if re.search(rf"(^|\.){ending}$", name) else []
     return re.compile("|".join(f"({pattern})" for pattern in dict.fromkeys(patterns)) or r"(?!)")

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+DECODED = ("mxfp4", "fp8")  # formats in which models are published, and which are decoded as they are read
+
 
 class StoredTensor(NamedTuple):
     """A tensor not read yet: `read(dtype)` returns it, in the dtype of the file (gguf: float32) for None."""
@@ -30,22 +32,23 @@ class ModelFolder:
         self.files = self._weight_files()
 
     def config(self) -> PreTrainedConfig:
-        """Read config.json; ValueError if it is damaged, or that of a model in bitsandbytes' layers."""
+        """Read config.json; ValueError if it is damaged, or that of a model in layers of another kind than its own."""
         config: PreTrainedConfig = self._read(AutoConfig, "config")
-        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "bitsandbytes":
-            raise ValueError(f"{self.path}: expected the original model, got one that bitsandbytes has quantized")
+        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method not in (None, *DECODED):
+            raise ValueError(f"{self.path}: expected the original model, got one quantized by {method}")
         return config
 
     def tensors(self, model: PreTrainedModel) -> Iterator[StoredTensor]:
         """Yield every tensor of every file, under the name it has there."""
         for path in self.files:
             try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (not a dict)
-                        shape = tuple(file.get_slice(name).get_shape())
-                        yield StoredTensor(name, shape, partial(_read_tensor, file, name))
+                file: Any = safe_open(path, framework="pt")
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: not a readable safetensors file, or a truncated one ({error})") from error
+            for name, shape in shapes.items():
+                yield StoredTensor(name, shape, partial(_read_tensor, file, name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer of the folder; ValueError if there is none, or a damaged one."""

@@ -21,7 +21,9 @@ from qlora_ext.whole_files import naming
 from .adapter_checkpoints import AdapterCheckpoints
 from .data import IGNORE, Dataset, PadToLongest
 from .evaluate import held_out_loss
+from .load import load_model
 from .loss import answer_loss
+from .model_folder import ModelFolder
 from .optimizer import OptimizerChoice, for_trainer, paged
 from .output_folder import STAGING, checkpoints
 
@@ -100,8 +102,11 @@ class AnswerTrainer(AdapterCheckpoints, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
+        else:  # not as Trainer does, which finds nothing that transformers' conversions have renamed in the files
+            saved = load_model(
+                ModelFolder(Path(resume_from_checkpoint)), dtype=self.tuned.dtype, device=torch.device("cpu")
+            )
+            self.tuned.load_state_dict(saved.state_dict())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = paged(self.optimizer)
