@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 def conv1d_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """transformers' Conv1D, which is not imported here, if this class is it or a subclass, as fully_shard makes one."""
-    return next((k for k in kind.__mro__ if k.__name__ == "Conv1D" and k.__module__.startswith("transformers.")), None)
+    return _of_transformers(kind, "Conv1D")
+
+
+def falcon_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """transformers' FalconLinear, likewise: nn.Linear, but that it rounds the product before it adds a bias."""
+    return _of_transformers(kind, "FalconLinear")
+
+
+def _of_transformers(kind: type[nn.Module], name: str) -> type[nn.Module] | None:
+    return next((k for k in kind.__mro__ if k.__name__ == name and k.__module__.startswith("transformers.")), None)
 
 
 def is_dense_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -26,7 +35,8 @@ def dense_class(layer: nn.Module) -> type[nn.Module]:
 
 def computes_otherwise(layer: nn.Module) -> bool:
     """Whether it is a subclass of one of both that may return anything, as routers of experts do."""
-    return is_dense_linear(layer) and type(layer).forward is not dense_class(layer).forward
+    known = dense_class(layer), falcon_class(type(layer))
+    return is_dense_linear(layer) and all(type(layer).forward is not kind.forward for kind in known if kind)
 
 
 def oriented(kind: type[nn.Module], weight: Tensor) -> Tensor:

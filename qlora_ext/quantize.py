@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from qlora_ext.adapter_table import AdapterTable
 from qlora_ext.adapters import check_not_merged
-from qlora_ext.dense_linear import conv1d_class, is_dense_linear
+from qlora_ext.dense_linear import conv1d_class, falcon_class, is_dense_linear
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
@@ -143,7 +143,7 @@ def _warn_of_experts(model: nn.Module) -> None:
 
 def _is_known(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A subclass may use its weight in its own way, as nn.MultiheadAttention does with out_proj's."""
-    return type(module) in (nn.Linear, conv1d_class(type(module)))
+    return type(module) in (nn.Linear, conv1d_class(type(module)), falcon_class(type(module)))
 
 
 def _check_model(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from layers import randomize_adapters
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from qlora_ext import (
     Linear4bit,
@@ -81,6 +82,20 @@ def test_all_linear_leaves_subclasses_and_a_name_takes_them() -> None:
     assert [type(layer) for layer in model] == [Halved, LoraLinear]
     add_adapter(model, BOTH, "named")
     assert [type(layer) for layer in model] == [LoraLinear, LoraLinear]
+
+
+def test_falcons_linear_layer_is_one() -> None:
+    quantized = adapted(FalconLinear, quantized=True)
+    assert [type(layer.base_layer) for layer in quantized] == [Linear4bit, Linear4bit]
+    merge_adapter(quantized, dequantize=True)
+    assert [type(layer) for layer in quantized] == [nn.Linear, nn.Linear]
+    dense = model_of(FalconLinear)
+    add_adapter(dense, LoraConfig(r=2))
+    randomize_adapters(dense)
+    expected = dense(X)
+    merge_adapter(dense, dequantize=True)
+    assert [type(layer) for layer in dense] == [FalconLinear, nn.Linear]
+    torch.testing.assert_close(dense(X), expected)
 
 
 def test_all_linear_says_why_it_takes_none() -> None:
