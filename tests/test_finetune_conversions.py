@@ -132,6 +132,19 @@ def test_what_does_not_make_a_whole_is_named(tmp_path: Path) -> None:
         load(tmp_path, quantize=quantize)
 
 
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "fp8"])
+def test_parts_that_the_model_is_without_are_left_out(scales: bool, tmp_path: Path) -> None:
+    """DeepSeek-V3 is published with a layer that predicts a second token."""
+    save(tmp_path, CONFIGS["deepseek_v3"])
+    expected = load(tmp_path)
+    layer = "model__layers__61__mlp__experts__0__down_proj__weight"
+    edit(tmp_path, **{layer: torch.ones(128, 128)} | ({f"{layer}_scale_inv": torch.ones(1, 1)} if scales else {}))
+    if scales:
+        settings = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": FP8}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert_same_model(load(tmp_path), expected)
+
+
 def fp8(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """Projections in blocks of 128 x 128 with a scale each, as DeepSeek-V3 is published."""
     encoded = dict(stored)

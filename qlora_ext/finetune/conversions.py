@@ -54,7 +54,7 @@ def converted(
         name, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, names)
         if name not in names and tensor.name in names:  # a file of the model's own names
             name, pattern = tensor.name, None
-        if pattern is None:
+        if pattern is None or name not in names:
             found[name] = tensor._replace(name=name)
             continue
         if name not in found:
