@@ -177,7 +177,13 @@ def test_unknown_missing_and_misshaped_tensors_are_named(tmp_path: Path) -> None
         load(tmp_path)
     with pytest.raises(ValueError, match=f"missing tensor '{name}'"):
         load(tmp_path, quantize=QUANTIZE)
-    edit(tmp_path, **{key: weight, "model__extra": weight[:1].clone()})
+    foreign = {"v_head__weight": weight[:1].clone(), "model__layers__2__mlp__up_proj__weight": weight.clone()}
+    edit(tmp_path, **{key: weight, **foreign})
+    with pytest.warns(
+        UserWarning, match=r"2 tensors .* LlamaForCausalLM is without are left out, as 'model\.layers\.2\."
+    ):
+        load(tmp_path)
+    edit(tmp_path, **dict.fromkeys(foreign), model__extra=weight[:1].clone())
     with pytest.raises(ValueError, match=r"unknown tensor 'model\.extra' for LlamaForCausalLM"):
         load(tmp_path)
 

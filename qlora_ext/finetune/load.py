@@ -5,6 +5,7 @@ to the module that owns it, which quantizes it. So the peak is the final model a
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,10 @@ def load_model(
         quantize: options of `qlora_ext.quantize_model`, or None to leave the linears as they are; the heads always are.
         attention: one of transformers' implementations, None for its own choice.
 
-    Raises: ValueError naming the file and the tensor that is damaged, unknown, missing or mis-shaped, a config of which
-    no model can be built, or an attention that the model or the machine does not have.
+    Warns of tensors of parts that the model is without, as those that predict further tokens.
+
+    Raises: ValueError naming the file and the tensor that is damaged, unknown to its layer, missing or mis-shaped, a
+    config of which no model can be built, or an attention that the model or the machine does not have.
     """
     config = checkpoint.config()
     decoder = take_decoder(config)
@@ -155,19 +158,23 @@ def _stream(
         for name, tensor in model.state_dict().items()
     }
     tensors = converted(checkpoint, model, decoder)
-    ignored = _ignored(model)
+    ignored, modules = _ignored(model), {name for name, _ in model.named_modules()}
     if quantize is not None:
         _quantize(model, quantize)
     missing = set(expected)
+    left_out: list[str] = []
     for name, shape, read in tqdm(tensors, total=len(expected), desc="loading", unit="tensor", leave=False):
+        owner_name, _, leaf = name.rpartition(".")
         if name not in expected:
             if ignored.search(name):
                 continue
-            raise ValueError(f"{checkpoint.path}: unknown tensor {name!r} for {type(model).__name__}")
+            if owner_name in modules:
+                raise ValueError(f"{checkpoint.path}: unknown tensor {name!r} for {type(model).__name__}")
+            left_out.append(name)
+            continue
         wanted, dtype = expected[name]
         if shape != wanted:
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: expected shape {wanted}, got {shape}")
-        owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         holder = owner if leaf == "weight" else getattr(owner, leaf, None)
         layer = holder if isinstance(holder, Linear4bit | Experts4bit) else None
@@ -182,6 +189,9 @@ def _stream(
         missing.discard(name)
     model.tie_weights(missing_keys=missing)
     _check_complete(model, checkpoint.path)
+    if left_out:
+        what = f"{len(left_out)} tensors of parts that {type(model).__name__} is without"
+        warnings.warn(f"{checkpoint.path}: {what} are left out, as {left_out[0]!r}", UserWarning, stacklevel=3)
 
 
 def _ignored(model: PreTrainedModel) -> re.Pattern[str]:
