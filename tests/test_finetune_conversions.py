@@ -32,6 +32,7 @@ from transformers import (
 
 import qlora_ext
 from qlora_ext.experts import Experts4bit
+from qlora_ext.finetune.load import load_model, open_checkpoint
 from qlora_ext.model_layers import output_head
 
 SIZES = {
@@ -102,8 +103,12 @@ def test_is_quantized_from_what_is_stored(name: str, tmp_path: Path) -> None:
     qlora_ext.quantize_model(expected, **QUANTIZE, skip=output_head(expected))
     got = load(tmp_path, quantize=QUANTIZE)
     assert_same_model(got, expected)
-    if "num_local_experts" in vars(CONFIGS[name]):
+    if "num_experts_per_tok" in vars(CONFIGS[name]):
         assert isinstance(got.model.layers[1].mlp.experts.down_proj, Experts4bit)
+    eager = load_model(
+        open_checkpoint(str(tmp_path)), dtype=torch.float32, device=torch.device("cpu"), attention="eager"
+    )
+    assert eager.config._attn_implementation == "eager"
 
 
 def test_what_does_not_make_a_whole_is_named(tmp_path: Path) -> None:
@@ -120,7 +125,9 @@ def test_what_does_not_make_a_whole_is_named(tmp_path: Path) -> None:
             load(tmp_path, quantize=quantize)
         edit(tmp_path, **{part: weight[:-1].clone()})
         made_of = r"'model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight' and 3 more"
-        with pytest.raises(ValueError, match=rf"{tmp_path}: {fused}: cannot be made of {made_of} \(stack expects"):
+        with pytest.raises(
+            ValueError, match=rf"{tmp_path}: {fused}: cannot be made of {made_of} \(Runtime.*stack expects"
+        ):
             load(tmp_path, quantize=quantize)
         edit(tmp_path, **{part: weight, dense: None})
         with pytest.raises(ValueError, match=r"missing tensor 'model\.layers\.1\.self_attn\.q_proj\.weight'"):
@@ -128,7 +135,13 @@ def test_what_does_not_make_a_whole_is_named(tmp_path: Path) -> None:
         edit(tmp_path, **{dense: query, f"{layer}extra": query.clone()})
         with pytest.raises(ValueError, match=r"unknown tensor 'model\.layers\.1\.extra' for Qwen3MoeForCausalLM"):
             load(tmp_path, quantize=quantize)
-        edit(tmp_path, **{f"{layer}extra": None})
+        whole = {f"{layer}mlp__experts__down_proj": torch.zeros(4, 128, 128)}
+        edit(tmp_path, **{f"{layer}extra": None}, **whole)
+        with pytest.raises(
+            ValueError, match=rf"{fused}: .*'model.layers.1.mlp.experts.down_proj' is stored as a whole"
+        ):
+            load(tmp_path, quantize=quantize)
+        edit(tmp_path, **dict.fromkeys(whole))
         load(tmp_path, quantize=quantize)
 
 
@@ -142,8 +155,7 @@ def test_parts_that_the_model_is_without_are_left_out(
     layer = "model__layers__61__mlp__experts__0__down_proj__weight"
     edit(tmp_path, **{layer: torch.ones(128, 128)} | ({f"{layer}_scale_inv": torch.ones(1, 1)} if scales else {}))
     if scales:
-        settings = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": FP8}
-        (tmp_path / "config.json").write_text(json.dumps(settings))
+        describe(tmp_path, FP8)
     assert_same_model(load(tmp_path), expected)
     assert not [each for each in recwarn if "left out" in str(each.message)]
 
@@ -179,15 +191,23 @@ DECODED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def describe(folder: Path, quantization: dict[str, Any]) -> None:
+    settings = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def publish(folder: Path, case: str) -> None:
+    config, encode, quantization, _ = DECODED[case]
+    save(folder, config, torch.bfloat16)
+    save_file(encode(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    describe(folder, quantization)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", DECODED)
 def test_published_formats_are_decoded(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    config, encode, quantization, options = DECODED[case]
-    save(tmp_path, config, torch.bfloat16)
-    save_file(encode(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
-    settings = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": quantization}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-
+    publish(tmp_path, case)
+    options = DECODED[case][-1]
     got = load(tmp_path, dtype)
     expected = Auto.from_pretrained(tmp_path, dtype=dtype, quantization_config=options(dequantize=True)).eval()
     assert_same_model(got, expected)
@@ -199,12 +219,41 @@ def test_published_formats_are_decoded(case: str, dtype: torch.dtype, tmp_path: 
     assert_same_model(load(tmp_path / "tuned", dtype), expected)
 
 
+@pytest.mark.parametrize("case", ["fp8", "fp8 experts"])
+def test_codes_without_their_scale_are_no_values(case: str, tmp_path: Path) -> None:
+    publish(tmp_path, case)
+    stored = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in stored if "mlp" in name and name.endswith("_scale_inv"))
+    edit(tmp_path, **{name.replace(".", "__"): None})
+    with pytest.raises(
+        ValueError, match=r"tensor 'model\.layers\.0\.mlp.*cannot be made of .*weight_scale_inv, got [03]"
+    ):
+        load(tmp_path)
+
+
+def test_a_format_is_read_or_told(tmp_path: Path) -> None:
+    expected = save(tmp_path, CONFIGS["qwen3_moe"])
+    describe(tmp_path, {})
+    assert_same_model(load(tmp_path), expected)
+    describe(tmp_path, {"quant_method": "fp8", "weight_block_size": 128})
+    with pytest.raises(ValueError, match=f"{tmp_path}: expected a quantization_config that transformers can read"):
+        load(tmp_path)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_loading_a_mixture_holds_one_weight_more_than_the_model(tmp_path: Path) -> None:
-    sizes = {**SIZES, "hidden_size": 512, "num_hidden_layers": 10, "moe_intermediate_size": 256, "num_experts": 32}
-    config = Qwen3MoeConfig(**{**HEADS, **EXPERTS, **sizes})
-    save(tmp_path, config, torch.bfloat16)
+@pytest.mark.parametrize(("published", "copies"), [(False, 3), (True, 5)], ids=["experts one by one", "mxfp4"])
+def test_loading_a_mixture_never_holds_it_dense(published: bool, copies: int, tmp_path: Path) -> None:
+    """But what the model takes, and what one weight of all experts is made of, in bf16."""
+    sizes = {**SIZES, "hidden_size": 512, "num_hidden_layers": 10}
+    if published:
+        config = GptOssConfig(**{**HEADS, **sizes, "intermediate_size": 256}, num_local_experts=32)
+        save(tmp_path, config, torch.bfloat16)
+        save_file(mxfp4(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
+        describe(tmp_path, {"quant_method": "mxfp4"})
+    else:
+        config = Qwen3MoeConfig(**{**HEADS, **EXPERTS, **sizes, "moe_intermediate_size": 256, "num_experts": 32})
+        save(tmp_path, config, torch.bfloat16)
     growth, model = measure(tmp_path)
-    largest = 32 * 512 * 512 * 2  # an expert's gate and up, of all 32, in bf16
+    largest = 32 * 512 * 512 * 2
     assert model < 80 * 2**20, "the model under test is quantized: 260 MB in bf16"
-    assert growth <= model + 3 * largest + 32 * 2**20
+    assert growth <= model + copies * largest + 32 * 2**20

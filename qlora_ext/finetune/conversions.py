@@ -8,82 +8,89 @@ from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.base import HfQuantizer
 
 from .gguf_file import GgufFile
 from .model_folder import ModelFolder, StoredTensor
 
-
-def take_decoder(config: PreTrainedConfig) -> HfQuantizer | None:
-    """Take from `config` how the tensors are stored, if in MXFP4 or FP8: the model will have plain ones."""
-    stored = config.__dict__.pop("quantization_config", None)
-    if stored is None:
-        return None
-    decoder: HfQuantizer = AutoHfQuantizer.from_config({**stored, "dequantize": True}, pre_quantized=True)
-    return decoder
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def converted(
-    checkpoint: ModelFolder | GgufFile, model: PreTrainedModel, decoder: HfQuantizer | None
-) -> Iterator[StoredTensor]:
-    """Return the tensors of `checkpoint` as `model` has them now; those that no conversion is for, as they are.
+class Part(NamedTuple):
+    """A stored tensor, and the pattern by which a converter makes one of the model's of it; None: it is that."""
 
-    `model.save_pretrained` undoes afterwards what was done, but for the decoding, as it does after `from_pretrained`.
+    pattern: str | None
+    tensor: StoredTensor
 
-    Args:
-        decoder: from `take_decoder`.
+
+def converted(checkpoint: ModelFolder | GgufFile, model: PreTrainedModel) -> Iterator[StoredTensor]:
+    """Return the tensors of `checkpoint` as `model` has them now, each to be read once.
+
+    `model.save_pretrained` undoes the conversions afterwards, but for decoding, as it does after `from_pretrained`.
 
     Raises: ValueError, where a tensor is reached that cannot be made of what is stored.
     """
+    decoder = checkpoint.decoder()
     transforms = get_model_conversion_mapping(model, hf_quantizer=decoder, add_legacy=False)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
-    found: dict[str, StoredTensor | WeightConverter] = {}
+    parts: dict[str, list[Part]] = {}
     names = model.state_dict()
     for tensor in sorted(checkpoint.tensors(model), key=lambda tensor: dot_natural_key(tensor.name)):
         name, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, names)
-        if name not in names and tensor.name in names:  # a file of the model's own names
-            name, pattern = tensor.name, None
-        if pattern is None or name not in names:
-            found[name] = tensor._replace(name=name)
-            continue
-        if name not in found:
-            found[name] = deepcopy(by_pattern[pattern])
-        converter: Any = found[name]
-        converter.add_tensor(name, tensor.name, pattern, partial(tensor.read, None))
+        if name not in names:  # in a file of the model's own names, or of a part that the model is without
+            name, pattern = tensor.name if tensor.name in names else name, None
+        parts.setdefault(name, []).append(Part(pattern, tensor))
     if decoder is None:
         vars(model)["_weight_conversions"] = [transform for transform in transforms if transform.was_used()]
-    # Converters ask for the dtype of what they make, when the model's layers may be others.
-    return _made(found, deepcopy(model), checkpoint.path)
+    # Converters look up the dtype of what they make, when the model's own layers may be in 4 bits.
+    make = partial(_make, by_pattern, deepcopy(model), checkpoint.path)
+    return (tensor for name, group in parts.items() for tensor in make(name, group))
 
 
-def _made(
-    found: dict[str, StoredTensor | WeightConverter], model: PreTrainedModel, path: Path
+def _make(
+    converters: dict[str, WeightConverter], model: PreTrainedModel, path: Path, name: str, parts: list[Part]
 ) -> Iterator[StoredTensor]:
-    for name, tensor in found.items():
-        if isinstance(tensor, StoredTensor):
-            yield tensor
-            continue
-        parts = sorted(tensor.layer_targets[name])
-        try:
-            made = tensor.convert(name, model=model, config=model.config)
-        except Exception as error:  # whatever transformers' operations make of tensors that do not fit together
-            made_of = f"{parts[0]!r} and {len(parts) - 1} more"
-            raise ValueError(f"{path}: tensor {name!r}: cannot be made of {made_of} ({error})") from error
-        results = {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
-        del made
-        for target in list(results):
-            yield StoredTensor(target, tuple(results[target].shape), partial(_take, results, target))
+    if all(part.pattern is None for part in parts):
+        yield from (part.tensor._replace(name=name) for part in parts)
+        return
+    try:
+        made = _convert(converters, model, name, parts)
+    except Exception as error:  # whatever transformers' operations make of tensors that do not fit together
+        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        what = f"{parts[0].tensor.name!r}{more} ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}: tensor {name!r}: cannot be made of {what}") from error
+    results = {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
+    del made
+    for target in list(results):
+        yield StoredTensor(target, tuple(results[target].shape), partial(_take, results, target))
+
+
+def _convert(
+    converters: dict[str, WeightConverter], model: PreTrainedModel, name: str, parts: list[Part]
+) -> dict[str, Any]:
+    patterns: dict[str, list[StoredTensor]] = {}
+    for pattern, tensor in parts:
+        if pattern is None:
+            raise ValueError(f"{tensor.name!r} is stored as a whole, too")
+        patterns.setdefault(pattern, []).append(tensor)
+    converter: Any = deepcopy(converters[next(iter(patterns))])
+    for pattern, tensors in patterns.items():
+        scales = patterns.get(f"{pattern}_scale_inv", [])
+        if len(scales) != len(tensors) and tensors[0].read(None).dtype in FP8:  # whose codes would be taken for values
+            raise ValueError(f"expected {len(tensors)} of {pattern}_scale_inv, got {len(scales)}")
+        for tensor in tensors:
+            converter.add_tensor(name, tensor.name, pattern, partial(tensor.read, None))
+    made: dict[str, Any] = converter.convert(name, model=model, config=model.config)
+    return made
 
 
 def _take(results: dict[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:

@@ -68,6 +68,9 @@ class GgufFile:
             eos_token_id=self._field("tokenizer.ggml.eos_token_id", None),
         )
 
+    def decoder(self) -> None:
+        """None: `tensors` decodes them."""
+
     def tensors(self, model: PreTrainedModel) -> Iterator[StoredTensor]:
         """Yield every tensor of the file under the name it has in `model`."""
         config = model.config

@@ -1,7 +1,7 @@
 """Load a causal language model one tensor at a time, its linear layers quantized as they come.
 
 The model is built without storage, its linears are exchanged for Linear4bit, and each tensor of the checkpoint goes
-to the module that owns it, which quantizes it. So the peak is the final model and one tensor more.
+to the module that owns it, which quantizes it. So the peak is the final model and what one tensor is made of.
 """
 
 import re
@@ -15,7 +15,6 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.quantizers.base import HfQuantizer
 
 import qlora_ext
 from qlora_ext import _C, Linear4bit
@@ -24,7 +23,7 @@ from qlora_ext.layer_names import is_within
 from qlora_ext.model_layers import output_head
 from qlora_ext.quantize import quantizable
 
-from .conversions import converted, take_decoder
+from .conversions import converted
 from .gguf_file import GgufFile
 from .model_folder import ModelFolder
 
@@ -100,7 +99,6 @@ def load_model(
     config of which no model can be built, or an attention that the model or the machine does not have.
     """
     config = checkpoint.config()
-    decoder = take_decoder(config)
     built: dict[str, Any] = {"dtype": dtype} | ({} if attention is None else {"attn_implementation": attention})
     # Parameters get no storage but buffers do: those that no checkpoint holds (rotary frequencies) are ready.
     with init_empty_weights(include_buffers=False):
@@ -117,7 +115,7 @@ def load_model(
                 f"got {type(error).__name__}: {error}"
             ) from error
     _compute_buffers(model)
-    _stream(model, checkpoint, decoder, device, quantize)
+    _stream(model, checkpoint, device, quantize)
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     loaded: PreTrainedModel = model.to(device).eval()
@@ -148,7 +146,6 @@ def _quantize(model: PreTrainedModel, options: dict[str, Any]) -> None:
 def _stream(
     model: PreTrainedModel,
     checkpoint: ModelFolder | GgufFile,
-    decoder: HfQuantizer | None,
     device: torch.device,
     quantize: dict[str, Any] | None,
 ) -> None:
@@ -157,7 +154,7 @@ def _stream(
         name: (tuple(tensor.shape), torch.float32 if precise.search(name) else tensor.dtype)
         for name, tensor in model.state_dict().items()
     }
-    tensors = converted(checkpoint, model, decoder)
+    tensors = converted(checkpoint, model)
     ignored, modules = _ignored(model), {name for name, _ in model.named_modules()}
     if quantize is not None:
         _quantize(model, quantize)

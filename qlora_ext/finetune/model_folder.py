@@ -10,12 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 DECODED = ("mxfp4", "fp8")  # formats in which models are published, and which are decoded as they are read
 
 
 class StoredTensor(NamedTuple):
-    """A tensor not read yet: `read(dtype)` returns it, in the dtype of the file (gguf: float32) for None."""
+    """A tensor not read yet: `read(dtype)` returns it, for None in its own dtype (gguf: float32)."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,12 +34,28 @@ class ModelFolder:
         self.files = self._weight_files()
 
     def config(self) -> PreTrainedConfig:
-        """Read config.json; ValueError if it is damaged, or that of a model in layers of another kind than its own."""
+        """Read config.json, but for the format of the tensors.
+
+        Raises: ValueError if it is damaged, or that of a model whose layers are of another kind than its own.
+        """
         config: PreTrainedConfig = self._read(AutoConfig, "config")
-        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        method = _take_format(config).get("quant_method")
         if method not in (None, *DECODED):
             raise ValueError(f"{self.path}: expected the original model, got one quantized by {method}")
         return config
+
+    def decoder(self) -> HfQuantizer | None:
+        """What knows how transformers decodes the format of the tensors, if they are in MXFP4 or FP8."""
+        settings = _take_format(self._read(AutoConfig, "config"))
+        if not settings.get("quant_method"):
+            return None
+        try:
+            decoder: HfQuantizer = AutoHfQuantizer.from_config({**settings, "dequantize": True}, pre_quantized=True)
+        except Exception as error:  # of dataclasses and of each format's own checks
+            raise ValueError(
+                f"{self.path}: expected a quantization_config that transformers can read ({error})"
+            ) from error
+        return decoder
 
     def tensors(self, model: PreTrainedModel) -> Iterator[StoredTensor]:
         """Yield every tensor of every file, under the name it has there."""
@@ -76,6 +94,12 @@ class ModelFolder:
             if file.parent != self.path or not file.is_file():
                 raise ValueError(f"{index}: expected the file {name!r} beside it, got none")
         return files
+
+
+def _take_format(config: PreTrainedConfig) -> dict[str, Any]:
+    """Take the format of the tensors from a config, which is that of a model of plain ones then."""
+    taken = [vars(each).pop("quantization_config", None) for each in (config, config.get_text_config())]
+    return next((settings for settings in taken if settings), {})
 
 
 def _read_tensor(file: Any, name: str, dtype: torch.dtype | None) -> Tensor:
