@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from qlora_ext.adapter_targets import targeted
@@ -109,20 +110,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             raise ValueError(f"delete_adapter: {layer_name}: expected no hooks, which would be lost, got some")
     was_active = any(name in layer.active_adapters for _, layer in lora_layers(model))
 
-    def remove(_: str, module: nn.Module) -> nn.Module:
-        if not isinstance(module, LoraLinear):
-            return module
-        if name in module.configs:
-            module.delete_adapter(name)
-        return module if module.configs else module.base_layer
-
-    replace_layers(model, remove)
+    _detach(model, name)
     left = adapter_names(model)
     if was_active and left and not any(layer.active_adapters for _, layer in lora_layers(model)):
         set_adapter(model, left[0])
         warnings.warn(f"delete_adapter: {name!r} was active: now {left[0]!r} is", UserWarning, stacklevel=2)
 
 
+@torch.inference_mode(False)  # autograd saves no inference tensor, not even a frozen one
 def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     """Put the active adapters into the weights: W0 + sum of scaling B A.
 
@@ -211,7 +206,24 @@ def attach(model: nn.Module, names: Collection[str], config: LoraConfig, name: s
         layer.add_adapter(name, config, module_name)
         return layer
 
-    replace_layers(model, wrap)
+    try:
+        replace_layers(model, wrap)
+    except BaseException:  # memory, for one
+        _detach(model, name)
+        raise
+
+
+def _detach(model: nn.Module, name: str) -> None:
+    """Remove an adapter from the layers that have it, and what wraps them for no other."""
+
+    def unwrap(_: str, module: nn.Module) -> nn.Module:
+        if not isinstance(module, LoraLinear):
+            return module
+        if name in module.configs:
+            module.delete_adapter(name)
+        return module if module.configs else module.base_layer
+
+    replace_layers(model, unwrap)
 
 
 def freeze(op: str, model: nn.Module, but: Iterable[Tensor] = ()) -> None:

@@ -237,6 +237,7 @@ class LoraLinear(nn.Module):
     def _plus(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         return weight.addmm(b, a, alpha=scaling)
 
+    @torch.inference_mode(False)  # autograd saves no inference tensor
     def merge(self, weight: Tensor | None = None) -> None:
         """Compute with one layer of the base's own kind that holds W0 + the updates (quantized again if it is 4-bit).
 

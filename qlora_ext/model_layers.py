@@ -12,7 +12,7 @@ from qlora_ext.dense_linear import computes_otherwise, is_dense_linear
 from qlora_ext.experts import Experts4bit, Stack4bit
 from qlora_ext.layer_names import children, is_compiled, is_named, is_within, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraLinear
+from qlora_ext.lora import LoraLinear, base_of
 from qlora_ext.lora_experts import LoraExperts
 
 AnyLinear = nn.Linear | Linear4bit | LoraLinear  # and transformers' Conv1D, which is taken for an nn.Linear
@@ -62,7 +62,7 @@ def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
     layers = linear_layers(model)
     if wanted == "all-linear":
         head = output_head(model)
-        return [name for name, layer in layers.items() if name not in head and not computes_otherwise(layer)]
+        return [name for name, layer in layers.items() if name not in head and not computes_otherwise(base_of(layer))]
     if isinstance(wanted, str):
         return [name for name in layers if re.fullmatch(wanted, name)]
     return [name for name in layers if is_named(name, wanted)]
@@ -98,11 +98,11 @@ def _replace_below(
 
 def output_head(model: nn.Module) -> set[str]:
     """The layers that make logits, scores and the like, by name, and those that share their weight."""
-    layers = linear_layers(model)
+    layers = {name: base_of(layer) for name, layer in linear_layers(model).items()}
     heads = {id(layer) for name, layer in layers.items() if is_within(name, HEADS)}
     head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
     if head is not None:
-        heads.add(id(unwrapped(head)))
+        heads.add(id(base_of(unwrapped(head))))
     weights = {id(layer.weight) for layer in layers.values() if id(layer) in heads and isinstance(layer, nn.Linear)}
     return {
         name

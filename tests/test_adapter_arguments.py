@@ -76,3 +76,15 @@ def test_a_wrong_argument_is_named_and_changes_nothing(
     with pytest.raises(error, match=f"add_adapter: {message}"):
         add_adapter(model, **({"config": LoraConfig()} | arguments))
     assert everything(model) == before
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_an_adapter_that_memory_does_not_hold_is_nowhere(other: bool) -> None:
+    model = base_model()
+    if other:
+        add_adapter(model, LoraConfig(r=2), "other")
+    before = everything(model)
+    with pytest.raises(RuntimeError, match="memory"):
+        add_adapter(model, LoraConfig(rank_pattern={"down_proj": 10**12}), "large")
+    assert everything(model) == before
+    add_adapter(model, LoraConfig(), "large")

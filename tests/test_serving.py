@@ -177,6 +177,18 @@ def test_what_is_made_in_inference_mode_trains_like_others(tmp_path: Path) -> No
         assert model[0].lora_B[name].grad is not None
 
 
+@by_base
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_what_is_merged_in_inference_mode_is_trained_through(base: str, dequantize: bool) -> None:
+    model = nn.Sequential(make_lora(make_base(base), LoraConfig()))
+    with torch.inference_mode():
+        merge_adapter(model, dequantize=dequantize)
+        model.load_state_dict(model.state_dict())
+    x = X.clone().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
 class Noisy(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * (2 if self.training else 1)

@@ -1,0 +1,58 @@
+"""What a config's targets mean does not depend on the adapters that are there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora_ext import LoraConfig, LoraLinear, add_adapter, quantize_model
+
+
+class Router(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).softmax(-1)
+
+
+class Model(nn.Module):
+    """A layer, a router, and a head with what is tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gate, self.tied, self.lm_head = (
+            kind(64, 64) for kind in (nn.Linear, Router, *2 * [nn.Linear])
+        )
+        self.tied.weight = self.lm_head.weight
+
+
+class ModelOfTransformers(Model):
+    """Which says what its head is, by whatever name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_out = self.lm_head
+        del self.lm_head
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.embed_out
+
+
+@pytest.mark.parametrize("before", ["layer", "gate", "tied", ".*(head|out)"])
+@pytest.mark.parametrize("kind", [Model, ModelOfTransformers])
+def test_all_linear_means_the_same_layers_beside_another_adapter(kind: type[Model], before: str) -> None:
+    model = kind()
+    add_adapter(model, LoraConfig(target_modules=before), "before")
+    add_adapter(model, LoraConfig(), "all")
+    found = {name for name, layer in model.named_modules() if isinstance(layer, LoraLinear) and "all" in layer.configs}
+    assert found == {"layer"}
+
+
+@pytest.mark.parametrize("kind", [Model, ModelOfTransformers])
+def test_a_head_with_an_adapter_stays_dense(kind: type[Model]) -> None:
+    model = kind()
+    add_adapter(model, LoraConfig(target_modules=".*(head|out)"))
+    quantize_model(model)
+    assert [type(m) for m in model.modules() if isinstance(m, nn.Linear)] == [Router, nn.Linear, nn.Linear]
+    assert torch.equal(
+        model.tied.weight, next(m.base_layer.weight for m in model.modules() if isinstance(m, LoraLinear))
+    )
