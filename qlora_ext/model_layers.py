@@ -72,6 +72,15 @@ def _is_linear(module: nn.Module) -> TypeGuard[AnyLinear]:
     return is_dense_linear(module) or isinstance(module, (Linear4bit, LoraLinear))
 
 
+def placed_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules but wrappers and what adapters consist of, in each place where they stand."""
+    if not is_wrapper(module):
+        yield name, module
+    for key, child_name, child in children(module, name):
+        if not isinstance(module, LoraLinear) or key == "base_layer":
+            yield from placed_modules(child, child_name)
+
+
 def replace_layers(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> None:
     """Put convert(name, module) in the place of each module below `model`.
 
@@ -99,7 +108,7 @@ def _replace_below(
 def output_head(model: nn.Module) -> set[str]:
     """The layers that make logits, scores and the like, by name, and those that share their weight."""
     layers = {name: base_of(layer) for name, layer in linear_layers(model).items()}
-    heads = {id(layer) for name, layer in layers.items() if is_within(name, HEADS)}
+    heads = {id(module) for name, module in placed_modules(model) if is_within(name, HEADS)}
     head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
     if head is not None:
         heads.add(id(base_of(unwrapped(head))))

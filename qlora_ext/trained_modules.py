@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from qlora_ext.layer_names import children, is_wrapper
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
-from qlora_ext.model_layers import adapter_names
+from qlora_ext.model_layers import adapter_names, placed_modules
 from qlora_ext.sharded import gathered
 
 # PEFT's ModulesToSaveWrapper refuses these.
@@ -28,7 +27,7 @@ def trained_modules(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
     Raises:
         ValueError: PEFT could not save such a module whole.
     """
-    modules, places = dict(_modules(model)), _places(model)
+    modules, places = dict(placed_modules(model)), _places(model)
     owners = {owner for owner, tensor in places.values() if tensor.requires_grad}
     while True:
         names = _outermost(owners)
@@ -51,7 +50,7 @@ def trained_modules(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
 
 def are_weights_tied(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
     """Whether PEFT can tie what is tied in these: it makes an nn.Linear of the weight alone, and drops a bias."""
-    modules = dict(_modules(model))
+    modules = dict(placed_modules(model))
     owners = Counter(place.rpartition(".")[0] for place in tensors)
     ids = Counter(id(tensor) for tensor in tensors.values())
     tied = [place.rpartition(".")[0] for place, tensor in tensors.items() if ids[id(tensor)] > 1]
@@ -68,7 +67,7 @@ def fit_modules(
         ValueError: there is no such tensor in the file at `path`, or it does not fit; it would change a module that
             adapters with other names are used with.
     """
-    modules, places = dict(_modules(model)), _places(model)
+    modules, places = dict(placed_modules(model)), _places(model)
     meant = _meant(modules, names)
     if refused := _refused(meant, modules):
         name, reason = next(iter(refused.items()))
@@ -96,19 +95,10 @@ def fit_modules(
     return fitting
 
 
-def _modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules but wrappers and what adapters consist of, in each place where they stand."""
-    if not is_wrapper(module):
-        yield name, module
-    for key, child_name, child in children(module, name):
-        if not isinstance(module, LoraLinear) or key == "base_layer":
-            yield from _modules(child, child_name)
-
-
 def _places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """(owner's name, tensor) for each name in the plain model's state_dict, without adapters."""
     places = {}
-    for name, module in _modules(model):
+    for name, module in placed_modules(model):
         buffers = {key: b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set}
         for key, tensor in (module._parameters | buffers).items():
             if tensor is not None:

@@ -37,8 +37,22 @@ class ModelOfTransformers(Model):
         return self.embed_out
 
 
+class ModelOfTwoNames(Model):
+    """Whose head has another name first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        head = self.lm_head
+        del self.lm_head
+        self.decoder_out = head
+        self.lm_head = head
+
+
+MODELS = (Model, ModelOfTransformers, ModelOfTwoNames)
+
+
 @pytest.mark.parametrize("before", ["layer", "gate", "tied", ".*(head|out)"])
-@pytest.mark.parametrize("kind", [Model, ModelOfTransformers])
+@pytest.mark.parametrize("kind", MODELS)
 def test_all_linear_means_the_same_layers_beside_another_adapter(kind: type[Model], before: str) -> None:
     model = kind()
     add_adapter(model, LoraConfig(target_modules=before), "before")
@@ -47,7 +61,7 @@ def test_all_linear_means_the_same_layers_beside_another_adapter(kind: type[Mode
     assert found == {"layer"}
 
 
-@pytest.mark.parametrize("kind", [Model, ModelOfTransformers])
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_head_with_an_adapter_stays_dense(kind: type[Model]) -> None:
     model = kind()
     add_adapter(model, LoraConfig(target_modules=".*(head|out)"))
