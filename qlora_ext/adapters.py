@@ -208,19 +208,18 @@ def attach(model: nn.Module, names: Collection[str], config: LoraConfig, name: s
 
     try:
         replace_layers(model, wrap)
-    except BaseException:  # memory, for one
+    except BaseException:  # as when memory runs out
         _detach(model, name)
         raise
 
 
 def _detach(model: nn.Module, name: str) -> None:
-    """Remove an adapter from the layers that have it, and what wraps them for no other."""
+    """Remove an adapter from the layers that have it; one left without any becomes its base layer again."""
 
     def unwrap(_: str, module: nn.Module) -> nn.Module:
-        if not isinstance(module, LoraLinear):
+        if not isinstance(module, LoraLinear) or name not in module.configs:
             return module
-        if name in module.configs:
-            module.delete_adapter(name)
+        module.delete_adapter(name)
         return module if module.configs else module.base_layer
 
     replace_layers(model, unwrap)

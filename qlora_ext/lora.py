@@ -99,8 +99,8 @@ class LoraLinear(nn.Module):
         with torch.inference_mode(False):  # an inference tensor could never be trained or, outside, be activated
             A, B = self._factors(config.rank(module_name), self.base_layer.weight.device)
             nn.init.kaiming_uniform_(A.flatten(0, -2), a=math.sqrt(5))
-            self.lora_A[name] = nn.Parameter(A)
-            self.lora_B[name] = nn.Parameter(nn.init.zeros_(B))
+            factors = nn.Parameter(A), nn.Parameter(nn.init.zeros_(B))
+            self.lora_A[name], self.lora_B[name] = factors
         self.set_config(name, config, module_name)
 
     def set_config(self, name: str, config: LoraConfig, module_name: str) -> None:
@@ -201,6 +201,7 @@ class LoraLinear(nn.Module):
         else:
             super().register_parameter(name, param)
 
+    @torch.inference_mode(False)  # autograd saves no inference tensor, which a dense layer would be given
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W0 + the updates of the active adapters, float32 [out, in].
@@ -237,7 +238,7 @@ class LoraLinear(nn.Module):
     def _plus(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         return weight.addmm(b, a, alpha=scaling)
 
-    @torch.inference_mode(False)  # autograd saves no inference tensor
+    @torch.inference_mode(False)
     def merge(self, weight: Tensor | None = None) -> None:
         """Compute with one layer of the base's own kind that holds W0 + the updates (quantized again if it is 4-bit).
 

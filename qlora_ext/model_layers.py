@@ -108,13 +108,12 @@ def _replace_below(
 def output_head(model: nn.Module) -> set[str]:
     """The layers that make logits, scores and the like, by name, and those that share their weight."""
     layers = {name: base_of(layer) for name, layer in linear_layers(model).items()}
-    heads = {id(module) for name, module in placed_modules(model) if is_within(name, HEADS)}
+    heads = {id(layer) for name, layer in layers.items() if is_within(name, HEADS)}
+    heads |= {id(base_of(module)) for name, module in placed_modules(model) if is_named(name, HEADS)}  # or once more
     head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
     if head is not None:
         heads.add(id(base_of(unwrapped(head))))
-    weights = {id(layer.weight) for layer in layers.values() if id(layer) in heads and isinstance(layer, nn.Linear)}
-    return {
-        name
-        for name, layer in layers.items()
-        if id(layer) in heads or (isinstance(layer, nn.Linear) and id(layer.weight) in weights)
-    }
+    # Of parametrized layers `weight` is made anew at each look, and the next may have its id.
+    weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
+    tied = {id(weights[name]) for name, layer in layers.items() if id(layer) in heads and weights[name] is not None}
+    return {name for name, layer in layers.items() if id(layer) in heads or id(weights[name]) in tied}

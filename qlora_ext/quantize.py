@@ -34,9 +34,9 @@ def quantize_model(
 ) -> Model:
     """Replace each nn.Linear of the model by its Linear4bit, in place, one by one: at the peak one layer stands twice.
 
-    So is transformers' Conv1D, GPT-2's linear layer; and so are the fused experts of transformers' mixtures, by
-    Experts4bit (`qlora_ext/experts.py`): the model computes with transformers' "grouped_mm" implementation of experts
-    then.
+    So are transformers' Conv1D, GPT-2's linear layer, and FalconLinear, without its rounding before the bias; and so
+    are the fused experts of transformers' mixtures, by Experts4bit (`qlora_ext/experts.py`): the model computes with
+    transformers' "grouped_mm" implementation of experts then.
 
     Args:
         model: any module, on any device ("meta" too). Adapters in it, not merged, stay on their layers.
@@ -99,7 +99,7 @@ def quantize_model(
                     check_not_hooked("quantize_model", name, module)
                 quantize(experts, quantize_experts, module, attribute)
     if not quantized:
-        others = {type(module).__name__ for module in model.modules() if is_dense_linear(module)} - {"Linear", "Conv1D"}
+        others = {type(m).__name__ for m in model.modules() if is_dense_linear(m) and not _is_known(m)}
         got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
         expected = f"an nn.Linear in it that is not in skip={(*skip, *sorted(head))}"
         raise ValueError(f"quantize_model: model: expected {expected}, got {got}")

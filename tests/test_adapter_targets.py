@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_ext import LoraConfig, LoraLinear, add_adapter, quantize_model
+from qlora_ext.model_layers import output_head
 
 
 class Router(nn.Linear):
@@ -59,6 +60,25 @@ def test_all_linear_means_the_same_layers_beside_another_adapter(kind: type[Mode
     add_adapter(model, LoraConfig(), "all")
     found = {name for name, layer in model.named_modules() if isinstance(layer, LoraLinear) and "all" in layer.configs}
     assert found == {"layer"}
+
+
+def test_a_head_that_holds_its_backbone_is_one_without_it() -> None:
+    class Head(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body, self.out = body, nn.Linear(64, 8)
+
+    model = nn.Module()
+    model.body = nn.Sequential(nn.Linear(64, 64))
+    model.classifier = Head(model.body)
+    assert output_head(model) == {"classifier.out"}
+
+
+def test_parametrized_layers_are_no_heads_for_another_that_is() -> None:
+    model = Model()
+    for layer in (model.layer, model.lm_head):
+        nn.utils.parametrizations.weight_norm(layer)
+    assert output_head(model) == {"lm_head"}
 
 
 @pytest.mark.parametrize("kind", MODELS)

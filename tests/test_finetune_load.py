@@ -144,6 +144,10 @@ def test_what_older_versions_stored_and_the_model_computes_is_left_out(tmp_path:
     masks = {f"{attention}bias": torch.zeros(1, 1, 4, 4), f"{attention}masked_bias": torch.tensor(-1e9)}
     edit(tmp_path / "neo", **masks)
     assert_same_model(load(tmp_path / "neo"), neo)
+    neo.transformer.save_pretrained(tmp_path / "neo")  # without the prefix of the head's model, nor its config
+    neo.config.save_pretrained(tmp_path / "neo")
+    edit(tmp_path / "neo", **{name.removeprefix("transformer__"): value for name, value in masks.items()})
+    assert_same_model(load(tmp_path / "neo"), neo)
     edit(tmp_path / "neo", **{f"{attention}other_bias": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"unknown tensor 'transformer\.h\.0\.attn\.attention\.other_bias'"):
         load(tmp_path / "neo")

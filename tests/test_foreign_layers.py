@@ -91,6 +91,7 @@ def test_falcons_linear_layer_is_one() -> None:
     assert [type(layer) for layer in quantized] == [nn.Linear, nn.Linear]
     dense = model_of(FalconLinear)
     add_adapter(dense, LoraConfig(r=2))
+    assert [type(layer) for layer in dense] == [LoraLinear, LoraLinear], "all-linear takes it"
     randomize_adapters(dense)
     expected = dense(X)
     merge_adapter(dense, dequantize=True)

@@ -4,6 +4,7 @@ Files hold the experts of a mixture one by one, where the model has them fused; 
 renamed, joined or split. transformers does so while it reads a whole model; here each is made when it is asked for.
 """
 
+import re
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
@@ -23,7 +24,7 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Part(NamedTuple):
-    """A stored tensor, and the pattern by which a converter makes one of the model's of it; None: it is that."""
+    """A stored tensor, and the pattern by which a converter knows it; None: it is the model's as it is."""
 
     pattern: str | None
     tensor: StoredTensor
@@ -48,10 +49,14 @@ def converted(checkpoint: ModelFolder | GgufFile, model: PreTrainedModel) -> Ite
         name, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, names)
         if name not in names:  # in a file of the model's own names, or of a part that the model is without
             name, pattern = tensor.name if tensor.name in names else name, None
-        parts.setdefault(name, []).append(Part(pattern, tensor))
+        group = parts.setdefault(name, [])
+        if group and name in names and None in (pattern, group[0].pattern):
+            got = f"{group[0].tensor.name!r} and {tensor.name!r}"
+            raise ValueError(f"{checkpoint.path}: tensor {name!r}: expected it once, or in parts, got {got}")
+        group.append(Part(pattern, tensor))
     if decoder is None:
         vars(model)["_weight_conversions"] = [transform for transform in transforms if transform.was_used()]
-    # Converters look up the dtype of what they make, when the model's own layers may be in 4 bits.
+    # A copy: converters look up dtypes in the model, whose own layers will be in 4 bits by then.
     make = partial(_make, by_pattern, deepcopy(model), checkpoint.path)
     return (tensor for name, group in parts.items() for tensor in make(name, group))
 
@@ -79,11 +84,12 @@ def _convert(
 ) -> dict[str, Any]:
     patterns: dict[str, list[StoredTensor]] = {}
     for pattern, tensor in parts:
-        if pattern is None:
-            raise ValueError(f"{tensor.name!r} is stored as a whole, too")
-        patterns.setdefault(pattern, []).append(tensor)
-    converter: Any = deepcopy(converters[next(iter(patterns))])
+        patterns.setdefault(pattern or "", []).append(tensor)
+    converter: Any = converters[next(iter(patterns))]
     for pattern, tensors in patterns.items():
+        numbers = [int(re.findall(r"\.(\d+)(?=\.)", tensor.name)[-1]) for tensor in tensors] if ".*." in pattern else []
+        if numbers != list(range(len(numbers))):  # transformers would stack what there is
+            raise ValueError(f"expected all of {pattern} from 0 on, got {numbers}")
         scales = patterns.get(f"{pattern}_scale_inv", [])
         if len(scales) != len(tensors) and tensors[0].read(None).dtype in FP8:  # whose codes would be taken for values
             raise ValueError(f"expected {len(tensors)} of {pattern}_scale_inv, got {len(scales)}")
@@ -94,6 +100,6 @@ def _convert(
 
 
 def _take(results: dict[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:
-    """Once: whoever still holds the reader holds no tensor then, while the next one is made."""
+    """Hand a result over, once: who keeps the reader keeps no tensor alive while the next one is made."""
     tensor = results.pop(name)
     return tensor if dtype is None else tensor.to(dtype=dtype, copy=True)  # a part of a file's tensor may be a view

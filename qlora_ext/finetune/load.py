@@ -93,7 +93,7 @@ def load_model(
         quantize: options of `qlora_ext.quantize_model`, or None to leave the linears as they are; the heads always are.
         attention: one of transformers' implementations, None for its own choice.
 
-    Warns of tensors of parts that the model is without, as those that predict further tokens.
+    Warns of tensors of parts that the model is without: that predict further tokens, or layers beyond the config's.
 
     Raises: ValueError naming the file and the tensor that is damaged, unknown to its layer, missing or mis-shaped, a
     config of which no model can be built, or an attention that the model or the machine does not have.
@@ -149,11 +149,7 @@ def _stream(
     device: torch.device,
     quantize: dict[str, Any] | None,
 ) -> None:
-    precise = re.compile("|".join(map(re.escape, model._keep_in_fp32_modules_strict or ())) or r"(?!)")
-    expected = {
-        name: (tuple(tensor.shape), torch.float32 if precise.search(name) else tensor.dtype)
-        for name, tensor in model.state_dict().items()
-    }
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     tensors = converted(checkpoint, model)
     ignored, modules = _ignored(model), {name for name, _ in model.named_modules()}
     if quantize is not None:

@@ -39,14 +39,14 @@ class ModelFolder:
         Raises: ValueError if it is damaged, or that of a model whose layers are of another kind than its own.
         """
         config: PreTrainedConfig = self._read(AutoConfig, "config")
-        method = _take_format(config).get("quant_method")
+        method = _pop_format(config).get("quant_method")
         if method not in (None, *DECODED):
             raise ValueError(f"{self.path}: expected the original model, got one quantized by {method}")
         return config
 
     def decoder(self) -> HfQuantizer | None:
         """What knows how transformers decodes the format of the tensors, if they are in MXFP4 or FP8."""
-        settings = _take_format(self._read(AutoConfig, "config"))
+        settings = _pop_format(self._read(AutoConfig, "config"))
         if not settings.get("quant_method"):
             return None
         try:
@@ -96,10 +96,10 @@ class ModelFolder:
         return files
 
 
-def _take_format(config: PreTrainedConfig) -> dict[str, Any]:
+def _pop_format(config: PreTrainedConfig) -> dict[str, Any]:
     """Take the format of the tensors from a config, which is that of a model of plain ones then."""
-    taken = [vars(each).pop("quantization_config", None) for each in (config, config.get_text_config())]
-    return next((settings for settings in taken if settings), {})
+    popped = [vars(each).pop("quantization_config", None) for each in (config, config.get_text_config())]
+    return next((settings for settings in popped if settings), {})
 
 
 def _read_tensor(file: Any, name: str, dtype: torch.dtype | None) -> Tensor:

@@ -102,7 +102,9 @@ class AnswerTrainer(AdapterCheckpoints, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:  # not as Trainer does, which finds nothing that transformers' conversions have renamed in the files
+        else:
+            # Trainer's own finds nothing that transformers' conversions rename in files. Host memory holds the weights
+            # twice here, before it holds gradients.
             saved = load_model(
                 ModelFolder(Path(resume_from_checkpoint)), dtype=self.tuned.dtype, device=torch.device("cpu")
             )
