@@ -133,6 +133,7 @@ def test_model_saved_without_its_head(tmp_path: Path) -> None:
     assert isinstance(load(tmp_path, quantize=QUANTIZE).model.layers[0].mlp.up_proj, qlora_ext.Linear4bit)
 
 
+@pytest.mark.filterwarnings("error:.*left out")
 def test_what_older_versions_stored_and_the_model_computes_is_left_out(tmp_path: Path) -> None:
     saved = save_tiny_model(tmp_path / "llama")
     edit(tmp_path / "llama", model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))

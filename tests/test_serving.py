@@ -6,6 +6,8 @@ import copy
 import io
 import threading
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +179,25 @@ def test_what_is_made_in_inference_mode_trains_like_others(tmp_path: Path) -> No
         assert model[0].lora_B[name].grad is not None
 
 
+MERGES: dict[str, Callable[[nn.Sequential], object]] = {
+    "merge_adapter": merge_adapter,
+    "dequantize": partial(merge_adapter, dequantize=True),
+    "layer": lambda model: model[0].merge(model[0].merged_weight()),
+}
+
+
 @by_base
-@pytest.mark.parametrize("dequantize", [False, True])
-def test_what_is_merged_in_inference_mode_is_trained_through(base: str, dequantize: bool) -> None:
+@pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
+def test_what_is_merged_in_inference_mode_is_trained_through(
+    base: str, merge: Callable[[nn.Sequential], object]
+) -> None:
     model = nn.Sequential(make_lora(make_base(base), LoraConfig()))
     with torch.inference_mode():
-        merge_adapter(model, dequantize=dequantize)
+        merge(model)
+    x = X.clone().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+    with torch.inference_mode():
         model.load_state_dict(model.state_dict())
     x = X.clone().requires_grad_()
     model(x).sum().backward()
