@@ -86,13 +86,15 @@ def _convert(
     for pattern, tensor in parts:
         patterns.setdefault(pattern or "", []).append(tensor)
     converter: Any = converters[next(iter(patterns))]
+    # Codes without their scales would be taken for values.
+    codes = sum(part.tensor.read(None).dtype in FP8 for part in parts)
+    scales = sum(len(tensors) for pattern, tensors in patterns.items() if "scale_inv" in pattern)
+    if codes > scales:
+        raise ValueError(f"expected a scale for each tensor in FP8, got {scales} for {codes}")
     for pattern, tensors in patterns.items():
         numbers = [int(re.findall(r"\.(\d+)(?=\.)", tensor.name)[-1]) for tensor in tensors] if ".*." in pattern else []
         if numbers != list(range(len(numbers))):  # transformers would stack what there is
             raise ValueError(f"expected all of {pattern} from 0 on, got {numbers}")
-        scales = patterns.get(f"{pattern}_scale_inv", [])
-        if len(scales) != len(tensors) and tensors[0].read(None).dtype in FP8:  # whose codes would be taken for values
-            raise ValueError(f"expected {len(tensors)} of {pattern}_scale_inv, got {len(scales)}")
         for tensor in tensors:
             converter.add_tensor(name, tensor.name, pattern, partial(tensor.read, None))
     made: dict[str, Any] = converter.convert(name, model=model, config=model.config)

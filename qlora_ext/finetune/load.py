@@ -149,7 +149,12 @@ def _stream(
     device: torch.device,
     quantize: dict[str, Any] | None,
 ) -> None:
-    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    # Of transformers 5.20: later versions build the model so.
+    precise = re.compile("|".join(map(re.escape, model._keep_in_fp32_modules_strict or ())) or r"(?!)")
+    expected = {
+        name: (tuple(tensor.shape), torch.float32 if precise.search(name) else tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
     tensors = converted(checkpoint, model)
     ignored, modules = _ignored(model), {name for name, _ in model.named_modules()}
     if quantize is not None:
