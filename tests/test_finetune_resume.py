@@ -86,16 +86,22 @@ def test_resume_refuses_another_run(
     assert not (arguments["output"] / "checkpoint-6").exists()
 
 
-def test_resume_refuses_other_data_of_the_same_name(
-    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_resume_knows_data_by_what_it_holds_and_a_model_by_where_it_is(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = arguments["data"].read_text().splitlines(keepends=True)
-    arguments["data"] = tmp_path / "copy.jsonl"
-    arguments["data"].write_text("".join(lines))
     assert cli.main(words(arguments)) == 0
+    arguments |= {"data": tmp_path / "copy.jsonl", "steps": 6, "resume": True}
     arguments["data"].write_text("".join(lines[:20]))
-    assert cli.main(words({**arguments, "steps": 6, "resume": True})) == 2
+    assert cli.main(words(arguments)) == 2
     assert "error: --resume: --data: sha256: expected '" in capsys.readouterr().err
+    as_text = tmp_path / "copy.txt"
+    as_text.write_text("".join(lines))
+    assert cli.main(words({**arguments, "data": as_text})) == 2
+    assert "error: --resume: --data: a .txt file: expected 'False' as before" in capsys.readouterr().err
+    arguments["data"].write_text("".join(lines))
+    monkeypatch.chdir(arguments["model"].parent)
+    assert cli.main(words({**arguments, "model": f"./{arguments['model'].name}"})) == 0
 
 
 def test_resume_of_a_finished_run_leaves_its_report(

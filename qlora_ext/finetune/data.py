@@ -9,7 +9,7 @@ on every one.
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +51,11 @@ class Dataset:
     unread: tuple[str, ...] = ()  # fields of the file that say nothing here
 
 
+def is_text(path: Path) -> bool:
+    """Whether a file holds plain text, not JSONL."""
+    return path.suffix == ".txt"
+
+
 def load_data(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,21 +81,13 @@ def load_data(
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__}: expected a fast tokenizer (tokenizer.json), got another")
     unread: set[str] = set()
-    if path.suffix == ".txt":
+    if is_text(path):
         candidates, duplicates = _text_windows(path, tokenizer, max_length)
     else:
-        lines = list(read_conversations(path, unread))
-        first: dict[tuple[tuple[str, str], ...], tuple[int, Conversation]] = {}  # line, of those that say the same
-        for number, conversation in lines:
-            said = tuple((turn.role, turn.content) for turn in conversation)
-            at, same = first.get(said, (number, conversation))
-            # What is to be learned in any of them is.
-            learned = tuple(max(pair, key=lambda turn: turn.learned) for pair in zip(same, conversation, strict=True))
-            first[said] = at, learned
-        duplicates = len(lines) - len(first)
+        distinct, duplicates = _distinct(read_conversations(path, unread))
         render = _Render(tokenizer, use_chat_template)
         candidates = []
-        for number, conversation in tqdm(first.values(), desc="tokenizing", unit="example", leave=False):
+        for number, conversation in tqdm(distinct, desc="tokenizing", unit="example", leave=False):
             try:
                 candidates.append(_encode(conversation, render))
             except (ValueError, TypeError, jinja2.TemplateError) as error:
@@ -118,6 +115,19 @@ def load_data(
         dropped=len(candidates) - len(kept),
         unread=tuple(sorted(unread)),
     )
+
+
+def _distinct(lines: Iterable[tuple[int, Conversation]]) -> tuple[list[tuple[int, Conversation]], int]:
+    """Of those that say the same the first, with its line, which learns what any of them does; and how many more."""
+    first: dict[tuple[tuple[str, str], ...], tuple[int, Conversation]] = {}
+    seen = 0
+    for number, conversation in lines:
+        seen += 1
+        said = tuple((turn.role, turn.content) for turn in conversation)
+        at, same = first.get(said, (number, conversation))
+        learned = tuple(max(pair, key=lambda turn: turn.learned) for pair in zip(same, conversation, strict=True))
+        first[said] = at, learned
+    return list(first.values()), seen - len(first)
 
 
 class PadToLongest:

@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,7 +12,6 @@ import transformers
 
 import qlora_ext
 from qlora_ext.info import built_for_cuda, describe
-from qlora_ext.whole_files import write_files
 
 from .callbacks import check_finite
 from .compile import compile_layers
@@ -26,17 +23,9 @@ from .loss import check_head, suitable_chunk
 from .optimizer import OptimizerChoice, StatesReport
 from .output_folder import OutputFolder
 from .report import composition, peak_rss, table, write
+from .same_run import check_same_run, is_done, note, what_stays
 from .targets import target_modules
-from .train import Outcome, Schedule, newest_checkpoint, saved_state, total_steps, train
-
-# What --resume must not change: the base, the examples and their split, the adapter, the optimizer and its schedule.
-SAME_RUN = (
-    *("model", "data", "method", "seed", "eval_fraction", "max_length", "chat"),
-    *("optimizer", "lr", "schedule", "warmup"),
-    *("quant_type", "blocksize", "no_double_quant", "skip"),
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "use_rslora"),
-)
-NOTED_AS = {"data_sha256": "--data: sha256", "examples_of_a_step": "--batch-size * --accumulate"}
+from .train import Outcome, Schedule, total_steps, train
 
 # Where the states were, when all steps were made by a process that ended before it could say.
 NOT_SEEN: dict[str, Any] = {field.name: None for field in dataclasses.fields(StatesReport)}
@@ -54,31 +43,17 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     if options.device_budget is not None and device.type == "cpu":
         raise ValueError("--device-budget: expected training on a GPU, got the CPU: --host-budget is for its states")
     dtype = compute_dtype(options.dtype, device)
-    autocast = not adapter and dtype == torch.bfloat16  # full fine-tuning keeps fp32 weights and computes in bf16
     if options.page_file is not None and options.host_budget is None:
         _say("--page-file: stays empty, as host memory holds all states: --host-budget limits it")
 
-    same = _what_stays(options)
+    same = what_stays(options)
     if options.resume:
-        _check_same_run(options.output, same)
+        check_same_run(options.output, same)
     checkpoint = open_checkpoint(options.model)
     tokenizer = checkpoint.tokenizer()
-    data = load_data(
-        options.data,
-        tokenizer,
-        max_length=options.max_length,
-        held_out_fraction=options.eval_fraction,
-        seed=options.seed,
-        use_chat_template=options.chat == "auto",
-    )
-    _say(
-        f"{len(data.train)} examples to train on, {len(data.held_out)} held out ({data.duplicates} duplicates removed, "
-        f"{data.truncated} truncated to {options.max_length} tokens, {data.dropped} dropped with no answer left)"
-    )
-    if data.unread:
-        _say(f"{options.data}: fields that are not read: {', '.join(data.unread)}")
+    data = _examples(options, tokenizer)
     steps = options.steps or total_steps(len(data.train), options.epochs, options.batch_size, options.accumulate)
-    if options.resume and _is_done(options.output, steps):
+    if options.resume and is_done(options.output, steps):
         _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
         return 0
     longest = max(len(example.input_ids) for example in (*data.train, *data.held_out))
@@ -105,9 +80,48 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     chunk = suitable_chunk(model) if options.loss_chunk is None else options.loss_chunk or None
     if options.compile:
         _say(f"{compile_layers(model)} layers to compile: the first step takes a minute")
-    folder.begin(resume=options.resume, overwrite=options.overwrite)
-    write_files({options.output / "run.json": lambda path: path.write_text(json.dumps(same, indent=2) + "\n")})
 
+    folder.begin(resume=options.resume, overwrite=options.overwrite)
+    note(options.output, same)
+    report = _train(options, model, tokenizer, data, _schedule(options, steps, chunk), dtype)
+    if report is None:
+        _say("stopped: the same command with --resume goes on from here")
+        return 130
+    write(report, options.output)
+    print(table(report))
+    _say(f"report.json and report.png are in {options.output}")
+    return 0
+
+
+def _examples(options: argparse.Namespace, tokenizer: transformers.PreTrainedTokenizerBase) -> Dataset:
+    data = load_data(
+        options.data,
+        tokenizer,
+        max_length=options.max_length,
+        held_out_fraction=options.eval_fraction,
+        seed=options.seed,
+        use_chat_template=options.chat == "auto",
+    )
+    _say(
+        f"{len(data.train)} examples to train on, {len(data.held_out)} held out ({data.duplicates} duplicates removed, "
+        f"{data.truncated} truncated to {options.max_length} tokens, {data.dropped} dropped with no answer left)"
+    )
+    if data.unread:
+        _say(f"{options.data}: fields that are not read: {', '.join(data.unread)}")
+    return data
+
+
+def _train(
+    options: argparse.Namespace,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    data: Dataset,
+    schedule: Schedule,
+    dtype: torch.dtype,
+) -> dict[str, Any] | None:
+    """Train in this dtype and save, and evaluate before and after; the report, or None if a signal ended it."""
+    adapter, chunk = options.method != "full", schedule.loss_chunk
+    autocast = not adapter and dtype == torch.bfloat16  # full fine-tuning keeps fp32 weights and computes in bf16
     collate = PadToLongest(tokenizer.pad_token_id or 0)
     shown = (data.held_out or data.train)[: options.samples]
 
@@ -121,27 +135,17 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     loss_before, answers_before = evaluate()
     if loss_before is not None:
         _say(f"held-out loss before: {loss_before:.4f}")
-    schedule = _schedule(options, steps, chunk)
-    outcome = train(
-        model,
-        tokenizer,
-        data,
-        schedule,
-        options.output,
-        adapter=adapter,
-        autocast=autocast,
-        resume=options.resume,
-    )
+    how: dict[str, Any] = {"adapter": adapter, "autocast": autocast, "resume": options.resume}
+    outcome = train(model, tokenizer, data, schedule, options.output, **how)
     what = "adapter" if adapter else "model"
     _say(f"step {outcome.step} of {schedule.steps}: {what} saved in {options.output}")
     if outcome.interrupted:
-        _say("stopped: the same command with --resume goes on from here")
-        return 130
+        return None
 
     loss_after, answers_after = evaluate()
     if loss_after is not None:
         check_finite(loss_after, "held-out loss", outcome.step)
-    report = _report(
+    return _report(
         options,
         data,
         outcome,
@@ -155,10 +159,6 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
         loss_after=loss_after,
         samples=compared(tokenizer, shown, answers_before, answers_after),
     )
-    write(report, options.output)
-    print(table(report))
-    _say(f"report.json and report.png are in {options.output}")
-    return 0
 
 
 def _report(
@@ -211,43 +211,6 @@ def _device(method: str) -> torch.device:
         _say("this build of qlora_ext has no CUDA kernels: training on the CPU")
         return torch.device("cpu")
     return torch.device("cuda")
-
-
-def _what_stays(options: argparse.Namespace) -> dict[str, str]:
-    same = {name: str(getattr(options, name)) for name in SAME_RUN}
-    # How a step's examples are divided does not matter to it: memory may ask for another batch size.
-    same["examples_of_a_step"] = str(options.batch_size * options.accumulate)
-    return {**same, "data_sha256": hashlib.sha256(options.data.read_bytes()).hexdigest()}
-
-
-def _check_same_run(output: Path, same: dict[str, str]) -> None:
-    """Refuse what differs from the run in `output`, as far as that noted it: earlier versions noted less."""
-    file = output / "run.json"
-    before = {"optimizer": "adamw", "target_parameters": "None", **_noted(file)} if file.exists() else same
-    for name, value in same.items():
-        if before.get(name, value) != value:
-            option = NOTED_AS.get(name, f"--{name.replace('_', '-')}")
-            raise ValueError(f"--resume: {option}: expected {before[name]!r} as before, got {value!r}")
-
-
-def _noted(file: Path) -> dict[str, str]:
-    try:
-        noted = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got a damaged file ({error})") from error
-    if not isinstance(noted, dict):
-        raise ValueError(f"{file}: expected a JSON object of a run's options, got {noted!r:.40}")
-    return noted
-
-
-def _is_done(output: Path, steps: int) -> bool:
-    """Whether all steps are made, saved and reported."""
-    checkpoint = newest_checkpoint(output)
-    done = saved_state(checkpoint).global_step if checkpoint else 0
-    if done > steps:
-        raise ValueError(f"--resume: --steps: expected at least the {done} that are done, got {steps}")
-    reported = all((output / name).exists() for name in ("report.json", "report.png"))
-    return done == steps and any(output.glob("*.safetensors")) and reported
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
