@@ -51,7 +51,8 @@ struct Scalar {
     static constexpr std::int64_t kDecoded = 1, kEncoded = 1;
     static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
     static void decode(const std::uint8_t* code, V* value) { *value = book().value[*code]; }
-    static void encode(const float* values, float inverse, std::uint8_t* codes) {
+    static NotPlaced place(const float*, float) { return {}; }
+    static void encode(NotPlaced, const float* values, float inverse, std::uint8_t* codes) {
       *codes = encode_dynamic(book().bound, *values * inverse);
     }
   };

@@ -6,7 +6,7 @@
 //   load, store     of any dtype
 //   Random, round   the random bits of a block, and bf16 rounded by those of elements i ...
 //   Largest         the largest magnitude of what it is given, by its bits: integers order floats of one sign, NaN last
-//   Codes<signed>   of the 8-bit states: decode codes to kDecoded V, encode kEncoded finite values
+//   Codes<signed>   of the 8-bit states: decode codes to kDecoded V; encode kEncoded values (dynamic_codes_loops.h)
 #include "../adamw_update.h"
 #include "dynamic_codes_loops.h"
 
@@ -22,10 +22,15 @@ struct Block {
   const AdamwFactors* factors;
   typename Isa::Random random;  // of stochastic rounding
 
-  // Elements i ...
-  void update(std::int64_t i, typename Isa::V& m, typename Isa::V& v) const {
+  // Of elements i ...
+
+  void moments(std::int64_t i, typename Isa::V& m, typename Isa::V& v) const {
+    adamw_moments<Isa>(*factors, Isa::load(grad + i), m, v);
+  }
+
+  void step(std::int64_t i, typename Isa::V m, typename Isa::V v) const {
     typename Isa::V p = Isa::load(param + i);
-    adamw_update<Isa>(*factors, Isa::load(grad + i), p, m, v);
+    adamw_step<Isa>(*factors, m, v, p);
     if constexpr (kStochastic) {
       Isa::round(param + i, p, random, i);
     } else {
@@ -38,64 +43,120 @@ template <typename Isa, typename B>
 void update_32bit(const B& block, float* exp_avg, float* exp_avg_sq) {
   for (std::int64_t i = 0; i < block.count; i += Isa::kLanes) {
     auto m = Isa::load(exp_avg + i), v = Isa::load(exp_avg_sq + i);
-    block.update(i, m, v);
+    block.moments(i, m, v);
+    block.step(i, m, v);
     Isa::store(exp_avg + i, m);
     Isa::store(exp_avg_sq + i, v);
   }
 }
 
+// --- 8-bit states: all of a block are known before any is encoded --------------------------------------------------
+
+struct States {
+  alignas(64) float m[kAdamwBlock], v[kAdamwBlock];
+  std::uint32_t largest_m, largest_v;
+};
+
+// Where a block's are stored.
+struct Stored {
+  std::uint8_t *exp_avg, *exp_avg_sq;
+  float *exp_avg_absmax, *exp_avg_sq_absmax;
+};
+
+template <typename Isa>
+struct Encoders {
+  typename Isa::template Codes<true> m;
+  typename Isa::template Codes<false> v;
+};
+
 template <typename Isa, typename B>
-void update_8bit(const B& block, const typename Isa::template Codes<true>& codes_m,
-                 const typename Isa::template Codes<false>& codes_v, std::uint8_t* exp_avg, std::uint8_t* exp_avg_sq,
-                 float* exp_avg_absmax, float* exp_avg_sq_absmax) {
+void update_moments(const B& block, const Encoders<Isa>& codes, const Stored& old, States& states) {
   constexpr int kDecoded = Isa::template Codes<true>::kDecoded;
   static_assert(Isa::template Codes<false>::kDecoded == kDecoded);
-  alignas(64) float ms[kAdamwBlock], vs[kAdamwBlock];
   typename Isa::Largest largest_m, largest_v;
-  const auto old_m = Isa::splat(*exp_avg_absmax), old_v = Isa::splat(*exp_avg_sq_absmax);
+  const auto old_m = Isa::splat(*old.exp_avg_absmax), old_v = Isa::splat(*old.exp_avg_sq_absmax);
   for (std::int64_t i = 0; i < block.count; i += kDecoded * Isa::kLanes) {
     typename Isa::V m[kDecoded], v[kDecoded];
-    codes_m.decode(exp_avg + i, m);
-    codes_v.decode(exp_avg_sq + i, v);
+    codes.m.decode(old.exp_avg + i, m);
+    codes.v.decode(old.exp_avg_sq + i, v);
 #pragma GCC unroll 4
     for (int j = 0; j < kDecoded; ++j) {
       const std::int64_t at = i + j * Isa::kLanes;
       m[j] = Isa::multiply(m[j], old_m);
       v[j] = Isa::multiply(v[j], old_v);
-      block.update(at, m[j], v[j]);
+      block.moments(at, m[j], v[j]);
       largest_m.add(m[j]);
       largest_v.add(v[j]);
-      Isa::store(ms + at, m[j]);
-      Isa::store(vs + at, v[j]);
+      Isa::store(states.m + at, m[j]);
+      Isa::store(states.v + at, v[j]);
     }
   }
-  const Scale scale_m(largest_m.bits()), scale_v(largest_v.bits());
-  encode_block(codes_m, ms, block.count, scale_m, exp_avg);
-  encode_block(codes_v, vs, block.count, scale_v, exp_avg_sq);
-  *exp_avg_absmax = scale_m.absmax;
-  *exp_avg_sq_absmax = scale_v.absmax;
+  states.largest_m = largest_m.bits();
+  states.largest_v = largest_v.bits();
+}
+
+// The parameters, by a unit that divides, while others encode the states.
+template <typename Isa, typename B>
+void step_and_encode(const B& block, const Encoders<Isa>& codes, const States& states, const Stored& to) {
+  constexpr std::int64_t kEncoded = Isa::template Codes<true>::kEncoded;
+  static_assert(Isa::template Codes<false>::kEncoded == kEncoded);
+  const auto step = [&](std::int64_t begin, std::int64_t end) __attribute__((always_inline)) {
+    for (std::int64_t i = begin; i < end; i += Isa::kLanes) {
+      block.step(i, Isa::load(states.m + i), Isa::load(states.v + i));
+    }
+  };
+  const Scale scale_m(states.largest_m), scale_v(states.largest_v);
+  if (__builtin_expect(scale_m.is_finite() && scale_v.is_finite(), 1)) {
+    const float inverse_m = scale_m.inverse, inverse_v = scale_v.inverse;
+    auto placed_m = codes.m.place(states.m, inverse_m);
+    for (std::int64_t i = 0; i < block.count; i += kEncoded) {
+      const std::int64_t next = i + kEncoded, half = i + kEncoded / 2;
+      const auto placed_v = codes.v.place(states.v + i, inverse_v);
+      codes.m.encode(placed_m, states.m + i, inverse_m, to.exp_avg + i);
+      step(i, half);
+      if (next < block.count) placed_m = codes.m.place(states.m + next, inverse_m);
+      codes.v.encode(placed_v, states.v + i, inverse_v, to.exp_avg_sq + i);
+      step(half, next);
+    }
+  } else {
+    step(0, block.count);
+    encode_block(codes.m, states.m, block.count, scale_m, to.exp_avg);
+    encode_block(codes.v, states.v, block.count, scale_v, to.exp_avg_sq);
+  }
+  *to.exp_avg_absmax = scale_m.absmax;
+  *to.exp_avg_sq_absmax = scale_v.absmax;
 }
 
 // Blocks [begin, end) of the slice.
 template <typename Isa, typename P, typename G, bool kStochastic>
 void update_blocks(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
   const AdamwSlice& slice = *task.slice;
-  const bool is_8bit = slice.exp_avg_absmax != nullptr;
-  const typename Isa::template Codes<true> codes_m;
-  const typename Isa::template Codes<false> codes_v;
-  for (std::int64_t block = begin; block < end; ++block) {
+  const auto elements = [&](std::int64_t block) {
     const std::int64_t at = block * kAdamwBlock;
-    const std::int64_t left = slice.count - at;
-    const Block<Isa, P, G, kStochastic> elements{
-        static_cast<P*>(slice.param) + at, static_cast<const G*>(slice.grad) + at, smaller(left, kAdamwBlock),
-        &task.factors, typename Isa::Random(random_block_key(task.key, (slice.first + at) / kAdamwBlock))};
-    if (is_8bit) {
-      update_8bit<Isa>(elements, codes_m, codes_v, static_cast<std::uint8_t*>(slice.exp_avg) + at,
-                       static_cast<std::uint8_t*>(slice.exp_avg_sq) + at, slice.exp_avg_absmax + block,
-                       slice.exp_avg_sq_absmax + block);
-    } else {
-      update_32bit<Isa>(elements, static_cast<float*>(slice.exp_avg) + at, static_cast<float*>(slice.exp_avg_sq) + at);
+    return Block<Isa, P, G, kStochastic>{
+        static_cast<P*>(slice.param) + at, static_cast<const G*>(slice.grad) + at,
+        smaller(slice.count - at, kAdamwBlock), &task.factors,
+        typename Isa::Random(random_block_key(task.key, (slice.first + at) / kAdamwBlock))};
+  };
+  if (slice.exp_avg_absmax == nullptr) {
+    for (std::int64_t block = begin; block < end; ++block) {
+      const std::int64_t at = block * kAdamwBlock;
+      update_32bit<Isa>(elements(block), static_cast<float*>(slice.exp_avg) + at,
+                        static_cast<float*>(slice.exp_avg_sq) + at);
     }
+    return;
+  }
+  const auto stored = [&](std::int64_t block) {
+    const std::int64_t at = block * kAdamwBlock;
+    return Stored{static_cast<std::uint8_t*>(slice.exp_avg) + at, static_cast<std::uint8_t*>(slice.exp_avg_sq) + at,
+                  slice.exp_avg_absmax + block, slice.exp_avg_sq_absmax + block};
+  };
+  const Encoders<Isa> codes;
+  States states[2];  // a block later, so that nothing waits for the largest
+  for (std::int64_t block = begin; block <= end; ++block) {
+    if (block < end) update_moments<Isa>(elements(block), codes, stored(block), states[block % 2]);
+    const std::int64_t last = block - 1;
+    if (last >= begin) step_and_encode<Isa>(elements(last), codes, states[last % 2], stored(last));
   }
 }
 

@@ -22,17 +22,15 @@ constexpr const DynamicCodebook& state_codebook() {
 // --- encoding -----------------------------------------------------------------------------------------------------
 
 // The magnitudes lie on 8 lines: the smallest decade, if signed with 0, six more decades, and 1.
-//   line: about the whole part of log10 |x|, namely (the upper 16 bits of |x|, at least kLeast) * kLog >> 16, modulo 8;
-//         or the next one, if |x| is beyond the end of that. (AVX512 has a lookup of 16: it takes |x| as at least
-//         kTiny, and modulo 16 the upper 8 are the first line, too.)
+//   line: about the whole part of log10 |x|, namely (the upper 16 bits of |x|, at least kLeast) * kLog >> 16, modulo
+//         8 or 16; or the next one, if |x| is beyond the end of that
 //   rank: the whole part of scale * |x| + offset, but not beyond the last of the line
 // The sum is in fixed point. So close to a whole number that its rounding or the codebook's own may decide, the rank is
 // unsure, and has to be searched.
 struct Lines {
   static constexpr int kCount = kDecades + 1;
   static constexpr std::int32_t kLeast = 13619, kLog = 154;
-  static constexpr std::int32_t kTiny = (127 - 40) << 23;  // the bits of 2^-40
-  static_assert((kLeast * kLog >> 16) % 8 == 0 && ((kTiny >> 16) * kLog >> 16) % 16 >= 8);
+  static_assert((kLeast * kLog >> 16) % 16 == 0);
   static constexpr int kFractionBits = 16;
   static constexpr int kUnsure = 2;                                              // units; the sum has as many added
   static constexpr std::int32_t kSureMask = (1 << kFractionBits) - 2 * kUnsure;  // of the fraction; 0: unsure
@@ -74,6 +72,9 @@ constexpr Lines make_lines() {
 
 template <bool kSigned>
 inline constexpr Lines kLines = make_lines<kSigned>();
+
+// What is placed where encoding takes one step (dynamic_codes_loops.h).
+struct NotPlaced {};
 
 // --- decoding -----------------------------------------------------------------------------------------------------
 

@@ -39,12 +39,24 @@ struct DynamicCodes {
     *out = _mm256_andnot_ps(_mm256_castsi256_ps(is_zero), kSigned ? _mm256_or_ps(value, sign) : value);
   }
 
+  // 8 values' magnitudes, and their lines.
+  struct Placed8 {
+    __m256i magnitude, line;
+  };
+  struct Placed {
+    Placed8 a, b, c, d;
+  };
+
   // 32 values.
-  [[gnu::always_inline]] void encode(const float* values, float inverse, std::uint8_t* codes) const {
-    __m256i code[4], unsure[4];
-    for (int i = 0; i < 4; ++i) {
-      code[i] = find(_mm256_mul_ps(_mm256_loadu_ps(values + 8 * i), _mm256_set1_ps(inverse)), unsure[i]);
-    }
+  [[gnu::always_inline]] Placed place(const float* values, float inverse) const {
+    return {place8(values, inverse), place8(values + 8, inverse), place8(values + 16, inverse),
+            place8(values + 24, inverse)};
+  }
+  [[gnu::always_inline]] void encode(const Placed& placed, const float* values, float inverse,
+                                     std::uint8_t* codes) const {
+    __m256i unsure[4];
+    const __m256i code[4] = {find(placed.a, values, unsure[0]), find(placed.b, values + 8, unsure[1]),
+                             find(placed.c, values + 16, unsure[2]), find(placed.d, values + 24, unsure[3])};
     // The packs work inside 128-bit lanes, and saturate: there is no -1 among the signed codes.
     const __m256i packed =
         _mm256_packus_epi16(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3]));
@@ -67,20 +79,25 @@ struct DynamicCodes {
     }
   }
 
-  [[gnu::always_inline]] __m256i find(__m256 x, __m256i& unsure) const {
+  [[gnu::always_inline]] Placed8 place8(const float* values, float inverse) const {
+    const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(values), _mm256_set1_ps(inverse));
     const __m256i bits = _mm256_castps_si256(x);
-    const __m256i sign = _mm256_srai_epi32(bits, 31);  // -1: negative
     const __m256i magnitude = kSigned ? _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)) : bits;
     const __m256i upper = _mm256_max_epi32(_mm256_srli_epi32(magnitude, 16), _mm256_set1_epi32(Lines::kLeast));
-    __m256i line = _mm256_mulhi_epi16(upper, _mm256_set1_epi32(Lines::kLog));
+    const __m256i line = _mm256_mulhi_epi16(upper, _mm256_set1_epi32(Lines::kLog));
+    const __m256i sign = _mm256_srai_epi32(bits, 31);  // -1: negative
     const __m256i compared = kSigned ? _mm256_sub_epi32(_mm256_add_epi32(bits, bits), sign) : bits;
-    line = _mm256_sub_epi32(line, _mm256_cmpgt_epi32(compared, _mm256_permutevar8x32_epi32(end, line)));
-    const __m256 on_line = _mm256_fmadd_ps(_mm256_castsi256_ps(magnitude), _mm256_permutevar8x32_ps(scale, line),
-                                           _mm256_permutevar8x32_ps(offset, line));
-    const __m256i sum = _mm256_min_epi32(_mm256_cvtps_epi32(on_line), _mm256_permutevar8x32_epi32(last, line));
+    const __m256i beyond = _mm256_cmpgt_epi32(compared, _mm256_permutevar8x32_epi32(end, line));
+    return {magnitude, _mm256_sub_epi32(line, beyond)};
+  }
+  [[gnu::always_inline]] __m256i find(const Placed8& x, const float* values, __m256i& unsure) const {
+    const __m256 on_line = _mm256_fmadd_ps(_mm256_castsi256_ps(x.magnitude), _mm256_permutevar8x32_ps(scale, x.line),
+                                           _mm256_permutevar8x32_ps(offset, x.line));
+    const __m256i sum = _mm256_min_epi32(_mm256_cvtps_epi32(on_line), _mm256_permutevar8x32_epi32(last, x.line));
     unsure = _mm256_cmpeq_epi32(_mm256_and_si256(sum, _mm256_set1_epi32(Lines::kSureMask)), _mm256_setzero_si256());
     const __m256i rank = _mm256_srli_epi32(sum, Lines::kFractionBits);
-    if constexpr (!kSigned) return _mm256_and_si256(rank, _mm256_cmpgt_epi32(bits, _mm256_setzero_si256()));
+    if constexpr (!kSigned) return _mm256_and_si256(rank, _mm256_cmpgt_epi32(x.magnitude, _mm256_setzero_si256()));
+    const __m256i sign = _mm256_srai_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), 31);
     const __m256i signed_rank = _mm256_sub_epi32(_mm256_xor_si256(rank, sign), sign);
     return _mm256_add_epi32(_mm256_set1_epi32(127), signed_rank);
   }

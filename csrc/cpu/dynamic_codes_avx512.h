@@ -13,31 +13,40 @@ struct DynamicCodes {
 
   static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
 
-  // The 8 lines, and the first again 8 times.
-  static __m512i sixteen_lines(const void* lines) {
-    const __m256i eight = _mm256_loadu_si256(static_cast<const __m256i*>(lines));
-    return _mm512_inserti64x4(_mm512_broadcastd_epi32(_mm256_castsi256_si128(eight)), eight, 0);
+  // In a register for 16.
+  static __m512i eight_lines(const void* lines) {
+    return _mm512_zextsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(lines)));
   }
 
   DynamicCodes()
-      : end(sixteen_lines(kLines<kSigned>.end)),
-        last(sixteen_lines(kLines<kSigned>.last)),
-        scale(_mm512_castsi512_ps(sixteen_lines(kLines<kSigned>.scale))),
-        offset(_mm512_castsi512_ps(sixteen_lines(kLines<kSigned>.offset))) {}
+      : end(eight_lines(kLines<kSigned>.end)),
+        last(eight_lines(kLines<kSigned>.last)),
+        scale(_mm512_castsi512_ps(eight_lines(kLines<kSigned>.scale))),
+        offset(_mm512_castsi512_ps(eight_lines(kLines<kSigned>.offset))) {}
 
   void decode(const std::uint8_t* codes, __m512 (&values)[kDecoded]) const {
     look_up_values<book()>(_mm512_maskz_loadu_epi8(~0ull >> (64 - kLookedUp), codes), values);
   }
 
+  // 16 values' magnitudes, and their lines.
+  struct Placed16 {
+    __m512 magnitude;
+    __m512i line;
+  };
+  struct Placed {
+    Placed16 a, b, c, d;
+  };
+
   // 64 values.
-  [[gnu::always_inline]] void encode(const float* values, float inverse, std::uint8_t* codes) const {
-    __m512i bits[4], sum[4];
-    for (int i = 0; i < 4; ++i) {
-      const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(values + 16 * i), _mm512_set1_ps(inverse));
-      bits[i] = _mm512_castps_si512(x);
-      sum[i] = sums_of(x);
-    }
-    const __m512i code[2] = {join(bits[0], sum[0], bits[1], sum[1]), join(bits[2], sum[2], bits[3], sum[3])};
+  [[gnu::always_inline]] Placed place(const float* values, float inverse) const {
+    return {place16(values, inverse), place16(values + 16, inverse), place16(values + 32, inverse),
+            place16(values + 48, inverse)};
+  }
+
+  [[gnu::always_inline]] void encode(const Placed& placed, const float* values, float inverse,
+                                     std::uint8_t* codes) const {
+    const __m512i sum[4] = {sums_of(placed.a), sums_of(placed.b), sums_of(placed.c), sums_of(placed.d)};
+    const __m512i code[2] = {join(values, sum[0], sum[1]), join(values + 32, sum[2], sum[3])};
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packing works inside 128-bit lanes
     _mm512_storeu_si512(codes, _mm512_permutexvar_epi64(order, _mm512_packus_epi16(code[0], code[1])));
     // The least fractions; of the words beside them nothing is asked.
@@ -58,12 +67,13 @@ struct DynamicCodes {
     }
   }
 
-  // Of 32 values, from their bits and sums: codes, as words.
-  static __m512i join(__m512i bits0, __m512i sum0, __m512i bits1, __m512i sum1) {
+  // Of 32 values, from their sums: codes, as words.
+  static __m512i join(const float* values, __m512i sum0, __m512i sum1) {
     const __m512i ranks = upper_words(sum0, sum1);
     if constexpr (!kSigned) return ranks;
     const __m512i zero = _mm512_set1_epi16(127);
-    const __mmask32 negative = _mm512_movepi16_mask(upper_words(bits0, bits1));
+    const __mmask32 negative =
+        _mm512_movepi16_mask(upper_words(_mm512_loadu_si512(values), _mm512_loadu_si512(values + 16)));
     return _mm512_mask_mov_epi16(_mm512_add_epi16(zero, ranks), negative, _mm512_sub_epi16(zero, ranks));
   }
 
@@ -74,25 +84,26 @@ struct DynamicCodes {
     return _mm512_permutex2var_epi16(a, _mm512_load_si512(kOdd), b);
   }
 
-  // Rank and fraction, in fixed point.
-  [[gnu::always_inline]] __m512i sums_of(__m512 x) const {
-    const __m512 tiny = _mm512_castsi512_ps(_mm512_set1_epi32(Lines::kTiny));
-    constexpr int kLargestMagnitude = 0b1011;  // max(|x|, |tiny|), the sign cleared
-    const __m512 magnitude = kSigned ? _mm512_range_ps(x, tiny, kLargestMagnitude) : _mm512_max_ps(x, tiny);
-    const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(magnitude), 16);
-    __m512i line = _mm512_mulhi_epi16(upper, _mm512_set1_epi32(Lines::kLog));
+  [[gnu::always_inline]] Placed16 place16(const float* values, float inverse) const {
+    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(inverse));
+    const __m512 magnitude = kSigned ? _mm512_abs_ps(x) : x;
+    const __m512i upper =
+        _mm512_max_epi32(_mm512_srli_epi32(_mm512_castps_si512(magnitude), 16), _mm512_set1_epi32(Lines::kLeast));
+    const __m512i line = _mm512_mulhi_epi16(upper, _mm512_set1_epi32(Lines::kLog));
     const __m512i bits = _mm512_castps_si512(x), compared = kSigned ? _mm512_rol_epi32(bits, 1) : bits;
     const __mmask16 beyond = _mm512_cmpgt_epi32_mask(compared, _mm512_permutexvar_epi32(line, end));
-    line = _mm512_mask_sub_epi32(line, beyond, line, _mm512_set1_epi32(-1));
+    return {magnitude, _mm512_mask_sub_epi32(line, beyond, line, _mm512_set1_epi32(-1))};
+  }
+
+  // Rank and fraction, in fixed point.
+  [[gnu::always_inline]] __m512i sums_of(const Placed16& x) const {
     const __m512 on_line =
-        _mm512_fmadd_ps(magnitude, _mm512_permutexvar_ps(line, scale), _mm512_permutexvar_ps(line, offset));
-    const __m512i sum = _mm512_cvtps_epi32(on_line), most = _mm512_permutexvar_epi32(line, last);
-    if constexpr (kSigned) {
-      return _mm512_min_epi32(sum, most);
-    } else {  // 0 has rank 0, and is sure of it
-      const __m512i zero = _mm512_setzero_si512(), half = _mm512_set1_epi32(1 << (Lines::kFractionBits - 1));
-      return _mm512_mask_min_epi32(half, _mm512_cmpgt_epi32_mask(bits, zero), sum, most);
-    }
+        _mm512_fmadd_ps(x.magnitude, _mm512_permutexvar_ps(x.line, scale), _mm512_permutexvar_ps(x.line, offset));
+    const __m512i sum = _mm512_cvtps_epi32(on_line), most = _mm512_permutexvar_epi32(x.line, last);
+    if constexpr (kSigned) return _mm512_min_epi32(sum, most);
+    const __m512i half = _mm512_set1_epi32(1 << (Lines::kFractionBits - 1));  // 0 has rank 0, and is sure of it
+    const __mmask16 positive = _mm512_cmpgt_epi32_mask(_mm512_castps_si512(x.magnitude), _mm512_setzero_si512());
+    return _mm512_mask_min_epi32(half, positive, sum, most);
   }
 };
 

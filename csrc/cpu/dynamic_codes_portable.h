@@ -19,7 +19,8 @@ struct DynamicCodes {
   }
 
   // encode_dynamic step by step: a search waits for each of its comparisons, others go on meanwhile.
-  static void encode(const float* values, float inverse, std::uint8_t* codes) {
+  static NotPlaced place(const float*, float) { return {}; }
+  static void encode(NotPlaced, const float* values, float inverse, std::uint8_t* codes) {
     float x[kEncoded];
     unsigned code[kEncoded] = {};
     for (std::int64_t i = 0; i < kEncoded; ++i) x[i] = values[i] * inverse;
