@@ -4,6 +4,7 @@
 
 #include <ATen/Tensor.h>
 #include <c10/util/Exception.h>
+#include <c10/util/safe_numerics.h>
 
 #include <algorithm>
 #include <optional>
@@ -45,6 +46,15 @@ inline void check_blocksize(const char* op, int64_t blocksize) {
   const bool power_of_two = blocksize > 0 && (blocksize & (blocksize - 1)) == 0;
   QLORA_CHECK(power_of_two && blocksize >= kMinBlocksize && blocksize <= kMaxBlocksize, op, "blocksize",
               "a power of two from 32 to 4096", blocksize);
+}
+
+// How many elements a weight of these sizes has.
+inline int64_t checked_count(const char* op, at::IntArrayRef sizes) {
+  int64_t count = 1;
+  bool overflows = false;
+  for (const int64_t size : sizes) overflows |= c10::mul_overflows(count, size, &count);
+  QLORA_CHECK(!overflows, op, "packed", "a weight of fewer than 2^63 elements", sizes);
+  return count;
 }
 
 // Whether contiguous() gives the numbers of a 4-bit weight's tensor in the weight's order: of a contiguous one, of one

@@ -139,7 +139,8 @@ LinearArguments check_linear(const char* op, const Tensor& x, const Tensor& pack
                              const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                              const std::string& quant_type, int64_t blocksize, int64_t out_features) {
   const int64_t K = inner_size(op, "x", x, packed, "out_features", out_features);
-  Weight4bit w(op, out_features * K, K, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  Weight4bit w(op, checked_count(op, {out_features, K}), K, packed, absmax, nested_absmax, nested_offset, quant_type,
+               blocksize);
   return {out_features, K, std::move(w), as_rows(x)};
 }
 
@@ -147,7 +148,8 @@ LinearArguments check_dgrad(const char* op, const Tensor& grad, const Tensor& pa
                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                             const std::string& quant_type, int64_t blocksize, int64_t in_features) {
   const int64_t N = inner_size(op, "grad", grad, packed, "in_features", in_features);
-  Weight4bit w(op, N * in_features, in_features, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize);
+  Weight4bit w(op, checked_count(op, {N, in_features}), in_features, packed, absmax, nested_absmax, nested_offset,
+               quant_type, blocksize);
   return {N, in_features, std::move(w), as_rows(grad)};
 }
 

@@ -36,6 +36,13 @@ LinearArguments check_dgrad(const char* op, const at::Tensor& grad, const at::Te
 // In the dtype of x; undefined if there is none.
 at::Tensor check_bias(const char* op, const OptionalTensor& bias, const at::Tensor& x, int64_t N);
 
+// Of adapters A [..., r, K].
+inline int64_t total_rank(at::TensorList A) {
+  int64_t total = 0;
+  for (const at::Tensor& a : A) total += a.size(-2);
+  return total;
+}
+
 // A result to be filled: at::empty, on the CPU in huge pages if large, as with torch's THP_MEM_ALLOC_ENABLE=1. The
 // system needs longer to hand out that many small pages than most kernels need to fill them.
 at::Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options);

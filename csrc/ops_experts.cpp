@@ -32,8 +32,8 @@ class Experts {
           const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
           const OptionalTensor& nested_offset, const std::string& quant_type, int64_t blocksize, const Tensor& offs)
       : count_(offs.numel()),
-        weight_(op, count_ * in_features * out_features, is_transposed ? out_features : in_features, packed, absmax,
-                nested_absmax, nested_offset, quant_type, blocksize) {
+        weight_(op, checked_count(op, {in_features, out_features, count_}), is_transposed ? out_features : in_features,
+                packed, absmax, nested_absmax, nested_offset, quant_type, blocksize) {
     const int64_t size = in_features * out_features, blocks = size / blocksize;
     const bool nested = weight_.view.nested_absmax != nullptr, divides = size % blocksize == 0;
     QLORA_CHECK(count_ == 1 || (divides && (!nested || blocks % kNestedBlocksize == 0)), op, "packed",
@@ -89,12 +89,6 @@ void check_rows(const char* op, const Tensor& x, const Tensor& packed, const Ten
   check_device(op, "offs", offs, x);
 }
 
-int64_t total_rank(at::TensorList A) {
-  int64_t total = 0;
-  for (const Tensor& a : A) total += a.size(1);
-  return total;
-}
-
 // The product of the expert's rows, with what is added to it.
 void multiply(const Expert& expert, bool is_transposed, const Tensor& x, LowRankList added, const Tensor& y) {
   if (is_transposed) {
@@ -132,8 +126,7 @@ void check_expert_adapters(const char* op, int64_t experts, const Tensor& x, int
   check_adapters(op, x, out_features, of_one_A, of_one_B, scaling, {}, {});
 }
 
-// y of experts_4bit + sum_i scaling_i (x A_i^T) B_i^T; xA: the x A_i^T side by side, in x's dtype, of any content where
-// rows have no expert.
+// y of experts_4bit + sum_i scaling_i (x A_i^T) B_i^T; xA: the x A_i^T side by side, in x's dtype.
 std::tuple<Tensor, Tensor> lora_experts_4bit(const Tensor& x_arg, const Tensor& packed, const Tensor& absmax,
                                              const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                                              std::string quant_type, int64_t blocksize, const Tensor& offs,
@@ -149,7 +142,7 @@ std::tuple<Tensor, Tensor> lora_experts_4bit(const Tensor& x_arg, const Tensor& 
   const Device& device = device_for(x);
   const auto dtype = x.scalar_type();
   const auto compute = device.compute_dtype(dtype);
-  Tensor y = experts.new_results(x, out_features), xA = at::empty({x.size(0), total_rank(A)}, x.options());
+  Tensor y = experts.new_results(x, out_features), xA = experts.new_results(x, total_rank(A));
   for (const Expert& expert : experts) {
     const Tensor of_expert = expert.rows(xA);
     std::vector<LowRank> added;

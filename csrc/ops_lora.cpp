@@ -12,12 +12,6 @@ namespace {
 
 using at::Tensor;
 
-int64_t total_rank(at::TensorList A) {
-  int64_t total = 0;
-  for (const Tensor& a : A) total += a.size(0);
-  return total;
-}
-
 // Which elements of the rows dropout keeps before adapter i; undefined if all. The backward pass draws them again, so
 // that no mask is stored between the passes.
 Tensor mask_before(size_t i, const Tensor& rows, c10::ArrayRef<double> keep, const OptionalTensor& seed) {

@@ -157,10 +157,10 @@ class PagedStates {
             const std::vector<int64_t>& indices, const std::vector<Hyper>& hypers,
             const std::optional<Tensor>& grad_scale, bool stochastic_rounding, uint64_t seed) {
     std::vector<pager::Update> updates;
-    updates.reserve(ids.size());
     for (size_t i = 0; i < ids.size(); ++i) {
       const auto& [lr, beta1, beta2, eps, weight_decay, maximize] = hypers.at(i);
       const Tensor &param = params.at(i), &grad = grads.at(i);
+      check_device(kOp, "gradients", grad, param);
       updates.push_back({ids[i],
                          is_flat(param) ? param.data_ptr() : nullptr,
                          is_flat(grad) ? grad.const_data_ptr() : nullptr,

@@ -65,6 +65,9 @@ def _check_devices(op: torch._ops.OpOverload, given: dict[str, Any]) -> None:
 
 @_fake(ops.quantize_4bit.default)
 def _(weight: Tensor, blocksize: int, **_: Any) -> tuple[Tensor, Tensor]:
+    if blocksize <= 0:
+        raise ValueError(f"quantize_4bit: blocksize: expected a power of two from 32 to 4096, got {blocksize}")
+
     def layout(per: int) -> list[int]:
         if weight.dim() == 0 or weight.size(-1) % blocksize:
             return [ceil_div(weight.numel(), per)]

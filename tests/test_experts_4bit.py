@@ -122,6 +122,10 @@ def call(x: Tensor = X, q: Quantized = Q, offs: Tensor = OFFS, out_features: int
     return result
 
 
+MANY = 2**20  # matrices of 2^22 x 2^22: more elements than int64 counts, which wraps to 0, as many as these have
+NONE: Quantized = (torch.empty(0, dtype=torch.uint8), torch.empty(0), None, None, "nf4", 64)
+
+
 BAD: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "x-dtype": (partial(call, X.double()), TypeError, "x: .*Double"),
     "x-dimensions": (partial(call, X[0]), ValueError, r"x: expected 2 dimensions, got \[256\]"),
@@ -139,6 +143,11 @@ BAD: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
         partial(call, X[:, :24], quantized_normal((4 * 7, 24), "nf4", 64, double_quant=False), out_features=7),
         ValueError,
         "packed: expected matrices of whole blocks, got 24 x 7",
+    ),
+    "elements": (
+        partial(call, torch.ones(1, 4 * MANY), NONE, torch.ones(MANY, dtype=torch.int32), out_features=4 * MANY),
+        ValueError,
+        r"packed: expected a weight of fewer than 2\^63 elements",
     ),
     "groups": (
         partial(call, X[:, :64], quantized_normal((4 * 64, 64), "nf4", 64, double_quant=True), out_features=64),

@@ -210,10 +210,11 @@ def test_errors(bad_call: Callable[[], Tensor], error: type[Exception], message:
 
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_opcheck(dtype: torch.dtype, is_transposed: bool) -> None:
+@pytest.mark.parametrize("offs", [OFFS, ends(1, 0, 2, 1)], ids=["all", "rows-of-none"])
+def test_opcheck(offs: Tensor, dtype: torch.dtype, is_transposed: bool) -> None:
     q, _ = stack(256, 192, is_transposed)
     a, b, scaling = adapters((8, 4), 256, 192)
     for tensor in (*a, *b):
         tensor.requires_grad_()
     x = normal(6, 256, dtype=dtype).requires_grad_()
-    torch.library.opcheck(lora_experts_4bit.default, (x, *q, OFFS, 192, is_transposed, a, b, scaling))
+    torch.library.opcheck(lora_experts_4bit.default, (x, *q, offs, 192, is_transposed, a, b, scaling))

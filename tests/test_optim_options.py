@@ -10,7 +10,7 @@ import torch
 from optim_cases import bits, parameters, set_gradients, state_bits, take_steps
 from torch.nn import Parameter
 
-from qlora_ext import PagedAdamW
+from qlora_ext import _C, PagedAdamW
 
 WHOLE = {
     "state_bits": 32,
@@ -131,3 +131,11 @@ def test_a_loaded_maximize_that_is_no_bool() -> None:
     with pytest.raises(TypeError, match="maximize: expected a bool, got 'False'"):
         optimizer.load_state_dict(state_dict)
     assert optimizer.param_groups[0]["maximize"] is False
+
+
+def test_a_gradient_elsewhere_than_its_parameter() -> None:
+    """torch refuses most; one that stayed behind when `.data` moved would be read at an address of the other device."""
+    store = _C.PagedStates("cpu", 1 << 20, None, None, "")
+    ids, p = store.add([64], [32]), torch.zeros(64)
+    with pytest.raises(ValueError, match=r"^PagedAdamW: gradients: expected device cpu, got meta"):
+        store.step(ids, [p], [p.to("meta")], [0], [(1e-3, 0.9, 0.999, 1e-8, 0.0, False)], None, False, 0)

@@ -98,6 +98,11 @@ def test_errors(arguments: tuple[torch.Tensor, str, int], error: type[Exception]
         quantize_4bit(*arguments)
 
 
+def test_a_tensor_without_values_gives_the_same_error() -> None:
+    with pytest.raises(ValueError, match=r"^quantize_4bit: blocksize: .*, got 0$"):
+        quantize_4bit(torch.zeros(64, device="meta"), "nf4", 0)
+
+
 @pytest.mark.parametrize("shape", [(4, 64), (3, 33), (), (0, 64)])
 def test_opcheck(shape: tuple[int, ...]) -> None:
     torch.library.opcheck(quantize_4bit.default, (torch.randn(shape), "nf4", 64))

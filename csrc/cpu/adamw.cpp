@@ -2,64 +2,49 @@
 #include "adamw.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstddef>
+#include <cstring>
 
-#include "adamw_loops.h"
-#include "dynamic_codes.h"
 #include "path.h"
 
 namespace qlora::cpu {
 namespace {
 
-// One number at a time.
-struct Scalar {
-  using V = float;
-  static constexpr std::int64_t kLanes = 1;
+using Kernel = decltype(adamw_portable);
 
-  static V splat(float x) { return x; }
-  static V multiply(V a, V b) { return a * b; }
-  static V add(V a, V b) { return a + b; }
-  static V subtract(V a, V b) { return a - b; }
-  static V divide(V a, V b) { return a / b; }
-  static V sqrt(V a) { return std::sqrt(a); }
+// The last, shorter block of an array of a slice, and behind it its elements once more.
+struct LastBlock {
+  std::byte* const from;
+  const std::size_t bytes;
+  alignas(64) std::byte block[kAdamwBlock * sizeof(float)];
 
-  template <typename T>
-  static V load(const T* from) {
-    return to_float(*from);
-  }
-  template <typename T>
-  static void store(T* to, V x) {
-    *to = round_to<T>(x);
-  }
-
-  struct Random {
-    std::uint64_t key;
-    explicit Random(std::uint64_t block_key) : key(block_key) {}
-  };
-  static void round(BFloat16* to, V x, const Random& random, std::int64_t i) {
-    *to = round_stochastically(x, random16(random.key, static_cast<std::uint32_t>(i)));
-  }
-
-  struct Largest {
-    std::uint32_t largest = 0;
-    void add(V x) { largest = std::max(largest, std::bit_cast<std::uint32_t>(x) & 0x7fffffffu); }
-    std::uint32_t bits() const { return largest; }
-  };
-
-  template <bool kSigned>
-  struct Codes {
-    static constexpr std::int64_t kDecoded = 1, kEncoded = 1;
-    static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
-    static void decode(const std::uint8_t* code, V* value) { *value = book().value[*code]; }
-    static NotPlaced place(const float*, float) { return {}; }
-    static void encode(NotPlaced, const float* values, float inverse, std::uint8_t* codes) {
-      *codes = encode_dynamic(book().bound, *values * inverse);
+  LastBlock(void* array, std::int64_t count, std::int64_t itemsize)
+      : from(static_cast<std::byte*>(array) + count / kAdamwBlock * kAdamwBlock * itemsize),
+        bytes(static_cast<std::size_t>(count) % kAdamwBlock * static_cast<std::size_t>(itemsize)) {
+    std::memcpy(block, from, bytes);
+    for (std::size_t at = bytes; at < sizeof block; at *= 2) {
+      std::memcpy(block + at, block, std::min(at, sizeof block - at));
     }
-  };
+  }
+  void put_back() const { std::memcpy(from, block, bytes); }
 };
 
+void update_last(Kernel* kernel, const AdamwTask& task) {
+  AdamwSlice slice = *task.slice;
+  const std::int64_t whole = slice.count / kAdamwBlock, state = slice.exp_avg_absmax == nullptr ? 4 : 1;
+  LastBlock param(slice.param, slice.count, itemsize(slice.param_dtype));
+  LastBlock grad(const_cast<void*>(slice.grad), slice.count, itemsize(slice.grad_dtype));
+  LastBlock exp_avg(slice.exp_avg, slice.count, state), exp_avg_sq(slice.exp_avg_sq, slice.count, state);
+  slice.param = param.block, slice.grad = grad.block;
+  slice.exp_avg = exp_avg.block, slice.exp_avg_sq = exp_avg_sq.block;
+  slice.first += whole * kAdamwBlock, slice.count = kAdamwBlock;
+  if (state == 1) slice.exp_avg_absmax += whole, slice.exp_avg_sq_absmax += whole;
+  kernel({&slice, task.factors, task.stochastic_rounding, task.key}, 0, 1);
+  for (const LastBlock* each : {&param, &exp_avg, &exp_avg_sq}) each->put_back();
+}
+
 void update(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
-  auto kernel = adamw_portable;
+  Kernel* kernel = adamw_portable;
 #if defined(__x86_64__)
   const Path chosen = path();
   if (chosen == Path::Avx2) kernel = adamw_avx2;
@@ -68,8 +53,7 @@ void update(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
 #endif
   const std::int64_t whole = std::max(begin, std::min(end, task.slice->count / kAdamwBlock));
   kernel(task, begin, whole);
-  begin = whole;
-  update_slice<Scalar>(task, begin, end);
+  if (whole < end) update_last(kernel, task);
 }
 
 }  // namespace

@@ -14,13 +14,7 @@
 namespace qlora::cpu {
 namespace {
 
-struct Avx2 : Avx2Vectors {
-  using V = Vector;
-
-  static V multiply(V a, V b) { return _mm256_mul_ps(a, b); }
-  static V add(V a, V b) { return _mm256_add_ps(a, b); }
-  static V subtract(V a, V b) { return _mm256_sub_ps(a, b); }
-  static V divide(V a, V b) { return _mm256_div_ps(a, b); }
+struct Avx2 : Arithmetic<Avx2Vectors> {
   static V sqrt(V a) { return _mm256_sqrt_ps(a); }
 
   struct Random {

@@ -7,13 +7,7 @@
 namespace qlora::cpu {
 namespace {
 
-struct Avx512 : Avx512Vectors {
-  using V = Vector;
-
-  static V multiply(V a, V b) { return _mm512_mul_ps(a, b); }
-  static V add(V a, V b) { return _mm512_add_ps(a, b); }
-  static V subtract(V a, V b) { return _mm512_sub_ps(a, b); }
-  static V divide(V a, V b) { return _mm512_div_ps(a, b); }
+struct Avx512 : Arithmetic<Avx512Vectors> {
   static V sqrt(V a) { return _mm512_sqrt_ps(a); }
 
   struct Random {

@@ -13,6 +13,17 @@
 namespace qlora::cpu {
 namespace {
 
+// The Math of these vectors.
+template <typename Vectors>
+struct Arithmetic : Vectors {
+  using V = typename Vectors::Vector;
+
+  static V multiply(V a, V b) { return a * b; }
+  static V add(V a, V b) { return a + b; }
+  static V subtract(V a, V b) { return a - b; }
+  static V divide(V a, V b) { return a / b; }
+};
+
 // A block's parameters and gradients.
 template <typename Isa, typename P, typename G, bool kStochastic>
 struct Block {

@@ -9,13 +9,7 @@
 namespace qlora::cpu {
 namespace {
 
-struct Portable : PortableVectors {
-  using V = Vector;
-
-  static V multiply(V a, V b) { return a * b; }
-  static V add(V a, V b) { return a + b; }
-  static V subtract(V a, V b) { return a - b; }
-  static V divide(V a, V b) { return a / b; }
+struct Portable : Arithmetic<PortableVectors> {
   static V sqrt(V a) {
     for (std::int64_t i = 0; i < kLanes; ++i) a[i] = __builtin_sqrtf(a[i]);
     return a;

@@ -73,9 +73,6 @@ constexpr Lines make_lines() {
 template <bool kSigned>
 inline constexpr Lines kLines = make_lines<kSigned>();
 
-// What is placed where encoding takes one step (dynamic_codes_loops.h).
-struct NotPlaced {};
-
 // --- decoding -----------------------------------------------------------------------------------------------------
 
 // A value is the sum of the edges of its cell, times half the end of its decade. n, the rank or in the unsigned

@@ -18,9 +18,11 @@ struct DynamicCodes {
                                    book().value[codes[3]]};
   }
 
+  struct Placed {};
+  static Placed place(const float*, float) { return {}; }
+
   // encode_dynamic step by step: a search waits for each of its comparisons, others go on meanwhile.
-  static NotPlaced place(const float*, float) { return {}; }
-  static void encode(NotPlaced, const float* values, float inverse, std::uint8_t* codes) {
+  static void encode(Placed, const float* values, float inverse, std::uint8_t* codes) {
     float x[kEncoded];
     unsigned code[kEncoded] = {};
     for (std::int64_t i = 0; i < kEncoded; ++i) x[i] = values[i] * inverse;

@@ -3,6 +3,7 @@
 //   offset = mean(absmax);  nested_absmax[g] = max |absmax - offset| over group g of 256
 //   code = nearest dynamic code of (absmax - offset) / nested_absmax[g]
 #include <algorithm>
+#include <cstring>
 
 #include "path.h"
 #include "quantize.h"
@@ -42,19 +43,13 @@ void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int
 #endif
   const std::int64_t whole = std::max(begin, std::min(end, n / kNestedBlocksize));
   kernel(absmax, offset, begin, whole, codes, nested_absmax);
-  begin = whole;
-  for (std::int64_t group = begin; group < end; ++group) {
-    const std::int64_t first = group * kNestedBlocksize;
-    const std::int64_t last = std::min<std::int64_t>(n, first + kNestedBlocksize);
-    std::uint32_t largest = 0;  // of |absmax - offset|, as bits: integers order floats of one sign, and NaN last
-    for (std::int64_t i = first; i < last; ++i) {
-      largest = std::max(largest, std::bit_cast<std::uint32_t>(absmax[i] - offset) & 0x7fffffffu);
-    }
-    nested_absmax[group] = std::bit_cast<float>(largest);
-    const float inverse = inverse_group_absmax(nested_absmax[group]);
-    for (std::int64_t i = first; i < last; ++i) {
-      codes[i] = encode_dynamic(kDynamicCodebook.bound, (absmax[i] - offset) * inverse);
-    }
+  if (whole < end) {  // the last, shorter group: as a whole one of numbers that are in it
+    const std::int64_t first = whole * kNestedBlocksize;
+    float last[kNestedBlocksize];
+    std::uint8_t of_last[kNestedBlocksize];
+    for (std::int64_t i = 0; i < kNestedBlocksize; ++i) last[i] = absmax[std::min(first + i, n - 1)];
+    kernel(last, offset, 0, 1, of_last, nested_absmax + whole);
+    std::memcpy(codes + first, of_last, static_cast<std::size_t>(n - first));
   }
 }
 
