@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from qlora_ext.adapters import attach, check_has_adapter, check_not_merged, freeze, set_adapter
+from qlora_ext.adapters import activate, attach, check_has_adapter, check_not_merged
 from qlora_ext.dense_linear import dense_class, out_and_in, stored_shape
 from qlora_ext.experts import Experts4bit
 from qlora_ext.layer_names import check_name, is_named, plain_modules
@@ -138,6 +138,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             _check_base(key, layers[layer_name], tensor, path)
         else:
             weights.setdefault(layer_name, {})[part] = tensor
+    if not weights:
+        raise ValueError(f"load_adapter: {path}: expected lora_A and lora_B tensors, got none")
     for layer_name, parts in weights.items():
         _check_parts(layer_name, layers[layer_name], parts, config.rank(layer_name), path)
     targets = [layer_name for layer_name in named_layers(model, config.target_modules) if demands(layer_name)]
@@ -153,11 +155,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             for part, table in layer.tables.items():
                 fill(table[name], from_file(layer, part, weights[layer_name][part]))
             layer.set_config(name, config, layer_name)
-    freeze("load_adapter", model, [own for own, _ in modules.values()])
     for own, saved in modules.values():
         fill(own, saved)
-        own.requires_grad_(isinstance(own, nn.Parameter) and own.is_floating_point())
-    set_adapter(model, name)
+    activate("load_adapter", model, name, [own for own, _ in modules.values()])
 
 
 def _meant_modules(model: nn.Module, wanted: str | list[str]) -> set[str]:
@@ -197,8 +197,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"load_adapter: {path}: expected a whole safetensors file, got: {error}") from error
-    if not tensors:
-        raise ValueError(f"load_adapter: {path}: expected lora_A and lora_B tensors, got none")
     return tensors
 
 

@@ -18,8 +18,9 @@ def targeted(model: nn.Module, config: LoraConfig) -> list[str]:
         ValueError: a target matches none; a key of rank_pattern or alpha_pattern matches none of them.
     """
     wanted = config.target_modules
+    linear = named_layers(model, wanted)
     for target in [[name] for name in wanted] if isinstance(wanted, list) else [wanted]:
-        if not named_layers(model, target):
+        if not linear or (isinstance(target, list) and not any(is_named(name, target) for name in linear)):
             expected = f"names of linear layers (here, by their last parts: {_last_parts(linear_layers(model))})"
             if target == "all-linear":
                 expected = f"an nn.Linear that is no output head and has nn.Linear's forward, or {expected}"
@@ -29,7 +30,7 @@ def targeted(model: nn.Module, config: LoraConfig) -> list[str]:
         if not any(is_named(name, [target]) for name in experts):
             expected = f"names of fused experts' weights in 4 bits (here, by their last parts: {_last_parts(experts)})"
             raise ValueError(f"add_adapter: target_parameters: expected {expected}, got {target!r}")
-    names = named_layers(model, wanted) + [name for name in experts if is_named(name, config.target_parameters)]
+    names = linear + [name for name in experts if is_named(name, config.target_parameters)]
     for what in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, what):
             if not any(is_pattern_of(key, name) for name in names):

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from qlora_ext.adapter_targets import targeted
 from qlora_ext.experts import Stack4bit, dequantize_experts, replaced_experts
 from qlora_ext.functional import has_values
-from qlora_ext.layer_hooks import check_not_hooked, has_hooks, has_other_forward
+from qlora_ext.layer_hooks import check_not_hooked, has_other_forward, is_hooked
 from qlora_ext.layer_names import check_name, plain_modules
 from qlora_ext.linear import Linear4bit, dense
 from qlora_ext.lora import LoraLinear, base_of
 from qlora_ext.lora_config import LoraConfig
 from qlora_ext.lora_experts import LoraExperts
-from qlora_ext.model_layers import adapter_names, layers_of, lora_layers, replace_layers
+from qlora_ext.model_layers import AnyLinear, adapter_names, layers_of, lora_layers, replace_layers
 from qlora_ext.sharded import check_whole, reshard
 
 
@@ -53,8 +53,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     check_whole("add_adapter", targets)
     _check_not_offloaded("add_adapter", model, targets.items())
     attach(model, targets, config, name)
-    freeze("add_adapter", model)
-    set_adapter(model, name)
+    activate("add_adapter", model, name)
 
 
 def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
@@ -87,9 +86,12 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
                 )
     for _, layer in layers:
         layer.active_adapters = [n for n in names if n in layer.configs]
-        for each in sorted(layer.configs, key=names.__contains__):  # what two share trains if one is active
-            for leaf in layer.leaves(each):
-                leaf.requires_grad_(each in names)
+    for active in (False, True):  # what two share trains if one is active
+        for _, layer in layers:
+            for each in layer.configs:
+                if (each in names) is active:
+                    for leaf in layer.leaves(each):
+                        leaf.requires_grad_(active)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -106,7 +108,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     check_has_adapter("delete_adapter", model, name)
     _check_not_offloaded("delete_adapter", model, lora_layers(model))
     for layer_name, layer in lora_layers(model):
-        if layer.configs.keys() == {name} and has_hooks(layer):
+        if layer.configs.keys() == {name} and is_hooked(layer):
             raise ValueError(f"delete_adapter: {layer_name}: expected no hooks, which would be lost, got some")
     was_active = any(name in layer.active_adapters for _, layer in lora_layers(model))
 
@@ -148,8 +150,8 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
         if has_other_forward(module) and replaced_experts(module):
             check_not_hooked("merge_adapter", name, module)  # accelerate's forward knows their storage by its name
     check_whole("merge_adapter", layers, "save_adapter, and merge it in a model without fully_shard")
-    own = {n: m for n, m in layers.items() if not has_other_forward(base_of(m))}  # merged_weight refuses the others
-    _check_not_offloaded("merge_adapter", model, own.items())
+    own = ((n, m) for n, m in layers.items() if not has_other_forward(base_of(m)))  # merged_weight refuses the others
+    _check_not_offloaded("merge_adapter", model, own)
     if not dequantize:
         active = {name: layer for name, layer in lora_layers(model) if layer.active_adapters}
         if not active:
@@ -162,24 +164,29 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
                 adapted.unmerge()
             raise
         return
-    for name, layer in layers.items():  # before any is replaced
-        for lost in (layer, base_of(layer)):
-            if isinstance(lost, (LoraLinear, Linear4bit)):
-                check_not_hooked("merge_adapter", name, lost)
-        if isinstance(layer, LoraLinear):
-            _merged_weight(name, layer)
+    _check_dense(layers)
+    del own, layers  # so that none is kept longer than it is needed
 
     def to_dense(_: str, module: nn.Module) -> nn.Module:
         if isinstance(module, (Stack4bit, LoraExperts)):
             return module
         if isinstance(module, LoraLinear):
             return dense(module.base_layer, module.merged_weight())
-        return dense(module, module.dequantize()) if isinstance(module, Linear4bit) else module
+        return dense(module, module.dequantize(torch.float32)) if isinstance(module, Linear4bit) else module
 
-    layers.clear()  # so that none is kept longer than it is needed
     replace_layers(model, to_dense)
     for module in [module for module in model.modules() if replaced_experts(module)]:
         dequantize_experts(module)
+
+
+def _check_dense(layers: dict[str, AnyLinear]) -> None:
+    """That each of these can become a dense layer, before any does."""
+    for name, layer in layers.items():
+        for lost in (layer, base_of(layer)):
+            if isinstance(lost, (LoraLinear, Linear4bit)):
+                check_not_hooked("merge_adapter", name, lost)
+        if isinstance(layer, LoraLinear):
+            _merged_weight(name, layer)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -225,15 +232,18 @@ def _detach(model: nn.Module, name: str) -> None:
     replace_layers(model, unwrap)
 
 
-def freeze(op: str, model: nn.Module, but: Iterable[Tensor] = ()) -> None:
-    """Freeze all parameters. Warns of those, beside `but`, that were trained with another adapter: they go into the
-    file of none from now on."""
-    known = {id(tensor) for tensor in but}
+def activate(op: str, model: nn.Module, name: str, beside: Collection[Tensor] = ()) -> None:
+    """Train this adapter, and what is `beside` it, and freeze all else. Warns of what was trained with another
+    adapter: it goes into the file of none from now on."""
+    known = {id(tensor) for tensor in beside}
     for _, layer in lora_layers(model):
         known |= {id(tensor) for table in layer.tables.values() for tensor in table.parameters()}
     stopped = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     model.requires_grad_(False)
-    if stopped and len(adapter_names(model)) > 1:
+    for own in beside:
+        own.requires_grad_(isinstance(own, nn.Parameter) and own.is_floating_point())
+    set_adapter(model, name)
+    if stopped and len(adapter_names(model)) > 1:  # last, as a warning may be an error
         warnings.warn(
             f"{op}: {', '.join(stopped[:5])}{' and more' if len(stopped) > 5 else ''}: trained beside another adapter, "
             "now frozen: to go into its file, it has to require gradients when that is saved",
@@ -256,8 +266,8 @@ def _merged_weight(name: str, layer: LoraLinear) -> Tensor:
     """The layer's, checked."""
     try:
         weight = layer.merged_weight()
-    except TypeError as error:
-        raise TypeError(f"merge_adapter: {name}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"merge_adapter: {name}: {error}") from error
     if has_values(weight) and not weight.to(layer.dtype).isfinite().all():
         adapters = ", ".join(layer.active_adapters)
         raise ValueError(f"merge_adapter: {name}: expected finite values with {adapters}, got NaN or Inf")

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def conv1d_class(kind: type[nn.Module]) -> type[nn.Module] | None:
@@ -58,6 +59,8 @@ def out_and_in(layer: nn.Module) -> tuple[int, int]:
 def has_float_weight(layer: nn.Linear) -> bool:
     """Whether its weight is a plain one, not one of bitsandbytes' or torchao's."""
     weight = layer.weight
+    if is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor"):  # torchao's
+        return False
     return weight.is_floating_point() and list(weight.shape) == stored_shape(dense_class(layer), *out_and_in(layer))
 
 

@@ -242,7 +242,8 @@ def quantize_experts(module: Any, name: str, **options: Any) -> None:
     """Put Experts4bit in the place of such a weight. The module's own forward computes with them from now on."""
     weight = module.get_parameter(name)
     experts = Experts4bit(weight, is_transposed=module.is_transposed, **options).train(module.training)
-    experts.replaced = name, module.config
+    others = replaced_experts(module)
+    experts.replaced = name, next((other.replaced[1] for other in others.values()), module.config)
     # By the weight's own name, or one that holds it as a word, transformers would take them for it when it saves.
     module.add_module(f"quantized_{name}_", experts)
     module._parameters[name] = None  # its place among the others, by which PEFT knows it
@@ -250,8 +251,9 @@ def quantize_experts(module: Any, name: str, **options: Any) -> None:
         if (key := f"quantized_{each}_") in module._modules:
             module._modules[key] = module._modules.pop(key)
     object.__setattr__(module, name, experts)
-    module.config = copy.deepcopy(module.config)  # which other models may share
-    module.config._experts_implementation = "grouped_mm"
+    if not others:
+        module.config = copy.deepcopy(module.config)  # which other models may share
+        module.config._experts_implementation = "grouped_mm"
 
 
 def replaced_experts(module: nn.Module) -> dict[str, Experts4bit]:
@@ -260,14 +262,12 @@ def replaced_experts(module: nn.Module) -> dict[str, Experts4bit]:
 
 
 def dequantize_experts(module: Any) -> None:
-    """The inverse, for each weight that quantize_experts has replaced."""
-    found = replaced_experts(module)
-    for key, experts in found.items():
-        name, _ = experts.replaced
+    """The inverse, for each weight that quantize_experts has replaced. Another thread may compute meanwhile."""
+    config = module.config
+    for key, experts in replaced_experts(module).items():
+        name, config = experts.replaced
         if module.__dict__.get(name) is experts:  # else it has been given another since
-            weight = nn.Parameter(experts.dequantize(), requires_grad=False)
-            del module.__dict__[name]
-            module.register_parameter(name, weight)
+            module.register_parameter(name, nn.Parameter(experts.dequantize(), requires_grad=False))
+            del module.__dict__[name]  # which stood before it
         delattr(module, key)
-    for experts in reversed(found.values()):
-        module.config = experts.replaced[1]  # at last the one before all
+    module.config = config

@@ -21,16 +21,10 @@ def has_other_forward(module: nn.Module) -> bool:
     return getattr(forward, "__self__", None) is not module or forward.__func__ is not type(module).forward
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether there are hooks on it, be it fully_shard's."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does more than its class says: hooks, or a forward of its own."""
-    return has_hooks(module) or has_other_forward(module)
+    """Whether calling it does more than its class says: hooks, be it fully_shard's, or a forward of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or has_other_forward(module)
 
 
 def check_not_hooked(op: str, what: str, module: nn.Module) -> None:

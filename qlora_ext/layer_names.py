@@ -7,6 +7,7 @@ name of its own in between; and a module may stand for a weight (Experts4bit), w
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -63,7 +64,8 @@ def plain_modules(module: nn.Module, name: str = "", seen: set[int] | None = Non
 
 def is_named(name: str, wanted: Iterable[str]) -> bool:
     """Whether it is one of these names, or ends with one after a dot."""
-    return any(name == full or name.endswith("." + full) for full in wanted)
+    parts = name.split(".")
+    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(wanted)
 
 
 def is_within(name: str, wanted: Iterable[str]) -> bool:
@@ -73,7 +75,12 @@ def is_within(name: str, wanted: Iterable[str]) -> bool:
 
 def is_pattern_of(key: str, name: str) -> bool:
     """Whether this key of rank_pattern or alpha_pattern means the layer of this name."""
-    return re.fullmatch(LAST_PARTS.format(key), name) is not None
+    return _compiled(key).fullmatch(name) is not None
+
+
+@functools.lru_cache(1 << 14)  # re's own cache keeps 512, and a file of EVA has a key for each layer
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(LAST_PARTS.format(key))
 
 
 def by_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:

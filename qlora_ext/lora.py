@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext._ops import ops
 from qlora_ext.adapted_weight import WeightInBits
@@ -215,14 +216,16 @@ class LoraLinear(nn.Module):
         if has_other_forward(base):  # of accelerate's hooks: it would go on computing with the base's weight
             kind = type(base).__name__
             raise TypeError(f"LoraLinear: base_layer: expected the forward of its class, {kind}, got another")
-        computed = computes_otherwise(base) and "weight" not in base._parameters
+        computed = "weight" not in base._parameters and (
+            computes_otherwise(base) or (is_parametrized(base) and is_hooked(base))
+        )
         if computed or (getattr(base, "bias", None) is not None and "bias" not in base._parameters):
             got = type(base).__name__
             raise TypeError(f"LoraLinear: base_layer: expected weight and bias without parametrizations, got {got}")
         if isinstance(base, Linear4bit):
             return self._updated(base.dequantize(torch.float32), self.active_adapters)
         if not has_float_weight(base):
-            got = f"{type(base).__name__}'s {base.weight.dtype} {list(base.weight.shape)}"
+            got = f"{type(base).__name__}'s {type(base.weight).__name__}, {base.weight.dtype} {list(base.weight.shape)}"
             shape = stored_shape(dense_class(base), *out_and_in(base))
             raise TypeError(f"LoraLinear: base_layer: expected a float weight {shape} to merge into, got {got}")
         return self._updated(oriented(dense_class(base), base.weight).float(), self.active_adapters)

@@ -81,24 +81,24 @@ def placed_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.
             yield from placed_modules(child, child_name)
 
 
-def replace_layers(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module]) -> None:
-    """Put convert(name, module) in the place of each module below `model`.
+def replace_layers(
+    parent: nn.Module,
+    convert: Callable[[str, nn.Module], nn.Module],
+    prefix: str = "",
+    converted: dict[int, nn.Module] | None = None,
+) -> None:
+    """Put convert(name, module) in the place of each module below `parent`.
 
     What convert gives is not entered again, and a module that stands in several places is converted once.
     """
-    _replace_below(model, "", convert, {})
-
-
-def _replace_below(
-    parent: nn.Module, prefix: str, convert: Callable[[str, nn.Module], nn.Module], converted: dict[int, nn.Module]
-) -> None:
+    converted = {} if converted is None else converted
     for key, name in [(key, name) for key, name, _ in children(parent, prefix)]:  # no child is kept alive here
         child = parent._modules[key]
         assert child is not None
         if id(child) not in converted:
             converted[id(child)] = child if is_wrapper(child) else convert(name, child)
             if converted[id(child)] is child and not _is_linear(child) and not isinstance(child, CLOSED):
-                _replace_below(child, name, convert, converted)
+                replace_layers(child, convert, name, converted)
         if converted[id(child)] is not child:
             setattr(parent, key, converted[id(child)])
             if is_compiled(parent):  # it has looked up what to call

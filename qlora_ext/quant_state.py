@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -57,15 +57,8 @@ class QuantState:
 
     def to(self, device: torch.device | str) -> QuantState:
         """The same state with its tensors on `device`."""
-        return QuantState(
-            self.shape,
-            self.dtype,
-            self.quant_type,
-            self.blocksize,
-            self.absmax.to(device),
-            None if self.nested_absmax is None else self.nested_absmax.to(device),
-            None if self.nested_offset is None else self.nested_offset.to(device),
-        )
+        moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
 
 def check_type(op: str, what: str, value: object, kind: type) -> None:

@@ -19,7 +19,7 @@ from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear, base_of
-from qlora_ext.model_layers import HEADS, expert_layers, linear_layers, output_head, replace_layers
+from qlora_ext.model_layers import HEADS, expert_layers, layers_of, linear_layers, output_head, replace_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,26 +78,38 @@ def quantize_model(
         quantized.append(name)
         return made
 
+    def is_meant(linear: nn.Module, name: str) -> TypeGuard[nn.Linear]:
+        return _is_known(linear) and not is_left(name, f"{name}.weight", linear.weight)
+
     def convert(name: str, module: nn.Module) -> nn.Module:
         linear = base_of(module)
-        if not _is_known(linear) or is_left(name, f"{name}.weight", linear.weight):
+        if not is_meant(linear, name):
             return module
-        check_not_hooked("quantize_model", name, linear)
         layer: Linear4bit = quantize(name, Linear4bit.from_linear, linear)
         if not isinstance(module, LoraLinear):
             return layer
         module.base_layer = layer
         return module
 
+    def check_hooks() -> None:  # of all, before any is replaced; nothing here outlives it
+        for name, layer in layers_of(model).items():
+            if is_meant(linear := base_of(layer), name):
+                check_not_hooked("quantize_model", name, linear)
+        for experts, module, _ in fused:
+            if has_other_forward(module):  # accelerate's knows the weight by its name; other hooks may stay
+                check_not_hooked("quantize_model", experts.rpartition(".")[0], module)
+
     _warn_of_names(model, skip)
+    fused = [
+        (experts, module, attribute)
+        for name, module in plain_modules(model)
+        for attribute in fused_experts(module)
+        if not is_left(experts := f"{name}.{attribute}".removeprefix("."), experts, module.get_parameter(attribute))
+    ]
+    check_hooks()
     replace_layers(model, convert)
-    for name, module in list(plain_modules(model)):
-        for attribute in fused_experts(module):
-            experts = f"{name}.{attribute}".removeprefix(".")
-            if not is_left(experts, experts, module.get_parameter(attribute)):
-                if has_other_forward(module):  # accelerate's knows the weight by its name; other hooks may stay
-                    check_not_hooked("quantize_model", name, module)
-                quantize(experts, quantize_experts, module, attribute)
+    for experts, module, attribute in fused:
+        quantize(experts, quantize_experts, module, attribute)
     if not quantized:
         others = {type(m).__name__ for m in model.modules() if is_dense_linear(m) and not _is_known(m)}
         got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"

@@ -269,6 +269,18 @@ def test_an_adapter_of_another_model_does_not_fit(tmp_path: Path) -> None:
     assert not names_of(model, LoraLinear)
 
 
+@pytest.mark.parametrize("targets", [None, ["nothing"]], ids=str)
+def test_modules_without_any_adapter_are_no_adapter(targets: Any, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 8, "target_modules": targets, "modules_to_save": ["lm_head"]}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    model = LlamaForCausalLM(tiny_config(tie_word_embeddings=False))
+    save_file({f"{PREFIX}lm_head.weight": torch.zeros_like(model.lm_head.weight)}, tmp_path / WEIGHTS)
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"load_adapter: .* expected lora_A and lora_B tensors, got none"):
+        load_adapter(model, tmp_path)
+    assert everything(model) == before
+
+
 def test_a_base_on_meta_is_not_what_a_file_has(tmp_path: Path) -> None:
     model = with_adapter()
     save_adapter(model, tmp_path)

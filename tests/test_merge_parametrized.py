@@ -35,6 +35,17 @@ def test_a_parametrized_layer_that_computes_in_its_own_way_is_not_merged(kind: A
     assert torch.equal(model(X), before)
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_hooks_of_a_parametrized_layer_are_not_lost(dequantize: bool) -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)))
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    add_adapter(model, LoraConfig(r=2, target_modules=["0"]))
+    before = model(X)
+    with pytest.raises(TypeError, match=r"merge_adapter: 0: .*without parametrizations, got Parametrized"):
+        merge_adapter(model, dequantize=dequantize)
+    assert torch.equal(model(X), before)
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_parametrized_bias_is_not_merged(quantized: bool) -> None:
     model: nn.Module = nn.Sequential(nn.Linear(64, 64))

@@ -1,0 +1,53 @@
+"""What a merge into dense layers keeps alive, and what it stops at."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_ext import LoraConfig, adapters, add_adapter, merge_adapter, quantize_model
+
+
+def layers(quantized: bool) -> nn.Module:
+    model: nn.Module = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    return quantize_model(model) if quantized else model
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_each_base_goes_as_soon_as_it_is_merged(quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the old model and the new one are in memory together."""
+    model = layers(quantized)
+    bases = [weakref.ref(layer) for layer in model]
+    add_adapter(model, LoraConfig(r=2))
+    alive: list[int] = []
+    dense = adapters.dense
+
+    def counted(*args: Any) -> nn.Module:
+        gc.collect()
+        alive.append(sum(base() is not None for base in bases))
+        return dense(*args)
+
+    monkeypatch.setattr(adapters, "dense", counted)
+    merge_adapter(model, dequantize=True)
+    assert alive == [6, 5, 4, 3, 2, 1]
+
+
+def test_layers_in_a_dtype_that_nothing_decodes_to_become_dense_in_it() -> None:
+    model = layers(quantized=True)
+    add_adapter(model, LoraConfig(r=2, target_modules=["0"]))
+    wanted = [layer.dequantize(torch.float32).double() for layer in model[1:]]
+    merge_adapter(model.double(), dequantize=True)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model[1:], wanted, strict=True))
+
+
+def test_what_cannot_be_merged_is_named() -> None:
+    model = layers(quantized=False)
+    add_adapter(model, LoraConfig(r=2))
+    model[3].lora_A.to("meta")
+    with pytest.raises(ValueError, match=r"^merge_adapter: 3: .*lora_A.default: expected device cpu, got meta"):
+        merge_adapter(model)
