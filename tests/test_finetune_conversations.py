@@ -16,7 +16,7 @@ OF_EXAMPLES = (
     *("chat_template_kwargs", "images", "videos", "audios", "documents"),
 )
 OF_MESSAGES = (
-    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "train"),
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
     *("images", "videos", "audios"),
 )
 
@@ -43,7 +43,8 @@ def test_fields_that_would_change_what_is_learned_are_refused(value: Any, tmp_pa
 @pytest.mark.parametrize("value", [None, "", [], {}, False], ids=str)
 def test_fields_that_hold_nothing_are_none(value: Any, tmp_path: Path) -> None:
     turns = (Turn("user", "q", False), Turn("assistant", "a", True))
-    for record in [PAIR | {field: value} for field in OF_EXAMPLES] + [
+    fields = [field for field in OF_EXAMPLES if field != "weight" or value is not False]
+    for record in [PAIR | {field: value} for field in fields] + [
         with_messages(**{field: value}) for field in OF_MESSAGES
     ]:
         assert read(tmp_path / "d.jsonl", record) == (turns, set())
@@ -52,5 +53,12 @@ def test_fields_that_hold_nothing_are_none(value: Any, tmp_path: Path) -> None:
 def test_what_is_meant_without_it_may_be_said(tmp_path: Path) -> None:
     turns = read(tmp_path / "d.jsonl", with_messages(train=True, weight=1) | {"weight": 1, "id": 7})
     assert turns == ((Turn("user", "q", False), Turn("assistant", "a", True)), {"id"})
-    with pytest.raises(ValueError, match='got the field "train"'):  # false, as 0, is no weight of 1
-        read(tmp_path / "d.jsonl", with_messages(train=0))
+    with pytest.raises(ValueError, match='got the field "weight"'):  # false, as 0, is no weight of 1
+        read(tmp_path / "d.jsonl", PAIR | {"weight": False})
+
+
+@pytest.mark.parametrize("fields", [{"train": False}, {"train": 0}, {"weight": 1, "train": False}], ids=str)
+def test_an_answer_that_is_not_to_be_learned_is_context(fields: dict[str, Any], tmp_path: Path) -> None:
+    turns, unread = read(tmp_path / "d.jsonl", with_messages(**fields))
+    assert turns == (Turn("user", "q", False), Turn("assistant", "a", False))
+    assert not unread

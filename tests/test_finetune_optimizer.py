@@ -126,17 +126,10 @@ def test_save_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest
     assert newest_checkpoint(tmp_path) is None
 
 
-def damage(path: Path, how: str) -> None:
-    if how == "short":
-        path.write_bytes(path.read_bytes()[:-1])
-    else:
-        path.unlink()
-
-
-@pytest.mark.parametrize(("how", "error"), [("short", ValueError), ("missing", FileNotFoundError)])
-def test_damaged_states_are_named(tmp_path: Path, how: str, error: type[Exception]) -> None:
+def test_states_cut_short_are_named(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"save_steps": 2, "optimizer": OptimizerChoice("paged_adamw32")}
     run(tmp_path, steps=2, **changes)
-    damage(tmp_path / "checkpoint-2" / PAGED_STATES, how)
-    with pytest.raises(error, match=f"checkpoint-2.*{PAGED_STATES}"):
+    states = tmp_path / "checkpoint-2" / PAGED_STATES
+    states.write_bytes(states.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"checkpoint-2.*{PAGED_STATES}"):
         run(tmp_path, steps=4, resume=True, **changes)

@@ -42,15 +42,13 @@ def test_the_tokenizers_own_special_tokens_are_of_the_plain_form(
     assert tokenizer.decode(load_one(tmp_path, tokenizer).input_ids) == text
 
 
-@pytest.mark.parametrize(("special", "learned"), [(False, "a<tool>b"), (True, "a<tool>")], ids=["text", "special"])
-def test_an_answer_ends_at_a_special_token_and_at_no_other_added_one(
-    special: bool, learned: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("special", [False, True], ids=["text", "special"])
+def test_an_answer_ends_at_none_of_its_own_tokens(special: bool, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(PLAIN)
     tokenizer.add_tokens(["<tool>"], special_tokens=special)
     example = load_one(tmp_path, tokenizer, "a<tool>b")
     labels = [label for label in example.labels if label != IGNORE]
-    assert tokenizer.decode(labels).removeprefix("assistant: ").rstrip("\n") == learned
+    assert tokenizer.decode(labels).removeprefix("assistant: ").rstrip("\n") == "a<tool>b"
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["text", "special"])

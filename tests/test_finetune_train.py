@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import pickle
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,32 +61,6 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert second.losses == whole.losses
     assert_same_tensors(trained(model), trained(whole_model))
     assert first.tokens + second.tokens == whole.tokens
-
-
-def test_sigterm_saves_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is what schedulers of jobs send."""
-    before = signal.getsignal(signal.SIGTERM)
-    interrupt_at(monkeypatch, 6, signal.SIGTERM)
-    _, outcome = run(tmp_path)
-    assert outcome.interrupted
-    assert newest_checkpoint(tmp_path) == tmp_path / f"checkpoint-{outcome.step}"
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_interrupt_stops_at_once(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def twice(*_: object) -> dict[str, Tensor]:
-        signal.raise_signal(number)
-        signal.raise_signal(number)
-        raise AssertionError("the second signal must not return")
-
-    monkeypatch.setattr(PadToLongest, "__call__", twice)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not list(tmp_path.glob("*"))
 
 
 def test_resume_of_a_finished_run_takes_no_step(tmp_path: Path) -> None:
@@ -230,7 +203,7 @@ def test_checkpoint_state_is_never_unpickled(kind: str, tmp_path: Path) -> None:
     run(tmp_path, steps=2, optimizer=OptimizerChoice(kind))
     ran = tmp_path / "ran"
     for name in ("optimizer.pt", "scheduler.pt"):
-        (tmp_path / "checkpoint-2" / name).write_bytes(pickle.dumps(Payload(ran), protocol=2))
+        torch.save(Payload(ran), tmp_path / "checkpoint-2" / name)
     with pytest.raises(ValueError, match="checkpoint-2: expected training state of plain values and tensors"):
         run(tmp_path, steps=4, resume=True, optimizer=OptimizerChoice(kind))
     assert not ran.exists()

@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m qlora_ext.finetune",
         description="Fine-tune a causal language model on questions with answers, conversations or plain text.",
-        epilog="Ctrl-C or SIGTERM ends the running step and saves; the same command with --resume goes on from there.",
+        epilog="Ctrl-C, SIGTERM or SIGHUP ends the running step and saves; the same command with --resume goes on "
+        "from there.",
         formatter_class=_Formatter,
     )
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}

@@ -61,18 +61,20 @@ class Watch(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """A context in which the first Ctrl-C, or SIGTERM, ends training after the running step, with a checkpoint.
+    """A context in which the first Ctrl-C, SIGTERM or SIGHUP ends training after the running step, with a checkpoint.
 
     The second ends it at once, as KeyboardInterrupt, so that what is to be undone is.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the second from a scheduler of jobs, or a machine that shuts down
+    # From a person, from a scheduler of jobs or a machine that shuts down, and when a terminal goes.
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.asked = False
 
     def __enter__(self) -> None:
-        self.previous = {number: signal.signal(number, self.ask) for number in self.SIGNALS}
+        self.signals = [s for s in self.SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
+        self.previous = {number: signal.signal(number, self.ask) for number in self.signals}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
@@ -80,7 +82,7 @@ class Interrupt(TrainerCallback):
 
     def ask(self, *_: Any) -> None:
         self.asked = True
-        for number in self.SIGNALS:
+        for number in self.signals:
             signal.signal(number, signal.default_int_handler)
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\ninterrupted: this step ends, then all is saved; Ctrl-C again stops at once\n")
@@ -88,3 +90,5 @@ class Interrupt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
+
+    on_evaluate = on_step_end  # if it was asked meanwhile

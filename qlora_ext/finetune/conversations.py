@@ -14,15 +14,13 @@ MEANT_FOR_EXAMPLE = (
 )
 MEANT_FOR_MESSAGE = (
     *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
-    *("train", "images", "videos", "audios"),
+    *("images", "videos", "audios"),
 )
-
-
-NOTHING = (("weight", 1), ("train", 1))  # says no more than is meant without
+LEARNED = ("weight", "train")  # of a message: 0 or false, if an answer is only context
 
 
 class Turn(NamedTuple):
-    """What one has said; `learned` is False for an answer that is only context ("weight": 0)."""
+    """What one has said; `learned` is False for an answer that is only context."""
 
     role: str
     content: str
@@ -80,7 +78,7 @@ def _conversation(record: Any, unread: set[str]) -> Conversation:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(f"expected messages[{index}] to be an object, got {_kind(message)}")
-        _check_others(message, ("role", "content", "weight"), MEANT_FOR_MESSAGE, unread)
+        _check_others(message, ("role", "content", *LEARNED), MEANT_FOR_MESSAGE, unread)
     # An empty system turn, common in public data, says nothing.
     spoken = [m for m in messages if (m.get("role"), m.get("content")) != ("system", "")]
     turns = tuple(_turn(message) for message in spoken)
@@ -92,11 +90,12 @@ def _conversation(record: Any, unread: set[str]) -> Conversation:
 def _turn(message: dict[str, Any]) -> Turn:
     role, content = _text(message, "role"), _text(message, "content")
     answers = role == "assistant"
-    weight = message.get("weight")
-    if weight is not None and weight not in ((0, 1) if answers else (0,)):
-        expected = '"weight" to be 0 or 1' if answers else f'no "weight" but 0 of the role "{role}"'
-        raise ValueError(f"expected {expected}, got {json.dumps(weight)}")
-    return Turn(role, content, answers and weight != 0)
+    given = {field: message[field] for field in LEARNED if message.get(field) is not None}
+    for field, value in given.items():
+        if value not in ((0, 1) if answers else (0,)):
+            expected = f'"{field}" to be 0 or 1' if answers else f'no "{field}" but 0 of the role "{role}"'
+            raise ValueError(f"expected {expected}, got {json.dumps(value)}")
+    return Turn(role, content, answers and all(given.values()))
 
 
 def _check_others(given: dict[str, Any], read: tuple[str, ...], meant: tuple[str, ...], unread: set[str]) -> None:
@@ -105,9 +104,15 @@ def _check_others(given: dict[str, Any], read: tuple[str, ...], meant: tuple[str
             continue
         if field not in meant:
             unread.add(field)
-        elif (value := given[field]) not in (None, "", [], {}) and value is not False and (field, value) not in NOTHING:
+        elif not _is_nothing(field, given[field]):
             advice = 'a message of the role "system"' if field == "system" else "an example without it"
             raise ValueError(f'expected {advice}, got the field "{field}", which is not read')
+
+
+def _is_nothing(field: str, value: Any) -> bool:
+    if value in (None, "", [], {}):
+        return True
+    return value == 1 if field == "weight" else value is False
 
 
 def _text(record: dict[str, Any], field: str) -> str:

@@ -7,6 +7,7 @@ so that the model learns to stop. A .txt file is tokenized whole and cut into wi
 on every one.
 """
 
+import json
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ IGNORE = -100  # the label that cross entropy leaves out
 TEXT_PROMPT = 16  # tokens of a text window that a sample answer continues
 # How a chat template may end a prompt so that the model thinks first, which answers in data seldom do.
 THINKING = re.compile(r"(</?think(ing)?>\s*)+$")
+PLAIN = "--chat plain does without the template"
 MARK = "\ue000"  # no letter of any language: in no template, and stays as it is when a template strips or folds
 
 
@@ -65,7 +67,7 @@ def load_data(
     seed: int,
     use_chat_template: bool,
 ) -> Dataset:
-    """Read, de-duplicate, tokenize and split a data file; the same file and seed give the same split.
+    """Read, tokenize, de-duplicate and split a data file; the same file and seed give the same split.
 
     Args:
         path: a .txt file (plain text) or JSONL (anything else), UTF-8.
@@ -82,23 +84,19 @@ def load_data(
         raise ValueError(f"{type(tokenizer).__name__}: expected a fast tokenizer (tokenizer.json), got another")
     unread: set[str] = set()
     if is_text(path):
-        candidates, duplicates = _text_windows(path, tokenizer, max_length)
+        found = _text_windows(path, tokenizer, max_length)
     else:
-        distinct, duplicates = _distinct(read_conversations(path, unread))
         render = _Render(tokenizer, use_chat_template)
-        candidates = []
-        for number, conversation in tqdm(distinct, desc="tokenizing", unit="example", leave=False):
+        found = []
+        for number, turns in tqdm(read_conversations(path, unread), desc="tokenizing", unit="example", leave=False):
             try:
-                candidates.append(_encode(conversation, render))
+                found.append(_encode(turns, render))
             except (ValueError, TypeError, jinja2.TemplateError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
 
-    truncated = sum(len(example.input_ids) > max_length for example in candidates)
-    kept = [
-        example
-        for example in (_truncate(candidate, max_length) for candidate in candidates)
-        if any(label != IGNORE for label in example.labels[1:])
-    ]
+    truncated = sum(len(example.input_ids) > max_length for example in _distinct(found))
+    distinct = _distinct(_truncate(example, max_length) for example in found)
+    kept = [example for example in distinct if any(label != IGNORE for label in example.labels[1:])]
     if not kept:
         raise ValueError(
             f"{path}: no example has a token to learn within {max_length} tokens, in answers of a weight other than 0"
@@ -110,24 +108,22 @@ def load_data(
     return Dataset(
         train=kept[held_out:],
         held_out=kept[:held_out],
-        duplicates=duplicates,
+        duplicates=len(found) - len(distinct),
         truncated=truncated,
-        dropped=len(candidates) - len(kept),
+        dropped=len(distinct) - len(kept),
         unread=tuple(sorted(unread)),
     )
 
 
-def _distinct(lines: Iterable[tuple[int, Conversation]]) -> tuple[list[tuple[int, Conversation]], int]:
-    """Of those that say the same the first, with its line, which learns what any of them does; and how many more."""
-    first: dict[tuple[tuple[str, str], ...], tuple[int, Conversation]] = {}
-    seen = 0
-    for number, conversation in lines:
-        seen += 1
-        said = tuple((turn.role, turn.content) for turn in conversation)
-        at, same = first.get(said, (number, conversation))
-        learned = tuple(max(pair, key=lambda turn: turn.learned) for pair in zip(same, conversation, strict=True))
-        first[said] = at, learned
-    return list(first.values()), seen - len(first)
+def _distinct(examples: Iterable[Example]) -> list[Example]:
+    """Of those with the same tokens the first, which learns what any of them does."""
+    first: dict[tuple[int, ...], Example] = {}
+    for example in examples:
+        tokens = tuple(example.input_ids)
+        same = first.get(tokens, example)
+        earlier = min(same, example, key=lambda each: each.prompt_length)
+        first[tokens] = replace(earlier, labels=list(map(max, same.labels, example.labels)))  # IGNORE is below any
+    return list(first.values())
 
 
 class PadToLongest:
@@ -175,33 +171,43 @@ def _encode(turns: Conversation, render: _Render) -> Example:
     # A template writes its own special tokens, so only the plain form asks the tokenizer for them.
     encoding = render.tokenizer(text, add_special_tokens=not render.templated, return_offsets_mapping=True)
     ids: list[int] = encoding["input_ids"]
+    places: list[tuple[int, int]] = encoding["offset_mapping"]
     labels = [IGNORE] * len(ids)
     for index, turn in enumerate(turns):
         if not turn.learned:
             continue
-        through = render(turns[: index + 1])
-        before = _before(turns[: index + 1], through, render)
+        through, bare = render(turns[: index + 1]), render(turns[:index]) if index else ""
+        before = _before(turns[: index + 1], through, bare, render)
         if not text.startswith(through):
             advice = "give one assistant turn, the last, per example, or --chat plain"
             raise ValueError(f"the chat template rewrites earlier turns; {advice}")
-        answer = [
-            position
-            for position, (start, end) in enumerate(encoding["offset_mapping"])
-            if end > len(before) and start < len(through)
-        ]
+        if not _shows(through[len(bare) :], turn.content):
+            got = f"shows {_end(through[len(before) :])} of {_end(turn.content)}"
+            raise ValueError(f"the chat template leaves out some of an answer: {got}; {PLAIN}")
+        answer = [place for place, (start, end) in enumerate(places) if end > len(before) and start < len(through)]
         # What a template puts after the end-of-turn token (a newline, say) is never generated: no loss on it.
-        ends = [position for position in answer if ids[position] in render.special]
+        said = max(text.find(turn.content.strip(), len(before)), 0) + len(turn.content.strip())
+        ends = [position for position in answer if ids[position] in render.special and places[position][0] >= said]
         for position in answer:
             if not ends or position <= ends[-1]:
                 labels[position] = ids[position]
+    for turn in turns:
+        if turn.role != "assistant" and not _shows(text, turn.content):  # of an earlier answer thoughts may be left out
+            raise ValueError(f'the chat template leaves out what the role "{turn.role}" says; {PLAIN}')
     answered = (position for position, label in enumerate(labels) if label != IGNORE)
     first_answer = next((index for index, turn in enumerate(turns) if turn.learned), 0)
     prompt_length = max(1, next(answered, len(ids)))  # a sample answer has to start from something
     return Example(ids, labels, prompt_length, question=turns[first_answer - 1].content if first_answer else "")
 
 
-def _before(turns: Conversation, through: str, render: _Render) -> str:
-    """What of `through`, the text of `turns`, comes ahead of the last of them, an answer."""
+def _shows(text: str, content: str) -> bool:
+    """Whether the content is in the text but for white space, perhaps as a string of JSON."""
+    shown = "".join(text.split())
+    return any("".join(form.split()) in shown for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]))
+
+
+def _before(turns: Conversation, through: str, bare: str, render: _Render) -> str:
+    """What of `through`, the text of `turns`, comes ahead of the last of them, an answer; `bare`: of those before."""
     if len(turns) == 1 and render.templated:
         # transformers refuses to render no turns, so before a first answer is what its own text has ahead of it.
         head = render((Turn("assistant", MARK, True),)).partition(MARK)[0]
@@ -209,14 +215,13 @@ def _before(turns: Conversation, through: str, render: _Render) -> str:
             raise ValueError("the chat template rewrites the first turn, of the assistant; begin with one of the user")
         return head
     prompt = render(turns[:-1], True)
-    bare = render(turns[:-1])
     unthinking = THINKING.sub("", prompt)
     for before in (prompt, unthinking if len(unthinking) >= len(bare) else bare, bare):
         if through.startswith(before):
             return before
     raise ValueError(
         f"the chat template rewrites earlier turns: expected a text that begins with {_end(bare)}, its own of the "
-        f"turns before an answer, got {_end(through[: len(bare)])}; --chat plain does without the template"
+        f"turns before an answer, got {_end(through[: len(bare)])}; {PLAIN}"
     )
 
 
@@ -224,15 +229,13 @@ def _end(text: str) -> str:
     return repr(text if len(text) <= 60 else f"...{text[-60:]}")
 
 
-def _text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[Example], int]:
+def _text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
     text = "".join(line for _, line in read_lines(path))
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    unique = list(dict.fromkeys(map(tuple, windows)))
-    examples = [Example(list(window), list(window), min(TEXT_PROMPT, len(window) // 2), "") for window in unique]
-    return examples, len(windows) - len(unique)
+    return [Example(window, list(window), min(TEXT_PROMPT, len(window) // 2), "") for window in windows]
 
 
 def _truncate(example: Example, max_length: int) -> Example:

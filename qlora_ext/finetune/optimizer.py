@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qlora_ext import PagedAdamW
@@ -39,6 +40,17 @@ class StatesReport:
     def state_bytes(self) -> int:
         """Of all states, wherever they are."""
         return self.device_bytes + self.host_bytes + self.file_bytes
+
+
+def check_page_file(path: Path) -> None:
+    """Raise ValueError or OSError as a paged optimizer would at its first step, if that cannot page to this file."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = PagedAdamW([parameter], page_file=path)
+    try:
+        optimizer.step()
+    finally:
+        optimizer.release()
 
 
 def for_trainer(choice: OptimizerChoice, arguments: Any) -> tuple[type[Optimizer], dict[str, Any]] | None:

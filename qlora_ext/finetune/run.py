@@ -20,10 +20,10 @@ from .evaluate import compared, held_out_loss, sample_answers
 from .fit import check_fits, check_runs
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
-from .optimizer import OptimizerChoice, StatesReport
+from .optimizer import OptimizerChoice, StatesReport, check_page_file
 from .output_folder import OutputFolder
 from .report import composition, peak_rss, table, write
-from .same_run import check_same_run, is_done, note, what_stays
+from .same_run import check_same_run, is_reported, note, steps_so_far, what_stays
 from .targets import target_modules
 from .train import Outcome, Schedule, total_steps, train
 
@@ -53,9 +53,13 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     tokenizer = checkpoint.tokenizer()
     data = _examples(options, tokenizer)
     steps = options.steps or total_steps(len(data.train), options.epochs, options.batch_size, options.accumulate)
-    if options.resume and is_done(options.output, steps):
-        _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
-        return 0
+    if options.resume:
+        done, meant = steps_so_far(options.output, steps)
+        if done == steps and is_reported(options.output):
+            _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
+            return 0
+        if meant != steps and options.schedule != "constant":
+            _say(f"{meant} steps were meant before, now {steps}: the learning rate goes on as if they had been")
     longest = max(len(example.input_ids) for example in (*data.train, *data.held_out))
     data = dataclasses.replace(data, held_out=data.held_out[: options.eval_examples])
     if options.eval_steps and not data.held_out:
@@ -81,6 +85,8 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     if options.compile:
         _say(f"{compile_layers(model)} layers to compile: the first step takes a minute")
 
+    if options.page_file is not None and options.page_file.parent.is_dir():
+        check_page_file(options.page_file)
     folder.begin(resume=options.resume, overwrite=options.overwrite)
     note(options.output, same)
     report = _train(options, model, tokenizer, data, _schedule(options, steps, chunk), dtype)
@@ -88,7 +94,7 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
         _say("stopped: the same command with --resume goes on from here")
         return 130
     write(report, options.output)
-    print(table(report))
+    _print(table(report))
     _say(f"report.json and report.png are in {options.output}")
     return 0
 
@@ -250,6 +256,11 @@ def _schedule(options: argparse.Namespace, steps: int, loss_chunk: int | None) -
         loss_chunk=loss_chunk,
         optimizer=OptimizerChoice(options.optimizer, options.device_budget, options.host_budget, options.page_file),
     )
+
+
+def _print(text: str) -> None:
+    encoding = sys.stdout.encoding
+    print(text.encode(encoding, "replace").decode(encoding))  # answers may have letters that it has not
 
 
 def _say(text: str) -> None:

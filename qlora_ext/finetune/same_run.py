@@ -9,6 +9,7 @@ from pathlib import Path
 from qlora_ext.whole_files import write_files
 
 from .data import is_text
+from .output_folder import REPORTS
 from .train import newest_checkpoint, saved_state
 
 # The base, the examples (by what the file holds, wherever it is) and their split, the adapter, the optimizer and its
@@ -62,14 +63,20 @@ def _noted(file: Path) -> dict[str, str]:
     return noted
 
 
-def is_done(output: Path, steps: int) -> bool:
-    """Whether all steps are made, saved and reported.
+def steps_so_far(output: Path, steps: int) -> tuple[int, int]:
+    """How many of these steps are made, and how many were meant to be when they were.
 
-    Raises: ValueError when more are.
+    Raises: ValueError when more are made.
     """
     checkpoint = newest_checkpoint(output)
-    done = saved_state(checkpoint).global_step if checkpoint else 0
-    if done > steps:
-        raise ValueError(f"--resume: --steps: expected at least the {done} that are done, got {steps}")
-    reported = all((output / name).exists() for name in ("report.json", "report.png"))
-    return done == steps and any(output.glob("*.safetensors")) and reported
+    if checkpoint is None:
+        return 0, steps
+    state = saved_state(checkpoint)
+    if state.global_step > steps:
+        raise ValueError(f"--resume: --steps: expected at least the {state.global_step} that are done, got {steps}")
+    return state.global_step, state.max_steps
+
+
+def is_reported(output: Path) -> bool:
+    """Whether a run has saved its product and its reports."""
+    return any(output.glob("*.safetensors")) and all((output / name).exists() for name in REPORTS)

@@ -20,7 +20,7 @@ from .callbacks import Interrupt, Watch
 from .data import Dataset
 from .optimizer import OptimizerChoice, StatesReport, paged, where_states_are
 from .output_folder import STAGING, checkpoints
-from .trainer import AnswerTrainer
+from .trainer import AnswerTrainer, check_whole
 
 # Of checkpointing's names: transformers 5.23 has another one than before (Python 3.10 gets 5.20), and warns of the old.
 CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
@@ -123,6 +123,8 @@ def train(
         trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step too many
         trainer.state = done
     else:
+        if checkpoint is not None:
+            check_whole(checkpoint, schedule.optimizer)
         try:
             with interrupt:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

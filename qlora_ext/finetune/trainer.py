@@ -6,6 +6,7 @@ A checkpoint is written beside its place and renamed, so a save cut short leaves
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from qlora_ext.whole_files import naming
 
@@ -29,7 +30,17 @@ from .output_folder import STAGING, checkpoints
 
 KEPT_CHECKPOINTS = 2
 PAGED_STATES = "optimizer.safetensors"
+RANDOM_STATE = "rng_state.pth"
 WRITER = re.compile("inline_container|PytorchStreamWriter|basic_ios")  # in every error of the file of torch.save
+
+
+def check_whole(checkpoint: Path, choice: OptimizerChoice) -> None:
+    """Raise ValueError unless all that training goes on from is there: Trainer would begin anew without a word."""
+    for name in (OPTIMIZER_NAME if choice.kind == "adamw" else PAGED_STATES, SCHEDULER_NAME, RANDOM_STATE):
+        file = checkpoint / name
+        if not file.is_file() or (file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)):
+            got = "damaged" if file.is_file() else "missing"
+            raise ValueError(f"{file}: {got}; without {checkpoint} --resume goes on from the checkpoint before, if any")
 
 
 class AnswerTrainer(AdapterCheckpoints, Trainer):
@@ -120,13 +131,19 @@ class AnswerTrainer(AdapterCheckpoints, Trainer):
         torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        optimizer = paged(self.optimizer)
-        if optimizer is None or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        optimizer.load_states(Path(checkpoint) / PAGED_STATES)
+        optimizer = paged(self.optimizer)
         scheduler: Any = self.lr_scheduler
-        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if optimizer is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            optimizer.load_states(Path(checkpoint) / PAGED_STATES)
+            scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        # The next rate came back as it was planned when it was saved: at the end of a schedule 0.
+        groups = scheduler.optimizer.param_groups
+        for group, lr, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = lr * factor(scheduler.last_epoch)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with _staging(self.folder) as staging:

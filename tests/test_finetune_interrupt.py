@@ -1,0 +1,71 @@
+"""Signals that end a training, and what is saved then."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import one_thread as one_thread
+from tiny_training import interrupt_at, run
+from tiny_training import python_handles_interrupts as python_handles_interrupts
+from torch import Tensor
+
+from qlora_ext.finetune import trainer
+from qlora_ext.finetune.data import PadToLongest
+from qlora_ext.finetune.train import newest_checkpoint
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_save_as_ctrl_c_does(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedulers of jobs send the one, and a terminal that goes the other."""
+    before = signal.getsignal(number)
+    interrupt_at(monkeypatch, 6, number)
+    _, outcome = run(tmp_path)
+    assert outcome.interrupted
+    assert newest_checkpoint(tmp_path) == tmp_path / f"checkpoint-{outcome.step}"
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_of_nohup_stays_when_the_terminal_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt_at(monkeypatch, 6, signal.SIGHUP)
+        assert not run(tmp_path)[1].interrupted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_interrupt_stops_at_once(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(*_: object) -> dict[str, Tensor]:
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        raise AssertionError("the second signal must not return")
+
+    monkeypatch.setattr(PadToLongest, "__call__", twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not list(tmp_path.glob("*"))
+
+
+def test_an_evaluation_that_is_interrupted_is_the_last_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = trainer.held_out_loss
+
+    def interrupted(*args: Any, **options: Any) -> float:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "held_out_loss", interrupted)
+        _, outcome = run(tmp_path, eval_steps=3)
+    assert (outcome.interrupted, outcome.step, [step for step, _ in outcome.held_out]) == (True, 3, [3])
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    _, whole = run(tmp_path / "whole", eval_steps=3)
+    assert run(tmp_path, eval_steps=3, resume=True)[1].held_out == whole.held_out
