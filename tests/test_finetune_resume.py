@@ -149,13 +149,14 @@ def test_a_run_that_noted_less_resumes(arguments: dict[str, Any]) -> None:
     assert set(noted) < set(json.loads(file.read_text()))
 
 
-@pytest.mark.parametrize("content", ["{bad", "[]"])
+@pytest.mark.parametrize("content", ["{bad", "[]", None])
 def test_damaged_note_of_the_run_is_named(
-    content: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    content: str | None, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (arguments["output"] / "checkpoint-3").mkdir(parents=True)
     file = arguments["output"] / "run.json"
-    file.write_text(content)
+    if content is not None:
+        file.write_text(content)
     assert cli.main(words({**arguments, "resume": True})) == 2
     assert f"error: {file}: expected " in capsys.readouterr().err
 

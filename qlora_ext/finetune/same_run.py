@@ -44,8 +44,7 @@ def note(output: Path, same: dict[str, str]) -> None:
 def check_same_run(output: Path, same: dict[str, str]) -> None:
     """Raise ValueError at what differs from the run in `output`, as far as that noted it: earlier versions noted
     less."""
-    file = output / "run.json"
-    before = {"optimizer": "adamw", "target_parameters": "None", **_noted(file)} if file.exists() else same
+    before = {"optimizer": "adamw", "target_parameters": "None", **_noted(output / "run.json")}
     for name, value in same.items():
         known = before.get(name, value)
         if known != value and not (name == "model" and os.path.realpath(str(known)) == os.path.realpath(value)):
@@ -56,6 +55,8 @@ def check_same_run(output: Path, same: dict[str, str]) -> None:
 def _noted(file: Path) -> dict[str, str]:
     try:
         noted = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: expected the options of the run to go on with, got no file") from error
     except ValueError as error:
         raise ValueError(f"{file}: expected JSON, got a damaged file ({error})") from error
     if not isinstance(noted, dict):
