@@ -10,7 +10,8 @@ on every one.
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,18 +85,10 @@ def load_data(
         raise ValueError(f"{type(tokenizer).__name__}: expected a fast tokenizer (tokenizer.json), got another")
     unread: set[str] = set()
     if is_text(path):
-        found = _text_windows(path, tokenizer, max_length)
+        examples = _text_windows(path, tokenizer, max_length)
     else:
-        render = _Render(tokenizer, use_chat_template)
-        found = []
-        for number, turns in tqdm(read_conversations(path, unread), desc="tokenizing", unit="example", leave=False):
-            try:
-                found.append(_encode(turns, render))
-            except (ValueError, TypeError, jinja2.TemplateError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-
-    truncated = sum(len(example.input_ids) > max_length for example in _distinct(found))
-    distinct = _distinct(_truncate(example, max_length) for example in found)
+        examples = _conversations(path, _Render(tokenizer, use_chat_template), unread)
+    distinct, duplicates, truncated = _distinct(examples, max_length)
     kept = [example for example in distinct if any(label != IGNORE for label in example.labels[1:])]
     if not kept:
         raise ValueError(
@@ -108,22 +101,29 @@ def load_data(
     return Dataset(
         train=kept[held_out:],
         held_out=kept[:held_out],
-        duplicates=len(found) - len(distinct),
+        duplicates=duplicates,
         truncated=truncated,
         dropped=len(distinct) - len(kept),
         unread=tuple(sorted(unread)),
     )
 
 
-def _distinct(examples: Iterable[Example]) -> list[Example]:
-    """Of those with the same tokens the first, which learns what any of them does."""
-    first: dict[tuple[int, ...], Example] = {}
-    for example in examples:
-        tokens = tuple(example.input_ids)
+def _distinct(examples: Iterable[Example], max_length: int) -> tuple[list[Example], int, int]:
+    """Cut to max_length tokens, and of those with the same ones the first, which learns what any of them does; how
+    many more there were, and how many are cut."""
+    first: dict[bytes, Example] = {}
+    cut = set()
+    seen = 0
+    for whole in examples:
+        example = _truncate(whole, max_length)
+        tokens = array("q", example.input_ids).tobytes()
         same = first.get(tokens, example)
         earlier = min(same, example, key=lambda each: each.prompt_length)
         first[tokens] = replace(earlier, labels=list(map(max, same.labels, example.labels)))  # IGNORE is below any
-    return list(first.values())
+        if len(whole.input_ids) > max_length:
+            cut.add(tokens)
+        seen += 1
+    return list(first.values()), seen - len(first), len(cut)
 
 
 class PadToLongest:
@@ -164,6 +164,14 @@ class _Render:
         end = {"assistant": self.tokenizer.eos_token or ""}
         lines = "".join(f"{turn.role}: {turn.content}{end.get(turn.role, '')}\n" for turn in turns)
         return lines + ("assistant:" if answer_follows else "")
+
+
+def _conversations(path: Path, render: _Render, unread: set[str]) -> Iterator[Example]:
+    for number, turns in tqdm(read_conversations(path, unread), desc="tokenizing", unit="example", leave=False):
+        try:
+            yield _encode(turns, render)
+        except (ValueError, TypeError, jinja2.TemplateError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
 
 
 def _encode(turns: Conversation, render: _Render) -> Example:
@@ -229,13 +237,14 @@ def _end(text: str) -> str:
     return repr(text if len(text) <= 60 else f"...{text[-60:]}")
 
 
-def _text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+def _text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Example]:
     text = "".join(line for _, line in read_lines(path))
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    return [Example(window, list(window), min(TEXT_PROMPT, len(window) // 2), "") for window in windows]
+    for start in range(0, len(ids), max_length):
+        window = ids[start : start + max_length]
+        yield Example(window, window, min(TEXT_PROMPT, len(window) // 2), "")
 
 
 def _truncate(example: Example, max_length: int) -> Example:
