@@ -1,6 +1,6 @@
 // AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch.optim.AdamW defines it, over slices of parameters: what the
 // kernels of every device take. All arithmetic is fp32, in one sequence of roundings, so that the bytes do not depend
-// on the device, the path, the threads or how the parameters are cut into slices.
+// on the device, the path, the threads or how the parameters are cut into slices, but for which NaN a NaN is.
 //
 //   p *= 1 - lr * weight_decay
 //   m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2

@@ -109,7 +109,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     _check_not_offloaded("delete_adapter", model, lora_layers(model))
     for layer_name, layer in lora_layers(model):
         if layer.configs.keys() == {name} and is_hooked(layer):
-            raise ValueError(f"delete_adapter: {layer_name}: expected no hooks, which would be lost, got some")
+            expected = "no hooks, and its class's forward: others would be lost"
+            raise ValueError(f"delete_adapter: {layer_name}: expected {expected}, got a layer that has them")
     was_active = any(name in layer.active_adapters for _, layer in lora_layers(model))
 
     _detach(model, name)

@@ -52,8 +52,8 @@ def quantize_model(
 
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
-        ValueError: there is no layer to quantize below the model, or one holds NaN or Inf, or has hooks or a forward
-            that is not its class's (named; the ones before it are quantized); merged adapters, or PEFT's.
+        ValueError: there is no layer to quantize below the model; one has hooks, or a forward that is not its class's;
+            merged adapters, or PEFT's. One holds NaN or Inf: the layers before it are quantized.
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """

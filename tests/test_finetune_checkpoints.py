@@ -96,3 +96,7 @@ def test_answers_with_letters_that_the_terminal_has_not(monkeypatch: pytest.Monk
     _print("after: \xe9 \N{PARTY POPPER}")
     sys.stdout.flush()
     assert shown.getvalue() == b"after: \xe9 ?\n"
+    plain = io.StringIO()  # of no encoding
+    monkeypatch.setattr(sys, "stdout", plain)
+    _print("\N{PARTY POPPER}")
+    assert plain.getvalue() == "\N{PARTY POPPER}\n"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +73,37 @@ def test_an_evaluation_that_is_interrupted_is_the_last_thing(tmp_path: Path, mon
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
     _, whole = run(tmp_path / "whole", eval_steps=3)
     assert run(tmp_path, eval_steps=3, resume=True)[1].held_out == whole.held_out
+
+
+IN_A_TERMINAL = """
+import signal, sys, time
+from pathlib import Path
+from tiny_training import run
+from qlora_ext.finetune.data import PadToLongest
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, whatever runs the tests
+collate = PadToLongest.__call__
+def slowly(self, examples):
+    (Path(sys.argv[1]) / "begun").touch()
+    time.sleep(0.2)
+    return collate(self, examples)
+PadToLongest.__call__ = slowly
+_, outcome = run(Path(sys.argv[1]))
+(Path(sys.argv[1]) / "ended").write_text(str(outcome.interrupted))
+"""
+
+
+def test_a_terminal_that_goes_takes_no_step_with_it(tmp_path: Path) -> None:
+    """What is printed fails from then on, be it by the handler of the signal."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(Path(__file__).parent)
+        os.execv(sys.executable, [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path)])
+    while not (tmp_path / "begun").exists():
+        if select.select([terminal], [], [], 0.1)[0]:
+            assert os.read(terminal, 4096)  # raises when it has ended
+    os.close(terminal)
+    os.waitpid(process, 0)
+    assert (tmp_path / "ended").read_text() == "True"
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest / "adapter_model.safetensors").exists()

@@ -72,3 +72,39 @@ def test_examples_that_only_the_template_or_the_cut_makes_alike_are_one(tmp_path
     long = [{"prompt": "q", "response": "a" * 60 + str(i)} for i in range(5)]
     cut = load(jsonl(tmp_path / "long.jsonl", *long), trimming, held_out_fraction=0, max_length=40)
     assert (len(cut.train), cut.duplicates, cut.truncated) == (1, 4, 1)
+
+
+@pytest.mark.parametrize("said", ["Be brief. /no_think", "/no_think"])
+def test_a_switch_that_a_template_takes_out_is_none_of_what_is_left_out(said: str, tmp_path: Path) -> None:
+    """As SmolLM3's and Nemotron's templates do."""
+    tokenizer = tiny_tokenizer(CHATML.replace(CONTENT, f"{CONTENT}.replace('/no_think', '')"))
+    path = jsonl(tmp_path / "d.jsonl", conversation(("system", said), ("user", "q"), ("assistant", "a")))
+    assert labelled(tokenizer, load_one(path, tokenizer)) == "a<|im_end|>"
+
+
+@pytest.mark.parametrize("fold", ["lower", "upper", "trim"])
+def test_a_template_that_folds_leaves_nothing_out(fold: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(CHATML.replace(CONTENT, f"({CONTENT} | {fold})"))
+    path = jsonl(tmp_path / "d.jsonl", {"prompt": "What IS it", "response": "An Answer"})
+    assert labelled(tokenizer, load_one(path, tokenizer)).casefold() == "an answer<|im_end|>"
+
+
+def test_an_end_that_only_whole_turns_have(tmp_path: Path) -> None:
+    """Without an answer to come this template ends in a token, and the text of the turns before is no prefix."""
+    turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer = tiny_tokenizer(turns + "{% if add_generation_prompt %}assistant:{% else %}<|im_end|>{% endif %}")
+    example = load_one(jsonl(tmp_path / "d.jsonl", {"prompt": "q", "response": "yo"}), tokenizer)
+    assert labelled(tokenizer, example) == " yo\n<|im_end|>"
+
+
+def test_the_newline_behind_an_end_that_the_data_brings_is_not_learned(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    example = load_one(jsonl(tmp_path / "d.jsonl", {"prompt": "q", "response": "yo<|im_end|>"}), tokenizer)
+    assert labelled(tokenizer, example).endswith("yo<|im_end|>")
+
+
+def test_each_of_two_answers_that_begin_alike_has_its_own_end(tmp_path: Path) -> None:
+    turns = [("user", "q"), ("assistant", "yo"), ("user", "q"), ("assistant", "yo2")]
+    tokenizer = tiny_tokenizer(CHATML)
+    example = load_one(jsonl(tmp_path / "d.jsonl", conversation(*turns)), tokenizer)
+    assert labelled(tokenizer, example) == "yo<|im_end|>yo2<|im_end|>"

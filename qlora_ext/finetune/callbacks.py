@@ -82,10 +82,15 @@ class Interrupt(TrainerCallback):
 
     def ask(self, *_: Any) -> None:
         self.asked = True
-        for number in self.signals:
-            signal.signal(number, signal.default_int_handler)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\ninterrupted: this step ends, then all is saved; Ctrl-C again stops at once\n")
+        for number in self.signals:  # a terminal that goes may send SIGHUP twice
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.default_int_handler)
+        try:  # not print: the signal may have come in the middle of one
+            os.write(2, b"\ninterrupted: this step ends, then all is saved; Ctrl-C again stops at once\n")
+        except OSError:  # the terminal has gone: what is printed from now on goes nowhere
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:

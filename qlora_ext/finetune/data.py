@@ -153,7 +153,8 @@ class _Render:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, use_chat_template: bool) -> None:
         self.tokenizer = tokenizer
         self.templated = use_chat_template and tokenizer.chat_template is not None
-        self.special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special, self.ends = set(special), tuple(token.content for token in special.values())
 
     def __call__(self, turns: Conversation, answer_follows: bool = False) -> str:
         if self.templated:
@@ -167,7 +168,8 @@ class _Render:
 
 
 def _conversations(path: Path, render: _Render, unread: set[str]) -> Iterator[Example]:
-    for number, turns in tqdm(read_conversations(path, unread), desc="tokenizing", unit="example", leave=False):
+    lines = list(read_conversations(path, unread))  # a bad one ends this in seconds, not after minutes
+    for number, turns in tqdm(lines, desc="tokenizing", unit="example", leave=False):
         try:
             yield _encode(turns, render)
         except (ValueError, TypeError, jinja2.TemplateError) as error:
@@ -189,18 +191,20 @@ def _encode(turns: Conversation, render: _Render) -> Example:
         if not text.startswith(through):
             advice = "give one assistant turn, the last, per example, or --chat plain"
             raise ValueError(f"the chat template rewrites earlier turns; {advice}")
-        if not _shows(through[len(bare) :], turn.content):
+        begin = next((i for i, pair in enumerate(zip(bare, through, strict=False)) if len(set(pair)) > 1), len(bare))
+        if not _shows(_squeezed(through[begin:]), turn.content):
             got = f"shows {_end(through[len(before) :])} of {_end(turn.content)}"
             raise ValueError(f"the chat template leaves out some of an answer: {got}; {PLAIN}")
         answer = [place for place, (start, end) in enumerate(places) if end > len(before) and start < len(through)]
         # What a template puts after the end-of-turn token (a newline, say) is never generated: no loss on it.
-        said = max(text.find(turn.content.strip(), len(before)), 0) + len(turn.content.strip())
+        said = _said(turn.content, text[: len(through)], begin, render.ends)
         ends = [position for position in answer if ids[position] in render.special and places[position][0] >= said]
         for position in answer:
             if not ends or position <= ends[-1]:
                 labels[position] = ids[position]
-    for turn in turns:
-        if turn.role != "assistant" and not _shows(text, turn.content):  # of an earlier answer thoughts may be left out
+    shown = _squeezed(text)
+    for index, turn in enumerate(turns):  # of an earlier answer thoughts may be left out
+        if turn.role != "assistant" and not _shows(shown, turn.content) and _is_left_out(turns, index, render):
             raise ValueError(f'the chat template leaves out what the role "{turn.role}" says; {PLAIN}')
     answered = (position for position, label in enumerate(labels) if label != IGNORE)
     first_answer = next((index for index, turn in enumerate(turns) if turn.learned), 0)
@@ -208,10 +212,32 @@ def _encode(turns: Conversation, render: _Render) -> Example:
     return Example(ids, labels, prompt_length, question=turns[first_answer - 1].content if first_answer else "")
 
 
-def _shows(text: str, content: str) -> bool:
-    """Whether the content is in the text but for white space, perhaps as a string of JSON."""
-    shown = "".join(text.split())
-    return any("".join(form.split()) in shown for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]))
+def _squeezed(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _shows(squeezed: str, content: str) -> bool:
+    """Whether the content is in the text but for white space and case, perhaps as a string of JSON."""
+    return any(_squeezed(form) in squeezed for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]))
+
+
+def _is_left_out(turns: Conversation, index: int, render: _Render) -> bool:
+    """Whether the text has nothing of what this turn says: of a switch in it a template makes something else."""
+    turn = turns[index]._replace(content=MARK)
+    try:
+        text = render((*turns[:index], turn, *turns[index + 1 :]))
+    except (ValueError, TypeError, jinja2.TemplateError):  # as it reads what is said
+        return False
+    return MARK not in text and json.dumps(MARK)[1:-1] not in text
+
+
+def _said(content: str, text: str, begin: int, ends: tuple[str, ...]) -> int:
+    """Where in the text the content ends that begins after `begin`, but for special tokens of its own at its end."""
+    content = content.strip()
+    while content.endswith(ends):
+        content = content.removesuffix(next(end for end in ends if content.endswith(end))).rstrip()
+    found = text.find(content, begin)
+    return found + len(content) if found >= 0 else 0
 
 
 def _before(turns: Conversation, through: str, bare: str, render: _Render) -> str:

@@ -52,6 +52,9 @@ def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
     checkpoint = open_checkpoint(options.model)
     tokenizer = checkpoint.tokenizer()
     data = _examples(options, tokenizer)
+    same["examples"] = f"{len(data.train)} + {len(data.held_out)}"  # of the same file other versions made others
+    if options.resume:
+        check_same_run(options.output, same)
     steps = options.steps or total_steps(len(data.train), options.epochs, options.batch_size, options.accumulate)
     if options.resume:
         done, meant = steps_so_far(options.output, steps)
@@ -259,7 +262,7 @@ def _schedule(options: argparse.Namespace, steps: int, loss_chunk: int | None) -
 
 
 def _print(text: str) -> None:
-    encoding = sys.stdout.encoding
+    encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding))  # answers may have letters that it has not
 
 
