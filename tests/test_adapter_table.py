@@ -120,7 +120,7 @@ def test_hooks_are_not_lost_with_the_last_adapter() -> None:
     hook = model[1].register_forward_hook(lambda *_: seen.append("1"))
     delete_adapter(model, "a")
     with pytest.raises(
-        ValueError, match="delete_adapter: 1: expected no hooks, .* would be lost, got a layer that has them"
+        ValueError, match=r"delete_adapter: 1: expected no hooks, .* would be lost, got a layer that has them"
     ):
         delete_adapter(model, "b")
     assert all(isinstance(layer, LoraLinear) for layer in model)
