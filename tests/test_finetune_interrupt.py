@@ -7,6 +7,8 @@ import pty
 import select
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,23 +89,45 @@ def slowly(self, examples):
     time.sleep(0.2)
     return collate(self, examples)
 PadToLongest.__call__ = slowly
-_, outcome = run(Path(sys.argv[1]))
+_, outcome = run(Path(sys.argv[1]), eval_steps=1)
 (Path(sys.argv[1]) / "ended").write_text(str(outcome.interrupted))
 """
 
 
-def test_a_terminal_that_goes_takes_no_step_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [None, signal.SIGINT], ids=["", "after-ctrl-c"])
+def test_a_terminal_that_goes_takes_no_step_with_it(first: signal.Signals | None, tmp_path: Path) -> None:
     """What is printed fails from then on, be it by the handler of the signal."""
     process, terminal = pty.fork()
     if process == 0:
-        os.chdir(Path(__file__).parent)
-        os.execv(sys.executable, [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path)])
-    while not (tmp_path / "begun").exists():
-        if select.select([terminal], [], [], 0.1)[0]:
-            assert os.read(terminal, 4096)  # raises when it has ended
-    os.close(terminal)
-    os.waitpid(process, 0)
-    assert (tmp_path / "ended").read_text() == "True"
+        try:
+            os.chdir(Path(__file__).parent)
+            os.execv(sys.executable, [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path)])
+        finally:
+            os._exit(127)
+    said, deadline = b"", time.monotonic() + 120
+
+    def read_until(seen: Callable[[], bool]) -> None:
+        nonlocal said
+        while not seen():
+            assert time.monotonic() < deadline, said
+            if select.select([terminal], [], [], 0.1)[0]:
+                said += os.read(terminal, 4096)
+
+    try:
+        read_until((tmp_path / "begun").exists)
+        if first is not None:
+            os.kill(process, first)
+            read_until(lambda: b"interrupted: " in said)
+        os.close(terminal)
+        while os.waitpid(process, os.WNOHANG) == (0, 0):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        process = 0
+    finally:
+        if process:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    assert (tmp_path / "ended").read_text() == "True", said
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert (newest / "adapter_model.safetensors").exists()

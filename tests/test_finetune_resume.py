@@ -142,11 +142,23 @@ def test_a_run_that_noted_less_resumes(arguments: dict[str, Any]) -> None:
     assert cli.main(words(arguments)) == 0
     file = arguments["output"] / "run.json"
     noted = json.loads(file.read_text())
-    for name in ("optimizer", "lr", "data_sha256"):  # of versions that had no choice, or did not look
+    for name in ("optimizer", "lr", "data_sha256", "examples"):  # of versions that had no choice, or did not look
         del noted[name]
     file.write_text(json.dumps(noted))
     assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 0
     assert set(noted) < set(json.loads(file.read_text()))
+
+
+def test_a_version_that_makes_other_examples_of_the_data_does_not_go_on(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(arguments)) == 0
+    file = arguments["output"] / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"examples": "40 + 4"}))
+    assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 2
+    assert "--data: examples that this version makes of it, to train on + held out: expected '40 + 4'" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("content", ["{bad", "[]", None])

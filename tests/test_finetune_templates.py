@@ -82,6 +82,27 @@ def test_a_switch_that_a_template_takes_out_is_none_of_what_is_left_out(said: st
     assert labelled(tokenizer, load_one(path, tokenizer)) == "a<|im_end|>"
 
 
+@pytest.mark.parametrize("cut", [".split('</think>')[-1]", "[:20]"])
+def test_a_question_that_a_template_cuts_is_refused(cut: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(CHATML.replace(CONTENT, f"{CONTENT}{cut}"))
+    path = jsonl(tmp_path / "d.jsonl", {"prompt": "How do I close <think>x</think> tags?", "response": "a"})
+    with pytest.raises(ValueError, match='line 1: the chat template leaves out what the role "user" says'):
+        load_one(path, tokenizer)
+
+
+def test_an_end_in_words_is_learned_behind_a_special_token_of_the_answer(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n### End\n{% endfor %}")
+    example = load_one(jsonl(tmp_path / "d.jsonl", {"prompt": "q", "response": "fill <|im_end|>"}), tokenizer)
+    assert labelled(tokenizer, example).endswith("fill <|im_end|>\n### End\n")
+
+
+def test_an_answer_that_begins_as_the_end_does(tmp_path: Path) -> None:
+    turns = "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
+    tokenizer = tiny_tokenizer(turns + "{% if add_generation_prompt %}assistant:\n{% else %}<|im_end|>{% endif %}")
+    example = load_one(jsonl(tmp_path / "d.jsonl", {"prompt": "q", "response": "<b>"}), tokenizer)
+    assert labelled(tokenizer, example) == "<b>\n<|im_end|>"
+
+
 @pytest.mark.parametrize("fold", ["lower", "upper", "trim"])
 def test_a_template_that_folds_leaves_nothing_out(fold: str, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(CHATML.replace(CONTENT, f"({CONTENT} | {fold})"))

@@ -60,10 +60,29 @@ class Watch(TrainerCallback):
         self.bar.close()
 
 
+def _tell(text: bytes) -> None:
+    """Write to stderr; not by print, as a signal may have come in the middle of one.
+
+    Where that was a terminal which has gone, nothing is written from now on.
+    """
+    try:
+        os.write(2, text)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2) if os.path.sameopenfile(1, 2) else (2,):
+            os.dup2(nowhere, stream)
+        os.close(nowhere)
+
+
+def _look(*_: Any) -> None:
+    """Of SIGHUP, which a terminal that goes may send twice, or after Ctrl-C."""
+    _tell(b"\n")
+
+
 class Interrupt(TrainerCallback):
     """A context in which the first Ctrl-C, SIGTERM or SIGHUP ends training after the running step, with a checkpoint.
 
-    The second ends it at once, as KeyboardInterrupt, so that what is to be undone is.
+    The second, but for SIGHUP, ends it at once, as KeyboardInterrupt, so that what is to be undone is.
     """
 
     # From a person, from a scheduler of jobs or a machine that shuts down, and when a terminal goes.
@@ -82,15 +101,9 @@ class Interrupt(TrainerCallback):
 
     def ask(self, *_: Any) -> None:
         self.asked = True
-        for number in self.signals:  # a terminal that goes may send SIGHUP twice
-            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.default_int_handler)
-        try:  # not print: the signal may have come in the middle of one
-            os.write(2, b"\ninterrupted: this step ends, then all is saved; Ctrl-C again stops at once\n")
-        except OSError:  # the terminal has gone: what is printed from now on goes nowhere
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (1, 2):
-                os.dup2(nowhere, stream)
-            os.close(nowhere)
+        for number in self.signals:
+            signal.signal(number, _look if number == signal.SIGHUP else signal.default_int_handler)
+        _tell(b"\ninterrupted: this step ends, then all is saved; Ctrl-C again stops at once\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:

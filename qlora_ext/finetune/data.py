@@ -191,14 +191,18 @@ def _encode(turns: Conversation, render: _Render) -> Example:
         if not text.startswith(through):
             advice = "give one assistant turn, the last, per example, or --chat plain"
             raise ValueError(f"the chat template rewrites earlier turns; {advice}")
-        begin = next((i for i, pair in enumerate(zip(bare, through, strict=False)) if len(set(pair)) > 1), len(bare))
+        begin = min(len(before), _shared(bare, through))
         if not _shows(_squeezed(through[begin:]), turn.content):
             got = f"shows {_end(through[len(before) :])} of {_end(turn.content)}"
             raise ValueError(f"the chat template leaves out some of an answer: {got}; {PLAIN}")
         answer = [place for place, (start, end) in enumerate(places) if end > len(before) and start < len(through)]
         # What a template puts after the end-of-turn token (a newline, say) is never generated: no loss on it.
-        said = _said(turn.content, text[: len(through)], begin, render.ends)
-        ends = [position for position in answer if ids[position] in render.special and places[position][0] >= said]
+        content = turn.content.strip()
+        said = text.find(content, begin, len(through)) + len(content)
+        specials = [position for position in answer if ids[position] in render.special]
+        ends = [position for position in specials if places[position][0] >= said]
+        if content.endswith(render.ends) and not text[said : len(through)].strip():  # the data brings an end of its own
+            ends = specials
         for position in answer:
             if not ends or position <= ends[-1]:
                 labels[position] = ids[position]
@@ -222,22 +226,20 @@ def _shows(squeezed: str, content: str) -> bool:
 
 
 def _is_left_out(turns: Conversation, index: int, render: _Render) -> bool:
-    """Whether the text has nothing of what this turn says: of a switch in it a template makes something else."""
-    turn = turns[index]._replace(content=MARK)
+    """Whether the text is without the beginning or end of what this turn says; a switch in it a template may take."""
+    turn = turns[index]._replace(content=f"{MARK}{turns[index].content}{MARK}")
     try:
         text = render((*turns[:index], turn, *turns[index + 1 :]))
     except (ValueError, TypeError, jinja2.TemplateError):  # as it reads what is said
         return False
-    return MARK not in text and json.dumps(MARK)[1:-1] not in text
+    return max(text.count(MARK), text.count(json.dumps(MARK)[1:-1])) < 2
 
 
-def _said(content: str, text: str, begin: int, ends: tuple[str, ...]) -> int:
-    """Where in the text the content ends that begins after `begin`, but for special tokens of its own at its end."""
-    content = content.strip()
-    while content.endswith(ends):
-        content = content.removesuffix(next(end for end in ends if content.endswith(end))).rstrip()
-    found = text.find(content, begin)
-    return found + len(content) if found >= 0 else 0
+def _shared(one: str, other: str) -> int:
+    """How many letters both begin with."""
+    if other.startswith(one):
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
 
 
 def _before(turns: Conversation, through: str, bare: str, render: _Render) -> str:

@@ -22,7 +22,7 @@ SAME_RUN = (
 )
 NOTED_AS = {
     "data_is_text": "--data: a .txt file",
-    "examples": "--data: examples to train on + held out",
+    "examples": "--data: examples that this version makes of it, to train on + held out",
     "data_sha256": "--data: sha256",
     "examples_of_a_step": "--batch-size * --accumulate",
 }

@@ -1,6 +1,6 @@
 """The training run: a schedule, what it measures, and how it is interrupted and resumed.
 
-Ctrl-C or SIGTERM lets the running step end, then saves; a second one stops at once.
+Ctrl-C, SIGTERM or SIGHUP lets the running step end, then saves; a second Ctrl-C or SIGTERM stops at once.
 """
 
 import logging
