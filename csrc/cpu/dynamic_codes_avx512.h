@@ -15,7 +15,7 @@ struct DynamicCodes {
 
   // In a register for 16.
   static __m512i eight_lines(const void* lines) {
-    return _mm512_zextsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(lines)));
+    return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_loadu_si256(static_cast<const __m256i*>(lines)), 0);
   }
 
   DynamicCodes()
