@@ -86,13 +86,13 @@ struct DynamicCodes {
 
   [[gnu::always_inline]] Placed16 place16(const float* values, float inverse) const {
     const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(inverse));
-    const __m512 magnitude = kSigned ? _mm512_abs_ps(x) : x;
-    const __m512i upper =
-        _mm512_max_epi32(_mm512_srli_epi32(_mm512_castps_si512(magnitude), 16), _mm512_set1_epi32(Lines::kLeast));
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i magnitude = kSigned ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)) : bits;
+    const __m512i upper = _mm512_max_epi32(_mm512_srli_epi32(magnitude, 16), _mm512_set1_epi32(Lines::kLeast));
     const __m512i line = _mm512_mulhi_epi16(upper, _mm512_set1_epi32(Lines::kLog));
-    const __m512i bits = _mm512_castps_si512(x), compared = kSigned ? _mm512_rol_epi32(bits, 1) : bits;
+    const __m512i compared = kSigned ? _mm512_rol_epi32(bits, 1) : bits;
     const __mmask16 beyond = _mm512_cmpgt_epi32_mask(compared, _mm512_permutexvar_epi32(line, end));
-    return {magnitude, _mm512_mask_sub_epi32(line, beyond, line, _mm512_set1_epi32(-1))};
+    return {_mm512_castsi512_ps(magnitude), _mm512_mask_sub_epi32(line, beyond, line, _mm512_set1_epi32(-1))};
   }
 
   // Rank and fraction, in fixed point.
