@@ -35,6 +35,12 @@ def test_thoughts_that_a_template_writes_in_its_own_way_are_there(tmp_path: Path
     assert labelled(tokenizer, example) == "<think>so\n</think>\n\nthus<|im_end|>"
 
 
+def test_an_answer_that_its_template_shortens_still_ends_at_its_end(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(CHATML.replace(CONTENT, f"({CONTENT}.split() | join(' '))"))
+    path = jsonl(tmp_path / "d.jsonl", {"prompt": "q", "response": "a" + 99 * "\n" + "b"})
+    assert labelled(tokenizer, load_one(path, tokenizer)) == "a b<|im_end|>"
+
+
 @pytest.mark.parametrize("role", ["tool", "system"])
 def test_a_role_that_the_template_leaves_out_is_refused(role: str, tmp_path: Path) -> None:
     known = CHATML.replace(

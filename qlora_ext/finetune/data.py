@@ -198,7 +198,8 @@ def _encode(turns: Conversation, render: _Render) -> Example:
         answer = [place for place, (start, end) in enumerate(places) if end > len(before) and start < len(through)]
         # What a template puts after the end-of-turn token (a newline, say) is never generated: no loss on it.
         content = turn.content.strip()
-        said = text.find(content, begin, len(through)) + len(content)
+        found = text.find(content, begin, len(through))
+        said = found + len(content) if found >= 0 else 0  # where the template writes it in its own way
         specials = [position for position in answer if ids[position] in render.special]
         ends = [position for position in specials if places[position][0] >= said]
         if content.endswith(render.ends) and not text[said : len(through)].strip():  # the data brings an end of its own
