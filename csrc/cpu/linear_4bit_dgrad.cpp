@@ -8,8 +8,17 @@
 namespace qlora::cpu {
 
 std::int64_t most_few_rows_of_grad(DType dtype) {
-  if (path() < Path::Avx512) return 0;
-  return path() == Path::Avx512Bf16 && dtype == DType::BFloat16 ? 3 : 6;  // there matmul multiplies in bf16
+  switch (path()) {
+    case Path::Portable:
+      return 0;
+    case Path::Avx2:
+      return 16;
+    case Path::Avx512:
+      return 6;
+    case Path::Avx512Bf16:
+      return dtype == DType::BFloat16 ? 3 : 6;  // there matmul multiplies in bf16
+  }
+  throw std::logic_error("linear_4bit_dgrad: unknown CPU path");
 }
 
 void linear_4bit_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end) {
@@ -18,7 +27,7 @@ void linear_4bit_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int
   if (begin % kDgradBoundary != 0 || (end % kDgradBoundary != 0 && end != product.K))
     throw std::logic_error("linear_4bit_dgrad: columns must be cut at multiples of kDgradBoundary");
 #if defined(__x86_64__)
-  linear_4bit_dgrad_avx512(product, begin, end);
+  (path() == Path::Avx2 ? linear_4bit_dgrad_avx2 : linear_4bit_dgrad_avx512)(product, begin, end);
 #endif
 }
 

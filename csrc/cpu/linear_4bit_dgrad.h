@@ -25,6 +25,7 @@ std::int64_t most_few_rows_of_grad(DType dtype);
 constexpr std::int64_t kDgradBoundary = 128;
 void linear_4bit_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
 
+void linear_4bit_dgrad_avx2(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
 void linear_4bit_dgrad_avx512(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end);
 
 }  // namespace qlora::cpu

@@ -358,11 +358,13 @@ int main() {
         // With double quantization, groups of 256 blocks begin within a row of the fourth.
         check_few_rows(M, N, K, blocksize, dtype, quant_type, M % 2 == 1 || M == 4 || M == 12);
       }
-      // N of one and of several times 64 rows; K of whole and unfinished chunks (of 128), and of two strips (of 2048).
+      // N of one and of several times 32 or 64 rows; K of whole and unfinished chunks (of 64 or 128), and of two strips
+      // (of 2048); M of one and of two groups.
       for (const auto& [M, N, K, blocksize] :
            {std::tuple{1, 7, 256, 64}, std::tuple{1, 130, 96, 32}, std::tuple{2, 64, 32, 32},
             std::tuple{2, 9, 4160, 64}, std::tuple{3, 65, 2304, 256}, std::tuple{3, 1, 64, 64},
-            std::tuple{4, 70, 2208, 32}, std::tuple{5, 6, 8192, 4096}, std::tuple{6, 129, 1152, 128}}) {
+            std::tuple{4, 70, 2208, 32}, std::tuple{5, 6, 8192, 4096}, std::tuple{6, 129, 1152, 128},
+            std::tuple{9, 33, 2208, 32}, std::tuple{16, 95, 160, 32}}) {
         check_few_rows_of_grad(M, N, K, blocksize, dtype, quant_type, M % 2 == 1);
       }
       if (dtype != DType::Float16) {  // rows of one segment, and of two

@@ -1,0 +1,97 @@
+// The loops of linear_4bit_dgrad for few rows around the kernel of one instruction set. A file of kernels includes this
+// inside its target region, after linear_4bit_loops.h.
+//
+// Isa is made for a weight, and has
+//   kMostRows      rows of grad that are multiplied at once
+//   kRowsOfW       rows of W whose products are added up before the sums go to memory
+//   kChunk         columns whose weights are decoded at a time
+//   Chunk          vectors of fp32 numbers, one for each of them
+//   column         the one whose number is at place i
+//   decode_absmax  as for linear_4bit
+//   add_rows       a chunk of some rows of W times rows of grad, N apart, onto the sums
+namespace qlora::cpu {
+namespace {
+
+constexpr std::int64_t kStrip = 2048;  // columns, whose sums are 8 KB a row of grad
+
+// A chunk of some rows of W, of `count` columns that there are, and absmax of its blocks.
+struct ChunkOfW {
+  const std::uint8_t* packed;
+  std::int64_t stride, rows, count;
+  const float* absmax;
+  std::int64_t absmax_stride;
+};
+
+template <typename Isa>
+struct PlaceOfColumn {
+  std::uint8_t place[Isa::kChunk] = {};
+
+  constexpr PlaceOfColumn() {
+    for (int i = 0; i < Isa::kChunk; ++i) place[Isa::column(i)] = static_cast<std::uint8_t>(i);
+  }
+};
+
+template <typename Isa>
+void finish_columns(const FewRowsDgrad& p, std::int64_t column, std::int64_t count, const typename Isa::Chunk* sums) {
+  static constexpr PlaceOfColumn<Isa> kOrder;
+  for (std::int64_t m = 0; m < p.M; ++m) {
+    float values[Isa::kChunk];
+    __builtin_memcpy(values, sums[m], sizeof values);
+    const std::int64_t at = m * p.K + column;
+    with_type(p.dtype, [&](auto type) {
+      using T = decltype(type);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const float added = p.addend == nullptr ? 0.0f : p.addend[at + i];
+        static_cast<T*>(p.grad_x)[at + i] = round_to<T>(values[kOrder.place[i]] + added);
+      }
+    });
+  }
+}
+
+template <typename Isa>
+void multiply_strip(const Isa& isa, const FewRowsDgrad& p, std::int64_t begin, std::int64_t width) {
+  const std::int64_t before = begin % p.w.blocksize;  // columns of the first block that are left out
+  const std::int64_t blocks = ceil_div(before + width, p.w.blocksize);
+  typename Isa::Chunk sums[kStrip / Isa::kChunk * Isa::kMostRows];
+  const auto each_chunk = [&](auto&& body) {
+    for (std::int64_t k = 0; k < width; k += Isa::kChunk) {
+      body(k, smaller(width - k, Isa::kChunk), sums + k / Isa::kChunk * p.M);
+    }
+  };
+  __builtin_memset(sums, 0, static_cast<std::size_t>(ceil_div(width, Isa::kChunk) * p.M) * sizeof *sums);
+  for (std::int64_t n = 0; n < p.N; n += Isa::kRowsOfW) {
+    const std::int64_t rows = smaller(p.N - n, Isa::kRowsOfW);
+    float absmax[Isa::kRowsOfW * (kStrip / kRun) + kAbsmaxBehind];
+    decode_absmax_of_rows<Isa>(p.w, n, rows, p.K, begin - before, before + width, absmax);
+    each_chunk([&](std::int64_t k, std::int64_t count, typename Isa::Chunk* of_chunk) {
+      const ChunkOfW w{.packed = p.w.packed + (n * p.K + begin + k) / 2,
+                       .stride = p.K / 2,
+                       .rows = rows,
+                       .count = count,
+                       .absmax = absmax + (before + k) / p.w.blocksize,
+                       .absmax_stride = blocks};
+      isa.add_rows(w, p.grad + n, p.N, p.M, of_chunk);
+    });
+  }
+  each_chunk([&](std::int64_t k, std::int64_t count, const typename Isa::Chunk* of_chunk) {
+    finish_columns<Isa>(p, begin + k, count, of_chunk);
+  });
+}
+
+template <typename Isa>
+void few_rows_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end) {
+  const Isa isa(product.w);
+  each_group(product.M, Isa::kMostRows, [&](std::int64_t m, std::int64_t rows) {
+    FewRowsDgrad group = product;
+    group.grad = product.grad + m * product.N;
+    group.addend = product.addend == nullptr ? nullptr : product.addend + m * product.K;
+    group.grad_x = static_cast<char*>(product.grad_x) + m * product.K * itemsize(product.dtype);
+    group.M = rows;
+    for (std::int64_t strip = begin; strip < end; strip += kStrip) {
+      multiply_strip(isa, group, strip, smaller(end - strip, kStrip));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace qlora::cpu
