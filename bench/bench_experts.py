@@ -1,4 +1,4 @@
-"""A mixture's fused experts: ours in NF4 against bitsandbytes' parametrization of them, and against bf16.
+"""A mixture's fused experts: ours in NF4 against bitsandbytes' parametrization of them, and against dense ones.
 
 The experts of one layer of Qwen3-30B-A3B (128 of 2048 x 768, of which a token takes 8), with random weights, under
 transformers' own forward: forward, forward with the gradient of the input, and both with adapters on the experts, by
@@ -18,6 +18,7 @@ from typing import Any
 import record
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from options import DTYPES, NATIVE
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from timing import interleaved, percentiles, rotated
@@ -38,9 +39,9 @@ DIRECTIONS = ("forward", "forward and backward", "both with adapters")
 ADAPTER = {"r": 16, "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
-def bf16_experts(sizes: dict[str, int]) -> nn.Module:
+def dense_experts(sizes: dict[str, int], dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes)).bfloat16().requires_grad_(False)
+    experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes)).to(dtype).requires_grad_(False)
     for weight in experts.parameters():
         nn.init.normal_(weight, std=0.02)
     return experts
@@ -88,7 +89,7 @@ def adapted(dense: nn.Module) -> dict[str, nn.Module]:
     models: dict[str, nn.Module] = {"qlora_ext": ours}
     for provider, experts in (
         ("bitsandbytes parametrize", parametrized(dense)),
-        ("transformers grouped_mm, bfloat16", under("grouped_mm", dense)),
+        ("transformers grouped_mm, dense", under("grouped_mm", dense)),
     ):
         models[provider] = get_peft_model(Layer(experts), PeftConfig(lora_alpha=16, **ADAPTER))
     for name, factor in factors(ours).items():
@@ -147,6 +148,7 @@ def results_of(experts: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default=NATIVE)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 512])
     parser.add_argument("--seconds", type=float, default=2, help="of measuring for each provider of a case")
     parser.add_argument("--smoke", action="store_true", help="a tiny layer and no record, to see that it runs")
@@ -155,12 +157,13 @@ def main() -> None:
     if args.smoke:
         sizes, args.tokens, args.seconds = TINY, [1, 4], 0.01
 
-    dense = bf16_experts(sizes)
+    dtype = DTYPES[args.dtype]
+    dense = dense_experts(sizes, dtype)
     providers = {
         "qlora_ext": in_4_bits(dense),
         "bitsandbytes parametrize": parametrized(dense),
-        "transformers grouped_mm, bfloat16": under("grouped_mm", dense),
-        "transformers eager, bfloat16": under("eager", dense),
+        "transformers grouped_mm, dense": under("grouped_mm", dense),
+        "transformers eager, dense": under("eager", dense),
     }
     of_direction = {each: adapted(dense) if "adapters" in each else providers for each in DIRECTIONS}
     rows: list[dict[str, Any]] = []
@@ -169,9 +172,9 @@ def main() -> None:
         inputs = []
         for _ in range(ROUTINGS):
             index = torch.stack([torch.randperm(count)[:taken] for _ in range(tokens)])
-            x = torch.randn(tokens, sizes["hidden_size"], dtype=torch.bfloat16)
-            inputs.append((x, index, torch.rand(tokens, taken, dtype=torch.bfloat16)))
-        same = {"bench": "experts", **sizes, "taken": taken, "dtype": "bfloat16"}
+            x = torch.randn(tokens, sizes["hidden_size"], dtype=dtype)
+            inputs.append((x, index, torch.rand(tokens, taken, dtype=dtype)))
+        same = {"bench": "experts", **sizes, "taken": taken, "dtype": str(dtype)[6:]}
         calls, results = {}, {}
         for name, experts in of_direction[direction].items():
             try:
@@ -185,11 +188,11 @@ def main() -> None:
                 assert all(map(torch.equal, once, again)), name
                 results[name] = once
                 calls[name] = rotated([call(experts, direction, *each) for each in inputs])
-        exact = results["transformers grouped_mm, bfloat16"]
+        exact = results["transformers grouped_mm, dense"]
         for name, each in results.items():  # NF4 of normal weights is 9 % off
             for got, expected in zip(each, exact, strict=True):
                 error = (got - expected).norm() / expected.norm()
-                assert error < (0.25 if "bfloat16" not in name else 0.02), (name, error)
+                assert error < (0.25 if "dense" not in name else 0.02), (name, error)
         seconds = args.seconds * (4 if "adapters" in direction else 1)  # PEFT's calls take seconds
         for name, times in interleaved(calls, seconds=seconds).items():
             row = {"provider": name, "tokens": tokens, "direction": direction}

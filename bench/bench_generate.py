@@ -1,9 +1,9 @@
-"""Generating text: tokens/s of `model.generate` with the base in NF4 by us, by bitsandbytes, and in bf16.
+"""Generating text: tokens/s of `model.generate` with the base in NF4 by us, by bitsandbytes, and dense.
 
 64 tokens, greedy, after a prompt of 16, batch 1: the time of a call holds the prompt too. `--model` is a .gguf or a
 model folder (default: build/demo/model.gguf of make demo, if there); without one a llama of SmolLM2-135M's shape with
 random weights is measured, which takes the same time. `tokens_agreeing` of our row: how many tokens are those of our
-own weights dequantized to bf16 layers, before the first that is not (both round to bf16, in different places).
+own weights dequantized to dense layers, before the first that is not (both round, in different places).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import peers
 import record
 import smollm2
 import torch
+from options import DTYPES, NATIVE
 from timing import interleaved, percentiles
 from torch import nn
 from transformers import GenerationConfig
@@ -28,11 +29,11 @@ PROMPT = 16
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """Every Linear4bit exchanged for an nn.Linear of the decoded weight, in bfloat16."""
+    """Every Linear4bit exchanged for an nn.Linear of the decoded weight."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, qlora_ext.Linear4bit):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(layer.dequantize(torch.bfloat16), requires_grad=False)
+            linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
             linear.bias = layer.bias
             model.set_submodule(name, linear)
     return model
@@ -55,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found = str(smollm2.DEMO) if smollm2.DEMO.exists() else None
     parser.add_argument("--model", default=found, help="a .gguf or a model folder (default: that of make demo, if any)")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default=NATIVE)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=20, help="of measuring for each provider")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and no record, to see that it runs")
@@ -62,7 +64,7 @@ def main() -> None:
     if args.smoke:
         args.tokens, args.seconds = 8, 0.1
 
-    model = smollm2.load(args.model, tiny=args.smoke).requires_grad_(False)
+    model = smollm2.load(args.model, dtype=DTYPES[args.dtype], tiny=args.smoke).requires_grad_(False)
     torch.manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT))
     call = partial(generation, prompt=prompt, tokens=args.tokens)
@@ -70,14 +72,14 @@ def main() -> None:
     calls = {
         "qlora_ext": call(ours),
         "bitsandbytes": call(peers.bitsandbytes_4bit(copy.deepcopy(model))),
-        "bf16": call(model),
+        f"dense, {args.dtype}": call(model),
     }
     generated = {provider: generate() for provider, generate in calls.items()}
     assert all(len(tokens) == args.tokens for tokens in generated.values()), generated
     pairs = zip(generated["qlora_ext"], call(dequantized(copy.deepcopy(ours)))(), strict=True)
     agreeing = next((index for index, (mine, same) in enumerate(pairs) if mine != same), args.tokens)
 
-    same = {"bench": "generate", "model": smollm2.name(args.model, tiny=args.smoke), "dtype": "bfloat16"}
+    same = {"bench": "generate", "model": smollm2.name(args.model, tiny=args.smoke), "dtype": str(model.dtype)[6:]}
     same |= {"prompt": PROMPT, "tokens": args.tokens}
     rows: list[dict[str, Any]] = []
     for provider, times in interleaved(calls, seconds=args.seconds).items():

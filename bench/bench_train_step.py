@@ -1,6 +1,6 @@
 """One training step of a language model: speed, peak memory and a profile of our QLoRA, PEFT + bitsandbytes, PEFT LoRA.
 
-A step is forward, loss, backward and AdamW on the adapters (r=8, all linear layers), batch 4 x 128 tokens, bf16. Ours
+A step is forward, loss, backward and AdamW on the adapters (r=8, all linear layers), batch 4 x 128 tokens. Ours
 is measured as transformers makes the model, then, one after the other, as `finetune` does for such examples: the loss
 by chunks, eager attention; and on request with compiled layers (its `--compile`). The peers with eager attention, too,
 as it needs nothing of ours. Memory is the peak RSS of one child process for each, from the import
@@ -28,6 +28,7 @@ import peers
 import record
 import smollm2
 import torch
+from options import DTYPES, NATIVE
 from step_profile import LOSS, OPTIMIZER, PARTS, mark_parts, profiled, scope
 from timing import interleaved, percentiles
 from torch import nn
@@ -97,6 +98,7 @@ def peak_memory(provider: str) -> int:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a .gguf or a model folder; none: random weights in SmolLM2-135M's shape")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default=NATIVE)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--lora-dropout", type=float, default=0.0, help="of the adapters' input")
@@ -117,7 +119,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
-    model = smollm2.load(args.model, tiny=args.smoke)
+    model = smollm2.load(args.model, dtype=DTYPES[args.dtype], tiny=args.smoke)
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length))
     ways = {str(way): way for way in WAYS if args.compile or args.only or not way.compiled}
@@ -147,7 +149,7 @@ def main() -> None:
     )
 
     name = "train_step_dropout" if args.lora_dropout else "train_step"
-    same = {"bench": name, "model": smollm2.name(args.model, tiny=args.smoke), "dtype": "bfloat16"}
+    same = {"bench": name, "model": smollm2.name(args.model, tiny=args.smoke), "dtype": str(model.dtype)[6:]}
     same |= {"batch": args.batch, "length": args.length, "lora_dropout": args.lora_dropout}
     rows: list[dict[str, Any]] = []
     for provider, times in interleaved(steps, seconds=args.seconds).items():

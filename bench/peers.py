@@ -1,11 +1,10 @@
-"""The same causal language model under each method: ours, PEFT on bitsandbytes' 4-bit layers, PEFT on the bf16 base."""
+"""The same causal language model under each method: ours, PEFT on bitsandbytes' 4-bit layers, PEFT on dense ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import peft
-import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
@@ -30,7 +29,7 @@ def bitsandbytes_4bit(model: nn.Module) -> nn.Module:
             module.in_features,
             module.out_features,
             bias=module.bias is not None,
-            compute_dtype=torch.bfloat16,
+            compute_dtype=module.weight.dtype,
             compress_statistics=True,
             quant_type="nf4",
             device="meta",
@@ -57,5 +56,5 @@ def peft_lora(model: nn.Module, lora_dropout: float) -> nn.Module:
 METHODS: dict[str, Callable[[nn.Module, float], nn.Module]] = {
     "qlora_ext QLoRA": ours,
     "PEFT + bitsandbytes QLoRA": peft_bitsandbytes,
-    "PEFT LoRA on bf16": peft_lora,
+    "PEFT LoRA on the dense base": peft_lora,
 }

@@ -24,7 +24,7 @@ README, RESULTS = ROOT / "README.md", ROOT / "bench" / "RESULTS.md"
 PATHS = ("portable", "avx2", "avx512", "avx512_bf16")  # of the CPU, each with the instructions of those before
 DEMO_DATA = ["examples/demo_data.py", "--output", "build/demo"]
 MANY_ROWS = ["--rows", "16", "128", "512", "2048"]
-# fp32 is measured on those below the path in use, too.
+# fp32 is measured on those below the path in use, too; on that what one computes in there.
 VECTOR_PATHS = PATHS[1:-1]
 TRAININGS = (["bench/compare_methods.py"], ["bench/compare_optimizers.py"])
 
@@ -32,11 +32,10 @@ TRAININGS = (["bench/compare_methods.py"], ["bench/compare_optimizers.py"])
 def benches(cpu_paths: list[str]) -> list[list[str]]:
     """Every bench but those that train: what `make bench` runs with these CPU paths, of which the last is in use."""
     linear, few = "bench/bench_linear_4bit.py", ["--shapes", "4096x4096", "--rows", "1", "4", "16", "128", "512"]
-    has_bf16 = cpu_paths[-1] == "avx512_bf16"
     fp32 = [path for path in cpu_paths[:-1] if path in VECTOR_PATHS]
     return [
         *([linear, "--dtype", "fp32", "--cpu-path", path, *few] for path in fp32),
-        [linear, "--dtype", "bf16", *([] if has_bf16 else ["fp32"])],
+        [linear],
         ["bench/bench_linear_4bit_dgrad.py", *MANY_ROWS],
         ["bench/bench_lora_linear_4bit.py", "--mode", "cold", "--rows", "1", *MANY_ROWS[1:]],
         ["bench/bench_quantize_4bit.py", "--dtype", "bf16", "fp32"],

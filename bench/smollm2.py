@@ -20,14 +20,14 @@ SMOLLM2 = LlamaConfig(
 TINY = LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=2, num_hidden_layers=2, vocab_size=99)
 
 
-def load(source: str | None, *, tiny: bool) -> PreTrainedModel:
-    """The model in bfloat16: `tiny`, or of this .gguf or folder, or with random weights (seed 0) for None."""
+def load(source: str | None, *, dtype: torch.dtype, tiny: bool) -> PreTrainedModel:
+    """The model in this dtype: `tiny`, or of this .gguf or folder, or with random weights (seed 0) for None."""
     if source is not None and not tiny:
         from qlora_ext.finetune.load import load_model, open_checkpoint
 
-        return load_model(open_checkpoint(source), dtype=torch.bfloat16, device=torch.device("cpu"))
+        return load_model(open_checkpoint(source), dtype=dtype, device=torch.device("cpu"))
     torch.manual_seed(0)
-    return LlamaForCausalLM(TINY if tiny else SMOLLM2).bfloat16()
+    return LlamaForCausalLM(TINY if tiny else SMOLLM2).to(dtype)
 
 
 def name(source: str | None, *, tiny: bool) -> str:

@@ -23,6 +23,8 @@ import suite
 import tables
 import timing
 
+from qlora_ext.finetune.load import compute_dtype
+
 
 def test_limits_of_this_machine() -> None:
     threads = torch.get_num_threads()
@@ -120,6 +122,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", "--huge-pages", "on", "--cpu-path", "avx2"])
     chosen = options.parse(None, by_rows=True)
     assert (chosen.shapes, chosen.rows) == ([(4096, 4096), (14336, 4096)], list(shapes.ROWS))
+    assert chosen.dtypes == [compute_dtype("auto", torch.device("cpu"))]  # as finetune computes here
     base = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0:glibc.malloc.arena_max=1", "HOME": "/"}
     env = options.environment(chosen, base)
     kept, *added = env.pop("GLIBC_TUNABLES").split(":")
