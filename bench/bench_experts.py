@@ -139,8 +139,10 @@ def call(experts: nn.Module, direction: str, x: Tensor, index: Tensor, weights: 
 
 
 def results_of(experts: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
-    """What the call gives, and the gradients of the adapter's factors."""
+    """What the call gives, and the gradients of the adapter's factors, as torch alone would not repeat them in fp32."""
+    torch.use_deterministic_algorithms(True)
     result = run().float()
+    torch.use_deterministic_algorithms(False)
     trained = {name: factor for name, factor in factors(experts).items() if factor.grad is not None}
     of_file = [to_file(name.rpartition(".")[2], factor.grad).clone() for name, factor in trained.items()]
     return [result, *of_file]

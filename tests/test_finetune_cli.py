@@ -52,6 +52,15 @@ def test_run_from_data_to_report(method: str, arguments: dict[str, Any], capsys:
     assert lowest <= report["base_bits"] <= highest
 
 
+@pytest.mark.parametrize(("method", "unread"), [("full", "--r, --skip"), ("lora", "--skip"), ("qlora", "")])
+def test_what_a_method_does_not_read(
+    method: str, unread: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words({**arguments, "method": method, "steps": 1, "r": 4, "skip": "o_proj"})) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "does not read" in line]
+    assert said == [f"--method {method} does not read {unread}"] * bool(unread)
+
+
 def test_every_option_arrives(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, dict[str, Any]] = {}
 

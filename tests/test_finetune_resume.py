@@ -21,7 +21,7 @@ from tiny_model import one_thread as one_thread
 from tiny_model import tiny_tokenizer
 from tiny_training import assert_same_tensors, interrupt_at
 from tiny_training import python_handles_interrupts as python_handles_interrupts
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from qlora_ext.finetune import __main__ as cli
 
@@ -51,6 +51,28 @@ def test_a_model_that_its_file_names_otherwise_resumes(
     assert cli.main(words({**arguments, "resume": True})) == 0
     got, whole = (load_file(folder / "model.safetensors") for folder in (arguments["output"], tmp_path / "whole"))
     assert_same_tensors(got, whole)
+
+
+def test_a_mixture_trains_to_the_same_bytes(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """On several threads, in fp32, torch adds what a token's experts say to its gradient in any order."""
+    config = Qwen3MoeConfig(
+        **{**SIZES, "hidden_size": 128}, num_attention_heads=4, moe_intermediate_size=64, num_experts=8
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("".join(f"{i} and {i * i}, " for i in range(900)))
+    arguments |= {"model": tmp_path / "model", "data": tmp_path / "text.txt", "dtype": "fp32", "max-length": 256}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for output in ("one", "other"):
+            assert cli.main(words({**arguments, "output": tmp_path / output})) == 0
+    finally:
+        torch.set_num_threads(threads)
+    one, other = (load_file(tmp_path / output / "adapter_model.safetensors") for output in ("one", "other"))
+    assert_same_tensors(one, other)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_resume_keeps_the_examples_of_a_step(

@@ -13,6 +13,11 @@ from qlora_ext import LoraConfig
 from .optimizer import KINDS
 from .output_folder import checkpoints, earlier_run
 
+# Options that other methods than these do not read.
+READ_BY = {
+    ("qlora", "lora"): ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
+    ("qlora",): ("quant_type", "blocksize", "no_double_quant", "skip"),
+}
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
@@ -163,6 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.target_parameters and options.lora_dropout:
         command.error(f"--target-parameters: expected --lora-dropout 0 with it, got {options.lora_dropout}")
 
+    if unread := _unread(command, options):
+        print(f"--method {options.method} does not read {', '.join(unread)}", file=sys.stderr)
+
     try:
         from .run import run  # here, because transformers takes seconds and --help should not
     except ModuleNotFoundError as error:
@@ -178,6 +186,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; --resume goes on from the last checkpoint in {options.output}, if any", file=sys.stderr)
         return 130
+
+
+def _unread(command: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """Options that were given, and that the method does without."""
+    others = (name for methods, names in READ_BY.items() if options.method not in methods for name in names)
+    return [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) != command.get_default(name)]
 
 
 def _check_paging(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:

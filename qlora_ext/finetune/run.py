@@ -1,9 +1,11 @@
 """One fine-tuning run, from the command line's options to the report."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,13 @@ NOT_SEEN: dict[str, Any] = {field.name: None for field in dataclasses.fields(Sta
 
 def run(options: argparse.Namespace) -> int:
     """Load, train, evaluate before and after, save and report; return 0, or 130 when a signal ended the training."""
-    with OutputFolder(options.output) as folder:
-        return _run(options, folder)
-
-
-def _run(options: argparse.Namespace, folder: OutputFolder) -> int:
-    adapter = options.method != "full"
     device = _device(options.method)
+    with OutputFolder(options.output) as folder, _repeatable(device):
+        return _run(options, folder, device)
+
+
+def _run(options: argparse.Namespace, folder: OutputFolder, device: torch.device) -> int:
+    adapter = options.method != "full"
     if options.device_budget is not None and device.type == "cpu":
         raise ValueError("--device-budget: expected training on a GPU, got the CPU: --host-budget is for its states")
     dtype = compute_dtype(options.dtype, device)
@@ -220,6 +222,22 @@ def _device(method: str) -> torch.device:
         _say("this build of qlora_ext has no CUDA kernels: training on the CPU")
         return torch.device("cpu")
     return torch.device("cuda")
+
+
+@contextlib.contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """The same bytes in each run on a CPU, where torch adds up an index's gradient (a mixture's) in any order else."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False  # all that is read is written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any] | None:
