@@ -139,10 +139,14 @@ def call(experts: nn.Module, direction: str, x: Tensor, index: Tensor, weights: 
 
 
 def results_of(experts: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
-    """What the call gives, and the gradients of the adapter's factors, as torch alone would not repeat them in fp32."""
-    torch.use_deterministic_algorithms(True)
-    result = run().float()
-    torch.use_deterministic_algorithms(False)
+    """What the call gives, and the gradients of the adapter's factors."""
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # else an index's gradient in fp32 is added up in any order
+    try:
+        result = run().float()
+    finally:
+        torch.use_deterministic_algorithms(False)
     trained = {name: factor for name, factor in factors(experts).items() if factor.grad is not None}
     of_file = [to_file(name.rpartition(".")[2], factor.grad).clone() for name, factor in trained.items()]
     return [result, *of_file]
