@@ -140,9 +140,8 @@ def call(experts: nn.Module, direction: str, x: Tensor, index: Tensor, weights: 
 
 def results_of(experts: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
     """What the call gives, and the gradients of the adapter's factors."""
-    torch.use_deterministic_algorithms(
-        True, warn_only=True
-    )  # else an index's gradient in fp32 is added up in any order
+    # Else torch adds up the gradient of an index, as transformers gathers tokens, in any order in fp32.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         result = run().float()
     finally:
