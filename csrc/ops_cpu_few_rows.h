@@ -1,4 +1,4 @@
-// The CPU's products with few rows, which the weight meets in registers, adapters included.
+// The CPU's products with few rows, which the weight meets as it is decoded, adapters included.
 #pragma once
 
 #include <ATen/core/Tensor.h>

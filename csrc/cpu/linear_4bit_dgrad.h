@@ -1,4 +1,4 @@
-// linear_4bit_dgrad for few rows of grad: weights are decoded in registers, and multiplied there.
+// linear_4bit_dgrad for few rows of grad: weights are decoded to registers, or to the L1, and multiplied there.
 #pragma once
 
 #include <cstdint>

@@ -17,6 +17,7 @@ namespace {
 
 struct DgradAvx2 {
   static constexpr int kMostRows = 16;
+  static constexpr std::int64_t kStrip = 1024;
   static constexpr std::int64_t kChunk = 64;
   static constexpr std::int64_t kRowsOfW = 32;
   static constexpr int kVectors = 8;
@@ -37,7 +38,11 @@ struct DgradAvx2 {
 
   void add_rows(const ChunkOfW& w, const float* grad, std::int64_t N, std::int64_t M, Chunk* sums) const {
     Chunk weights[kRowsOfW];
-    w.count == kChunk ? decode<true>(w, weights) : decode<false>(w, weights);
+    if (w.count == kChunk) {
+      decode<true>(w, weights);
+    } else {
+      decode<false>(w, weights);
+    }
     for (; M >= 2; M -= 2, grad += 2 * N, sums += 2) multiply<2>(weights, w.rows, grad, N, sums);
     if (M == 1) multiply<1>(weights, w.rows, grad, N, sums);
   }

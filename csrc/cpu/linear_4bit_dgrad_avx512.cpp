@@ -19,6 +19,7 @@ namespace {
 
 struct DgradAvx512 {
   static constexpr int kMostRows = 4;
+  static constexpr std::int64_t kStrip = 2048;
   static constexpr std::int64_t kChunk = 128;
   static constexpr std::int64_t kRowsOfW = 64;
   static constexpr int kVectors = 8;  // the i-th has the i-th codes of the chunk's dwords

@@ -3,16 +3,15 @@
 //
 // Isa is made for a weight, and has
 //   kMostRows      rows of grad that are multiplied at once
+//   kStrip         columns that meet all of these before the next; their sums are on the stack
 //   kRowsOfW       rows of W whose products are added up before the sums go to memory
 //   kChunk         columns whose weights are decoded at a time
-//   Chunk          vectors of fp32 numbers, one for each of them
+//   Chunk          vectors of fp32 numbers, one a column
 //   column         the one whose number is at place i
 //   decode_absmax  as for linear_4bit
 //   add_rows       a chunk of some rows of W times rows of grad, N apart, onto the sums
 namespace qlora::cpu {
 namespace {
-
-constexpr std::int64_t kStrip = 2048;  // columns, whose sums are 8 KB a row of grad
 
 // A chunk of some rows of W, of `count` columns that there are, and absmax of its blocks.
 struct ChunkOfW {
@@ -52,7 +51,7 @@ template <typename Isa>
 void multiply_strip(const Isa& isa, const FewRowsDgrad& p, std::int64_t begin, std::int64_t width) {
   const std::int64_t before = begin % p.w.blocksize;  // columns of the first block that are left out
   const std::int64_t blocks = ceil_div(before + width, p.w.blocksize);
-  typename Isa::Chunk sums[kStrip / Isa::kChunk * Isa::kMostRows];
+  typename Isa::Chunk sums[Isa::kStrip / Isa::kChunk * Isa::kMostRows];
   const auto each_chunk = [&](auto&& body) {
     for (std::int64_t k = 0; k < width; k += Isa::kChunk) {
       body(k, smaller(width - k, Isa::kChunk), sums + k / Isa::kChunk * p.M);
@@ -61,7 +60,7 @@ void multiply_strip(const Isa& isa, const FewRowsDgrad& p, std::int64_t begin, s
   __builtin_memset(sums, 0, static_cast<std::size_t>(ceil_div(width, Isa::kChunk) * p.M) * sizeof *sums);
   for (std::int64_t n = 0; n < p.N; n += Isa::kRowsOfW) {
     const std::int64_t rows = smaller(p.N - n, Isa::kRowsOfW);
-    float absmax[Isa::kRowsOfW * (kStrip / kRun) + kAbsmaxBehind];
+    float absmax[Isa::kRowsOfW * (Isa::kStrip / kRun) + kAbsmaxBehind];
     decode_absmax_of_rows<Isa>(p.w, n, rows, p.K, begin - before, before + width, absmax);
     each_chunk([&](std::int64_t k, std::int64_t count, typename Isa::Chunk* of_chunk) {
       const ChunkOfW w{.packed = p.w.packed + (n * p.K + begin + k) / 2,
@@ -87,8 +86,8 @@ void few_rows_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int64_
     group.addend = product.addend == nullptr ? nullptr : product.addend + m * product.K;
     group.grad_x = static_cast<char*>(product.grad_x) + m * product.K * itemsize(product.dtype);
     group.M = rows;
-    for (std::int64_t strip = begin; strip < end; strip += kStrip) {
-      multiply_strip(isa, group, strip, smaller(end - strip, kStrip));
+    for (std::int64_t strip = begin; strip < end; strip += Isa::kStrip) {
+      multiply_strip(isa, group, strip, smaller(end - strip, Isa::kStrip));
     }
   });
 }

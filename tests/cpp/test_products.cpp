@@ -358,8 +358,8 @@ int main() {
         // With double quantization, groups of 256 blocks begin within a row of the fourth.
         check_few_rows(M, N, K, blocksize, dtype, quant_type, M % 2 == 1 || M == 4 || M == 12);
       }
-      // N of one and of several times 32 or 64 rows; K of whole and unfinished chunks (of 64 or 128), and of two strips
-      // (of 2048); M of one and of two groups.
+      // N of one and of several times 32 or 64 rows; K of whole and unfinished chunks (of 64 or 128), of one and of
+      // several strips (of 1024 or 2048); M of one and of two groups (of 4, or all).
       for (const auto& [M, N, K, blocksize] :
            {std::tuple{1, 7, 256, 64}, std::tuple{1, 130, 96, 32}, std::tuple{2, 64, 32, 32},
             std::tuple{2, 9, 4160, 64}, std::tuple{3, 65, 2304, 256}, std::tuple{3, 1, 64, 64},
@@ -382,7 +382,7 @@ int main() {
     }
     check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4);  // more rows than are kept at a time
     check_mean();
-    for (std::int64_t M : {1, 2, 4}) {
+    for (std::int64_t M : {1, 2, 3, 4}) {
       for (DType dtype : {DType::Float32, DType::BFloat16}) check_columns(M, dtype);
     }
     for (DType dtype : {DType::Float32, DType::BFloat16}) {
