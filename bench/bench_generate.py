@@ -72,7 +72,7 @@ def main() -> None:
     calls = {
         "qlora_ext": call(ours),
         "bitsandbytes": call(peers.bitsandbytes_4bit(copy.deepcopy(model))),
-        f"dense, {args.dtype}": call(model),
+        "dense": call(model),
     }
     generated = {provider: generate() for provider, generate in calls.items()}
     assert all(len(tokens) == args.tokens for tokens in generated.values()), generated

@@ -41,10 +41,7 @@ def test_readme_shows_the_last_run_on_the_path_that_does_most(tmp_path: Path, mo
     known = {"threads": 2, "versions": {"torch": "2.15.0"}, "commit": "abc", "date": "2026-11-27"}
     known |= {"dtype": "bfloat16", "tokens_per_s": 1.0}
     for cpu, path in [("old", "avx512_bf16"), ("new", "avx512_bf16"), ("small", "avx2")]:
-        record.replace(
-            "generate",
-            [known | {"cpu": cpu, "cpu_path": path, "provider": cpu}],
-        )
+        record.replace("generate", [known | {"cpu": cpu, "cpu_path": path, "provider": cpu}])
     shown = [
         [line.split()[1] for line in report.markdown("generate", document).splitlines() if line.endswith("| 1.00x |")]
         for document in (report.README, report.RESULTS)

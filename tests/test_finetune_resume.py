@@ -55,9 +55,9 @@ def test_a_model_that_its_file_names_otherwise_resumes(
 
 def test_a_mixture_trains_to_the_same_bytes(arguments: dict[str, Any], tmp_path: Path) -> None:
     """On several threads, in fp32, torch adds what a token's experts say to its gradient in any order."""
-    config = Qwen3MoeConfig(
-        **{**SIZES, "hidden_size": 128}, num_attention_heads=4, moe_intermediate_size=64, num_experts=8
-    )
+    sizes = {**SIZES, "hidden_size": 128, "moe_intermediate_size": 64}
+    experts = {"num_experts": 8, "num_experts_per_tok": 4}  # a sum of two is the same in any order
+    config = Qwen3MoeConfig(**sizes, **experts, num_attention_heads=4)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

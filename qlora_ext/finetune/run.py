@@ -227,12 +227,14 @@ def _device(method: str) -> torch.device:
 @contextlib.contextmanager
 def _repeatable(device: torch.device) -> Iterator[None]:
     """The same bytes in each run on a CPU, where torch adds up an index's gradient (a mixture's) in any order else."""
+    if device.type != "cpu":
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        memory.fill_uninitialized_memory = False  # all that is read is written
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # all that is read is written
     try:
         yield
     finally:
