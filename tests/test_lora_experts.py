@@ -209,8 +209,12 @@ def test_compiles_and_generates(dtype: torch.dtype) -> None:
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(gradients[1], gradients[0])
     generated = model.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    logits = model(generated).logits
     merge_adapter(model, dequantize=True)
-    assert_same(model.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
+    # Merged weights are rounded to bf16: of two tokens that are as likely, the other may come then.
+    assert (model(generated).logits - logits).norm() < (1e-5 if dtype == torch.float32 else 0.03) * logits.norm()
+    if dtype == torch.float32:
+        assert_same(model.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
