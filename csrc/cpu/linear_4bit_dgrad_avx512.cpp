@@ -39,10 +39,16 @@ struct DgradAvx512 {
   }
 
   void add_rows(const ChunkOfW& w, const float* grad, std::int64_t N, std::int64_t M, Chunk* sums) const {
-    static constexpr decltype(&DgradAvx512::multiply<1>) kKernels[] = {
-        &DgradAvx512::multiply<1>, &DgradAvx512::multiply<2>, &DgradAvx512::multiply<3>, &DgradAvx512::multiply<4>};
-    static_assert(sizeof kKernels / sizeof *kKernels == kMostRows);
-    (this->*kKernels[M - 1])(w, grad, N, sums);
+    switch (M) {
+      case 1:
+        return multiply<1>(w, grad, N, sums);
+      case 2:
+        return multiply<2>(w, grad, N, sums);
+      case 3:
+        return multiply<3>(w, grad, N, sums);
+      default:
+        return multiply<kMostRows>(w, grad, N, sums);
+    }
   }
 
  private:
