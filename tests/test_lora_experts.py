@@ -209,12 +209,13 @@ def test_compiles_and_generates(dtype: torch.dtype) -> None:
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(gradients[1], gradients[0])
     generated = model.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    logits = model(generated).logits
+    logits, exact = model(generated).logits, copy.deepcopy(model).float()(generated).logits
     merge_adapter(model, dequantize=True)
-    # Merged weights are rounded to bf16: of two tokens that are as likely, the other may come then.
-    assert (model(generated).logits - logits).norm() < (1e-5 if dtype == torch.float32 else 0.03) * logits.norm()
     if dtype == torch.float32:
         assert_same(model.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
+    else:  # merged weights are rounded, too: of two tokens that are nearly as likely, the other may come
+        assert (logits - exact).norm() <= 2 * (model(generated).logits - exact).norm()
+        assert (model(generated).logits - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
