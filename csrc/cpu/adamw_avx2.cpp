@@ -41,9 +41,7 @@ struct Avx2 : Arithmetic<Avx2Vectors> {
   static void round(BFloat16* to, V x, const Random& random, std::int64_t i) {
     const __m256i sum = _mm256_add_epi32(_mm256_castps_si256(x), random.bits(i));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i dwords = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(dwords, dwords), 0b1000);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(words));
+    store_words(to, _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan));
   }
 
   struct Largest {

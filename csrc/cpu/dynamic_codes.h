@@ -1,10 +1,13 @@
-// How the vector kernels encode the 8-bit states of an optimizer, and absmax, without searches, and AVX2 decodes states
-// without lookups (AVX512: dynamic_lookup_avx512*.h): by what the dynamic codebooks are made of. The results are those
-// of the codebooks, bit for bit.
+// How the vector kernels encode the 8-bit states of an optimizer, and absmax, without searches: by what the dynamic
+// codebooks are made of. The results are those of a search, bit for bit.
 //
-// The rank of a magnitude is its number among the ascending ones of its codebook, from 0 at 0.
+// The magnitudes are numbered upwards, from 0 at 0; in the unsigned codebook from 1. Each number is written as a float
+// is: its exponent tells the decade, as each has twice as many values as the one below it, and its mantissa, in [1, 2),
+// grows evenly with x inside the decade: (x / end + 0.8) / 0.9. So a multiplication and an addition give the mantissa
+// of x, and a shift its number, in fixed point.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -12,90 +15,81 @@
 
 namespace qlora::cpu {
 
-// kSigned: of the first moment, in which the code of rank r is 127 + r or 127 - r; else of the second, whose code is r.
+// kSigned: of the first moment, in which the code of number n is 127 + n or 127 - n; else of the second, whose code is
+// n - 1, modulo 256.
 template <bool kSigned>
 constexpr const DynamicCodebook& state_codebook() {
   if constexpr (kSigned) return kDynamicCodebook;
   return kUnsignedCodebook;
 }
 
-// --- encoding -----------------------------------------------------------------------------------------------------
-
-// The magnitudes lie on 8 lines: the smallest decade, if signed with 0, six more decades, and 1.
-//   line: about the whole part of log10 |x|, namely (the upper 16 bits of |x|, at least kLeast) * kLog >> 16, modulo
-//         8 or 16; or the next one, if |x| is beyond the end of that
-//   rank: the whole part of scale * |x| + offset, but not beyond the last of the line
-// The sum is in fixed point. So close to a whole number that its rounding or the codebook's own may decide, the rank is
-// unsure, and has to be searched.
+// Numbers of one exponent are a line: 0 has one, seven decades, and 1. They are told by how far a mantissa on them is
+// shifted right, one less from line to line.
+//   shift:  the whole part of a logarithm of |x|, namely (kFrom - its upper 16 bits) * kLog >> 16, where |x| is at
+//   least
+//           kLeast; one less, if |x| is beyond the end of that line
+//   y:      4 times the mantissa, scale * |x| + kOffset, but not beyond kMost, half a cell from the line's end
+//   number: the bits of y but for its exponent, shifted, with 16 bits of fraction
+// Where the fraction is so close to 1 that roundings, here or in the codebook, may decide, the number is unsure, and
+// has to be searched.
+template <bool kSigned>
 struct Lines {
-  static constexpr int kCount = kDecades + 1;
-  static constexpr std::int32_t kLeast = 13619, kLog = 154;
-  static_assert((kLeast * kLog >> 16) % 16 == 0);
-  static constexpr int kFractionBits = 16;
-  static constexpr int kUnsure = 2;                                              // units; the sum has as many added
-  static constexpr std::int32_t kSureMask = (1 << kFractionBits) - 2 * kUnsure;  // of the fraction; 0: unsure
+  static constexpr int kCount = kDecades + 2;
+  static constexpr int kZeroShift = kSigned ? kCount - 1 : kCount - 2;  // of the line of 0
+  static constexpr float kLeast = 2e-7f;
+  static constexpr int kLog = 154;
+  static constexpr int kFrom = (std::bit_cast<std::int32_t>(0.4f) >> 16) + ((kZeroShift - 6) << 16) / kLog + 1;
+  static constexpr float kUnit = 0x1p-21f;  // of y in [4, 8)
+  static constexpr float kOffset = static_cast<float>(4 * 0.8 / 0.9) - 4 * kUnit, kMost = 8 - 0x1p-6f;
+  static constexpr std::int32_t kMantissa = 0xffffff;  // with the leading 1
+  static constexpr int kUnsure = 8;                    // 2^-16
 
-  // The largest bound of the line, as bits. Signed: they are compared with the bits of x, rotated left by 1, that is
-  // with 2 |x|, and 1 more if x is negative, as a tie goes to the lower code: the higher rank there.
-  std::int32_t end[kCount];
-  float scale[kCount], offset[kCount];
-  std::int32_t last[kCount];  // as a sum that is sure
-};
+  // By shift modulo 8: that of 1, of which the end is not asked, is that of 0.
+  //
+  // The largest bound of the line, as bits. Signed: to be compared with the bits of x, rotated left by 1, that is with
+  // 2 |x|, and 1 more if x is negative, as a tie goes to the lower code: the higher number there.
+  std::int32_t end[8];
+  float scale[8];
 
-template <bool kSigned>
-constexpr Lines make_lines() {
-  constexpr int kZero = kSigned ? 127 : 0;  // the code of 0
-  constexpr int kUnit = 1 << Lines::kFractionBits;
-  const DynamicCodebook& book = state_codebook<kSigned>();
-  const float *value = book.value + kZero, *bound = book.bound + kZero;  // by rank
-  Lines lines{};
-  for (int line = 0, first = kSigned ? 0 : 1; line < kDecades; ++line) {
-    const int last = (kSigned ? 2 << line : 4 << line) - (kSigned ? 1 : 2);
-    const int middle = (first + last) / 2;
-    // There is one bound on the first line, with 0 half a rank below it.
-    const double scale = line == 0 ? kUnit / (2 * double{bound[last - 1]})
-                                   : (last - first) * double{kUnit} / (double{value[last]} - double{value[first]});
-    lines.scale[line] = static_cast<float>(scale);
-    lines.offset[line] = static_cast<float>((middle + 1) * double{kUnit} - scale * bound[middle] + Lines::kUnsure);
-    lines.last[line] = last * kUnit + kUnit / 2;
-    lines.end[line] = std::bit_cast<std::int32_t>(bound[last]);
-    if (kSigned) {
-      const bool may_tie = last < kZero && book.bound[kZero - 1 - last] == -bound[last];
-      lines.end[line] = 2 * lines.end[line] + (may_tie ? 0 : 1);
+  constexpr Lines() : end{}, scale{} {
+    constexpr int kZero = kSigned ? 127 : 0;  // the code of 0
+    const DynamicCodebook& book = state_codebook<kSigned>();
+    for (int line = 0; line < kCount - 1; ++line) {
+      const int last = kSigned ? (1 << line) - 1 : (2 << line) - 2, shift = (kZeroShift - line) % 8;
+      const float bound = book.bound[kZero + last];
+      const bool may_tie = kSigned && last < kZero && book.bound[kZero - 1 - last] == -bound;
+      end[shift] = std::bit_cast<std::int32_t>(bound) * (kSigned ? 2 : 1) + (kSigned && !may_tie ? 1 : 0);
+      if (line > 0) scale[shift] = static_cast<float>(4 / 0.9 / kDecadeEnds[line - 1]);
     }
-    first = last + 1;
+    // Signed: 1 is in the middle of its cell, and on the line of 0 y is less than 4: its number is 0. Unsigned: the
+    // shift of 1 is -1, which leaves no bits, and only 0 is on the line of 0, taken for kLeast: its number is 1.
+    scale[kZeroShift % 8] = kSigned ? 4 + 0x1p-6f - kOffset : (6 - kOffset) / kLeast;
   }
-  lines.last[kDecades] = (kNumDynamicCodes - 1 - kZero) * kUnit + kUnit / 2;
-  lines.offset[kDecades] = static_cast<float>(lines.last[kDecades]);
-  return lines;
-}
 
-template <bool kSigned>
-inline constexpr Lines kLines = make_lines<kSigned>();
-
-// --- decoding -----------------------------------------------------------------------------------------------------
-
-// A value is the sum of the edges of its cell, times half the end of its decade. n, the rank or in the unsigned
-// codebook the rank + 1, tells both: decade by the exponent, here modulo 8 as it stands in the bits of a float; and the
-// mantissa, in [1, 2), is 1 + place / cells. 0 is a case of its own, and 1 a decade of one cell, with edges of 0.1 and
-// 0.9.
-struct Cells {
-  float width[8];  // as a fraction of the decade
-  float half[8];   // of the decade's end
+  static constexpr int shift_of(float magnitude) {
+    const int upper = std::bit_cast<std::int32_t>(std::max(magnitude, kLeast)) >> 16;
+    return (kFrom - upper) * kLog >> 16;
+  }
 };
 
 template <bool kSigned>
-constexpr Cells make_cells() {
-  Cells cells{};
-  for (int decade = 0; decade <= kDecades; ++decade) {
-    const int exponent = decade + (kSigned ? 0 : 1), i = (127 + exponent) % 8;
-    cells.width[i] = decade == kDecades ? 0.8f / kDecadeRange : 1.0f / static_cast<float>(1 << exponent);
-    cells.half[i] = decade == kDecades ? 1.0f : kDecadeEnds[decade] / 2;
-  }
-  return cells;
-}
+inline constexpr Lines<kSigned> kLines;
 
+// A line's shift, or one more, is what its magnitudes have: at its ends, so between them.
 template <bool kSigned>
-inline constexpr Cells kCells = make_cells<kSigned>();
+constexpr bool logarithms_suffice() {
+  using L = Lines<kSigned>;
+  float begin = 0.0f;
+  for (int line = 0; line < L::kCount; ++line) {
+    const int shift = L::kZeroShift - line, bits = line < L::kCount - 1 ? kLines<kSigned>.end[shift % 8] : 0;
+    const float end = line < L::kCount - 1 ? std::bit_cast<float>(bits >> (kSigned ? 1 : 0)) : 1.0f + 0x1p-23f;
+    for (const float x : {begin, end}) {
+      if (L::shift_of(x) != shift && L::shift_of(x) != shift + 1) return false;
+    }
+    begin = std::bit_cast<float>(std::bit_cast<std::int32_t>(end) + 1);
+  }
+  return true;
+}
+static_assert(logarithms_suffice<true>() && logarithms_suffice<false>());
 
 }  // namespace qlora::cpu

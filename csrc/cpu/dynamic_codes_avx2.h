@@ -1,4 +1,4 @@
-// The 8-bit codes of the dynamic codebooks for AVX2: what dynamic_codes.h tells, in registers. A file of kernels
+// The 8-bit codes of the dynamic codebooks for AVX2: encoded as dynamic_codes.h tells, in registers. A file of kernels
 // includes this inside its target region, after dynamic_codes.h.
 namespace qlora::cpu {
 namespace {
@@ -6,42 +6,27 @@ namespace {
 template <bool kSigned>
 struct DynamicCodes {
   static constexpr std::int64_t kDecoded = 1, kEncoded = 32;
-  __m256i end, last;
-  __m256 scale, offset, width, half;
+  using L = Lines<kSigned>;
+  __m256i end;
+  __m256 scale;
 
   static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
 
   DynamicCodes()
-      : end(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLines<kSigned>.end))),
-        last(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLines<kSigned>.last))),
-        scale(_mm256_loadu_ps(kLines<kSigned>.scale)),
-        offset(_mm256_loadu_ps(kLines<kSigned>.offset)),
-        width(_mm256_loadu_ps(kCells<kSigned>.width)),
-        half(_mm256_loadu_ps(kCells<kSigned>.half)) {}
+      : end(_mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLines<kSigned>.end)), kSigned)),
+        scale(_mm256_loadu_ps(kLines<kSigned>.scale)) {}
 
+  // One by one: gathering them takes longer, and so does any arithmetic.
   void decode(const std::uint8_t* codes, __m256* out) const {
-    const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-    const __m256i from_zero = kSigned ? _mm256_sub_epi32(code, _mm256_set1_epi32(127)) : code;
-    const __m256i n = kSigned ? _mm256_abs_epi32(from_zero) : _mm256_add_epi32(code, _mm256_set1_epi32(1));
-    const __m256i bits = _mm256_castps_si256(_mm256_cvtepi32_ps(n));
-    const __m256i decade = _mm256_srli_epi32(bits, 23);
-    const __m256 one = _mm256_set1_ps(1.0f), range = _mm256_set1_ps(kDecadeRange);
-    const __m256 mantissa =
-        _mm256_or_ps(_mm256_and_ps(_mm256_castsi256_ps(bits), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffff))), one);
-    const __m256 upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 9));   // in the sign
-    const __m256 end = _mm256_blendv_ps(_mm256_set1_ps(0.1f), one, upper_half);  // that the edges are counted from
-    const __m256 place = _mm256_sub_ps(mantissa, _mm256_blendv_ps(one, _mm256_set1_ps(2.0f), upper_half));
-    const __m256 next = _mm256_add_ps(place, _mm256_permutevar8x32_ps(width, decade));
-    const __m256 edges = _mm256_add_ps(_mm256_fmadd_ps(range, place, end), _mm256_fmadd_ps(range, next, end));
-    const __m256 value = _mm256_mul_ps(edges, _mm256_permutevar8x32_ps(half, decade));
-    const __m256i is_zero = _mm256_cmpeq_epi32(from_zero, _mm256_setzero_si256());
-    const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(from_zero), _mm256_set1_ps(-0.0f));
-    *out = _mm256_andnot_ps(_mm256_castsi256_ps(is_zero), kSigned ? _mm256_or_ps(value, sign) : value);
+    const float* value = book().value;
+    *out = _mm256_setr_ps(value[codes[0]], value[codes[1]], value[codes[2]], value[codes[3]], value[codes[4]],
+                          value[codes[5]], value[codes[6]], value[codes[7]]);
   }
 
-  // 8 values' magnitudes, and their lines.
+  // 8 values' magnitudes, at least kLeast, and their lines; tied: those at the end of one.
   struct Placed8 {
-    __m256i magnitude, line;
+    __m256 magnitude;
+    __m256i shift, tied;
   };
   struct Placed {
     Placed8 a, b, c, d;
@@ -52,54 +37,69 @@ struct DynamicCodes {
     return {place8(values, inverse), place8(values + 8, inverse), place8(values + 16, inverse),
             place8(values + 24, inverse)};
   }
+
   [[gnu::always_inline]] void encode(const Placed& placed, const float* values, float inverse,
                                      std::uint8_t* codes) const {
-    __m256i unsure[4];
-    const __m256i code[4] = {find(placed.a, values, unsure[0]), find(placed.b, values + 8, unsure[1]),
-                             find(placed.c, values + 16, unsure[2]), find(placed.d, values + 24, unsure[3])};
-    // The packs work inside 128-bit lanes, and saturate: there is no -1 among the signed codes.
-    const __m256i packed =
-        _mm256_packus_epi16(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3]));
-    const __m256i ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    const __m256i a = number(placed.a), b = number(placed.b), c = number(placed.c), d = number(placed.d);
+    // Upper words hold numbers, lower ones fractions. The packs work inside 128-bit lanes.
+    const __m256i words = _mm256_packus_epi16(_mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa),
+                                              _mm256_blend_epi16(_mm256_srli_epi32(c, 16), d, 0xaa));
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    const __m256i code = code_of(_mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order)), values);
+    const __m256i ordered = _mm256_permutevar8x32_epi32(code, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), ordered);
-    const __m256i any = _mm256_or_si256(_mm256_or_si256(unsure[0], unsure[1]), _mm256_or_si256(unsure[2], unsure[3]));
-    if (__builtin_expect(_mm256_movemask_epi8(any) != 0, 0)) {
-      for (int i = 0; i < 32; i += 8) {
-        const int lanes = _mm256_movemask_ps(_mm256_castsi256_ps(unsure[i / 8]));
-        search(values + i, inverse, static_cast<unsigned>(lanes), codes + i);
+    const __m256i most = _mm256_max_epu16(_mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa),
+                                          _mm256_blend_epi16(c, _mm256_slli_epi32(d, 16), 0xaa));
+    if (__builtin_expect(_mm256_movemask_epi8(unsure(most)) != 0, 0)) search(values, inverse, codes);
+  }
+
+  // By their fractions, in words.
+  static __m256i unsure(__m256i fractions) {
+    return _mm256_cmpeq_epi16(fractions, _mm256_max_epu16(fractions, _mm256_set1_epi16(-L::kUnsure)));
+  }
+
+  // As the format says.
+  [[gnu::noinline]] void search(const float* values, float inverse, std::uint8_t* codes) const {
+    for (int i = 0; i < kEncoded; i += 8) {
+      const __m256i fractions = _mm256_slli_epi32(number(place8(values + i, inverse)), 16);
+      auto chosen = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(unsure(fractions))));
+      for (; chosen != 0; chosen &= chosen - 1) {
+        const int at = i + __builtin_ctz(chosen);
+        codes[at] = encode_dynamic(book().bound, values[at] * inverse);
       }
     }
   }
 
-  // Those whose bits are set, as the format says.
-  static void search(const float* values, float inverse, unsigned chosen, std::uint8_t* codes) {
-    for (; chosen != 0; chosen &= chosen - 1) {
-      const int i = __builtin_ctz(chosen);
-      codes[i] = encode_dynamic(book().bound, values[i] * inverse);
-    }
+  // Of 32 numbers, ordered as packs leave them, and their values.
+  static __m256i code_of(__m256i numbers, const float* values) {
+    if constexpr (!kSigned) return _mm256_sub_epi8(numbers, _mm256_set1_epi8(1));
+    const auto* from = reinterpret_cast<const __m256i*>(values);
+    const __m256i signs =
+        _mm256_packs_epi16(_mm256_packs_epi32(_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)),
+                           _mm256_packs_epi32(_mm256_loadu_si256(from + 2), _mm256_loadu_si256(from + 3)));
+    const __m256i zero = _mm256_set1_epi8(127);  // there is no -1 among the codes: 127 - 128 is 0
+    return _mm256_blendv_epi8(_mm256_add_epi8(zero, numbers), _mm256_subs_epu8(zero, numbers), signs);
   }
 
   [[gnu::always_inline]] Placed8 place8(const float* values, float inverse) const {
-    const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(values), _mm256_set1_ps(inverse));
-    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(values), _mm256_set1_ps(inverse)));
     const __m256i magnitude = kSigned ? _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)) : bits;
-    const __m256i upper = _mm256_max_epi32(_mm256_srli_epi32(magnitude, 16), _mm256_set1_epi32(Lines::kLeast));
-    const __m256i line = _mm256_mulhi_epi16(upper, _mm256_set1_epi32(Lines::kLog));
-    const __m256i sign = _mm256_srai_epi32(bits, 31);  // -1: negative
-    const __m256i compared = kSigned ? _mm256_sub_epi32(_mm256_add_epi32(bits, bits), sign) : bits;
-    const __m256i beyond = _mm256_cmpgt_epi32(compared, _mm256_permutevar8x32_epi32(end, line));
-    return {magnitude, _mm256_sub_epi32(line, beyond)};
+    const __m256i floored = _mm256_max_epi32(magnitude, _mm256_castps_si256(_mm256_set1_ps(L::kLeast)));
+    const __m256i below = _mm256_subs_epu16(_mm256_set1_epi32(L::kFrom << 16), floored);  // the lower words: 0
+    const __m256i shift = _mm256_srli_epi32(_mm256_madd_epi16(below, _mm256_set1_epi32(L::kLog << 16)), 16);
+    const __m256i line_end = _mm256_permutevar8x32_epi32(end, shift);
+    const __m256i beyond = _mm256_cmpgt_epi32(magnitude, line_end);
+    const __m256i tied = kSigned ? _mm256_cmpeq_epi32(magnitude, line_end) : _mm256_setzero_si256();
+    return {_mm256_castsi256_ps(floored), _mm256_add_epi32(shift, beyond), tied};
   }
-  [[gnu::always_inline]] __m256i find(const Placed8& x, const float* values, __m256i& unsure) const {
-    const __m256 on_line = _mm256_fmadd_ps(_mm256_castsi256_ps(x.magnitude), _mm256_permutevar8x32_ps(scale, x.line),
-                                           _mm256_permutevar8x32_ps(offset, x.line));
-    const __m256i sum = _mm256_min_epi32(_mm256_cvtps_epi32(on_line), _mm256_permutevar8x32_epi32(last, x.line));
-    unsure = _mm256_cmpeq_epi32(_mm256_and_si256(sum, _mm256_set1_epi32(Lines::kSureMask)), _mm256_setzero_si256());
-    const __m256i rank = _mm256_srli_epi32(sum, Lines::kFractionBits);
-    if constexpr (!kSigned) return _mm256_and_si256(rank, _mm256_cmpgt_epi32(x.magnitude, _mm256_setzero_si256()));
-    const __m256i sign = _mm256_srai_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), 31);
-    const __m256i signed_rank = _mm256_sub_epi32(_mm256_xor_si256(rank, sign), sign);
-    return _mm256_add_epi32(_mm256_set1_epi32(127), signed_rank);
+
+  // In fixed point; where it is tied, unsure.
+  [[gnu::always_inline]] __m256i number(const Placed8& x) const {
+    const __m256 line_scale = _mm256_permutevar8x32_ps(scale, x.shift);
+    const __m256 y =
+        _mm256_min_ps(_mm256_fmadd_ps(x.magnitude, line_scale, _mm256_set1_ps(L::kOffset)), _mm256_set1_ps(L::kMost));
+    const __m256i mantissa = _mm256_and_si256(_mm256_castps_si256(y), _mm256_set1_epi32(L::kMantissa));
+    return _mm256_or_si256(_mm256_srlv_epi32(mantissa, x.shift), x.tied);
   }
 };
 

@@ -31,11 +31,13 @@ inline __m256i round_dwords(__m256 x, Half) {
 
 inline void store8(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
 
-inline void store8(BFloat16* to, __m256 x) {
-  const __m256i dwords = round_dwords(x, BFloat16{});
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(dwords, dwords), 0b1000);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(words));
+// The low words of dwords whose high ones are 0.
+inline void store_words(BFloat16* to, __m256i dwords) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
 }
+
+inline void store8(BFloat16* to, __m256 x) { store_words(to, round_dwords(x, BFloat16{})); }
 
 inline void store8(Half* to, __m256 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
