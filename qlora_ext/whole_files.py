@@ -22,11 +22,22 @@ def write_files(writers: dict[Path, Callable[[Path], object]]) -> None:
         for path, write in writers.items():
             with naming(path):
                 write(beside[path])
+                to_disk(beside[path])
         for path in writers:
             os.replace(beside[path], path)
     finally:
         for path in beside.values():
             path.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or all of a folder, is on the disk: renamed before, it may be empty after a power cut."""
+    for part in (path, *path.rglob("*")):
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

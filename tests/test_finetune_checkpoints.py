@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,6 +25,32 @@ from qlora_ext.finetune.optimizer import OptimizerChoice
 from qlora_ext.finetune.run import _print
 
 PAGED = OptimizerChoice("paged_adamw32")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_all_is_on_the_disk_before_it_takes_its_place(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal may hold the new names before the disk has the bytes: then a power cut would leave empty files."""
+    on_disk: set[int] = set()
+    replaced: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recording_fsync(descriptor: int) -> None:
+        on_disk.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checking_replace(written: Path, path: Path) -> None:
+        for part in (written, *written.rglob("*")):
+            assert part.stat().st_ino in on_disk, part
+        replaced.append(path.name)
+        replace(written, path)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", checking_replace)
+    run(tmp_path, method=method)
+    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    assert weights in replaced and any(name.startswith("checkpoint-") for name in replaced)
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from qlora_ext.whole_files import naming
+from qlora_ext.whole_files import naming, to_disk
 
 from .adapter_checkpoints import AdapterCheckpoints
 from .data import IGNORE, Dataset, PadToLongest
@@ -105,6 +105,7 @@ class AnswerTrainer(AdapterCheckpoints, Trainer):
         with _staging(folder) as staging:
             self.tuned.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
+            to_disk(staging)
             for file in staging.iterdir():
                 if file.is_dir():  # of chat templates, and rename takes the place of none that has files
                     shutil.rmtree(folder / file.name, ignore_errors=True)
@@ -153,6 +154,7 @@ class AnswerTrainer(AdapterCheckpoints, Trainer):
             finally:
                 self.args.output_dir = str(self.folder)
             name = f"checkpoint-{self.state.global_step}"
+            to_disk(staging / name)
             os.replace(staging / name, self.folder / name)
         for old in checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
