@@ -23,15 +23,14 @@ constexpr const DynamicCodebook& state_codebook() {
   return kUnsignedCodebook;
 }
 
-// Numbers of one exponent are a line: 0 has one, seven decades, and 1. They are told by how far a mantissa on them is
-// shifted right, one less from line to line.
-//   shift:  the whole part of a logarithm of |x|, namely (kFrom - its upper 16 bits) * kLog >> 16, where |x| is at
-//   least
-//           kLeast; one less, if |x| is beyond the end of that line
-//   y:      4 times the mantissa, scale * |x| + kOffset, but not beyond kMost, half a cell from the line's end
-//   number: the bits of y but for its exponent, shifted, with 16 bits of fraction
-// Where the fraction is so close to 1 that roundings, here or in the codebook, may decide, the number is unsure, and
-// has to be searched.
+// Numbers of one exponent are a line: 0 has one, seven decades, and 1. A line is told by how far a mantissa on it is
+// shifted right, which is one less from line to line.
+//   shift:  (kFrom - the upper 16 bits of |x|) * kLog >> 16, a logarithm, where |x| counts as kLeast at least; one less
+//           if |x| is beyond the end of that line
+//   y:      4 times the mantissa: scale * |x| + kOffset, but at most kMost, half a cell before the longest line's end
+//   number: the bits of y without the exponent, shifted; the lower 16 are a fraction
+// Where that is less than kUnsure below 1, roundings here or in the codebook may decide, and the number is searched;
+// kOffset is less by half of it, for those just above a whole number.
 template <bool kSigned>
 struct Lines {
   static constexpr int kCount = kDecades + 2;
@@ -39,10 +38,10 @@ struct Lines {
   static constexpr float kLeast = 2e-7f;
   static constexpr int kLog = 154;
   static constexpr int kFrom = (std::bit_cast<std::int32_t>(0.4f) >> 16) + ((kZeroShift - 6) << 16) / kLog + 1;
-  static constexpr float kUnit = 0x1p-21f;  // of y in [4, 8)
-  static constexpr float kOffset = static_cast<float>(4 * 0.8 / 0.9) - 4 * kUnit, kMost = 8 - 0x1p-6f;
+  static constexpr int kUnsure = 8;         // 2^-16
+  static constexpr float kUnit = 0x1p-21f;  // 2^-16 of a number in y, on the longest line
+  static constexpr float kOffset = static_cast<float>(4 * 0.8 / 0.9) - kUnsure / 2 * kUnit, kMost = 8 - 0x1p-6f;
   static constexpr std::int32_t kMantissa = 0xffffff;  // with the leading 1
-  static constexpr int kUnsure = 8;                    // 2^-16
 
   // By shift modulo 8: that of 1, of which the end is not asked, is that of 0.
   //
