@@ -25,12 +25,13 @@ constexpr const DynamicCodebook& state_codebook() {
 
 // Numbers of one exponent are a line: 0 has one, seven decades, and 1. A line is told by how far a mantissa on it is
 // shifted right, which is one less from line to line.
-//   shift:  (kFrom - the upper 16 bits of |x|) * kLog >> 16, a logarithm, where |x| counts as kLeast at least; one less
-//           if |x| is beyond the end of that line
-//   y:      4 times the mantissa: scale * |x| + kOffset, but at most kMost, half a cell before the longest line's end
-//   number: the bits of y without the exponent, shifted; the lower 16 are a fraction
+//   shift:  (kFrom - the upper 16 bits of max(|x|, kLeast)) * kLog >> 16, a logarithm that falls by 1 a decade; one
+//           less if |x| is beyond the end of that line
+//   y:      scale * max(|x|, kLeast) + kOffset, but at most kMost: on a decade 4 times the mantissa, as floats from 4
+//           to 8 have an odd exponent, whose lowest bit stands where the leading 1 belongs
+//   number: the bits of y from that one on, shifted; the lower 16 are a fraction
 // Where that is less than kUnsure below 1, roundings here or in the codebook may decide, and the number is searched;
-// kOffset is less by half of it, for those just above a whole number.
+// kOffset is less by half of it, for those just above a whole number. kMost is half a cell from a line's end, or less.
 template <bool kSigned>
 struct Lines {
   static constexpr int kCount = kDecades + 2;
@@ -74,20 +75,23 @@ struct Lines {
 template <bool kSigned>
 inline constexpr Lines<kSigned> kLines;
 
-// A line's shift, or one more, is what its magnitudes have: at its ends, so between them.
+// The logarithm tells the line, or the one below; not below the first, and not the last, whose end is not asked: at the
+// ends of lines, and so, as it falls steadily, between them. And kLeast is on the first decade.
 template <bool kSigned>
 constexpr bool logarithms_suffice() {
   using L = Lines<kSigned>;
   float begin = 0.0f;
   for (int line = 0; line < L::kCount; ++line) {
-    const int shift = L::kZeroShift - line, bits = line < L::kCount - 1 ? kLines<kSigned>.end[shift % 8] : 0;
-    const float end = line < L::kCount - 1 ? std::bit_cast<float>(bits >> (kSigned ? 1 : 0)) : 1.0f + 0x1p-23f;
+    const bool is_last = line == L::kCount - 1;
+    const int shift = L::kZeroShift - line, bits = is_last ? 0 : kLines<kSigned>.end[shift % 8];
+    const float end = is_last ? 1.0f + 0x1p-23f : std::bit_cast<float>(bits >> (kSigned ? 1 : 0));
     for (const float x : {begin, end}) {
-      if (L::shift_of(x) != shift && L::shift_of(x) != shift + 1) return false;
+      const int below = L::shift_of(x) - shift;
+      if (below < (is_last ? 1 : 0) || below > (line == 0 ? 0 : 1)) return false;
     }
     begin = std::bit_cast<float>(std::bit_cast<std::int32_t>(end) + 1);
   }
-  return true;
+  return kLines<kSigned>.scale[(L::kZeroShift - 1) % 8] * L::kLeast + L::kOffset >= 4;
 }
 static_assert(logarithms_suffice<true>() && logarithms_suffice<false>());
 

@@ -23,7 +23,8 @@ struct DynamicCodes {
                           value[codes[5]], value[codes[6]], value[codes[7]]);
   }
 
-  // 8 values' magnitudes, at least kLeast, and their lines; tied: those at the end of one.
+  // 8 values' magnitudes, at least kLeast, and their lines; tied: those at the end of one, which are searched, as AVX2
+  // has no rotation.
   struct Placed8 {
     __m256 magnitude;
     __m256i shift, tied;

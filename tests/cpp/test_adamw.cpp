@@ -224,9 +224,9 @@ void check_digest() {
 
 // --- 8-bit states -------------------------------------------------------------------------------------------------
 
-// With beta1 = beta2 = 0 the states become g and g^2: gradients on both sides of every bound, in blocks that a 1
-// scales.
-void check_nearest_codes() {
+// With beta1 = 0, and no states before, they become g and (1 - beta2) g^2: gradients on both sides of every bound, in
+// blocks that a 1 scales. Each beta2 rounds squares otherwise: these 26 reach every bound and the number above it.
+void check_nearest_codes(double beta2) {
   std::vector<float> grads;
   const auto add = [&](float value) {
     if (grads.size() % kAdamwBlock == 0) grads.push_back(1.0f);
@@ -245,7 +245,9 @@ void check_nearest_codes() {
   }
   const auto count = static_cast<std::int64_t>(grads.size());
   Parameter p(DType::Float32, DType::Float32, true, count);
-  p.hyper.beta1 = p.hyper.beta2 = 0.0;
+  p.hyper.beta1 = 0.0;
+  p.hyper.beta2 = beta2;
+  const auto square = static_cast<float>(1 - beta2), inverse = inverse_group_absmax(square);
   p.param.resize(grads.size() * 4);
   p.grad.resize(grads.size() * 4);
   std::memcpy(p.grad.data(), grads.data(), p.grad.size());
@@ -257,10 +259,10 @@ void check_nearest_codes() {
   cpu::adamw(&slice, 1, {}, 0, adamw_blocks(slice));
   for (std::size_t i = 0; i < grads.size(); ++i) {
     CHECK_EQ(p.exp_avg[i], encode_dynamic(kDynamicCodebook.bound, grads[i]));
-    CHECK_EQ(p.exp_avg_sq[i], encode_dynamic(kUnsignedCodebook.bound, grads[i] * grads[i]));
+    CHECK_EQ(p.exp_avg_sq[i], encode_dynamic(kUnsignedCodebook.bound, grads[i] * square * grads[i] * inverse));
   }
   for (float absmax : p.exp_avg_absmax) CHECK_EQ(absmax, 1.0f);
-  for (float absmax : p.exp_avg_sq_absmax) CHECK_EQ(absmax, 1.0f);
+  for (float absmax : p.exp_avg_sq_absmax) CHECK_EQ(absmax, square);
 }
 
 // With beta1 = beta2 = 1 the states stay: every code is decoded to the value that it encodes.
@@ -356,7 +358,7 @@ int main() {
     check_cuts();
     check_found_inf();
     check_digest();
-    check_nearest_codes();
+    for (int i = 0; i < 26; ++i) check_nearest_codes(i / 26.0);
     check_codes_stay();
   }
   return failures();
