@@ -9,6 +9,7 @@ from qlora_ext.adapters import (
     set_adapter,
     unmerge_adapter,
 )
+from qlora_ext.flops import register_flops
 from qlora_ext.functional import dequantize_4bit, linear_4bit, quantize_4bit
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
@@ -36,3 +37,5 @@ __all__ = [
     "set_adapter",
     "unmerge_adapter",
 ]
+
+register_flops()

@@ -1,5 +1,4 @@
-"""Loads the compiled module, with its ops, kernels and gradients; tells torch the shapes of the ops' results, and how
-many floating-point operations they take (torch.utils.flop_counter)."""
+"""Loads the compiled module, with its ops, kernels and gradients; tells torch the shapes of the ops' results."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 try:
     from qlora_ext import _C
@@ -151,30 +149,3 @@ def _(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     grad_A, grad_B = ([each.new_empty(each.shape, dtype=torch.float32) for each in factors] for factors in (A, B))
     return grad.new_empty(x.shape if with_grad_x else [0]), grad_A, grad_B
-
-
-# Two operations a multiply-add, as torch counts its own products, and none for decoding. Tensors come as their shapes.
-
-
-@register_flop_formula([ops.linear_4bit, ops.linear_4bit_dgrad, ops.experts_4bit])
-def _(x: torch.Size, *others: object, out_shape: torch.Size, **_: object) -> int:
-    return 2 * x.numel() * out_shape[-1]
-
-
-@register_flop_formula([ops.lora_linear_4bit, ops.lora_experts_4bit])
-def _(x: torch.Size, *others: object, out_shape: tuple[torch.Size, torch.Size], **_: object) -> int:
-    y, xA = out_shape
-    return 2 * x.numel() * (y[-1] + xA[-1]) + 2 * xA.numel() * y[-1]
-
-
-@register_flop_formula([ops.lora_linear_4bit_backward, ops.lora_experts_4bit_backward])
-def _(
-    grad: torch.Size,
-    x: torch.Size,
-    xA: torch.Size,
-    *others: object,
-    out_shape: tuple[torch.Size, object, object],
-    **_: object,
-) -> int:
-    grad_xA_and_B, grad_A = 2 * 2 * grad.numel() * xA[-1], 2 * x.numel() * xA[-1]
-    return grad_xA_and_B + grad_A + 2 * out_shape[0].numel() * (grad[-1] + xA[-1])  # grad x, or [0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from layers import make_linear, make_lora
@@ -72,3 +75,16 @@ def test_counts(shape: tuple[int, ...], backward: bool, x_requires_grad: bool, r
     model = make_lora(layer, *(LoraConfig(r=r) for r in ranks)) if ranks else layer
     x = torch.randn(shape, requires_grad=x_requires_grad)
     assert flops(model, x, backward) == flops(Plain(model), x, backward)
+
+
+@pytest.mark.parametrize("first", ["qlora_ext", "torch.utils.flop_counter"])
+def test_counts_whichever_is_imported_first(first: str) -> None:
+    code = (
+        "import torch, sys; before = set(sys.modules)\n"
+        f"import {first}, qlora_ext; print('triton' in set(sys.modules) - before)\n"
+        "from torch.utils.flop_counter import flop_registry\n"
+        "assert torch.ops.qlora_ext.lora_linear_4bit_backward in flop_registry"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert first != "qlora_ext" or done.stdout == "False\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import math
 import os
 import re
 import subprocess
@@ -23,7 +22,8 @@ OPS = sorted(set(re.findall(r'm\.def\("(\w+)', (CSRC / "ops.cpp").read_text())))
 
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
 LAYERS = (
-    *("_C", "whole_files", "_ops", "quant_state", "functional", "quant_type", "layer_hooks", "dense_linear", "linear"),
+    *("_C", "whole_files", "_ops", "flops", "quant_state", "functional", "quant_type"),
+    *("layer_hooks", "dense_linear", "linear"),
     *("sharded", "experts_autograd", "experts", "layer_names", "adapter_table", "adapted_weight", "lora_config"),
     *("lora", "lora_experts"),
     *("model_layers", "adapter_targets", "adapters", "quantize"),
@@ -118,15 +118,10 @@ def test_import_needs_neither_transformers_nor_time() -> None:
         "import torch, sys, time; before = set(sys.modules); start = time.process_time(); import qlora_ext\n"
         "print(time.process_time() - start, sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
-    fastest = math.inf
-    for _ in range(5):  # whatever else runs on this core takes time, too
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        seconds, _, names = out.partition(" ")
-        assert not ECOSYSTEM & set(ast.literal_eval(names))
-        fastest = min(fastest, float(seconds))
-        if fastest < 0.3:
-            break
-    assert fastest < 0.3
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, _, names = out.partition(" ")
+    assert float(seconds) < 0.3
+    assert not ECOSYSTEM & set(ast.literal_eval(names))
 
 
 @pytest.mark.parametrize("name", ["portable", "nonsense"])
