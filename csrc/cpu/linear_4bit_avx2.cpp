@@ -85,6 +85,26 @@ struct Avx2 {
     }
   }
 
+  // Many rows share what it takes to scale the weights, and need no registers for products then.
+  template <int kRows>
+    requires(kRows > 5)
+  void multiply_scaled(const std::uint8_t* packed, Vector scale, const float* x, Vector (&sum)[kRows]) const {
+    const __m256i nibble = _mm256_set1_epi8(0xf);
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    const __m256i halves[2] = {_mm256_srli_epi16(bytes, 4), bytes};
+    for (const __m256i half : halves) {
+      __m256 weights[4];
+      codes.expand(_mm256_and_si256(half, nibble), weights);
+      for (__m256& w : weights) w = _mm256_mul_ps(w, scale);
+      for (int m = 0; m < kRows; ++m) {
+        for (int q = 0; q < 4; ++q) {
+          sum[m] = _mm256_fmadd_ps(weights[q], _mm256_load_ps(x + m * kChunk + 8 * q), sum[m]);
+        }
+      }
+      x += kChunk / 2;
+    }
+  }
+
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
   static void copy_bytes(const std::uint8_t* from, std::int64_t, std::uint8_t (&chunk)[kChunk / 2]) {  // a run of 32

@@ -10,6 +10,7 @@
 //   Vector         fp32 sums; a lane's weights of a chunk are of one run of 32, so that they share an absmax
 //   decode_absmax  absmax of blocks as numbers; writes up to a multiple of 64, or less
 //   multiply       a chunk of W times the chunk of each row of x, each lane its own sum, not yet scaled
+//   multiply_scaled  if there is one for so many rows: likewise, scaled, onto the sums
 //   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out
 //   copy_bytes     if a chunk is more than a run: to a chunk, with zeros behind them; and `scales` with zeros for lanes
 //                  whose runs are not among the first so many
@@ -82,11 +83,15 @@ template <typename Isa, int kRows, typename Scales>
 [[gnu::always_inline]] inline void multiply_chunk(const Isa& isa, const RowsOfW& w, const typename Isa::Element* x,
                                                   const Scales& scales,
                                                   typename Isa::Vector (&sum)[Isa::kRowsOfW][kRows]) {
-  typename Isa::Vector products[Isa::kRowsOfW][kRows];
-  isa.multiply(w.packed, w.stride, x, products);
-  for (int r = 0; r < Isa::kRowsOfW; ++r) {
-    const typename Isa::Vector scale = scales(w.absmax + r * w.absmax_stride);
-    for (int m = 0; m < kRows; ++m) sum[r][m] = Isa::multiply_add(scale, products[r][m], sum[r][m]);
+  if constexpr (requires { isa.multiply_scaled(w.packed, scales(w.absmax), x, sum[0]); }) {
+    isa.multiply_scaled(w.packed, scales(w.absmax), x, sum[0]);
+  } else {
+    typename Isa::Vector products[Isa::kRowsOfW][kRows];
+    isa.multiply(w.packed, w.stride, x, products);
+    for (int r = 0; r < Isa::kRowsOfW; ++r) {
+      const typename Isa::Vector scale = scales(w.absmax + r * w.absmax_stride);
+      for (int m = 0; m < kRows; ++m) sum[r][m] = Isa::multiply_add(scale, products[r][m], sum[r][m]);
+    }
   }
 }
 

@@ -4,6 +4,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__clang__)
+#error "expected g++ (CXX=g++): its pragmas mark what is compiled for AVX2 and AVX512"
+#endif
+
 namespace qlora::cpu {
 
 // Ascending: each path may use all that the ones before it may. Avx512 is F, BW, DQ and VL; Avx512Bf16 adds BF16 and

@@ -16,7 +16,8 @@ namespace qlora::pager {
 namespace {
 
 constexpr std::string_view kMagic = "qlora_ext page file: scratch space of a running optimizer\n";
-constexpr std::int64_t kHeaderBytes = 4096;
+// The pages behind it begin at multiples of their usual size: the system caches each as one large piece then.
+constexpr std::int64_t kHeaderBytes = 1 << 20;
 constexpr std::int64_t kReservedAtOnce = 1 << 26;  // a signal may undo what is being reserved
 
 std::int64_t allocated(const struct stat& status) { return std::int64_t{status.st_blocks} * 512; }
