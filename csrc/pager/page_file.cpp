@@ -16,8 +16,6 @@ namespace qlora::pager {
 namespace {
 
 constexpr std::string_view kMagic = "qlora_ext page file: scratch space of a running optimizer\n";
-// The pages behind it begin at multiples of their usual size: the system caches each as one large piece then.
-constexpr std::int64_t kHeaderBytes = 1 << 20;
 constexpr std::int64_t kReservedAtOnce = 1 << 26;  // a signal may undo what is being reserved
 
 std::int64_t allocated(const struct stat& status) { return std::int64_t{status.st_blocks} * 512; }
@@ -68,13 +66,12 @@ void PageFile::abandon() {
 
 void PageFile::reserve(std::int64_t bytes) {
   const std::lock_guard lock(mutex_);
-  const std::int64_t end = kHeaderBytes + bytes;
-  if (end <= reserved_) return;
+  if (bytes <= reserved_) return;
   check_whole_locked();
   // Not what is there already: where the filesystem cannot reserve, the C library writes zeros instead.
   const std::int64_t begin = reserved_;
-  for (std::int64_t at = begin; at < end;) {
-    const std::int64_t length = std::min(kReservedAtOnce, end - at);
+  for (std::int64_t at = begin; at < bytes;) {
+    const std::int64_t length = std::min(kReservedAtOnce, bytes - at);
     const int error = ::posix_fallocate(file_, at, length);
     if (error == EINTR) continue;
     if (error != 0) {
@@ -84,8 +81,8 @@ void PageFile::reserve(std::int64_t bytes) {
     }
     at += length;
   }
-  reserved_ = end;
-  counts_blocks_ = allocated(status()) >= end;
+  reserved_ = bytes;
+  counts_blocks_ = allocated(status()) >= bytes;
 }
 
 struct stat PageFile::status() const {
@@ -112,16 +109,15 @@ void PageFile::check_whole_locked() const {
 bool PageFile::read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const {
   check_whole();
   const iovec all{memory, static_cast<std::size_t>(bytes)};
-  const ssize_t in_memory = ::preadv2(file_, &all, 1, kHeaderBytes + offset, RWF_NOWAIT);
+  const ssize_t in_memory = ::preadv2(file_, &all, 1, offset, RWF_NOWAIT);
   const bool waits = in_memory < bytes && (in_memory >= 0 || errno == EAGAIN);
   for (std::int64_t done = std::max<ssize_t>(in_memory, 0); done < bytes;) {
-    const ssize_t length =
-        ::pread(file_, memory + done, static_cast<std::size_t>(bytes - done), kHeaderBytes + offset + done);
+    const ssize_t length = ::pread(file_, memory + done, static_cast<std::size_t>(bytes - done), offset + done);
     if (length < 0 && errno == EINTR) continue;
     if (length < 0) fail("read", errno);
     if (length == 0) {
       check_whole();  // which it was a moment ago
-      fail("read at " + std::to_string(kHeaderBytes + offset) + ": expected " + std::to_string(bytes) + " bytes, got " +
+      fail("read at " + std::to_string(offset) + ": expected " + std::to_string(bytes) + " bytes, got " +
                std::to_string(done),
            EIO);
     }
@@ -133,8 +129,7 @@ bool PageFile::read(std::int64_t offset, std::byte* memory, std::int64_t bytes) 
 void PageFile::write(std::int64_t offset, const std::byte* memory, std::int64_t bytes) const {
   check_whole();
   for (std::int64_t done = 0; done < bytes;) {
-    const ssize_t length =
-        ::pwrite(file_, memory + done, static_cast<std::size_t>(bytes - done), kHeaderBytes + offset + done);
+    const ssize_t length = ::pwrite(file_, memory + done, static_cast<std::size_t>(bytes - done), offset + done);
     if (length < 0 && errno == EINTR) continue;
     if (length <= 0) fail("write", length < 0 ? errno : ENOSPC);
     done += length;

@@ -1,5 +1,6 @@
 // The file tier: room for pages in a file, by pread and pwrite. Never mapped: a mapping dies of SIGBUS when the file is
-// truncated or the disk is full, where pread and pwrite return an error.
+// truncated or the disk is full, where pread and pwrite return an error. The room of the first page is the header's, so
+// that the others lie at multiples of their size: the system then caches each as one large piece.
 #pragma once
 
 #include <sys/stat.h>
@@ -22,10 +23,10 @@ class PageFile {
   PageFile(const PageFile&) = delete;
   PageFile& operator=(const PageFile&) = delete;
 
-  // Makes room on the disk for this many bytes of pages, if there is not.
+  // Makes room on the disk for this many bytes, those of the header included, if there is not.
   void reserve(std::int64_t bytes);
 
-  // At offset bytes of the pages, by any number of threads. Both check that the file is whole: a write behind its end
+  // At this offset of the file, by any number of threads. Both check that the file is whole: a write behind its end
   // would make it as long again.
   // read: whether it had to wait for the disk, as far as the system tells.
   bool read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const;
@@ -44,7 +45,7 @@ class PageFile {
 
   std::string path_;
   int file_ = -1;
-  std::int64_t reserved_ = 0;   // with the header
+  std::int64_t reserved_ = 0;
   bool counts_blocks_ = false;  // whether what is reserved shows in the blocks of the file: not with compression
   mutable bool lost_ = false;
   mutable std::mutex mutex_;  // of these: a reserve may meet a move

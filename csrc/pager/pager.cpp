@@ -44,10 +44,10 @@ std::vector<PageId> Pager::add(std::int64_t count) {
     left = room.pages >= left ? 0 : left - std::max<std::int64_t>(0, room.pages - ring);
   }
   if (tiers_.back().tier == Tier::File) {
-    if (left > file_pages_) {
-      backend_->reserve_file(left * page_bytes_);
-      for (std::int64_t page = left; page-- > file_pages_;) free_offsets_.push_back(page * page_bytes_);
-      file_pages_ = left;
+    if (const std::int64_t wanted = 1 + left; wanted > file_pages_) {
+      backend_->reserve_file(wanted * page_bytes_);
+      for (std::int64_t page = wanted; page-- > file_pages_;) free_offsets_.push_back(page * page_bytes_);
+      file_pages_ = wanted;
     }
   } else if (left > 0) {
     throw std::length_error("expected room for " + std::to_string(all) + " pages of " + std::to_string(page_bytes_) +

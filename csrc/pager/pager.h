@@ -107,7 +107,7 @@ class Pager {
   std::vector<Page> pages_;
   std::vector<PageId> unused_;              // numbers of removed pages
   std::vector<std::int64_t> free_offsets_;  // in the file
-  std::int64_t file_pages_ = 0;             // reserved there
+  std::int64_t file_pages_ = 1;             // reserved there; the first is the file's own
   std::vector<Slot> ring_;
   std::size_t turn_ = 0;  // the slot of the next page to stream
   std::uint64_t walks_ = 0;

@@ -45,6 +45,9 @@ class SlowFile final : public Backend {
   Token move(const Place& from, const Place& to, std::int64_t bytes, Token, Token) override {
     const auto size = static_cast<std::size_t>(bytes);
     if (from.tier == Tier::None) std::memset(to.memory, 0, size);
+    for (const Place& place : {from, to}) {
+      if (place.tier == Tier::File) CHECK(place.offset > 0 && place.offset % bytes == 0);
+    }
     if (to.tier == Tier::File) std::memcpy(&file_[static_cast<std::size_t>(to.offset)], from.memory, size);
     if (from.tier == Tier::File) {
       in_order = in_order && from.offset > last_.exchange(from.offset);
