@@ -20,7 +20,8 @@ class LoraConfig:
         lora_dropout: probability, in training, that an input element does not reach A.
         target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
             match; or "all-linear": every linear layer but the heads, what is tied to them, and subclasses of
-            nn.Linear with a forward of their own, which may compute anything.
+            nn.Linear with a forward of their own, which may compute anything. None within nn.MultiheadAttention or
+            nn.TransformerEncoderLayer.
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
         rank_pattern, alpha_pattern: other r or lora_alpha for some layers: {name, or regular expression for its last
             dotted parts: value}.

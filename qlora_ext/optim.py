@@ -108,7 +108,7 @@ class PagedAdamW(Optimizer):
         """Add a group, at any time, as to every torch optimizer; room for its states is reserved at once.
 
         Raises:
-            TypeError, ValueError, OSError: see the class; the optimizer is then as it was.
+            TypeError, ValueError, OSError: see the class; it is then as it was, but for states of removed groups.
         """
         super().add_param_group(param_group)
         try:
@@ -129,9 +129,18 @@ class PagedAdamW(Optimizer):
 
     @in_turn
     def remove_param_group(self, index: int) -> None:
-        """Remove the group at this index of `param_groups`, and its states: else they go when any is next needed."""
+        """Remove the group at this index of `param_groups`, and its states: else they go when any is next needed.
+
+        Raises:
+            IndexError, ValueError: there is none, or `state` holds what is none; the groups are then as they were.
+        """
+        before = list(self.param_groups)
         del self.param_groups[index]
-        self._follow()
+        try:
+            self._follow()
+        except BaseException:
+            self.param_groups[:] = before
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -113,7 +113,7 @@ def checked_hyper(group: dict[str, Any]) -> Hyper:
     decoupled = group.get("decoupled_weight_decay", True)  # False: a group of torch.optim.Adam
     check(decoupled or weight_decay == 0, "decoupled_weight_decay", "True, or weight_decay 0", decoupled)
     betas, two = group["betas"], "two numbers from 0 to below 1"
-    check(isinstance(betas, Iterable), "betas", two, betas, TypeError)
+    check(isinstance(betas, Iterable) and not isinstance(betas, Iterator), "betas", two, betas, TypeError)
     both = [_number("betas", beta) for beta in betas]
     check(len(both) == 2 and all(0 <= beta < 1 for beta in both), "betas", two, betas)
     maximize = group.get("maximize")

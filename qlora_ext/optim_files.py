@@ -34,8 +34,8 @@ def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters
         "shards": _shards(groups),
     }
     try:
-        text = json.dumps(described, default=float)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(described, default=lambda number: number.tolist())  # torch's and numpy's, or arrays of them
+    except (AttributeError, TypeError, ValueError) as error:
         raise TypeError(f"PagedAdamW.save_states: param_groups: expected what JSON has, got {error}") from error
     write_state_file(
         path,

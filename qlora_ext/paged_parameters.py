@@ -200,7 +200,7 @@ class PagedParameters:
         self.save((p, part, value) for p, entry in found.items() for part, value in entry.items())
         for p, entry in found.items():  # which are filled by now: a DTensor may copy them to another device
             entry.update((part, like_parameter(p, entry[part])) for part in ("exp_avg", "exp_avg_sq"))
-            entry["step"] = torch.tensor(float(self.steps(p)), device="cpu")
+            entry["step"] = torch.tensor(float(self.steps(p)), dtype=torch.float32, device="cpu")
         return found
 
     def restore(self, saved: Mapping[Tensor, Saved], reserved: Iterable[Tensor], file: int = -1) -> None:

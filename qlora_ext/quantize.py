@@ -19,7 +19,15 @@ from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear, base_of
-from qlora_ext.model_layers import HEADS, expert_layers, layers_of, linear_layers, output_head, replace_layers
+from qlora_ext.model_layers import (
+    HEADS,
+    closed_kinds,
+    expert_layers,
+    layers_of,
+    linear_layers,
+    output_head,
+    replace_layers,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,8 +50,9 @@ def quantize_model(
         model: any module, on any device ("meta" too). Adapters in it, not merged, stay on their layers.
         skip: names of what to leave as it is, with all that is in it: of layers, experts, or modules; whole names, or
             last parts. By default the heads: lm_head, score, classifier, qa_outputs, and the model's output embeddings,
-            whatever they are called. Left too are layers whose weight is tied to another module's, and those that a
-            transformers model keeps in float32 (T5's wo).
+            whatever they are called. Left too are layers whose weight is tied to another module's, those that a
+            transformers model keeps in float32 (T5's wo), and all within nn.MultiheadAttention and
+            nn.TransformerEncoderLayer (warns), whose weights torch hands to kernels of its own.
         quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
     Returns:
@@ -113,9 +122,14 @@ def quantize_model(
     if not quantized:
         others = {type(m).__name__ for m in model.modules() if is_dense_linear(m) and not _is_known(m)}
         got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
-        expected = f"an nn.Linear in it that is not in skip={(*skip, *sorted(head))}"
+        got = f"only layers within {', '.join(closed)}" if (closed := closed_kinds(model)) else got
+        got = "layers in 4 bits" if any(isinstance(m, Linear4bit) for m in model.modules()) else got
+        expected = f"an nn.Linear in it that is not in skip={tuple(dict.fromkeys([*skip, *sorted(head)]))}"
         raise ValueError(f"quantize_model: model: expected {expected}, got {got}")
     _warn_of_experts(model)
+    if closed := closed_kinds(model):
+        left = f"layers within {', '.join(closed)} stay as they are: torch hands their weights to kernels of its own"
+        warnings.warn(f"quantize_model: model: {left}", UserWarning, stacklevel=2)
     return model
 
 

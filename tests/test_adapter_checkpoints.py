@@ -16,7 +16,7 @@ from tiny_model import tiny_config, tiny_tokenizer
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from qlora_ext import LoraConfig, PagedAdamW, add_adapter, load_adapter, quantize_model
+from qlora_ext import LoraConfig, PagedAdamW, add_adapter, delete_adapter, load_adapter, quantize_model
 from qlora_ext.finetune.adapter_checkpoints import AdapterCheckpoints
 
 STEPS, SAVED = 6, 3
@@ -57,24 +57,34 @@ def trainer(folder: Path, model: nn.Module, **options: Any) -> AdapterTrainer:
     )
 
 
-def with_adapter(model: Any) -> Any:
-    add_adapter(model, LoraConfig(r=4, lora_dropout=0.1))
+def with_adapter(model: Any, name: str = "default") -> Any:
+    add_adapter(model, LoraConfig(r=4, lora_dropout=0.1), name)
     return model
 
 
-def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = with_adapter(quantized())
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, name: str) -> None:
+    whole = with_adapter(quantized(), name)
     trainer(tmp_path / "whole", whole).train()
     files = set(os.listdir(tmp_path / "whole" / f"checkpoint-{SAVED}"))
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "optimizer.pt"} <= files
     assert not {"model.safetensors", "config.json"} & files
 
-    resumed = with_adapter(quantized())
+    resumed = with_adapter(quantized(), name)
     trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
     assert state_bytes(resumed) == state_bytes(whole)
     loaded = quantized()
-    load_adapter(loaded, tmp_path / "resumed" / f"checkpoint-{STEPS}")
+    load_adapter(loaded, tmp_path / "resumed" / f"checkpoint-{STEPS}", name)
     assert state_bytes(loaded) == state_bytes(whole)
+
+
+def test_of_several_adapters_the_default_is_saved(tmp_path: Path) -> None:
+    model = with_adapter(with_adapter(quantized()), "other")
+    trainer(tmp_path, model).save_model(str(tmp_path / "saved"))
+    loaded = quantized()
+    load_adapter(loaded, tmp_path / "saved")
+    delete_adapter(model, "other")
+    assert state_bytes(loaded) == state_bytes(model)
 
 
 def test_the_best_of_a_classifier_is_loaded_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_a_config_of_which_no_model_can_be_built(tmp_path: Path, change: dict[st
     save_tiny_model(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=f"{tmp_path}: expected a config of a model that can be built, got [A-Z]"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: expected a (config .* be built, got [A-Z]|causal .*, got t5$)"):
         load(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ PAGE = "page_bytes: expected a multiple of 4096 from 4096 to 1073741824"
         ({"lr": torch.ones(2)}, r"lr: expected a number, got tensor\(\[1., 1.\]\)"),
         ({"betas": (0.9, 1.0)}, rf"{TWO}, got \(0.9, 1.0\)"),
         ({"betas": (0.9,)}, rf"{TWO}, got \(0.9,\)"),
+        ({"betas": (-0.1, 0.9)}, rf"{TWO}, got \(-0.1, 0.9\)"),
+        ({"lr": 10**400}, "lr: expected a number, got 1000"),
+        ({"weight_decay": -0.1}, "weight_decay: expected 0 or more, got -0.1"),
         ({"eps": float("nan")}, "eps: expected 0 or more, got nan"),
         ({"state_bits": 16}, "state_bits: expected 8 or 32, got 16"),
         ({"page_bytes": 0}, f"{PAGE}, got 0"),
@@ -61,6 +65,7 @@ def test_bad_values(options: dict[str, Any], message: str) -> None:
         ({"eps": "x"}, "eps: expected a number, got 'x'"),
         ({"weight_decay": None}, "weight_decay: expected a number, got None"),
         ({"betas": 0.9}, f"{TWO}, got 0.9"),
+        ({"betas": iter((0.9, 0.99))}, f"{TWO}, got <tuple_iterator"),
         ({"betas": (None, 0.9)}, "betas: expected a number, got None"),
         ({"maximize": "False"}, "maximize: expected a bool, got 'False'"),
         ({"maximize": torch.ones(2)}, "maximize: expected a bool, got tensor"),
@@ -77,6 +82,16 @@ def test_bad_values(options: dict[str, Any], message: str) -> None:
 def test_bad_types(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=f"PagedAdamW: {message}"):
         PagedAdamW(parameters(), **options)
+
+
+@pytest.mark.parametrize("betas", [np.array([0.5, 0.25]), torch.tensor([0.5, 0.25]), [np.float32(0.5), 0.25]], ids=str)
+def test_numbers_of_any_kind_are_saved(betas: Any, tmp_path: Path) -> None:
+    optimizer = PagedAdamW(parameters(), lr=torch.tensor(0.25), eps=np.float16(0.5), betas=betas)
+    optimizer.save_states(tmp_path / "states")
+    other = PagedAdamW(parameters())
+    other.load_states(tmp_path / "states")
+    [group] = other.param_groups
+    assert (group["lr"], group["eps"], group["betas"]) == (0.25, 0.5, (0.5, 0.25))
 
 
 def test_limits_and_numbers_of_any_kind_are_taken() -> None:
@@ -131,6 +146,9 @@ def test_a_loaded_maximize_that_is_no_bool() -> None:
     with pytest.raises(TypeError, match="maximize: expected a bool, got 'False'"):
         optimizer.load_state_dict(state_dict)
     assert optimizer.param_groups[0]["maximize"] is False
+    state_dict["param_groups"][0]["maximize"] = None
+    optimizer.load_state_dict(state_dict)
+    take_steps(optimizer.param_groups[0]["params"], optimizer, range(1))
 
 
 def test_a_gradient_elsewhere_than_its_parameter() -> None:

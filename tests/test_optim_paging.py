@@ -171,6 +171,9 @@ def test_a_gradient_is_taken_as_its_parameter_lies() -> None:
         saved, parts = optimizer.state_dict(), DTensor.from_local(torch.ones(7, 5), mesh, [Partial()])
         saved["state"][0]["exp_avg"] = parts.redistribute(placements=[Shard(0)], async_op=True)  # still under way
         optimizer.load_state_dict(saved)
+        sharded.grad = DTensor.from_local(torch.ones(2, 5), mesh, [Shard(0)], shape=(7, 5), stride=(5, 1))
+        with pytest.raises(ValueError, match=r"expected a local shard of shape \[3, 5\], got \[2, 5\]"):
+            optimizer.step()
     finally:
         dist.destroy_process_group()
 

@@ -108,11 +108,25 @@ def test_a_subclass_of_linear_is_left_alone() -> None:
 def test_torchs_transformer_layer_still_runs(training: bool) -> None:
     """In eval mode without gradients it hands the weights of its linear layers to a fused kernel."""
     encoder = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
-    model = quantize_model(nn.Sequential(encoder, nn.Linear(64, 8)))
+    kinds = "MultiheadAttention, TransformerEncoderLayer"
+    with pytest.warns(UserWarning, match=f"quantize_model: model: layers within {kinds} stay as they are"):
+        model = quantize_model(nn.Sequential(encoder, nn.Linear(64, 8)))
     x = torch.randn(2, 3, 64)
     expected = model(x)
     with torch.set_grad_enabled(training):
         torch.testing.assert_close(model.train(training)(x), expected)
+
+
+def test_nothing_is_left_to_quantize() -> None:
+    alone = nn.ModuleList([nn.TransformerEncoderLayer(64, 4, 128)])
+    with pytest.raises(ValueError, match=r"got only layers within MultiheadAttention, TransformerEncoderLayer$"):
+        quantize_model(alone)
+    with pytest.raises(ValueError, match=r"\(.*: none\), not within MultiheadAttention, Trans.*, got \['linear1'\]"):
+        add_adapter(alone, LoraConfig(target_modules=["linear1"]))
+    with pytest.raises(
+        ValueError, match=r"in skip=\('lm_head', 'score', 'cl.*', 'qa_outputs'\), got layers in 4 bits$"
+    ):
+        quantize_model(quantize_model(nn.Sequential(nn.Linear(64, 8))))
 
 
 def test_on_meta() -> None:
@@ -201,7 +215,7 @@ def test_a_model_whose_layers_all_have_adapters_is_quantized() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     add_adapter(model, LoraConfig(r=2))
     assert isinstance(quantize_model(model)[0].base_layer, Linear4bit)
-    with pytest.raises(ValueError, match=r"expected an nn\.Linear in it.*got none"):
+    with pytest.raises(ValueError, match=r"expected an nn\.Linear in it.*got layers in 4 bits$"):
         quantize_model(model)
 
 

@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         help='JSONL, a line {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}, loss on the answers '
-        "only; or a .txt file, cut into windows of --max-length tokens, loss on every token",
+        "only; or a .txt file, cut into windows of --max-length tokens, loss on every token, equal windows "
+        "once",
         **required,
     )
     top.add_argument(
@@ -155,11 +156,11 @@ def main(arguments: list[str] | None = None) -> int:
         command.error("--resume and --overwrite exclude each other")
     if options.resume and not checkpoints(options.output):
         command.error(f"--resume: no checkpoint in {options.output}")
-    if not (options.resume or options.overwrite) and (reason := earlier_run(options.output)):
-        command.error(reason)
     model = Path(options.model)
     if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
         command.error(f"--output {options.output}: expected a folder that does not hold --model")
+    if not (options.resume or options.overwrite) and (reason := earlier_run(options.output)):
+        command.error(reason)
     _check_paging(command, options)
     if options.target_modules == "none" and not options.target_parameters:
         command.error("--target-modules: expected --target-parameters with none")

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 import qlora_ext
+from qlora_ext.model_layers import adapter_names
 
 
 class AdapterCheckpoints:
-    """For Trainer and its subclasses, TRL's among them, whose model has an adapter named "default".
+    """For Trainer and its subclasses, TRL's among them, whose model has one adapter, or one named "default".
 
     `class AdapterTrainer(AdapterCheckpoints, Trainer)` saves what `save_adapter` writes, with the tokenizer if it has
     one, and resumes from it; a Trainer that does not know the adapter saves base and adapter as one state_dict, which
@@ -19,12 +20,19 @@ class AdapterCheckpoints:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
-        qlora_ext.save_adapter(self.model, folder)
+        qlora_ext.save_adapter(self.model, folder, _adapter(self.model))
         if (tokenizer := getattr(self, "processing_class", None)) is not None:
             tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        qlora_ext.load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        model = self.model if model is None else model
+        qlora_ext.load_adapter(model, resume_from_checkpoint, _adapter(model))
 
     def _load_best_model(self: Any) -> None:
-        qlora_ext.load_adapter(self.model, self.state.best_model_checkpoint)
+        qlora_ext.load_adapter(self.model, self.state.best_model_checkpoint, _adapter(self.model))
+
+
+def _adapter(model: nn.Module) -> str:
+    """The name of the one that is saved and loaded."""
+    names = adapter_names(model)
+    return names[0] if len(names) == 1 else "default"

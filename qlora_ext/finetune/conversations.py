@@ -68,6 +68,9 @@ def _conversation(record: Any, unread: set[str]) -> Conversation:
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {_kind(record)}")
     if "messages" not in record:
+        if "prompt" not in record or "response" not in record:
+            got = ", ".join(map(json.dumps, record)) or "no field"
+            raise ValueError(f'expected fields "prompt" and "response", or "messages", got {got}')
         prompt, response = _text(record, "prompt"), _text(record, "response")
         _check_others(record, ("prompt", "response"), MEANT_FOR_EXAMPLE, unread)
         return (Turn("user", prompt, False), Turn("assistant", response, True))

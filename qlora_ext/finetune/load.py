@@ -109,6 +109,9 @@ def load_model(
                 raise
             raise ValueError(f"--attention {attention}: {error}") from error
         except Exception as error:  # whatever a model's class makes of sizes and names that do not fit
+            if "Unrecognized configuration class" in str(error):  # and the names of hundreds
+                kind = getattr(config, "model_type", type(config).__name__)
+                raise ValueError(f"{checkpoint.path}: expected a causal language model, got {kind}") from error
             how = "" if attention is None else f" with --attention {attention}"
             raise ValueError(
                 f"{checkpoint.path}: expected a config of a model that can be built{how}, "
