@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora_ext.layer_names import is_named, is_pattern_of
 from qlora_ext.lora_config import LoraConfig
-from qlora_ext.model_layers import closed_kinds, expert_layers, linear_layers, named_layers
+from qlora_ext.model_layers import closed_modules, expert_layers, linear_layers, named_layers
 
 
 def targeted(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -22,8 +22,8 @@ def targeted(model: nn.Module, config: LoraConfig) -> list[str]:
     for target in [[name] for name in wanted] if isinstance(wanted, list) else [wanted]:
         if not linear or (isinstance(target, list) and not any(is_named(name, target) for name in linear)):
             expected = f"names of linear layers (here, by their last parts: {_last_parts(linear_layers(model))})"
-            if closed := closed_kinds(model):
-                expected += f", not within {', '.join(closed)}"
+            if closed := closed_modules(model):
+                expected += f", not within {', '.join(sorted(set(closed.values())))}"
             if target == "all-linear":
                 expected = f"an nn.Linear that is no output head and has nn.Linear's forward, or {expected}"
             raise ValueError(f"add_adapter: target_modules: expected {expected}, got {target!r}")

@@ -72,10 +72,10 @@ def _is_linear(module: nn.Module) -> TypeGuard[AnyLinear]:
     return is_dense_linear(module) or isinstance(module, (Linear4bit, LoraLinear))
 
 
-def closed_kinds(model: nn.Module) -> list[str]:
-    """The classes of CLOSED modules with linear layers in them that are in the model, by name."""
-    modules = (module for _, module in plain_modules(model) if isinstance(module, CLOSED))
-    return sorted({type(module).__name__ for module in modules if any(map(_is_linear, module.modules()))})
+def closed_modules(model: nn.Module) -> dict[str, str]:
+    """The CLOSED modules with linear layers in them by name, and what their classes are called."""
+    closed = {name: module for name, module in plain_modules(model) if isinstance(module, CLOSED)}
+    return {name: type(module).__name__ for name, module in closed.items() if any(map(_is_linear, module.modules()))}
 
 
 def placed_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

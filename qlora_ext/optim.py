@@ -41,7 +41,7 @@ class PagedAdamW(Optimizer):
             a page for each thread, at most a quarter of it (two pages, if that is less), else two pages. A thread
             without a page computes only what is at home; what is known of each page takes 300 bytes beside that.
         page_file: path of a file for what the budgets do not hold, on a disk of this machine, another in each process.
-            Its space is reserved when parameters are added. It is deleted at the end: scratch space, not a checkpoint.
+            Its space, a page more, is reserved when parameters are added. It is deleted at the end: no checkpoint.
         stochastic_rounding, seed: round bfloat16 parameters up or down by chance, so that updates smaller than half
             their last bit count on average. Chance depends on (seed, step, parameter, shard, element) alone.
         maximize: go up the gradient.
@@ -132,7 +132,7 @@ class PagedAdamW(Optimizer):
         """Remove the group at this index of `param_groups`, and its states: else they go when any is next needed.
 
         Raises:
-            IndexError, ValueError: there is none, or `state` holds what is none; the groups are then as they were.
+            IndexError; and as `step()` does: the group is there still, but its states may be gone.
         """
         before = list(self.param_groups)
         del self.param_groups[index]

@@ -34,7 +34,7 @@ def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters
         "shards": _shards(groups),
     }
     try:
-        text = json.dumps(described, default=lambda number: number.tolist())  # torch's and numpy's, or arrays of them
+        text = json.dumps(described, default=_plain)
     except (AttributeError, TypeError, ValueError) as error:
         raise TypeError(f"PagedAdamW.save_states: param_groups: expected what JSON has, got {error}") from error
     write_state_file(
@@ -43,6 +43,14 @@ def save_states(path: Path, groups: list[dict[str, Any]], paged: PagedParameters
         {"format": "pt", _METADATA: text},
         lambda file, offsets: paged.save([(p, part, offsets[name]) for p, part, name in parts], file),
     )
+
+
+def _plain(given: Any) -> Any:
+    """A number of any kind, or torch's and numpy's arrays of them, as JSON has it."""
+    try:
+        return float(given)
+    except (TypeError, ValueError, RuntimeError):
+        return given.tolist()
 
 
 def _shards(groups: list[dict[str, Any]]) -> dict[int, int]:

@@ -43,6 +43,11 @@ def in_turn(method: Method) -> Method:
     return cast("Method", alone)
 
 
+def _step_dtype() -> torch.dtype:
+    """torch.optim.AdamW's: in 16 bits numbers from 2048, or 257, on would be others."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 class Update(NamedTuple):
     """One parameter of a step: its local shard, the gradient of that, and its number for rounding by chance."""
 
@@ -200,7 +205,7 @@ class PagedParameters:
         self.save((p, part, value) for p, entry in found.items() for part, value in entry.items())
         for p, entry in found.items():  # which are filled by now: a DTensor may copy them to another device
             entry.update((part, like_parameter(p, entry[part])) for part in ("exp_avg", "exp_avg_sq"))
-            entry["step"] = torch.tensor(float(self.steps(p)), dtype=torch.float32, device="cpu")
+            entry["step"] = torch.tensor(float(self.steps(p)), dtype=_step_dtype(), device="cpu")
         return found
 
     def restore(self, saved: Mapping[Tensor, Saved], reserved: Iterable[Tensor], file: int = -1) -> None:

@@ -21,7 +21,7 @@ from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear, base_of
 from qlora_ext.model_layers import (
     HEADS,
-    closed_kinds,
+    closed_modules,
     expert_layers,
     layers_of,
     linear_layers,
@@ -119,15 +119,18 @@ def quantize_model(
     replace_layers(model, convert)
     for experts, module, attribute in fused:
         quantize(experts, quantize_experts, module, attribute)
+    closed = sorted({kind for name, kind in closed_modules(model).items() if not is_within(name, skip)})
     if not quantized:
-        others = {type(m).__name__ for m in model.modules() if is_dense_linear(m) and not _is_known(m)}
-        got = f"only subclasses of it ({', '.join(sorted(others))})" if others else "none"
-        got = f"only layers within {', '.join(closed)}" if (closed := closed_kinds(model)) else got
-        got = "layers in 4 bits" if any(isinstance(m, Linear4bit) for m in model.modules()) else got
+        dense = [base for layer in linear_layers(model).values() if is_dense_linear(base := base_of(layer))]
+        others = {type(base).__name__ for base in dense if not _is_known(base)}
+        got = [f"subclasses of it ({', '.join(sorted(others))})"] if others else []
+        got += [f"layers within {', '.join(closed)}"] if closed else []
+        got += ["layers in 4 bits"] if any(isinstance(m, Linear4bit) for m in model.modules()) else []
+        only = f"only {' and '.join(got)}" if got else "none"
         expected = f"an nn.Linear in it that is not in skip={tuple(dict.fromkeys([*skip, *sorted(head)]))}"
-        raise ValueError(f"quantize_model: model: expected {expected}, got {got}")
+        raise ValueError(f"quantize_model: model: expected {expected}, got {only}")
     _warn_of_experts(model)
-    if closed := closed_kinds(model):
+    if closed:
         left = f"layers within {', '.join(closed)} stay as they are: torch hands their weights to kernels of its own"
         warnings.warn(f"quantize_model: model: {left}", UserWarning, stacklevel=2)
     return model
@@ -141,7 +144,7 @@ def quantizable(model: nn.Module) -> list[str]:
 
 def _warn_of_names(model: nn.Module, skip: Iterable[str]) -> None:
     """Say which of these names nothing here has, but for a head's, which many give for any model."""
-    names = quantizable(model)
+    names = [*quantizable(model), *closed_modules(model)]
     for each in skip:
         if each not in HEADS and not any(is_within(name, [each]) for name in names):
             expected = "names of layers, or of modules with layers, whole or their last parts"

@@ -16,7 +16,7 @@ from tiny_model import tiny_config, tiny_tokenizer
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from qlora_ext import LoraConfig, PagedAdamW, add_adapter, delete_adapter, load_adapter, quantize_model
+from qlora_ext import LoraConfig, PagedAdamW, add_adapter, delete_adapter, load_adapter, quantize_model, set_adapter
 from qlora_ext.finetune.adapter_checkpoints import AdapterCheckpoints
 
 STEPS, SAVED = 6, 3
@@ -78,18 +78,25 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, name: str)
     assert state_bytes(loaded) == state_bytes(whole)
 
 
-def test_of_several_adapters_the_default_is_saved(tmp_path: Path) -> None:
+def test_of_several_adapters_the_active_one_is_saved(tmp_path: Path) -> None:
     model = with_adapter(with_adapter(quantized()), "other")
-    trainer(tmp_path, model).save_model(str(tmp_path / "saved"))
+    run = trainer(tmp_path, model)
+    run.train()
+    set_adapter(model, ["default", "other"])
+    with pytest.raises(ValueError, match=r"expected one active adapter, got \['default', 'other'\]"):
+        run.save_model(str(tmp_path / "saved"))
     loaded = quantized()
-    load_adapter(loaded, tmp_path / "saved")
-    delete_adapter(model, "other")
+    load_adapter(loaded, tmp_path / f"checkpoint-{STEPS}", "other")
+    delete_adapter(model, "default")
     assert state_bytes(loaded) == state_bytes(model)
 
 
-def test_the_best_of_a_classifier_is_loaded_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_the_best_of_a_classifier_is_loaded_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """With its head, which trains too. The losses of evaluation rise, so the first is the best."""
-    model = with_adapter(quantized(LlamaForSequenceClassification))
+    model = with_adapter(quantized(LlamaForSequenceClassification), name)
     model.score.requires_grad_(True)
     how = {"eval_strategy": "steps", "eval_steps": SAVED, "load_best_model_at_end": True}
     run = trainer(tmp_path, model, **how)
@@ -102,7 +109,7 @@ def test_the_best_of_a_classifier_is_loaded_at_the_end(tmp_path: Path, monkeypat
     base = LlamaForSequenceClassification(tiny_config(pad_token_id=0))
     for each, best in ((tmp_path / "checkpoint-3", True), (tmp_path / "checkpoint-6", False)):
         other = quantized(LlamaForSequenceClassification)
-        load_adapter(other, each)
+        load_adapter(other, each, name)
         assert (state_bytes(other) == state_bytes(model)) == best
     run.save_model(str(tmp_path / "best"))
     read = peft.PeftModel.from_pretrained(base, str(tmp_path / "best"))

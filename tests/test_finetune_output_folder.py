@@ -50,6 +50,7 @@ def test_a_model_is_not_overwritten(
     shutil.copytree(own["model"], tmp_path / "other")
     for output, overwrite, reason in (
         ("own", True, "expected a folder that does not hold --model"),
+        ("own", None, "expected a folder that does not hold --model"),
         ("", True, "expected a folder that does not hold --model"),
         ("other", None, "holds a model or an adapter: add --overwrite"),
     ):

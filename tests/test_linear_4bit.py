@@ -21,6 +21,15 @@ def test_as_exact_as_torch(case: LinearCase, cpu_path: str) -> None:
     assert_as_exact_as_torch(linear_4bit(x, *case.quantized, n, bias), torch_result, exact)
 
 
+@pytest.mark.parametrize("m", [1, 2, 5, 6, 8])
+def test_long_rows_are_as_exact_as_torch(m: int, cpu_path: str) -> None:
+    """Their sums are not one chain from end to end."""
+    packed = quantize(normal(256, 14336), "nf4", 64, double_quant=True)
+    x, weight = torch.randn(m, 14336), dequantize_4bit(packed, (256, 14336), torch.float32)
+    exact = F.linear(x.double(), weight.double())
+    assert_as_exact_as_torch(linear_4bit(x, *packed, 256, None), F.linear(x, weight), exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_one_hot_rows_read_the_weight_exactly(dtype: torch.dtype, cpu_path: str) -> None:
     """A wrong nibble order, scale or block border shows here as a wrong value at a known place."""

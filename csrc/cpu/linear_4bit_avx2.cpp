@@ -105,6 +105,7 @@ struct Avx2 {
     }
   }
 
+  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
   static void copy_bytes(const std::uint8_t* from, std::int64_t, std::uint8_t (&chunk)[kChunk / 2]) {  // a run of 32

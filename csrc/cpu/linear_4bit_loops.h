@@ -10,7 +10,7 @@
 //   Vector         fp32 sums; a lane's weights of a chunk are of one run of 32, so that they share an absmax
 //   decode_absmax  absmax of blocks as numbers; writes up to a multiple of 64, or less
 //   multiply       a chunk of W times the chunk of each row of x, each lane its own sum, not yet scaled
-//   multiply_scaled  if there is one for so many rows: likewise, scaled, onto the sums
+//   multiply_scaled  if there is one for so many rows of x: likewise of one row of W, scaled, onto the sums
 //   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out
 //   copy_bytes     if a chunk is more than a run: to a chunk, with zeros behind them; and `scales` with zeros for lanes
 //                  whose runs are not among the first so many
@@ -84,6 +84,7 @@ template <typename Isa, int kRows, typename Scales>
                                                   const Scales& scales,
                                                   typename Isa::Vector (&sum)[Isa::kRowsOfW][kRows]) {
   if constexpr (requires { isa.multiply_scaled(w.packed, scales(w.absmax), x, sum[0]); }) {
+    static_assert(Isa::kRowsOfW == 1);
     isa.multiply_scaled(w.packed, scales(w.absmax), x, sum[0]);
   } else {
     typename Isa::Vector products[Isa::kRowsOfW][kRows];
@@ -123,8 +124,8 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
                              typename Isa::Vector (&sums)[kRows][kRowBlock], std::int64_t row) {
   constexpr int kRowsOfW = Isa::kRowsOfW;
   typename Isa::Vector sum[kRowsOfW][kRows];
-  for (int r = 0; r < kRowsOfW; ++r) {
-    for (int m = 0; m < kRows; ++m) sum[r][m] = sums[m][row + r];
+  for (auto& of_row : sum) {
+    for (auto& of_x : of_row) of_x = Isa::zero();
   }
   const auto at = [&](std::int64_t k) {
     return RowsOfW{w.packed + k / 2, w.stride, w.absmax + (k >> shift), w.absmax_stride};
@@ -154,8 +155,9 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
   if constexpr (Isa::kChunk > kRun) {
     if (k < count) multiply_end<Isa, kRows>(isa, lanes, at(k), x + k * kRows, count - k, sum);
   }
+  // Chains no longer than a segment: a row's would take up three times torch's error.
   for (int r = 0; r < kRowsOfW; ++r) {
-    for (int m = 0; m < kRows; ++m) sums[m][row + r] = sum[r][m];
+    for (int m = 0; m < kRows; ++m) sums[m][row + r] = Isa::add(sums[m][row + r], sum[r][m]);
   }
 }
 

@@ -1,6 +1,6 @@
 // The file tier: room for pages in a file, by pread and pwrite. Never mapped: a mapping dies of SIGBUS when the file is
 // truncated or the disk is full, where pread and pwrite return an error. The room of the first page is the header's, so
-// that the others lie at multiples of their size: the system then caches each as one large piece.
+// that the others lie at multiples of their size, and a system that can caches them in large pieces.
 #pragma once
 
 #include <sys/stat.h>

@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         help='JSONL, a line {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}, loss on the answers '
-        "only; or a .txt file, cut into windows of --max-length tokens, loss on every token, equal windows "
-        "once",
+        "only; or a .txt file, cut into windows of --max-length tokens, loss on every token (equal windows "
+        "count once)",
         **required,
     )
     top.add_argument(

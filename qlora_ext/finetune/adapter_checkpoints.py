@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 import qlora_ext
-from qlora_ext.model_layers import adapter_names
+from qlora_ext.model_layers import adapter_names, lora_layers
 
 
 class AdapterCheckpoints:
-    """For Trainer and its subclasses, TRL's among them, whose model has one adapter, or one named "default".
+    """For Trainer and its subclasses, TRL's among them, whose model has one active adapter.
 
     `class AdapterTrainer(AdapterCheckpoints, Trainer)` saves what `save_adapter` writes, with the tokenizer if it has
     one, and resumes from it; a Trainer that does not know the adapter saves base and adapter as one state_dict, which
@@ -34,5 +34,8 @@ class AdapterCheckpoints:
 
 def _adapter(model: nn.Module) -> str:
     """The name of the one that is saved and loaded."""
-    names = adapter_names(model)
-    return names[0] if len(names) == 1 else "default"
+    active = {name for _, layer in lora_layers(model) for name in layer.active_adapters}
+    names = sorted(active) or adapter_names(model) or ["default"]
+    if len(names) > 1:
+        raise ValueError(f"AdapterCheckpoints: model: expected one active adapter, got {names}")
+    return names[0]

@@ -69,8 +69,7 @@ def _conversation(record: Any, unread: set[str]) -> Conversation:
         raise ValueError(f"expected a JSON object, got {_kind(record)}")
     if "messages" not in record:
         if "prompt" not in record or "response" not in record:
-            got = ", ".join(map(json.dumps, record)) or "no field"
-            raise ValueError(f'expected fields "prompt" and "response", or "messages", got {got}')
+            raise ValueError(f'expected fields "prompt" and "response", or "messages", got {_fields(record)}')
         prompt, response = _text(record, "prompt"), _text(record, "response")
         _check_others(record, ("prompt", "response"), MEANT_FOR_EXAMPLE, unread)
         return (Turn("user", prompt, False), Turn("assistant", response, True))
@@ -120,13 +119,17 @@ def _is_nothing(field: str, value: Any) -> bool:
 
 def _text(record: dict[str, Any], field: str) -> str:
     if field not in record:
-        raise ValueError(f'expected a field "{field}", got {", ".join(map(json.dumps, record)) or "no field"}')
+        raise ValueError(f'expected a field "{field}", got {_fields(record)}')
     value = record[field]
     if not isinstance(value, str) or not value:
         raise ValueError(f'expected "{field}" to be a non-empty string, got {_kind(value)}')
     if surrogate := re.search(r"[\ud800-\udfff]", value):
         raise ValueError(f'expected "{field}" to be Unicode text, got half a character: {surrogate[0]!a}')
     return value
+
+
+def _fields(record: dict[str, Any]) -> str:
+    return ", ".join(map(json.dumps, record)) or "no field"
 
 
 def _kind(value: Any) -> str:
