@@ -19,8 +19,9 @@ struct PortableVectors {
 
   static Vector splat(float x) { return Vector{x, x, x, x}; }
 
-  // a * b + c, fused where that is an instruction.
   static Vector add(Vector a, Vector b) { return a + b; }
+
+  // a * b + c, fused where that is an instruction.
   static Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__FP_FAST_FMAF) || defined(__aarch64__)
     for (std::int64_t i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
