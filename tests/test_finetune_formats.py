@@ -12,7 +12,7 @@ import torch
 from loading_memory import measure
 from safetensors.torch import load_file, save_file
 from stored_models import CONFIGS, HEADS, QUANTIZE, SIZES, describe, edit, fp8, mxfp4, save
-from tiny_model import assert_same_model, load
+from tiny_model import assert_same_model, load, save_tiny_model
 from tiny_model import one_thread as one_thread
 from transformers import AutoModelForCausalLM as Auto
 from transformers import FineGrainedFP8Config, GptOssConfig, Mxfp4Config, Qwen3Config
@@ -95,6 +95,14 @@ def test_parts_that_the_model_is_without_are_left_out(
         describe(tmp_path, FP8)
     assert_same_model(load(tmp_path), expected)
     assert not [each for each in recwarn if "left out" in str(each.message)]
+
+
+def test_a_model_of_another_kind(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    with pytest.raises(ValueError, match=f"{tmp_path}: expected a causal language model, got t5$"):
+        load(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")

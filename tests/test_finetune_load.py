@@ -66,12 +66,12 @@ def test_only_a_package_of_the_attention_is_called_so(tmp_path: Path, monkeypatc
         load_model(open_checkpoint(str(tmp_path)), dtype=torch.float32, device=CPU, attention="flash_attention_2")
 
 
-@pytest.mark.parametrize("change", [{"hidden_act": "none"}, {"intermediate_size": -1}, {"model_type": "t5"}])
+@pytest.mark.parametrize("change", [{"hidden_act": "none"}, {"intermediate_size": -1}])
 def test_a_config_of_which_no_model_can_be_built(tmp_path: Path, change: dict[str, Any]) -> None:
     save_tiny_model(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=rf"{tmp_path}: expected a (config .* be built, got [A-Z]|causal .*, got t5$)"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: expected a config of a model that can be built, got [A-Z]"):
         load(tmp_path)
 
 
