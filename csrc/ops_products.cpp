@@ -13,48 +13,68 @@ namespace {
 
 using at::Tensor;
 
-// Of `total` rows or columns, how many a slice takes so that it fits the workspace; slices of about the same size,
-// since a narrow last one is multiplied by a slower and less exact kernel.
-int64_t slice_size(int64_t workspace_bytes, int64_t total, int64_t bytes_each) {
-  const int64_t slices = ceil_div(total * bytes_each, workspace_bytes);
-  const int64_t size = std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(1, slices)));
-  return size < 256 ? size : ceil_div(size, 64) * 64;  // BLAS libraries want aligned rows
+// `total`, or so much of it, at most `most` or 64, that its parts are of about the same size: BLAS libraries multiply
+// by a narrow last one more slowly and less exactly. They want parts aligned.
+int64_t part_of(int64_t total, int64_t most) {
+  const int64_t part = ceil_div(total, ceil_div(total, std::max<int64_t>(most, 64)));
+  return std::min(total, ceil_div(part, 64) * 64);
 }
 
-// x @ W^T + bias, the weight decoded a slice of rows at a time.
+// What of the weight is decoded at a time: so many of the result's columns, and so much of the reduction.
+struct Part {
+  int64_t columns, depth;
+};
+
+// It should fit the workspace. The reduction is cut only in fp32, and only where it is so long that few columns would
+// be left, whose products torch makes of long chains of additions, and slowly: with each cut the sums are rounded.
+Part part_of(const Tensor& out, int64_t reduction) {
+  constexpr int64_t kFewColumns = 256;
+  const int64_t room = device_for(out).workspace_bytes(out) / out.element_size();
+  const int64_t columns = part_of(out.size(1), room / std::max<int64_t>(reduction, 1));
+  if (columns >= std::min(out.size(1), kFewColumns) || out.scalar_type() != at::kFloat) return {columns, reduction};
+  const int64_t more = part_of(out.size(1), kFewColumns);
+  return {more, part_of(reduction, room / more)};
+}
+
+// out = a @ b + bias. decode(r, depth, j, columns, workspace) is a part of b from row r and column j on, dense.
+template <typename Decode>
+void multiply_parts(const Tensor& a, const Tensor& bias, const Tensor& out, Decode&& decode) {
+  const int64_t reduction = a.size(1), J = out.size(1);
+  const Part part = part_of(out, reduction);
+  const Tensor workspace = at::empty({part.columns * part.depth}, a.options());
+  for (int64_t j = 0; j < J; j += part.columns) {
+    const int64_t columns = std::min(part.columns, J - j);
+    Tensor sums = out.narrow(1, j, columns);
+    int64_t r = 0;
+    do {  // once for an empty reduction, too
+      const int64_t depth = std::min(part.depth, reduction - r);
+      const Tensor x = a.narrow(1, r, depth);
+      const Tensor b = decode(r, depth, j, columns, workspace.narrow(0, 0, depth * columns));
+      if (r > 0) {
+        sums.addmm_(x, b);
+      } else if (bias.defined()) {
+        at::addmm_out(sums, bias.narrow(0, j, columns), x, b);
+      } else {
+        at::mm_out(sums, x, b);
+      }
+      r += depth;
+    } while (r < reduction);
+  }
+}
+
+// x @ W^T + bias and grad @ W.
 void multiply_slices(const Tensor& x, const Packed4bit& w, const Tensor& bias, const Tensor& y) {
-  const int64_t N = y.size(1), K = x.size(1);
-  const Device& device = device_for(x);
-  const int64_t step = slice_size(device.workspace_bytes(x), N, K * x.element_size());
-  Tensor workspace = at::empty({std::min(step, N), K}, x.options());
-  for (int64_t begin = 0; begin < N; begin += step) {
-    const int64_t count = std::min(step, N - begin);
-    device.dequantize_4bit(w, K, {begin, begin + count, 0, K}, workspace);
-    const Tensor weight_t = workspace.narrow(0, 0, count).t();
-    Tensor out = y.narrow(1, begin, count);
-    if (bias.defined()) {
-      at::addmm_out(out, bias.narrow(0, begin, count), x, weight_t);
-    } else {
-      at::mm_out(out, x, weight_t);
-    }
-  }
+  multiply_parts(x, bias, y, [&](int64_t r, int64_t depth, int64_t j, int64_t columns, const Tensor& workspace) {
+    device_for(x).dequantize_4bit(w, x.size(1), {j, j + columns, r, r + depth}, workspace);
+    return workspace.view({columns, depth}).t();
+  });
 }
 
-// grad @ W. The weight is cut by columns, so that no slice adds onto another's rounded sum.
 void multiply_slices_dgrad(const Tensor& grad, const Packed4bit& w, const Tensor& grad_x) {
-  const int64_t N = grad.size(1), K = grad_x.size(1);
-  const Device& device = device_for(grad);
-  // Cut where vector kernels want it, unless blocks are so large that a slice would be the whole weight.
-  const int64_t boundary = std::min<int64_t>(w.blocksize, 256);
-  const int64_t step =
-      ceil_div(slice_size(device.workspace_bytes(grad), K, N * grad.element_size()), boundary) * boundary;
-  Tensor workspace = at::empty({N * std::min(step, K)}, grad.options());
-  for (int64_t begin = 0; begin < K; begin += step) {
-    const int64_t count = std::min(step, K - begin);
-    device.dequantize_4bit(w, K, {0, N, begin, begin + count}, workspace);
-    Tensor part = grad_x.narrow(1, begin, count);
-    at::mm_out(part, grad, workspace.narrow(0, 0, N * count).view({N, count}));
-  }
+  multiply_parts(grad, {}, grad_x, [&](int64_t r, int64_t depth, int64_t j, int64_t columns, const Tensor& workspace) {
+    device_for(grad).dequantize_4bit(w, grad_x.size(1), {r, r + depth, j, j + columns}, workspace);
+    return workspace.view({depth, columns});
+  });
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ def test_as_exact_as_torch(case: LinearCase, cpu_path: str) -> None:
     assert_as_exact_as_torch(linear_4bit(x, *case.quantized, n, bias), torch_result, exact)
 
 
-@pytest.mark.parametrize("m", [1, 2, 5, 6, 8])
+@pytest.mark.parametrize("m", [1, 2, 5, 6, 8, 16, 40])
 def test_long_rows_are_as_exact_as_torch(m: int, cpu_path: str) -> None:
     """Their sums are not one chain from end to end."""
     packed = quantize(normal(256, 14336), "nf4", 64, double_quant=True)

@@ -17,6 +17,14 @@ def test_as_exact_as_torch(case: LinearCase, cpu_path: str) -> None:
     assert_as_exact_as_torch(linear_4bit_dgrad(grad, *case.quantized, k), grad @ case.weight(case.dtype), exact)
 
 
+@pytest.mark.parametrize("m", [1, 4, 8, 16, 40])
+def test_long_rows_are_as_exact_as_torch(m: int, cpu_path: str) -> None:
+    packed = quantize(normal(14336, 128), "nf4", 64, double_quant=True)
+    grad, weight = torch.randn(m, 14336), dequantize_4bit(packed, (14336, 128), torch.float32)
+    exact = grad.double() @ weight.double()
+    assert_as_exact_as_torch(linear_4bit_dgrad(grad, *packed, 128), grad @ weight, exact)
+
+
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 3, 48), (2, 0, 48)])
 def test_leading_dimensions(shape: tuple[int, ...], cpu_path: str) -> None:
     grad = torch.randn(shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, normal, quantized_normal
-from reference import assert_same, dequantize_4bit
+from reference import assert_as_exact_as_torch, assert_same, dequantize_4bit
 from test_lora_linear_4bit import masks
 from torch import Tensor
 
@@ -41,6 +41,31 @@ def test_values(dropout: tuple[list[float], Tensor | None], cpu_path: str) -> No
         exact_b.append(SCALING[i] * parts[i].T @ GRAD.double())
     for got, exact in ((grad_x, exact_x), (grad_a, torch.cat(exact_a)), (grad_b, torch.cat(exact_b))):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+
+
+LONG = [
+    (4, 64, 14336),
+    (16, 64, 14336),
+    (33, 64, 14336),
+    (4, 14336, 64),
+    (16, 14336, 64),
+    (33, 14336, 64),
+    (8192, 64, 64),
+]
+
+
+@pytest.mark.parametrize("mnk", LONG, ids=str)
+def test_long_products_are_as_exact_as_torch(mnk: tuple[int, int, int], cpu_path: str) -> None:
+    """xA, too, and whichever of the three is the long one."""
+    m, n, k = mnk
+    q = quantized_normal((n, k), "nf4", 64, double_quant=True)
+    x, grad, a, b = (torch.randn(shape) for shape in ((m, k), (m, n), (16, k), (n, 16)))
+    _, xa = torch.ops.qlora_ext.lora_linear_4bit(x, *q, n, None, [a], [b], [1.0], *NONE)
+    _, grad_a, grad_b = backward(grad, x, xa, *q, [a], [b], [1.0], *NONE, False)
+    x64, grad64, a64, b64 = (t.double() for t in (x, grad, a, b))
+    assert_as_exact_as_torch(xa, x @ a.T, x64 @ a64.T)
+    assert_as_exact_as_torch(grad_a, (grad @ b).T @ x, (grad64 @ b64).T @ x64)
+    assert_as_exact_as_torch(grad_b, xa.T @ grad, xa.double().T @ grad64)
 
 
 def test_grad_x_only_where_wanted(cpu_path: str) -> None:

@@ -6,7 +6,7 @@
 //   kStrip         columns that meet all of these before the next; their sums are on the stack
 //   kRowsOfW       rows of W whose products are added up before the sums go to memory
 //   kChunk         columns whose weights are decoded at a time
-//   Chunk          vectors of fp32 numbers, one a column
+//   Chunk          kVectors vectors of fp32 numbers, one a column
 //   column         the one whose number is at place i
 //   decode_absmax  as for linear_4bit
 //   add_rows       a chunk of some rows of W times rows of grad, N apart, onto the sums
@@ -51,28 +51,39 @@ template <typename Isa>
 void multiply_strip(const Isa& isa, const FewRowsDgrad& p, std::int64_t begin, std::int64_t width) {
   const std::int64_t before = begin % p.w.blocksize;  // columns of the first block that are left out
   const std::int64_t blocks = ceil_div(before + width, p.w.blocksize);
-  typename Isa::Chunk sums[Isa::kStrip / Isa::kChunk * Isa::kMostRows];
-  const auto each_chunk = [&](auto&& body) {
-    for (std::int64_t k = 0; k < width; k += Isa::kChunk) {
-      body(k, smaller(width - k, Isa::kChunk), sums + k / Isa::kChunk * p.M);
+  // Of the first segment, onto which those of a later one are added: in one chain from end to end, a long N's would be
+  // rounded to the size that they have come to.
+  constexpr std::int64_t kMostSums = Isa::kStrip / Isa::kChunk * Isa::kMostRows, kSegment = 32 * Isa::kRowsOfW;
+  typename Isa::Chunk sums[kMostSums], later[kMostSums];
+  const std::int64_t num_sums = ceil_div(width, Isa::kChunk) * p.M;
+  const auto each_chunk = [&](typename Isa::Chunk* of_chunk, auto&& body) {
+    for (std::int64_t k = 0; k < width; k += Isa::kChunk, of_chunk += p.M) {
+      body(k, smaller(width - k, Isa::kChunk), of_chunk);
     }
   };
-  __builtin_memset(sums, 0, static_cast<std::size_t>(ceil_div(width, Isa::kChunk) * p.M) * sizeof *sums);
-  for (std::int64_t n = 0; n < p.N; n += Isa::kRowsOfW) {
-    const std::int64_t rows = smaller(p.N - n, Isa::kRowsOfW);
-    float absmax[Isa::kRowsOfW * (Isa::kStrip / kRun) + kAbsmaxBehind];
-    decode_absmax_of_rows<Isa>(p.w, n, rows, p.K, begin - before, before + width, absmax);
-    each_chunk([&](std::int64_t k, std::int64_t count, typename Isa::Chunk* of_chunk) {
-      const ChunkOfW w{.packed = p.w.packed + (n * p.K + begin + k) / 2,
-                       .stride = p.K / 2,
-                       .rows = rows,
-                       .count = count,
-                       .absmax = absmax + (before + k) / p.w.blocksize,
-                       .absmax_stride = blocks};
-      isa.add_rows(w, p.grad + n, p.N, p.M, of_chunk);
-    });
+  __builtin_memset(sums, 0, static_cast<std::size_t>(num_sums) * sizeof *sums);
+  for (std::int64_t segment = 0; segment < p.N; segment += kSegment) {
+    typename Isa::Chunk* const to = segment == 0 ? sums : later;
+    if (to == later) __builtin_memset(later, 0, static_cast<std::size_t>(num_sums) * sizeof *later);
+    for (std::int64_t n = segment; n < smaller(segment + kSegment, p.N); n += Isa::kRowsOfW) {
+      const std::int64_t rows = smaller(p.N - n, Isa::kRowsOfW);
+      float absmax[Isa::kRowsOfW * (Isa::kStrip / kRun) + kAbsmaxBehind];
+      decode_absmax_of_rows<Isa>(p.w, n, rows, p.K, begin - before, before + width, absmax);
+      each_chunk(to, [&](std::int64_t k, std::int64_t count, typename Isa::Chunk* of_chunk) {
+        const ChunkOfW w{.packed = p.w.packed + (n * p.K + begin + k) / 2,
+                         .stride = p.K / 2,
+                         .rows = rows,
+                         .count = count,
+                         .absmax = absmax + (before + k) / p.w.blocksize,
+                         .absmax_stride = blocks};
+        isa.add_rows(w, p.grad + n, p.N, p.M, of_chunk);
+      });
+    }
+    for (std::int64_t i = 0; i < num_sums && to == later; ++i) {
+      for (int v = 0; v < Isa::kVectors; ++v) sums[i][v] += later[i][v];
+    }
   }
-  each_chunk([&](std::int64_t k, std::int64_t count, const typename Isa::Chunk* of_chunk) {
+  each_chunk(sums, [&](std::int64_t k, std::int64_t count, const typename Isa::Chunk* of_chunk) {
     finish_columns<Isa>(p, begin + k, count, of_chunk);
   });
 }

@@ -23,7 +23,7 @@ constexpr std::int64_t kStep = kMinBlocksize;
 struct MatmulScratch {
   float* panel;          // [kDepth][panel's width]
   float* sums;           // [blocks of kMaxColumns][rows][kSumStride], kMaxRows * kSumStride in all
-  float* masked;         // likewise: a later term before its out_mask
+  float* beside;         // likewise: what is added to them later
   float* absmax;         // staged [W's columns / kStep][W's rows], of which there are at most kDepth
   std::uint8_t* packed;  // staged
 
@@ -35,8 +35,8 @@ struct MatmulScratch {
   explicit MatmulScratch(float* memory)
       : panel(memory),
         sums(panel + kPanelFloats),
-        masked(sums + kMaxRows * kSumStride),
-        absmax(masked + kMaxRows * kSumStride),
+        beside(sums + kMaxRows * kSumStride),
+        absmax(beside + kMaxRows * kSumStride),
         packed(reinterpret_cast<std::uint8_t*>(absmax + kAbsmaxFloats)) {}
 };
 

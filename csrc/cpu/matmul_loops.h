@@ -21,6 +21,11 @@
 namespace qlora::cpu {
 namespace {
 
+// So much of a reduction, whole blocks of it, has sums of its own. (Sums that are rounded to bf16 in the end need
+// none.)
+template <typename Isa>
+constexpr std::int64_t kSegment = Isa::kPerStep == 1 ? 16 * kDepth : INT64_MAX;
+
 template <typename Isa>
 inline std::int64_t steps_of(std::int64_t depth) {
   return ceil_div(depth, Isa::kPerStep);
@@ -204,14 +209,17 @@ inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::in
   stage_absmax(w, K, row, rows, column, columns, s);
 }
 
-// sums += from where the mask is true; from may be the sums, which are kept there then, and cleared elsewhere.
-inline void add_masked(const float* from, const bool* mask, std::int64_t mask_stride, std::int64_t rows,
-                       std::int64_t columns, float* sums) {
+// sums += from, where the mask, if there is one, is true; from may be the sums, which are kept there then, and cleared
+// elsewhere.
+inline void add_part(const float* from, const bool* mask, std::int64_t mask_stride, std::int64_t rows,
+                     std::int64_t columns, float* sums) {
   for (std::int64_t row = 0; row < rows; ++row, from += kSumStride, sums += kSumStride, mask += mask_stride) {
     if (from == sums) {
       for (std::int64_t j = 0; j < columns; ++j) sums[j] = kept(sums[j], mask[j]);
-    } else {
+    } else if (mask != nullptr) {
       for (std::int64_t j = 0; j < columns; ++j) sums[j] += kept(from[j], mask[j]);
+    } else {
+      for (std::int64_t j = 0; j < columns; ++j) sums[j] += from[j];
     }
   }
 }
@@ -283,15 +291,19 @@ void multiply_part(const Matmul& product, const MatmulRows& all_rows, const Rect
   };
   clear(s.sums);
   each_block<Isa>(product, all_rows, [&](const Term& term, std::int64_t r, std::int64_t depth, const float* x) {
-    const bool alone = term.out_mask == nullptr || &term == product.terms;  // on its sums, or the first there
-    float* const sums = alone ? s.sums : s.masked;
-    if (!alone && r == 0) clear(sums);
+    const bool masked = term.out_mask != nullptr;
+    // Beside the sums, and added to them at a segment's end: what counts in part only, unless it is the first there,
+    // and what would be rounded to the size that long sums have.
+    const bool beside = r >= kSegment<Isa> || (masked && &term != product.terms);
+    const bool ends = r + depth == term.R || (r + depth) % kSegment<Isa> == 0;
+    float* const sums = beside ? s.beside : s.sums;
+    if (beside && r % kSegment<Isa> == 0) clear(sums);
     x += (part.row_begin - all_rows.begin) * steps_of<Isa>(depth);
     each_columns([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
       multiply_columns<Isa>(product, term, r, depth, x, rows, column, columns, s, sums + at);
-      if (term.out_mask != nullptr && r + depth == term.R) {
-        const bool* mask = term.out_mask + part.row_begin * product.J + column;
-        add_masked(sums + at, mask, product.J, rows, columns, s.sums + at);
+      if (ends && (beside || masked)) {
+        const bool* mask = masked ? term.out_mask + part.row_begin * product.J + column : nullptr;
+        add_part(sums + at, mask, masked ? product.J : 0, rows, columns, s.sums + at);
       }
     });
   });

@@ -172,22 +172,26 @@ inline void add_block(const RowProducts& p, std::int64_t first, std::int64_t col
 }
 
 // In rectangles of b that fit the caches: columns that lie side by side share lines, and x is packed where it is read.
+// Each depth has sums of its own, added to those before: in one chain from end to end, a long K's would be rounded to
+// the size that they have come to.
 template <typename Isa, typename T>
 void multiply(const RowProducts& p, std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t kDepth = 256, kWidth = 512;
   alignas(64) float x[kMostRowProducts * kDepth / Isa::kPerStep];
-  alignas(64) float sums[kMostRowProducts * kWidth];
+  alignas(64) float sums[kMostRowProducts * kWidth], later[kMostRowProducts * kWidth];
   for (std::int64_t left = begin; left < end; left += kWidth) {
     const std::int64_t right = smaller(left + kWidth, end);
-    const auto each_columns = [&](auto&& handle) {
-      for (std::int64_t first = left; first < right; first += Isa::kLanes) {
-        handle(first, smaller(right - first, Isa::kLanes), sums + (first - left) * p.M);
+    const auto each_columns = [&](float* of_columns, auto&& handle) {
+      for (std::int64_t first = left; first < right; first += Isa::kLanes, of_columns += p.M * Isa::kLanes) {
+        handle(first, smaller(right - first, Isa::kLanes), of_columns);
       }
     };
-    each_columns([&](std::int64_t, std::int64_t, float* to) {
-      __builtin_memset(to, 0, static_cast<std::size_t>(p.M * Isa::kLanes) * sizeof(float));
-    });
+    const std::int64_t count = ceil_div(right - left, Isa::kLanes) * Isa::kLanes * p.M;  // of sums
+    const auto clear = [&](float* to) { __builtin_memset(to, 0, static_cast<std::size_t>(count) * sizeof(float)); };
+    clear(sums);
     for (std::int64_t k = 0; k < p.K; k += kDepth) {
+      float* const to = k == 0 ? sums : later;
+      if (k > 0) clear(later);
       const std::int64_t depth = smaller(p.K - k, kDepth);
       arrange<Isa>(p, k, depth, x);
       const auto each_block = [&](auto&& handle) {
@@ -198,20 +202,21 @@ void multiply(const RowProducts& p, std::int64_t begin, std::int64_t end) {
       // In the order in which b lies.
       if (p.b_as_it_lies) {
         each_block([&](std::int64_t from, std::int64_t count, const float* of_x) {
-          each_columns([&](std::int64_t first, std::int64_t columns, float* to) {
-            add_block<Isa, T>(p, first, columns, from, count, of_x, to);
+          each_columns(to, [&](std::int64_t first, std::int64_t columns, float* of_columns) {
+            add_block<Isa, T>(p, first, columns, from, count, of_x, of_columns);
           });
         });
       } else {
-        each_columns([&](std::int64_t first, std::int64_t columns, float* to) {
+        each_columns(to, [&](std::int64_t first, std::int64_t columns, float* of_columns) {
           each_block([&](std::int64_t from, std::int64_t count, const float* of_x) {
-            add_block<Isa, T>(p, first, columns, from, count, of_x, to);
+            add_block<Isa, T>(p, first, columns, from, count, of_x, of_columns);
           });
         });
       }
+      for (std::int64_t i = 0; i < count && k > 0; ++i) sums[i] += later[i];
     }
     with_type(p.dtype, [&](auto type) {
-      each_columns([&](std::int64_t first, std::int64_t columns, const float* from) {
+      each_columns(sums, [&](std::int64_t first, std::int64_t columns, const float* from) {
         for (std::int64_t m = 0; m < p.M; ++m) {
           finish_row<Isa, decltype(type)>(p, first, columns, m, from + m * Isa::kLanes);
         }
