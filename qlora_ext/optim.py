@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qlora_ext import optim_state
 from qlora_ext.optim_checks import check, check_options, check_parameter, checked_gradient, checked_hyper, parameters
 from qlora_ext.optim_files import find_states, save_states
-from qlora_ext.optim_state import Saved, checked_state, has_state, held, let_go, others_entries, with_others_entries
 from qlora_ext.paged_parameters import PagedParameters, Update, in_turn, update_of
 
 
@@ -28,8 +28,8 @@ class PagedAdamW(Optimizer):
     their neighbours are computed. Parameters come out bit for bit the same however the states are paged.
 
     Args:
-        params: parameters, named parameters or groups, as for every torch optimizer: float32, float16 or bfloat16, on
-            the CPU or CUDA devices, with gradients of any of these dtypes. Of a DTensor, the local shard is updated.
+        params: parameters, named parameters or groups, each parameter once: float32, float16 or bfloat16, on the CPU
+            or CUDA devices, with gradients of any of these dtypes. Of a DTensor, the local shard is updated.
         lr, betas, eps, weight_decay: as for torch.optim.AdamW; also per group, as is `maximize` and nothing else.
         state_bits: 32; or 8: blocks of 256 elements with one fp32 absmax each, in the nearest codes of the dynamic
             codebooks (of second moments but 0 itself, in none that is 0). Parameters under 4096 elements: 32 bits.
@@ -47,12 +47,12 @@ class PagedAdamW(Optimizer):
         maximize: go up the gradient.
 
     States exist from the first gradient on. They are in no tensors: `optimizer.state` has their names without values,
-    `state_dict()` makes tensors of them, `save_states()` writes them without. States put into `optimizer.state` are
-    taken over at the next step, and a parameter that is removed from it begins anew. A NaN or Inf in a gradient makes
-    NaN of its element as in torch, in 8-bit states of its block of 256; under torch.amp.GradScaler such a step is left
-    out whole. What raises before a step begins has changed nothing. A step that loses its page file half-way raises,
-    and so does every later one: some parameters are a step ahead, and a checkpoint has to be loaded. Several threads
-    may use an optimizer: one waits for the other.
+    `state_dict()` makes tensors of them, `save_states()` writes them without; they are not pickled, nor copied. States
+    put into `optimizer.state` are taken over at the next step, and a parameter that is removed from it begins anew. A
+    NaN or Inf in a gradient makes NaN of its element as in torch, in 8-bit states of its block of 256; under
+    torch.amp.GradScaler such a step is left out whole. What raises before a step begins has changed nothing. A step
+    that loses its page file half-way raises, and so does every later one: some parameters are a step ahead, and a
+    checkpoint has to be loaded. Several threads may use an optimizer: one waits for the other.
 
     Raises:
         TypeError: a parameter, gradient or option of the wrong kind.
@@ -96,9 +96,9 @@ class PagedAdamW(Optimizer):
         self._rounding = (stochastic_rounding, seed)
         file = os.path.realpath(os.fsdecode(page_file)) if page_file else None
         self._paged = PagedParameters(state_bits, page_bytes, device_budget, host_budget, file)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         try:
-            super().__init__(params, defaults)
+            super().__init__(params, optim_state.ADAMW_GROUP | own)
         except BaseException:
             self._paged.restore({}, ())  # the exception keeps this object, but not the page file
             raise
@@ -112,7 +112,7 @@ class PagedAdamW(Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            checked_hyper(self.param_groups[-1])
+            checked_hyper(self.param_groups[-1], new=True)
             new = self.param_groups[-1]["params"]
             check(len(set(new)) == len(new), "params", "each parameter once", "one of them twice")
             for p in (trained := [p for p in new if p.requires_grad]):
@@ -175,7 +175,7 @@ class PagedAdamW(Optimizer):
         except BaseException:
             for p in fresh:
                 if not self._paged.steps(p):
-                    self.state[p] = others_entries(self.state.get(p, {}))
+                    self.state[p] = optim_state.others_entries(self.state.get(p, {}))
             raise
         finally:  # after Ctrl-C during the step, too
             torch.autograd.graph.increment_version([u.parameter for u in updates])
@@ -192,11 +192,12 @@ class PagedAdamW(Optimizer):
         """
         self._follow()
         entries = self._paged.entries(parameters(self.param_groups))
-        names, self.state = self.state, with_others_entries(entries, self.state)
+        hooked = bool(self._optimizer_state_dict_pre_hooks)
+        names, self.state = self.state, optim_state.with_others_entries(entries, self.state)
         try:
             return super().state_dict()
         finally:
-            self.state = names
+            self.state = self.state if hooked else names  # the next step takes over what hooks have put there
 
     @in_turn
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,21 +209,20 @@ class PagedAdamW(Optimizer):
             OSError, or ValueError for the budgets: there is no room for the states. The old ones are gone by then, and
                 nothing but to load again, or `release()`, is possible.
         """
-        last = self.register_load_state_dict_pre_hook(lambda _, given: held(given))
+        given, hooks = optim_state.after_pre_hooks(self, state_dict), self._optimizer_load_state_dict_pre_hooks
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(optim_state.held(given))
         finally:
-            last.remove()
+            self._optimizer_load_state_dict_pre_hooks = hooks
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what Optimizer.load_state_dict has matched to the parameters."""
-        entries = let_go(state["state"])
-        saved = {}
-        for index, p in enumerate(parameters(state["param_groups"])):
-            if p in entries and has_state(entries[p]):
-                saved[p] = checked_state("PagedAdamW.load_state_dict", index, p, self._paged.state_bits, entries[p])
+        entries = optim_state.let_go(state["state"])
+        params = parameters(state["param_groups"])
+        saved = optim_state.checked_states("PagedAdamW.load_state_dict", params, self._paged.state_bits, entries)
         self._restore(saved, state["param_groups"])
-        self.state = with_others_entries(self.state, entries)
+        self.state = optim_state.with_others_entries(self.state, entries)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -282,12 +282,12 @@ class PagedAdamW(Optimizer):
         """
         return self._paged.stats()
 
-    def _restore(self, saved: dict[Tensor, Saved], groups: list[dict[str, Any]], file: int = -1) -> None:
+    def _restore(self, saved: dict[Tensor, optim_state.Saved], groups: list[dict[str, Any]], file: int = -1) -> None:
         for group in groups:
             checked_hyper(group)
         self._paged.restore(saved, (p for p in parameters(groups) if p.requires_grad), file)
         self.state = defaultdict(dict, {p: self._paged.names(p) for p, of_p in saved.items() if of_p.steps})
-        super().__setstate__({"param_groups": groups})
+        super().__setstate__({"param_groups": [optim_state.ADAMW_GROUP | group for group in groups]})
 
     def _follow(self) -> None:
         self._paged.follow(list(parameters(self.param_groups)), self.state)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_ext import _C
@@ -69,7 +70,9 @@ def check_dtype(what: str, dtype: torch.dtype) -> None:
 
 
 def check_parameter(what: str, p: Tensor) -> None:
-    """Raises TypeError if it has no dtype of parameters, or its elements do not lie in memory."""
+    """Raises TypeError or ValueError if it has no dtype of parameters, or its elements do not lie in memory."""
+    if is_lazy(p):
+        raise refusal(what, "parameters with values", "one of a lazy module that has not run")
     check_dtype(what, p.dtype)
     in_memory(what, local_shard(p))
 
@@ -100,16 +103,17 @@ def parameters(groups: Iterable[dict[str, Any]]) -> Iterator[Any]:
     return (p for group in groups for p in group["params"])
 
 
-def checked_hyper(group: dict[str, Any]) -> Hyper:
-    """The hyperparameters of a group."""
+def checked_hyper(group: dict[str, Any], *, new: bool = False) -> Hyper:
+    """The hyperparameters of a group. Later on, schedules of torch may end a little below 0, by rounding."""
     missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
     check(not missing, "param_groups", "groups of AdamW", f"one without {', '.join(missing)}")
     foreign = [name for name in _OPTIONS if name in group]
     check(not foreign, "param_groups", "options of a group", f"{', '.join(foreign)} of the whole optimizer")
     check(not group.get("amsgrad"), "amsgrad", "False", group.get("amsgrad"))
     lr, eps, weight_decay = (_number(name, group[name]) for name in ("lr", "eps", "weight_decay"))
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        check(value >= 0, name, "0 or more", value)
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        check(value >= 0 or not (new or math.isnan(value)), name, "0 or more", value)
+    check(eps >= 0, "eps", "0 or more", eps)
     decoupled = group.get("decoupled_weight_decay", True)  # False: a group of torch.optim.Adam
     check(decoupled or weight_decay == 0, "decoupled_weight_decay", "True, or weight_decay 0", decoupled)
     betas, two = group["betas"], "two numbers from 0 to below 1"

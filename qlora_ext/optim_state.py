@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_ext import _C
 from qlora_ext.sharded import is_dtensor, local_shard, placements
 
 PARTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")  # in the order of the C++ enum Part
+# What groups of torch.optim.AdamW have beside its options here, which checkpoints of it are expected to have.
+ADAMW_GROUP: dict[str, Any] = dict.fromkeys(("maximize", "amsgrad", "capturable", "differentiable"), False)
+ADAMW_GROUP |= {"foreach": None, "fused": None, "decoupled_weight_decay": True}
 NAMES = frozenset(("step", *PARTS))  # in a state_dict
 MOST_STEPS = 1 << 53  # whole numbers that a float has
 _MIN_8BIT_SIZE = 4096  # elements; smaller parameters have 32-bit states
@@ -61,6 +65,15 @@ def held(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict | {"state": state}
 
 
+def after_pre_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What the hooks before load_state_dict make of this one. They may remove themselves."""
+    given = state_dict.copy()
+    for hook in list(optimizer._optimizer_load_state_dict_pre_hooks.values()):
+        replaced = hook(optimizer, given)
+        given = given if replaced is None else replaced
+    return given
+
+
 def let_go(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """What `held` has been given as the state."""
 
@@ -104,6 +117,21 @@ def state_forms(p: Tensor, state_bits: int) -> dict[str, Form]:
         return dict.fromkeys(PARTS[:2], Form(torch.float32, tuple(local.shape)))
     absmax = Form(torch.float32, (-(-local.numel() // _C.ADAMW_BLOCK),))
     return dict.fromkeys(PARTS[:2], Form(torch.uint8, tuple(local.shape))) | dict.fromkeys(PARTS[2:], absmax)
+
+
+def checked_states(
+    op: str, params: Iterable[Tensor], state_bits: int, entries: Mapping[Any, Any]
+) -> dict[Tensor, Saved]:
+    """The states of these parameters that are among the entries of a state_dict.
+
+    Raises:
+        ValueError: one is not for its parameter and states of this width.
+    """
+    return {
+        p: checked_state(op, index, p, state_bits, entries[p])
+        for index, p in enumerate(params)
+        if p in entries and has_state(entries[p])
+    }
 
 
 def checked_state(op: str, index: int, p: Tensor, state_bits: int, entry: dict[str, Any]) -> Saved:

@@ -122,7 +122,7 @@ def bad_state(change: Any) -> dict[str, Any]:
         ),
         (lambda s: s["param_groups"][0].pop("betas"), "groups of AdamW, got 'one without betas'"),
         (lambda s: s["param_groups"][0].update(amsgrad=True), "amsgrad: expected False"),
-        (lambda s: s["param_groups"][0].update(lr=-1.0), "lr: expected 0 or more"),
+        (lambda s: s["param_groups"][0].update(lr=float("nan")), "lr: expected 0 or more, got nan"),
         (lambda s: s["param_groups"].append(s["param_groups"][0]), "different number of parameter groups"),
     ],
 )

@@ -217,9 +217,12 @@ void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
   const std::int64_t longest = p.M > kMostInTile ? kTilePart : kMaxSegment;
   for (std::int64_t row = begin; row < end; row += kTileRows) {
     const std::int64_t first = row + kTileRows <= p.N ? row : p.N - kTileRows;  // the last tile may overlap another
-    alignas(64) float sums[kMostRowProducts][kTileRows];
+    // Of the first segment, onto which those of a later one are added: chains as long as K would be less exact.
+    alignas(64) float sums[kMostRowProducts][kTileRows], later[kMostRowProducts][kTileRows];
     for (std::int64_t m = 0; m < p.M; ++m) _mm512_store_ps(sums[m], _mm512_setzero_ps());
     for (std::int64_t k = 0; k < p.K; k += kMaxSegment) {
+      auto* const to = k == 0 ? sums : later;
+      for (std::int64_t m = 0; m < p.M && k > 0; ++m) _mm512_store_ps(later[m], _mm512_setzero_ps());
       const std::int64_t count = smaller(p.K - k, kMaxSegment);
       TileScales scales;
       scales.decode(p.w, first, p.K, k, count);
@@ -227,9 +230,12 @@ void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
       each_part_of_tile(packed, p.K / 2, count, longest, [&](const TileOfW& w, std::int64_t at, std::int64_t part) {
         each_group(p.M, kMostInTile, [&](std::int64_t m, std::int64_t rows) {
           kKernels[rows - kLeastInTile](isa, x + m * p.K + (k + at) * rows, w, part, p.w.blocksize,
-                                        scales.value + at / p.w.blocksize, sums[m]);
+                                        scales.value + at / p.w.blocksize, to[m]);
         });
       });
+      for (std::int64_t m = 0; m < p.M && k > 0; ++m) {
+        _mm512_store_ps(sums[m], _mm512_add_ps(_mm512_load_ps(sums[m]), _mm512_load_ps(later[m])));
+      }
     }
     const std::int64_t behind = first + kTileRows < end ? 0 : first + kTileRows - end;
     const auto lanes = static_cast<__mmask16>(0xffffu >> behind & 0xffffu << (row - first));

@@ -51,10 +51,7 @@ CudaBackend::CudaBackend(int device, const std::string& page_file, CudaHooks hoo
 
 // The pager has waited for all that was moved. What a device that failed does not give back is lost.
 CudaBackend::~CudaBackend() {
-  if (!usable()) {
-    if (file_) file_->abandon();
-    return;
-  }
+  if (!usable()) return;
   try {
     const DeviceGuard guard(hooks_, device_);
     for (Staging& staging : staging_) {

@@ -10,10 +10,6 @@ HostBackend::HostBackend(const std::string& page_file, std::int64_t threads) : t
   if (!page_file.empty()) file_.emplace(page_file);
 }
 
-HostBackend::~HostBackend() {
-  if (file_ && !process_.here()) file_->abandon();
-}
-
 std::byte* HostBackend::allocate(Tier, std::int64_t bytes, std::int64_t) { return allocate_host(bytes); }
 
 void HostBackend::release(Tier, std::byte* memory, std::int64_t bytes) { release_host(memory, bytes); }

@@ -17,7 +17,6 @@ class HostBackend final : public Backend {
  public:
   // An empty name: no file. `threads`: that compute.
   HostBackend(const std::string& page_file, std::int64_t threads);
-  ~HostBackend() override;
 
   Tier compute_tier() const override { return Tier::Host; }
   // One for each thread, but never much of the room: a page at home saves all its moves.

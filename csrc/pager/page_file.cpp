@@ -22,46 +22,34 @@ std::int64_t allocated(const struct stat& status) { return std::int64_t{status.s
 
 }  // namespace
 
-PageFile::PageFile(const std::string& path) : path_(path) {
-  file_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  if (file_ < 0) fail("open", errno);
-  try {
-    char start[kMagic.size()];
-    const ssize_t length = ::pread(file_, start, sizeof start, 0);
-    if (length < 0) fail("read", errno);
-    if (length > 0 && std::string_view(start, static_cast<std::size_t>(length)) != kMagic) {
-      throw std::invalid_argument(
-          "PagedAdamW: page_file: expected a new file or one that an optimizer left behind, got '" + path +
-          "' with other content");
-    }
-    if (::flock(file_, LOCK_EX | LOCK_NB) != 0)
-      fail("lock (another optimizer pages to it, here or in another process: release() that, or give this one its own)",
-           errno);
-    if (::ftruncate(file_, 0) != 0) fail("truncate", errno);
-    const ssize_t written = ::pwrite(file_, kMagic.data(), kMagic.size(), 0);
-    if (written != static_cast<ssize_t>(kMagic.size())) fail("write", written < 0 ? errno : ENOSPC);
-    reserved_ = written;
-  } catch (...) {
-    ::close(file_);
-    throw;
+PageFile::PageFile(const std::string& path) : path_(path), file_(path, O_RDWR | O_CREAT, 0600) {
+  const int file = file_.descriptor();
+  if (file < 0) fail("open", errno);
+  char start[kMagic.size()];
+  const ssize_t length = ::pread(file, start, sizeof start, 0);
+  if (length < 0) fail("read", errno);
+  if (length > 0 && std::string_view(start, static_cast<std::size_t>(length)) != kMagic) {
+    throw std::invalid_argument(
+        "PagedAdamW: page_file: expected a new file or one that an optimizer left behind, got '" + path +
+        "' with other content");
   }
+  if (::flock(file, LOCK_EX | LOCK_NB) != 0)
+    fail("lock (another optimizer pages to it, here or in another process: release() that, or give this one its own)",
+         errno);
+  if (::ftruncate(file, 0) != 0) fail("truncate", errno);
+  const ssize_t written = ::pwrite(file, kMagic.data(), kMagic.size(), 0);
+  if (written != static_cast<ssize_t>(kMagic.size())) fail("write", written < 0 ? errno : ENOSPC);
+  reserved_ = written;
 }
 
 PageFile::~PageFile() {
-  if (file_ < 0) return;
-  // A forked process may still have it open, which keeps the space of what is in it.
-  [[maybe_unused]] const int truncated = ::ftruncate(file_, 0);
+  const int file = file_.descriptor();
+  if (file < 0) return;  // a fork
   struct stat mine, there;
-  if (::fstat(file_, &mine) == 0 && ::stat(path_.c_str(), &there) == 0 && mine.st_ino == there.st_ino &&
+  if (::fstat(file, &mine) == 0 && ::stat(path_.c_str(), &there) == 0 && mine.st_ino == there.st_ino &&
       mine.st_dev == there.st_dev) {
     ::unlink(path_.c_str());
   }
-  ::close(file_);
-}
-
-void PageFile::abandon() {
-  ::close(file_);
-  file_ = -1;
 }
 
 void PageFile::reserve(std::int64_t bytes) {
@@ -72,11 +60,11 @@ void PageFile::reserve(std::int64_t bytes) {
   const std::int64_t begin = reserved_;
   for (std::int64_t at = begin; at < bytes;) {
     const std::int64_t length = std::min(kReservedAtOnce, bytes - at);
-    const int error = ::posix_fallocate(file_, at, length);
+    const int error = ::posix_fallocate(file_.descriptor(), at, length);
     if (error == EINTR) continue;
     if (error != 0) {
       // What was reserved before a full disk said no.
-      if (::ftruncate(file_, begin) != 0) fail("truncate", errno);
+      if (::ftruncate(file_.descriptor(), begin) != 0) fail("truncate", errno);
       fail("reserve " + std::to_string(bytes) + " bytes", error);
     }
     at += length;
@@ -87,7 +75,7 @@ void PageFile::reserve(std::int64_t bytes) {
 
 struct stat PageFile::status() const {
   struct stat status;
-  if (::fstat(file_, &status) != 0) fail("stat", errno);
+  if (::fstat(file_.descriptor(), &status) != 0) fail("stat", errno);
   return status;
 }
 
@@ -109,10 +97,11 @@ void PageFile::check_whole_locked() const {
 bool PageFile::read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const {
   check_whole();
   const iovec all{memory, static_cast<std::size_t>(bytes)};
-  const ssize_t in_memory = ::preadv2(file_, &all, 1, offset, RWF_NOWAIT);
+  const ssize_t in_memory = ::preadv2(file_.descriptor(), &all, 1, offset, RWF_NOWAIT);
   const bool waits = in_memory < bytes && (in_memory >= 0 || errno == EAGAIN);
   for (std::int64_t done = std::max<ssize_t>(in_memory, 0); done < bytes;) {
-    const ssize_t length = ::pread(file_, memory + done, static_cast<std::size_t>(bytes - done), offset + done);
+    const ssize_t length =
+        ::pread(file_.descriptor(), memory + done, static_cast<std::size_t>(bytes - done), offset + done);
     if (length < 0 && errno == EINTR) continue;
     if (length < 0) fail("read", errno);
     if (length == 0) {
@@ -129,7 +118,8 @@ bool PageFile::read(std::int64_t offset, std::byte* memory, std::int64_t bytes) 
 void PageFile::write(std::int64_t offset, const std::byte* memory, std::int64_t bytes) const {
   check_whole();
   for (std::int64_t done = 0; done < bytes;) {
-    const ssize_t length = ::pwrite(file_, memory + done, static_cast<std::size_t>(bytes - done), offset + done);
+    const ssize_t length =
+        ::pwrite(file_.descriptor(), memory + done, static_cast<std::size_t>(bytes - done), offset + done);
     if (length < 0 && errno == EINTR) continue;
     if (length <= 0) fail("write", length < 0 ? errno : ENOSPC);
     done += length;

@@ -10,10 +10,12 @@
 #include <mutex>
 #include <string>
 
+#include "own_file.h"
+
 namespace qlora::pager {
 
 // Errors are std::system_error with the path, what was expected and what was got. The file is deleted at the end if it
-// is still the one that was opened; if it is deleted before, its space lives on until then.
+// is still the one that was opened; if it is deleted before, its space lives on until then. A fork has none of it.
 class PageFile {
  public:
   // Makes the file, or takes over one that an earlier run left behind. std::invalid_argument if the file is not such a
@@ -35,16 +37,13 @@ class PageFile {
   // Throws if the file is, or was at an earlier check, shorter than what was reserved, or has holes.
   void check_whole() const;
 
-  // Closes without deleting: in a forked process.
-  void abandon();
-
  private:
   struct stat status() const;
   void check_whole_locked() const;
   [[noreturn]] void fail(const std::string& what, int error) const;
 
   std::string path_;
-  int file_ = -1;
+  OwnFile file_;
   std::int64_t reserved_ = 0;
   bool counts_blocks_ = false;  // whether what is reserved shows in the blocks of the file: not with compression
   mutable bool lost_ = false;

@@ -247,6 +247,24 @@ void fork_is_inert() {
   CHECK(counts(*paged, pages) == std::vector<std::int64_t>(10, 6));
 }
 
+// What a DataLoader's worker is to a training that is killed.
+void fork_does_not_keep_its_parents_file() {
+  const std::string path = file_name("killed");
+  const pid_t training = fork();
+  if (training == 0) {
+    setpgid(0, 0);
+    const auto paged = make_pager(path, 0);
+    if (fork() == 0) alarm(20), pause();
+    raise(SIGSTOP);
+  }
+  waitpid(training, nullptr, WUNTRACED);
+  CHECK(contains(error_of([&] { make_pager(path, 0); }), "another optimizer"));
+  kill(training, SIGKILL);
+  waitpid(training, nullptr, 0);
+  CHECK_EQ(error_of([&] { make_pager(path, 0); }), "");
+  kill(-training, SIGKILL);
+}
+
 // Of the room, the ring takes a quarter at most, and no more than there are threads.
 void the_ring_is_small() {
   const HostBackend backend("", 8);
@@ -277,5 +295,6 @@ int main() {
   full_disk_leaves_the_header();
   foreign_file_is_left_alone();
   fork_is_inert();
+  fork_does_not_keep_its_parents_file();
   return failures();
 }
