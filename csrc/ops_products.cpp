@@ -13,12 +13,18 @@ namespace {
 
 using at::Tensor;
 
-// `total`, or so much of it, at most `most` or 64, that its parts are of about the same size: BLAS libraries multiply
-// by a narrow last one more slowly and less exactly. They want parts aligned.
+constexpr int64_t kNarrow = 64;
+
+// `total`, or so much of it, about `most`, that its parts are of about the same size, and aligned, as BLAS libraries
+// want them.
 int64_t part_of(int64_t total, int64_t most) {
-  const int64_t part = ceil_div(total, ceil_div(total, std::max<int64_t>(most, 64)));
-  return std::min(total, ceil_div(part, 64) * 64);
+  const int64_t part = ceil_div(total, ceil_div(total, std::max(most, kNarrow)));
+  return std::min(total, ceil_div(part, kNarrow) * kNarrow);
 }
+
+// What is taken of the rest: a part, and what would be a narrow last one, which torch multiplies more slowly and less
+// exactly.
+int64_t taken(int64_t part, int64_t rest) { return rest < part + kNarrow ? rest : part; }
 
 // What of the weight is decoded at a time: so many of the result's columns, and so much of the reduction.
 struct Part {
@@ -41,13 +47,14 @@ template <typename Decode>
 void multiply_parts(const Tensor& a, const Tensor& bias, const Tensor& out, Decode&& decode) {
   const int64_t reduction = a.size(1), J = out.size(1);
   const Part part = part_of(out, reduction);
-  const Tensor workspace = at::empty({part.columns * part.depth}, a.options());
-  for (int64_t j = 0; j < J; j += part.columns) {
-    const int64_t columns = std::min(part.columns, J - j);
+  const int64_t most = std::min(part.columns + kNarrow, J) * std::min(part.depth + kNarrow, reduction);
+  const Tensor workspace = at::empty({most}, a.options());
+  for (int64_t j = 0, columns; j < J; j += columns) {
+    columns = taken(part.columns, J - j);
     Tensor sums = out.narrow(1, j, columns);
     int64_t r = 0;
     do {  // once for an empty reduction, too
-      const int64_t depth = std::min(part.depth, reduction - r);
+      const int64_t depth = taken(part.depth, reduction - r);
       const Tensor x = a.narrow(1, r, depth);
       const Tensor b = decode(r, depth, j, columns, workspace.narrow(0, 0, depth * columns));
       if (r > 0) {

@@ -30,6 +30,14 @@ def test_long_rows_are_as_exact_as_torch(m: int, cpu_path: str) -> None:
     assert_as_exact_as_torch(linear_4bit(x, *packed, 256, None), F.linear(x, weight), exact)
 
 
+def test_slices_are_as_exact_as_torch(cpu_path: str) -> None:
+    """The last one, too: of 4 rows of the weight it would be multiplied by other means."""
+    packed = quantize(normal(4100, 2052), "nf4", 64, double_quant=True)
+    x, weight, bias = torch.randn(64, 2052), dequantize_4bit(packed, (4100, 2052), torch.float32), torch.randn(4100)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert_as_exact_as_torch(linear_4bit(x, *packed, 4100, bias), F.linear(x, weight, bias), exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_one_hot_rows_read_the_weight_exactly(dtype: torch.dtype, cpu_path: str) -> None:
     """A wrong nibble order, scale or block border shows here as a wrong value at a known place."""

@@ -25,6 +25,14 @@ def test_long_rows_are_as_exact_as_torch(m: int, cpu_path: str) -> None:
     assert_as_exact_as_torch(linear_4bit_dgrad(grad, *packed, 128), grad @ weight, exact)
 
 
+def test_slices_are_as_exact_as_torch(cpu_path: str) -> None:
+    """The last one, too: of 4 columns it would be multiplied by other means."""
+    packed = quantize(normal(2048, 4100), "nf4", 64, double_quant=True)
+    grad, weight = torch.randn(64, 2048), dequantize_4bit(packed, (2048, 4100), torch.float32)
+    exact = grad.double() @ weight.double()
+    assert_as_exact_as_torch(linear_4bit_dgrad(grad, *packed, 4100), grad @ weight, exact)
+
+
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 3, 48), (2, 0, 48)])
 def test_leading_dimensions(shape: tuple[int, ...], cpu_path: str) -> None:
     grad = torch.randn(shape)
