@@ -33,20 +33,21 @@ Tensor Device::mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at
   return product;
 }
 
-// Adapters without a mask side by side, so that `out` is read and written once however many there are.
+// Adapters without a mask side by side, so that `out` is read and written once however many there are. Factors as a
+// linear layer's weight lies, [J, r]: of a few rows, torch's product with [r, J] has twice the error and more.
 void add_low_rank(const Tensor& out, LowRankList added) {
   const auto dtype = out.scalar_type();
-  std::vector<Tensor> x, factors;
+  std::vector<Tensor> x, weights;
   for (const LowRank& one : added) {
-    const Tensor factor = at::mul(one.factor.to(at::kFloat), one.scale).to(dtype);  // rounded once
+    const Tensor weight = at::mul(one.factor.t().to(at::kFloat).contiguous(), one.scale).to(dtype);  // rounded once
     if (one.mask.defined()) {
-      out.add_(masked({at::mm(one.x.to(dtype), factor), one.mask}, dtype));
+      out.add_(masked({at::mm(one.x.to(dtype), weight.t()), one.mask}, dtype));
     } else {
       x.push_back(one.x.to(dtype));
-      factors.push_back(factor);
+      weights.push_back(weight);
     }
   }
-  if (!x.empty()) out.addmm_(at::cat(x, 1), at::cat(factors, 0));
+  if (!x.empty()) out.addmm_(at::cat(x, 1), at::cat(weights, 1).t());
 }
 
 }  // namespace qlora

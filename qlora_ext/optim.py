@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,13 +186,14 @@ class PagedAdamW(Optimizer):
 
         8-bit states are uint8 codes `exp_avg` and `exp_avg_sq` in the parameter's shape, with float32 `exp_avg_absmax`
         and `exp_avg_sq_absmax` [ceil(numel / 256)]. To save without room for all of them in memory: `save_states`.
+        Where hooks are registered, which may change them, they stay in memory until the next step.
 
         Raises:
             ValueError: 8-bit states of a sharded DTensor: the blocks of a shard are no part of a tensor's.
         """
         self._follow()
         entries = self._paged.entries(parameters(self.param_groups))
-        hooked = bool(self._optimizer_state_dict_pre_hooks)
+        hooked = self._optimizer_state_dict_pre_hooks or self._optimizer_state_dict_post_hooks
         names, self.state = self.state, optim_state.with_others_entries(entries, self.state)
         try:
             return super().state_dict()
@@ -209,12 +210,8 @@ class PagedAdamW(Optimizer):
             OSError, or ValueError for the budgets: there is no room for the states. The old ones are gone by then, and
                 nothing but to load again, or `release()`, is possible.
         """
-        given, hooks = optim_state.after_pre_hooks(self, state_dict), self._optimizer_load_state_dict_pre_hooks
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        try:
+        with optim_state.after_pre_hooks(self, state_dict) as given:
             super().load_state_dict(optim_state.held(given))
-        finally:
-            self._optimizer_load_state_dict_pre_hooks = hooks
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what Optimizer.load_state_dict has matched to the parameters."""

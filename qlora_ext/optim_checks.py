@@ -104,7 +104,7 @@ def parameters(groups: Iterable[dict[str, Any]]) -> Iterator[Any]:
 
 
 def checked_hyper(group: dict[str, Any], *, new: bool = False) -> Hyper:
-    """The hyperparameters of a group. Later on, schedules of torch may end a little below 0, by rounding."""
+    """The hyperparameters of a group. Later on, schedules may go below 0, as LinearLR does by rounding."""
     missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
     check(not missing, "param_groups", "groups of AdamW", f"one without {', '.join(missing)}")
     foreign = [name for name in _OPTIONS if name in group]
@@ -112,7 +112,7 @@ def checked_hyper(group: dict[str, Any], *, new: bool = False) -> Hyper:
     check(not group.get("amsgrad"), "amsgrad", "False", group.get("amsgrad"))
     lr, eps, weight_decay = (_number(name, group[name]) for name in ("lr", "eps", "weight_decay"))
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        check(value >= 0 or not (new or math.isnan(value)), name, "0 or more", value)
+        check(value >= 0 or (not new and math.isfinite(value)), name, "0 or more", value)
     check(eps >= 0, "eps", "0 or more", eps)
     decoupled = group.get("decoupled_weight_decay", True)  # False: a group of torch.optim.Adam
     check(decoupled or weight_decay == 0, "decoupled_weight_decay", "True, or weight_decay 0", decoupled)

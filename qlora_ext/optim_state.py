@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -65,13 +66,19 @@ def held(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict | {"state": state}
 
 
-def after_pre_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What the hooks before load_state_dict make of this one. They may remove themselves."""
-    given = state_dict.copy()
-    for hook in list(optimizer._optimizer_load_state_dict_pre_hooks.values()):
+@contextmanager
+def after_pre_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the hooks before load_state_dict make of this one; they may remove themselves. Within, they do nothing."""
+    hooks, given = optimizer._optimizer_load_state_dict_pre_hooks, state_dict.copy()
+    for hook in list(hooks.values()):
         replaced = hook(optimizer, given)
         given = given if replaced is None else replaced
-    return given
+    called = dict(hooks)
+    hooks.update(dict.fromkeys(hooks, lambda *_: None))
+    try:
+        yield given
+    finally:  # those that are registered still
+        hooks.update({key: hook for key, hook in called.items() if key in hooks})
 
 
 def let_go(state: Mapping[Any, Any]) -> dict[Any, Any]:

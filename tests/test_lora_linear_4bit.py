@@ -99,6 +99,23 @@ def test_values_and_gradients_as_exact_as_torch(
             assert_as_exact_as_torch(*map(torch.stack, zip(*results, strict=True)))
 
 
+@pytest.mark.parametrize("blocksize", [64, 256], ids=["blocks", "flat"])
+@pytest.mark.parametrize("keep", [(), (0.5,)], ids=["", "dropout"])
+@pytest.mark.parametrize(("n", "k", "r"), [(300, 64, 300), (96, 320, 5000)])
+def test_high_ranks_as_exact_as_torch(
+    n: int, k: int, r: int, keep: tuple[float, ...], blocksize: int, cpu_path: str
+) -> None:
+    q = quantized_normal((n, k), "nf4", blocksize, double_quant=True)
+    weight = dequantize_4bit(q, (n, k), torch.float32)
+    (a, b, scaling), drop = adapters((r,), n, k), (keep, torch.tensor([1]) if keep else None)
+    leaves, grad = [torch.randn(3, k), torch.randn(n), *a, *b], torch.randn(3, n)
+    results = with_gradients(fused(q, n, scaling, *drop), leaves, grad)
+    torch_results = with_gradients(plain(weight, scaling, *drop), leaves, grad)
+    exact = with_gradients(plain(weight.double(), scaling, *drop), [leaf.double() for leaf in leaves], grad)
+    for each in zip(results, torch_results, exact, strict=True):
+        assert_as_exact_as_torch(*each)
+
+
 @pytest.mark.parametrize("m", [1, 33])
 @pytest.mark.parametrize("k", [256, 300], ids=["blocks", "flat"])
 def test_adapters_in_bf16_leave_fp32_exact(k: int, m: int, cpu_path: str) -> None:

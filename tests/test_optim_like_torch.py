@@ -56,10 +56,11 @@ def test_what_a_schedule_has_left_is_loaded(tmp_path: Path) -> None:
     assert optimizer.param_groups[0]["lr"] < 0
     with pytest.raises(ValueError, match="lr: expected 0 or more"):
         optimizer.add_param_group({"params": [Parameter(torch.ones(3))], "lr": -0.1})
-    optimizer.param_groups[0]["lr"] = float("nan")
     before = p.detach().clone()
-    with pytest.raises(ValueError, match="lr: expected 0 or more, got nan"):
-        optimizer.step()
+    for bad in (float("nan"), -float("inf")):
+        optimizer.param_groups[0]["lr"] = bad
+        with pytest.raises(ValueError, match=f"lr: expected 0 or more, got {bad}"):
+            optimizer.step()
     assert torch.equal(p, before)
 
 
@@ -127,27 +128,56 @@ def test_what_a_hook_before_state_dict_writes_counts(in_place: bool) -> None:
     torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
 
+def slower(_: Optimizer, given: dict[str, Any]) -> None:
+    given["param_groups"] = [group | {"lr": group["lr"] / 2} for group in given["param_groups"]]
+
+
 @pytest.mark.parametrize("make", [PagedAdamW, AdamW])
 def test_hooks_before_load_state_dict(make: Make) -> None:
-    """One that removes itself, and others after it, of which the last one's dict counts."""
-    optimizer, seen = make([parameter()], lr=0.1), []
+    """Each once a call, on a dict of their own, and those that come or go meanwhile do."""
+    optimizer = make([parameter()], lr=0.1)
+    saved = optimizer.state_dict()
+
+    def rates(times: int) -> list[float]:
+        return [load(optimizer, saved) for _ in range(times)]
+
+    handles = [optimizer.register_load_state_dict_pre_hook(slower) for _ in range(2)]
+    assert rates(2) == [0.025, 0.025]
+    assert saved["param_groups"][0]["lr"] == 0.1
+    post = optimizer.register_load_state_dict_post_hook(lambda _: handles[0].remove())
+    assert rates(2) == [0.025, 0.05]
+    post.remove()
+    post = optimizer.register_load_state_dict_post_hook(lambda o: o.register_load_state_dict_pre_hook(slower))
+    assert rates(3) == [0.05, 0.025, 0.0125]
+    optimizer.register_load_state_dict_pre_hook(lambda _, given: given | {"param_groups": saved["param_groups"]})
+    assert rates(1) == [0.1]
+
+
+def load(optimizer: Optimizer, saved: dict[str, Any]) -> float:
+    optimizer.load_state_dict(saved)
+    return optimizer.param_groups[0]["lr"]
+
+
+def test_a_hook_before_load_state_dict_may_remove_itself() -> None:
+    optimizer = PagedAdamW([parameter()], lr=0.1)
+    saved, calls = optimizer.state_dict(), []
 
     def once(_: Optimizer, given: dict[str, Any]) -> None:
-        seen.append(given["param_groups"][0]["lr"])
+        calls.append(len(given["param_groups"]))
         handle.remove()
 
-    def slower(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        groups = [group | {"lr": group["lr"] / 2} for group in given["param_groups"]]
-        return given | {"param_groups": groups}
-
     handle = optimizer.register_load_state_dict_pre_hook(once)
-    optimizer.load_state_dict(optimizer.state_dict())
-    for _ in range(2):
-        optimizer.register_load_state_dict_pre_hook(slower)
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert (seen, optimizer.param_groups[0]["lr"]) == ([0.1], 0.025)
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert optimizer.param_groups[0]["lr"] == 0.00625
+    optimizer.register_load_state_dict_pre_hook(slower)
+    assert [load(optimizer, saved) for _ in range(2)] == [0.05, 0.05]
+    assert calls == [1]
+
+
+def test_what_a_hook_after_state_dict_writes_stays() -> None:
+    optimizer = PagedAdamW([parameter()], lr=0.1)
+    optimizer.register_state_dict_post_hook(lambda o, _: o.state.update(mine=1))
+    optimizer.state_dict()
+    optimizer.step()
+    assert optimizer.state["mine"] == 1
 
 
 def test_a_lazy_module_has_to_run_first() -> None:

@@ -64,8 +64,7 @@ void increment(Pager& pager, const std::vector<PageId>& pages) {
 // The count of each page; -1 if it cannot be had.
 std::vector<std::int64_t> counts(Pager& pager, const std::vector<PageId>& pages) {
   std::vector<std::int64_t> counted(pages.size(), -1);
-  walk(pager, pages, false,
-       [&](std::size_t i, std::byte* memory) { counted[i] = *reinterpret_cast<std::int64_t*>(memory); });
+  walk(pager, pages, false, [&](std::size_t i, std::byte* at) { counted[i] = *reinterpret_cast<std::int64_t*>(at); });
   return counted;
 }
 
@@ -235,10 +234,11 @@ void fork_is_inert() {
   if (child == 0) {
     alarm(20);
     const bool refused = contains(error_of([&] { increment(*paged, pages); }), "got a fork of it");
-    increment(*in_memory, others);  // is memory alone
+    increment(*in_memory, others);                 // is memory alone
+    const int file = open("/dev/null", O_RDONLY);  // by the number that the page file had
     paged.reset();
     in_memory.reset();
-    _exit(refused && std::filesystem::exists(path) ? 0 : 1);
+    _exit(refused && std::filesystem::exists(path) && fcntl(file, F_GETFD) != -1 ? 0 : 1);
   }
   for (int i = 0; i < 5; ++i) increment(*paged, pages);
   int status = 0;
