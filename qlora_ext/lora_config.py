@@ -16,7 +16,7 @@ class LoraConfig:
 
     Args:
         r: rank of the update.
-        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_alpha: the update is scaled by lora_alpha / r. (The default is 16, PEFT's is 8.)
         lora_dropout: probability, in training, that an input element does not reach A.
         target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
             match; or "all-linear": every linear layer but the heads, what is tied to them, and subclasses of
