@@ -26,7 +26,7 @@ from qlora_ext.model_layers import AnyLinear, expert_layers, linear_layers, lora
 from qlora_ext.peft_config import CONFIG_FILE, describe, read_config
 from qlora_ext.peft_layout import from_file, owners, shape_in_file, to_file
 from qlora_ext.sharded import check_whole, fill, gathered, reshard
-from qlora_ext.trained_modules import are_weights_tied, fit_modules, trained_modules
+from qlora_ext.trained_modules import are_weights_tied, fit_modules, trained_modules, unasked_modules
 from qlora_ext.whole_files import write_files
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -95,7 +95,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     """Read an adapter that `save_adapter` or PEFT wrote, activate it and freeze all else.
 
     Modules that were trained whole beside it (`modules_to_save`) are copied into the model's own, which then train too.
-    They stay so whatever adapter is active, or none; so they are refused where that would change what others compute.
+    Embeddings and a head that PEFT saved for a larger vocabulary are copied, too, and frozen. They stay so whatever
+    adapter is active, or none; so they are refused where that would change what others compute.
 
     Args:
         model: a model with the layers that the adapter is for, perhaps one of torch.compile or data parallelism. With
@@ -122,6 +123,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     tensors = _read_tensors(path)
     given = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items() if key.startswith(_PREFIX)}
     modules = fit_modules(model, module_names, name, given, path)
+    copied = modules | fit_modules(model, unasked_modules(model, given, modules), name, given, path)
     linear, experts = linear_layers(model), expert_layers(model)
     layers = linear | experts
     adapted = [layer_name for layer_name in experts if is_named(layer_name, config.target_parameters)]
@@ -131,7 +133,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     names = owners(linear, adapted)
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if key.startswith(_PREFIX) and key.removeprefix(_PREFIX) in modules:
+        if key.startswith(_PREFIX) and key.removeprefix(_PREFIX) in copied:
             continue
         layer_name, part = _parse_key(key, names, path)
         if part == "base_layer":
@@ -155,7 +157,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             for part, table in layer.tables.items():
                 fill(table[name], from_file(layer, part, weights[layer_name][part]))
             layer.set_config(name, config, layer_name)
-    for own, saved in modules.values():
+    for own, saved in copied.values():
         fill(own, saved)
     activate("load_adapter", model, name, [own for own, _ in modules.values()])
 

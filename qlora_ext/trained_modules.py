@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Set
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qlora_ext.layer_names import unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora import LoraLinear
 from qlora_ext.model_layers import adapter_names, placed_modules
@@ -58,6 +60,17 @@ def are_weights_tied(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
     return bool(tied) and embeddings < 2 and all(owners[owner] == 1 for owner in tied)
 
 
+def unasked_modules(model: nn.Module, tensors: Collection[str], named: Collection[str]) -> list[str]:
+    """The input embeddings and the head, where a file has the tensors of these names, but not as those of modules in
+    modules_to_save, whose tensors are `named`: PEFT saves both, untrained, if the vocabulary was resized."""
+    plain, both = unwrapped(model), []
+    for side in ("input", "output"):
+        with suppress(NotImplementedError):  # as transformers' models for images say
+            both.append(getattr(plain, f"get_{side}_embeddings", lambda: None)())
+    found = [name for name, module in placed_modules(model) if any(module is each for each in both)]
+    return [name for name in found if f"{name}.weight" in tensors and f"{name}.weight" not in named]
+
+
 def fit_modules(
     model: nn.Module, names: Collection[str], adapter: str, tensors: dict[str, Tensor], path: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -73,18 +86,20 @@ def fit_modules(
         name, reason = next(iter(refused.items()))
         raise ValueError(f"load_adapter: model: {name}: expected a module for {path} to replace, got one in {reason}")
     fitting: dict[str, tuple[Tensor, Tensor]] = {}
+    asked = {id(tensor): place for place, (owner, tensor) in places.items() if _is_in(owner, meant)}
     first: dict[int, str] = {}  # of the places that are tied
     others = [name for name in adapter_names(model) if name != adapter]
     for place in _with_tied(places, meant):
-        own, given = places[place][1], tensors.get(place)
+        (owner, own), given = places[place], tensors.get(place)
         if own.is_meta:
             raise ValueError(f"load_adapter: model: {place}: expected a tensor with values, got one on meta")
         twin = first.setdefault(id(own), place)
-        tied = "" if twin == place else f" ({twin}, to which it is tied in this model, is in modules_to_save)"
+        other = twin if _is_in(owner, meant) else asked[id(own)]
+        tied = "" if other == place else f" ({other}, to which it is tied in this model, is in modules_to_save)"
         if given is None or given.shape != own.shape or given.is_floating_point() != own.is_floating_point():
             got = "no tensor" if given is None else f"{given.dtype} {list(given.shape)}"
             raise ValueError(f"load_adapter: {path}: {place}: expected {own.dtype} {list(own.shape)}, got {got}{tied}")
-        if tied and not torch.equal(given, fitting[twin][1]):
+        if twin != place and not torch.equal(given, fitting[twin][1]):
             raise ValueError(f"load_adapter: {path}: {place}: expected the same values as {twin}, got others{tied}")
         if others and not torch.equal(given.to(own.device, own.dtype), gathered(own.detach())):
             raise ValueError(

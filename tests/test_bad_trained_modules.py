@@ -109,15 +109,14 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
         assert everything(model) == before
 
 
-def test_pefts_untied_embeddings_do_not_fit_a_tied_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("asked", "missing"), [("model.embed_tokens", "lm_head"), ("lm_head", "model.embed_tokens")])
+def test_pefts_untied_embeddings_do_not_fit_a_tied_model(asked: str, missing: str, tmp_path: Path) -> None:
     base = make(LlamaForCausalLM)
     theirs = peft.get_peft_model(
-        copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[asked])
     )
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"lm_head\.weight.*no tensor \(model\.embed_tokens\.weight, to which it is tied"
-    ):
+    with pytest.raises(ValueError, match=rf"{missing}\.weight.*no tensor \({asked}\.weight, to which it is tied"):
         load_adapter(base, tmp_path)
 
 

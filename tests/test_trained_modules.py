@@ -14,11 +14,20 @@ import torch
 from adapted_model import logits, trainable, with_compiled
 from layers import state_bytes
 from reference import assert_same
+from safetensors.torch import load_file
+from tiny_model import tiny_config
 from torch import nn
 from trained_models import CONFIG, MODELS, WEIGHTS, Model, adapted, by_model, change, config_of, make, others, trained
-from transformers import LlamaForSequenceClassification, PhiConfig, PhiForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PhiConfig,
+    PhiForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from qlora_ext import LoraConfig, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapter
+from qlora_ext import LoraConfig, add_adapter, delete_adapter, load_adapter, quantize_model, save_adapter, set_adapter
 
 # --- both ways ------------------------------------------------------------------------------------------------------
 
@@ -51,6 +60,39 @@ def test_peft_loads_ours(build: Callable[[], nn.Module], names: list[str], tmp_p
     torch.testing.assert_close(logits(theirs), logits(ours))
     kept = {name for name, module in theirs.base_model.model.named_modules() if hasattr(module, "modules_to_save")}
     assert kept == set(names)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_what_peft_saves_of_a_larger_vocabulary_is_read(tied: bool, tmp_path: Path) -> None:
+    """Which it does by itself where the model's folder has a smaller one."""
+    base = LlamaForCausalLM(tiny_config(tie_word_embeddings=tied)).eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / WEIGHTS)
+    ours = quantize_model(copy.deepcopy(base))
+    load_adapter(ours, tmp_path)
+    expected = logits(ours)
+    embeddings = [ours.get_input_embeddings().weight, ours.get_output_embeddings().weight]
+    for weight in embeddings:
+        weight.data.mul_(2)
+    assert not torch.equal(logits(ours), expected)
+    load_adapter(ours, tmp_path)
+    assert_same(logits(ours), expected)
+    assert not any(weight.requires_grad for weight in embeddings)
+    load_adapter(ours, tmp_path, "another")  # which wants the same values
+    embeddings[0].data.mul_(2)
+    with pytest.raises(
+        ValueError, match=r"embed_tokens\.weight: expected the file's values already there, for adapters"
+    ):
+        load_adapter(ours, tmp_path, "a third")
+    theirs.base_model.model.resize_token_embeddings(base.config.vocab_size + 8)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(
+        ValueError, match=r"embed_tokens\.weight: expected torch.float32 \[\d+, 64\], got torch.float32 \["
+    ):
+        load_adapter(copy.deepcopy(base), tmp_path)
 
 
 def test_what_is_tied_here_is_tied_in_peft(tmp_path: Path) -> None:
