@@ -21,8 +21,8 @@
 namespace qlora::cpu {
 namespace {
 
-// So much of a reduction, whole blocks of it, has sums of its own. (Sums that are rounded to bf16 in the end need
-// none.)
+// So much of a reduction, whole blocks of it, has sums of its own. (Products of bf16 need none: their factors are
+// rounded more.)
 template <typename Isa>
 constexpr std::int64_t kSegment = Isa::kPerStep == 1 ? 16 * kDepth : INT64_MAX;
 
