@@ -71,7 +71,7 @@ def choose_toolkit() -> Path | None:
 
 def extension(toolkit: Path | None) -> Extension:
     """The extension with its CUDA sources, or without."""
-    sources = [path for folder in ("*", "cpu/*", "pager/*") for path in ROOT.glob(f"csrc/{folder}.cpp")]
+    sources = [path for folder in ("cpu", "ops", "pager") for path in ROOT.glob(f"csrc/{folder}/*.cpp")]
     sources += ROOT.glob("csrc/cuda/*.cu")
     if toolkit is None:
         sources = [path for path in sources if path.suffix != ".cu" and not path.stem.endswith("_cuda")]

@@ -1,19 +1,19 @@
 """QLoRA for PyTorch: exact NF4 weights, double quantization, LoRA adapters, a paged optimizer. See README.md."""
 
 from qlora_ext._ops import codebook
-from qlora_ext.adapter_files import load_adapter, save_adapter
 from qlora_ext.adapters import (
     add_adapter,
     delete_adapter,
+    load_adapter,
     merge_adapter,
+    save_adapter,
     set_adapter,
     unmerge_adapter,
 )
 from qlora_ext.flops import register_flops
 from qlora_ext.functional import dequantize_4bit, linear_4bit, quantize_4bit
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraLinear
-from qlora_ext.lora_config import LoraConfig
+from qlora_ext.lora import LoraConfig, LoraLinear
 from qlora_ext.optim import PagedAdamW
 from qlora_ext.quant_state import QuantState
 from qlora_ext.quantize import quantize_model

@@ -1,6 +1,6 @@
 """The gradients of the ops of experts: for x and the adapters, never for the 4-bit weight.
 
-In Python, unlike those of linear layers (csrc/ops_autograd.cpp): one call is for all experts of a weight.
+In Python, unlike those of linear layers (csrc/ops/autograd.cpp): one call is for all experts of a weight.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from qlora_ext.dense_linear import computes_otherwise, is_dense_linear
 from qlora_ext.experts import Experts4bit, Stack4bit
 from qlora_ext.layer_names import children, is_compiled, is_named, is_within, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraLinear, base_of
-from qlora_ext.lora_experts import LoraExperts
+from qlora_ext.lora.linear import LoraLinear, base_of
+from qlora_ext.lora.experts import LoraExperts
 
 AnyLinear = nn.Linear | Linear4bit | LoraLinear  # and transformers' Conv1D, which is taken for an nn.Linear
 # They hand the weights of their linear layers to kernels of their own, or to products by parts.

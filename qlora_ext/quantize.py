@@ -11,14 +11,14 @@ from typing import Any, TypeGuard, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from qlora_ext.adapter_table import AdapterTable
-from qlora_ext.adapters import check_not_merged
+from qlora_ext.lora.adapter_table import AdapterTable
+from qlora_ext.adapters.checks import check_not_merged
 from qlora_ext.dense_linear import conv1d_class, falcon_class, is_dense_linear
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora import LoraLinear, base_of
+from qlora_ext.lora.linear import LoraLinear, base_of
 from qlora_ext.model_layers import (
     HEADS,
     closed_modules,

@@ -22,12 +22,12 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from qlora_ext import (
     LoraConfig,
     LoraLinear,
-    adapter_files,
     add_adapter,
     load_adapter,
     save_adapter,
     set_adapter,
 )
+from qlora_ext.adapters import files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -134,7 +134,7 @@ def write_half(path: Path, text: str, **_: Any) -> None:
 
 @pytest.mark.parametrize(
     ("owner", "function", "failing"),
-    [(adapter_files, "save_file", save_half), (Path, "write_text", write_half)],
+    [(files, "save_file", save_half), (Path, "write_text", write_half)],
     ids=["weights", "config"],
 )
 def test_a_failed_overwrite_leaves_both_old_files_whole(

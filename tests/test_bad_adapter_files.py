@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from qlora_ext import LoraLinear, load_adapter, save_adapter
-from qlora_ext.peft_config import read_config
+from qlora_ext.adapters.peft_config import read_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

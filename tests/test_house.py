@@ -18,17 +18,18 @@ import qlora_ext
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "qlora_ext"
-OPS = sorted(set(re.findall(r'm\.def\("(\w+)', (CSRC / "ops.cpp").read_text())))
+OPS = sorted(set(re.findall(r'm\.def\("(\w+)', (CSRC / "ops/ops.cpp").read_text())))
 
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
-LAYERS = (
+LAYERS = (  # of qlora_ext without the command; a folder's own name is its __init__.py
     *("_C", "whole_files", "_ops", "flops", "quant_state", "functional", "quant_type"),
     *("layer_hooks", "dense_linear", "linear"),
-    *("sharded", "experts_autograd", "experts", "layer_names", "adapter_table", "adapted_weight", "lora_config"),
-    *("lora", "lora_experts"),
-    *("model_layers", "adapter_targets", "adapters", "quantize"),
-    *("peft_config", "peft_layout", "trained_modules", "adapter_files"),
-    *("optim_state", "optim_checks", "state_file", "paged_parameters", "optim_files", "optim", "__init__", "info"),
+    *("sharded", "experts_autograd", "experts", "layer_names"),
+    *("lora.adapter_table", "lora.adapted_weight", "lora.config", "lora.linear", "lora", "lora.experts"),
+    *("model_layers", "adapters.checks", "adapters.targets", "adapters.attach", "adapters.merge", "quantize"),
+    *("adapters.peft_config", "adapters.peft_layout", "adapters.trained_modules", "adapters.files", "adapters"),
+    *("optim.states", "optim.state_dict", "optim.checks", "optim.safetensors_file", "optim.paged_parameters"),
+    *("optim.state_file", "optim.paged_adamw", "optim", "", "info"),
 )
 ECOSYSTEM = {"transformers", "peft", "bitsandbytes", "accelerate", "gguf", "tokenizers", "matplotlib", "tqdm"}
 
@@ -50,10 +51,9 @@ def imports(path: Path) -> set[str]:
 
 
 def test_only_the_door_includes_torch() -> None:
-    door = {"bindings.cpp", "check.h", "device.h", "device.cpp"}
     for path in sources("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "csrc/**/*.cuh"):
         includes = re.findall(r'#include\s+[<"]((?:torch|ATen|c10|pybind11)/[^>"]*)', path.read_text())
-        assert not includes or path.name in door or path.stem.startswith("ops"), f"{path.name} includes {includes}"
+        assert not includes or path.parent.name == "ops", f"{path.name} includes {includes}"
 
 
 def test_codebook_values_stand_in_one_place() -> None:
@@ -84,14 +84,21 @@ def test_nothing_is_named_for_what_it_is_not() -> None:
         assert not re.search(r"util|helper|misc|common|_v\d", path.stem), path
 
 
+def layer_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
 def test_arrows_go_down() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(LAYERS) - {"_C"}
+    modules = {layer_of(path): path for path in PACKAGE.rglob("*.py") if path.parent.name != "finetune"}
+    assert modules.keys() == set(LAYERS) - {"_C"}
     for position, layer in enumerate(LAYERS[1:], start=1):
-        for name in imports(PACKAGE / f"{layer}.py"):
-            if name.startswith("qlora_ext."):  # a public name of the package is of its __init__
-                imported = name.split(".")[1]
-                imported = "__init__" if imported in qlora_ext.__all__ else imported
-                assert imported in LAYERS[:position] or not (PACKAGE / f"{imported}.py").exists(), f"{layer} -> {name}"
+        for name in imports(modules[layer]):
+            if name.startswith("qlora_ext."):
+                parts = name.split(".")[1:]
+                known = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+                imported = next((module for module in known if module in LAYERS), "")  # else a public name
+                if imported or parts[0] in ("__init__", *qlora_ext.__all__):
+                    assert imported in LAYERS[:position], f"{layer} -> {name}"
             assert name.split(".")[0] not in ECOSYSTEM, f"{layer} imports {name}"
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_ext import Linear4bit, LoraConfig
-from qlora_ext.lora import LoraLinear
+from qlora_ext.lora.linear import LoraLinear
 
 State = dict[str, Tensor]
 WEIGHT = ("weight", "absmax", "nested_absmax", "nested_offset")

@@ -26,7 +26,7 @@ from qlora_ext import (
     set_adapter,
     unmerge_adapter,
 )
-from qlora_ext.lora_experts import LoraExperts
+from qlora_ext.lora.experts import LoraExperts
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 MODELS = sorted(CONFIGS)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_ext import LoraConfig, adapters, add_adapter, merge_adapter, quantize_model
+from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_model
+from qlora_ext.adapters import merge
 
 
 def layers(quantized: bool) -> nn.Module:
@@ -25,14 +26,14 @@ def test_each_base_goes_as_soon_as_it_is_merged(quantized: bool, monkeypatch: py
     bases = [weakref.ref(layer) for layer in model]
     add_adapter(model, LoraConfig(r=2))
     alive: list[int] = []
-    dense = adapters.dense
+    dense = merge.dense
 
     def counted(*args: Any) -> nn.Module:
         gc.collect()
         alive.append(sum(base() is not None for base in bases))
         return dense(*args)
 
-    monkeypatch.setattr(adapters, "dense", counted)
+    monkeypatch.setattr(merge, "dense", counted)
     merge_adapter(model, dequantize=True)
     assert alive == [6, 5, 4, 3, 2, 1]
 

@@ -163,7 +163,7 @@ def test_parameters_and_shards_are_rounded_by_chances_of_their_own(monkeypatch: 
     first, second = step()
     assert not torch.equal(first, second)
     assert torch.equal(first, step()[0])
-    monkeypatch.setattr("qlora_ext.paged_parameters.shard_number", lambda p: 1)
+    monkeypatch.setattr("qlora_ext.optim.paged_parameters.shard_number", lambda p: 1)
     assert not torch.equal(first, step()[0])
 
 
@@ -255,7 +255,7 @@ def test_states_of_8_bits_of_a_shard_are_no_state_dict(monkeypatch: pytest.Monke
     assert not is_sharded(like_dtensor([Shard(0)], (1,), [0]))
     assert not is_sharded(like_dtensor([Replicate()], (2,), [0]))
     assert not is_sharded(torch.zeros(3))
-    monkeypatch.setattr("qlora_ext.paged_parameters.is_sharded", lambda p: True)
+    monkeypatch.setattr("qlora_ext.optim.paged_parameters.is_sharded", lambda p: True)
     small, large = Parameter(torch.zeros(3)), Parameter(torch.zeros(5000))
     optimizer = PagedAdamW([small, large], state_bits=8)
     small.grad = torch.ones(3)

@@ -14,7 +14,8 @@ import torch
 from test_optim_undone import GIVEN, stepped
 from torch.nn import Parameter
 
-from qlora_ext import PagedAdamW, optim_files, paged_parameters, state_file
+from qlora_ext import PagedAdamW
+from qlora_ext.optim import paged_parameters, safetensors_file, state_file
 
 
 def test_what_was_put_into_state_and_taken_out_is_saved_so(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_a_parameter_without_states_has_an_empty_entry(tmp_path: Path) -> None:
 def test_the_first_shards_file_is_not_another_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, optimizer = stepped()
     optimizer.save_states(tmp_path / "states")
-    monkeypatch.setattr(optim_files, "shard_number", lambda p: 3)
+    monkeypatch.setattr(state_file, "shard_number", lambda p: 3)
     with pytest.raises(ValueError, match=r"parameter 0: expected shard 3, .*got shard 0$"):
         optimizer.load_states(tmp_path / "states")
 
@@ -97,7 +98,7 @@ def test_its_space_is_reserved_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_another_takes_the_left_file_away_before_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, optimizer = stepped()
-    lock, first = state_file.lock, []
+    lock, first = safetensors_file.lock, []
 
     def taken(file: Any) -> bool:
         if not first:
@@ -105,7 +106,7 @@ def test_another_takes_the_left_file_away_before_the_lock(tmp_path: Path, monkey
             (tmp_path / "states.tmp").unlink()
         return lock(file)
 
-    monkeypatch.setattr(state_file, "lock", taken)
+    monkeypatch.setattr(safetensors_file, "lock", taken)
     optimizer.save_states(tmp_path / "states")
     optimizer.load_states(tmp_path / "states")
     assert [file.name for file in tmp_path.iterdir()] == ["states"]
@@ -114,7 +115,7 @@ def test_another_takes_the_left_file_away_before_the_lock(tmp_path: Path, monkey
 def test_another_takes_the_left_files_place_before_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = tmp_path / "states.tmp"
     left.touch()
-    lock, others = state_file.lock, []
+    lock, others = safetensors_file.lock, []
 
     def taken(file: Any) -> bool:
         if not others:
@@ -123,7 +124,7 @@ def test_another_takes_the_left_files_place_before_the_lock(tmp_path: Path, monk
             assert lock(others[0])
         return lock(file)
 
-    monkeypatch.setattr(state_file, "lock", taken)
+    monkeypatch.setattr(safetensors_file, "lock", taken)
     with pytest.raises(BlockingIOError):
         stepped()[1].save_states(tmp_path / "states")
     assert left.exists()

@@ -13,7 +13,8 @@ from optim_cases import PAGINGS, bits, paging, parameters, set_gradients, state_
 from safetensors.torch import load_file
 from torch.nn import Parameter
 
-from qlora_ext import PagedAdamW, optim_files, paged_parameters
+from qlora_ext import PagedAdamW
+from qlora_ext.optim import paged_parameters, state_file
 
 LR = 1e-2
 
@@ -288,7 +289,7 @@ def test_a_file_of_another_process_is_refused(tmp_path: Path, monkeypatch: pytes
     """Its shards have the same shapes."""
     params, optimizer = train(partial(PagedAdamW, lr=LR), 1)
     with monkeypatch.context() as patch:
-        patch.setattr(optim_files, "shard_number", lambda p: 3 if p is params[1] else 0)
+        patch.setattr(state_file, "shard_number", lambda p: 3 if p is params[1] else 0)
         optimizer.save_states(path := tmp_path / "states.safetensors")
         optimizer.load_states(path)
     states = state_bits(optimizer)

@@ -1,0 +1,31 @@
+// What the paged optimizer asks of a device, besides its backend for pages; one implementation each in
+// paged_adamw_cpu.cpp and paged_adamw_cuda.cpp.
+#pragma once
+
+#include <ATen/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "../adamw.h"
+#include "../pager/adamw_states.h"
+#include "../pager/backend.h"
+
+namespace qlora {
+
+struct PagedAdamwDevice {
+  std::unique_ptr<pager::Backend> backend;
+  // The update of this run, after what the backend has been told to finish before.
+  std::function<void(const pager::AdamwRun& run, const AdamwOptions& options)> compute;
+};
+
+// For a device, and the path of a page file or nothing.
+using MakePagedAdamwDevice = PagedAdamwDevice (*)(at::Device device, const std::string& page_file);
+
+PagedAdamwDevice make_paged_adamw_cpu(at::Device device, const std::string& page_file);
+
+// Called once by paged_adamw_cuda.cpp, if the extension is built for CUDA.
+void register_cuda_paged_adamw(MakePagedAdamwDevice make);
+
+}  // namespace qlora

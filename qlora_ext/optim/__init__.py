@@ -1,0 +1,5 @@
+"""The paged optimizer."""
+
+from qlora_ext.optim.paged_adamw import PagedAdamW
+
+__all__ = ["PagedAdamW"]
