@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GOMP_SPINCOUNT := 10000
 # The nvcc among the development packages is there for the tests of the kernels: .venv gets CUDA by the machine's own.
 export QLORA_EXT_CUDA ?= $(if $(or $(CUDA_HOME),$(shell which nvcc 2> /dev/null)),,0)
-SOURCES := pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.h *.cpp cpu/*.h cpu/*.cpp pager/*.h pager/*.cpp cuda/*.cu cuda/*.cuh))
+SOURCES := pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.h cpu/*.h cpu/*.cpp ops/*.h ops/*.cpp pager/*.h pager/*.cpp cuda/*.cu cuda/*.cuh))
 CUDA_VENV := .venv-cuda
 # Most of their time is Python on one core. Four processes at most, for the sake of memory.
 PYTEST_FLAGS := -n logical --maxprocesses 4 --dist worksteal

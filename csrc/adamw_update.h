@@ -17,7 +17,7 @@ QLORA_HOST_DEVICE inline void adamw_moments(const AdamwFactors& f, V g, V& m, V&
 }
 
 template <typename Math, typename V>
-QLORA_HOST_DEVICE inline void adamw_step(const AdamwFactors& f, V m, V v, V& p) {
+QLORA_HOST_DEVICE inline void adamw_parameter(const AdamwFactors& f, V m, V v, V& p) {
   p = Math::multiply(p, Math::splat(f.decay));
   const V denominator = Math::add(Math::sqrt(v), Math::splat(f.eps));
   p = Math::subtract(p, Math::divide(Math::multiply(m, Math::splat(f.step_size)), denominator));
@@ -26,7 +26,7 @@ QLORA_HOST_DEVICE inline void adamw_step(const AdamwFactors& f, V m, V v, V& p) 
 template <typename Math, typename V>
 QLORA_HOST_DEVICE inline void adamw_update(const AdamwFactors& f, V g, V& p, V& m, V& v) {
   adamw_moments<Math>(f, g, m, v);
-  adamw_step<Math>(f, m, v, p);
+  adamw_parameter<Math>(f, m, v, p);
 }
 
 }  // namespace

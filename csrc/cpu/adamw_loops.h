@@ -41,7 +41,7 @@ struct Block {
 
   void step(std::int64_t i, typename Isa::V m, typename Isa::V v) const {
     typename Isa::V p = Isa::load(param + i);
-    adamw_step<Isa>(*factors, m, v, p);
+    adamw_parameter<Isa>(*factors, m, v, p);
     if constexpr (kStochastic) {
       Isa::round(param + i, p, random, i);
     } else {

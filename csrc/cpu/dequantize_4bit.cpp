@@ -4,8 +4,8 @@
 // are computed 16 times a block instead of once a weight, and the result is the same bits.
 #include <algorithm>
 
+#include "dequantize_4bit.h"
 #include "path.h"
-#include "quantize.h"
 #include "simd_portable.h"
 
 namespace qlora::cpu {

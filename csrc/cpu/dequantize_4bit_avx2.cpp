@@ -1,6 +1,6 @@
 // dequantize_4bit for AVX2: whole blocks. fp32 looks up each half of the block's table and blends by bit 3 of the code;
 // the 16-bit types look up the low and the high bytes of the table by vpshufb and interleave them.
-#include "quantize.h"
+#include "dequantize_4bit.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,7 +1,7 @@
 // dequantize_4bit for AVX512 (F, BW, DQ, VL): whole blocks. The block's table sits in one register; a lookup uses only
 // the low bits of its index (5 of a word, 4 of a dword), so the nibbles need no masks: the 16-bit table stands there
 // twice.
-#include "quantize.h"
+#include "dequantize_4bit.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -36,7 +36,7 @@ std::int64_t arranged_row_bytes(const FewRowsKernel& kernel, std::int64_t K) {
 
 std::int64_t most_few_rows(DType dtype) {
   if (dtype == DType::BFloat16 && has_bf16_matrices()) return 8;
-  return path() < Path::Avx512 ? 8 : kMostRowProducts;  // which adds the adapters
+  return path() < Path::Avx512 ? 8 : kMostRowProducts;  // row_products, which adds the adapters, takes no more
 }
 
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K) {

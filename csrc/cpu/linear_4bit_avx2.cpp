@@ -65,8 +65,6 @@ struct Avx2 {
   // First those of the bytes' high nibbles, then those of the low ones.
   static constexpr int element(int i) { return 2 * Codes::place(i / 8 % 4, i % 8) + i / 32; }
 
-  static Vector zero() { return _mm256_setzero_ps(); }
-
   template <int kRows>
   void multiply(const std::uint8_t* packed, std::int64_t, const float* x, Vector (&products)[kRowsOfW][kRows]) const {
     const __m256i nibble = _mm256_set1_epi8(0xf);
@@ -105,7 +103,6 @@ struct Avx2 {
     }
   }
 
-  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
   static void copy_bytes(const std::uint8_t* from, std::int64_t, std::uint8_t (&chunk)[kChunk / 2]) {  // a run of 32

@@ -10,8 +10,6 @@ namespace {
 struct SumsAvx512 {
   using Vector = __m512;
 
-  static Vector zero() { return _mm512_setzero_ps(); }
-  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static Vector add_lanes(const Vector* x) { return across_lanes(x, Sum{}); }
 

@@ -72,7 +72,7 @@ struct Avx512Bf16 : SumsAvx512, CodesBf16 {
         const auto values = (__m512bh)_mm512_load_si512(x + m * kChunk + 32 * i);
         for (int r = 0; r < kRowsOfW; ++r) {
           Vector& sum = sums[r][m][i % kChains];
-          sum = _mm512_dpbf16_ps(i < kChains ? zero() : sum, weights[r], values);
+          sum = _mm512_dpbf16_ps(i < kChains ? Vector{} : sum, weights[r], values);
         }
       }
     }

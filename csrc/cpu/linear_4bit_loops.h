@@ -14,6 +14,7 @@
 //   Lanes          which of a chunk's absmax each lane takes, and `scales`, which hands them out
 //   copy_bytes     if a chunk is more than a run: to a chunk, with zeros behind them; and `scales` with zeros for lanes
 //                  whose runs are not among the first so many
+//   multiply_add   a times b plus c, fused where that is an instruction
 //   add_lanes      the totals of as many sums as a Vector has lanes
 namespace qlora::cpu {
 namespace {
@@ -125,7 +126,7 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
   constexpr int kRowsOfW = Isa::kRowsOfW;
   typename Isa::Vector sum[kRowsOfW][kRows];
   for (auto& of_row : sum) {
-    for (auto& of_x : of_row) of_x = Isa::zero();
+    for (auto& of_x : of_row) of_x = typename Isa::Vector{};
   }
   const auto at = [&](std::int64_t k) {
     return RowsOfW{w.packed + k / 2, w.stride, w.absmax + (k >> shift), w.absmax_stride};
@@ -157,7 +158,7 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
   }
   // Chains no longer than a segment: a row's would take up three times torch's error.
   for (int r = 0; r < kRowsOfW; ++r) {
-    for (int m = 0; m < kRows; ++m) sums[m][row + r] = Isa::add(sums[m][row + r], sum[r][m]);
+    for (int m = 0; m < kRows; ++m) sums[m][row + r] += sum[r][m];
   }
 }
 
@@ -193,7 +194,7 @@ void multiply_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
     const std::int64_t rows = smaller(end - first, kRowBlock);
     typename Isa::Vector sums[kRows][kRowBlock];
     for (auto& of_x : sums) {
-      for (auto& sum : of_x) sum = Isa::zero();
+      for (auto& sum : of_x) sum = typename Isa::Vector{};
     }
     for (std::int64_t k = 0; k < p.K; k += longest) {
       const std::int64_t count = smaller(p.K - k, longest);
@@ -223,7 +224,7 @@ struct ChunkOrder {
 
 // x chunk by chunk, of each all rows.
 template <typename Isa>
-void arrange_rows(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged) {
+void arrange_chunks(const void* x, DType dtype, std::int64_t rows, std::int64_t K, void* arranged) {
   using To = typename Isa::Element;
   static constexpr ChunkOrder<Isa> kOrder;
   with_type(dtype, [&](auto type) {
@@ -270,7 +271,7 @@ void multiply_few_rows(const FewRows& p, std::int64_t begin, std::int64_t end) {
 }
 
 template <typename Isa>
-constexpr FewRowsKernel kAlongRows{Isa::kChunk, sizeof(typename Isa::Element), Isa::kMostRows, arrange_rows<Isa>,
+constexpr FewRowsKernel kAlongRows{Isa::kChunk, sizeof(typename Isa::Element), Isa::kMostRows, arrange_chunks<Isa>,
                                    multiply_few_rows<Isa>};
 
 }  // namespace

@@ -24,8 +24,6 @@ struct Portable : PortableVectors {
 
   static constexpr int element(int i) { return i; }
 
-  static Vector zero() { return Vector{}; }
-
   template <int kRows>
   void multiply(const std::uint8_t* packed, std::int64_t, const float* x, Vector (&products)[kRowsOfW][kRows]) const {
     constexpr int kVectors = kChunk / kLanes;

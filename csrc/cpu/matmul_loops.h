@@ -124,7 +124,7 @@ void each_block(const Matmul& product, const MatmulRows& rows, Body&& body) {
 }
 
 template <typename Isa>
-void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
+void arrange_blocks(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
   each_block<Isa>(product, rows, [&](const Term& term, std::int64_t r, std::int64_t depth, float* x) {
     for (std::int64_t row = begin; row < end; row += Isa::kTileRows) {
       arrange_tile<Isa>(term.x, row, smaller(Isa::kTileRows, end - row), r, depth,
@@ -227,7 +227,7 @@ inline void add_part(const float* from, const bool* mask, std::int64_t mask_stri
 // All rows onto their sums, tile by tile, with a smaller one for the last rows. `steps` are rows of the panel. No chain
 // of additions in a register is longer than Isa::kChain.
 template <typename Isa, int kRows = Isa::kTileRows>
-void multiply_rows(const float* x, std::int64_t rows, const float* panel, std::int64_t steps, float* sums) {
+void multiply_panel(const float* x, std::int64_t rows, const float* panel, std::int64_t steps, float* sums) {
   for (; rows >= kRows; rows -= kRows, x += kRows * steps, sums += kRows * kSumStride) {
     for (std::int64_t step = 0; step < steps; step += Isa::kChain) {
       Isa::template multiply_tile<kRows>(x + step * kRows, panel + step * Isa::kColumns,
@@ -235,7 +235,7 @@ void multiply_rows(const float* x, std::int64_t rows, const float* panel, std::i
     }
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) multiply_rows<Isa, kRows - 1>(x, rows, panel, steps, sums);
+    if (rows > 0) multiply_panel<Isa, kRows - 1>(x, rows, panel, steps, sums);
   }
 }
 
@@ -259,7 +259,7 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t r, s
       const std::int64_t next = column + j + Isa::kColumns;
       fetch(term.w, term.R, next, smaller(Isa::kColumns, product.J - next), r, depth);
     }
-    multiply_rows<Isa>(x, rows, s.panel, steps_of<Isa>(depth), sums + j);
+    multiply_panel<Isa>(x, rows, s.panel, steps_of<Isa>(depth), sums + j);
   }
 }
 
@@ -332,7 +332,7 @@ void multiply_rectangle(const Matmul& product, const MatmulRows& rows, const Rec
 }
 
 template <typename Isa>
-constexpr MatmulKernel kMatmulKernel{Isa::kPerStep, arrange_rows<Isa>, multiply_rectangle<Isa>};
+constexpr MatmulKernel kMatmulKernel{Isa::kPerStep, arrange_blocks<Isa>, multiply_rectangle<Isa>};
 
 }  // namespace
 }  // namespace qlora::cpu

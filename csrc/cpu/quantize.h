@@ -1,4 +1,4 @@
-// quantize_4bit, quantize_absmax and dequantize_4bit on the CPU. Each computes a range of the work and holds no
+// quantize_4bit and quantize_absmax on the CPU. Each computes a range of the work and holds no
 // threads: the caller splits [0, count) as it likes, the bytes do not depend on the split.
 #pragma once
 
@@ -11,11 +11,6 @@ namespace qlora::cpu {
 // Blocks [begin, end) of the n elements of weight: packed[i / 2] and absmax[block].
 void quantize_4bit(const void* weight, DType dtype, std::int64_t n, std::int64_t blocksize, QuantType quant_type,
                    std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
-
-// out[i - begin] = round_to_dtype(value[code i] * absmax of i's block), for elements [begin, end). past_caches: written
-// to memory at once, where vector kernels can. A line that is written into a cache is read from memory before.
-void dequantize_4bit(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
-                     bool past_caches = false);
 
 // The sums of groups [begin, end) of 256 of absmax[n], in order, in fp64.
 void sum_absmax(const float* absmax, std::int64_t n, std::int64_t begin, std::int64_t end, double* sums);
@@ -39,9 +34,5 @@ void quantize_absmax_avx2(const float* absmax, float offset, std::int64_t begin,
                           float* nested_absmax);
 void quantize_absmax_avx512(const float* absmax, float offset, std::int64_t begin, std::int64_t end,
                             std::uint8_t* codes, float* nested_absmax);
-void dequantize_4bit_avx2(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
-                          bool past_caches);
-void dequantize_4bit_avx512(const Packed4bit& w, std::int64_t begin, std::int64_t end, DType dtype, void* out,
-                            bool past_caches);
 
 }  // namespace qlora::cpu

@@ -19,8 +19,6 @@ struct PortableVectors {
 
   static Vector splat(float x) { return Vector{x, x, x, x}; }
 
-  static Vector add(Vector a, Vector b) { return a + b; }
-
   // a * b + c, fused where that is an instruction.
   static Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__FP_FAST_FMAF) || defined(__aarch64__)

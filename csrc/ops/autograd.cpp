@@ -10,9 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <initializer_list>
-#include <iterator>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -49,9 +47,7 @@ struct Weight {
   variable_list save(AutogradContext* ctx) const {
     ctx->saved_data["quant_type"] = quant_type;
     ctx->saved_data["blocksize"] = blocksize;
-    const std::array<Tensor, kTensors> tensors{packed, absmax, nested_absmax.value_or(Tensor()),
-                                               nested_offset.value_or(Tensor())};
-    return {tensors.begin(), tensors.end()};
+    return {packed, absmax, nested_absmax.value_or(Tensor()), nested_offset.value_or(Tensor())};
   }
 };
 

@@ -22,14 +22,19 @@ Tensor masked(const MaskedMatrix& matrix, at::ScalarType dtype) {
 
 }  // namespace
 
-const Device& device_for(const Tensor& tensor) { return tensor.is_cuda() ? *cuda_device : cpu_device(); }
+const Device& device_for(const Tensor& tensor) {
+  if (tensor.is_cpu()) return cpu_device();
+  TORCH_CHECK_VALUE(tensor.is_cuda() && cuda_device != nullptr, "qlora_ext: expected device cpu",
+                    cuda_device != nullptr ? " or cuda" : " (built without CUDA)", ", got ", tensor.device());
+  return *cuda_device;
+}
 
 void register_cuda_device(const Device& device) { cuda_device = &device; }
 
 Tensor Device::mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
                   at::ScalarType out) const {
-  Tensor product = at::mm(masked(a, compute), masked(b, compute)).to(out);  // then scaled: 16 bits would round twice
-  if (scale != 1.0) product.mul_(scale);
+  Tensor product = at::mm(masked(a, compute), masked(b, compute)).to(out);
+  if (scale != 1.0) product.mul_(scale);  // after .to: who scales asks for fp32, as 16 bits would round once more
   return product;
 }
 

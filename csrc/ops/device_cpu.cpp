@@ -5,9 +5,9 @@
 #include <limits>
 #include <vector>
 
-#include "check.h"
 #include "../cpu/adamw.h"
 #include "../cpu/caches.h"
+#include "../cpu/dequantize_4bit.h"
 #include "../cpu/dropout_mask.h"
 #include "../cpu/linear_4bit.h"
 #include "../cpu/linear_4bit_dgrad.h"
@@ -15,10 +15,11 @@
 #include "../cpu/path.h"
 #include "../cpu/quantize.h"
 #include "../cpu/row_products.h"
+#include "../random.h"
+#include "check.h"
 #include "device.h"
 #include "few_rows_cpu.h"
 #include "parallel.h"
-#include "../random.h"
 
 namespace qlora {
 namespace {
@@ -224,7 +225,7 @@ class Cpu final : public Device {
     const int64_t chunk = ceil_div(ceil_div(M, chunks), cpu::kMatmulRowBoundary) * cpu::kMatmulRowBoundary;
     float* const x = workspace(cpu::arranged_floats(product, std::min(chunk, M)));
     for (int64_t row = 0; row < M; row += chunk) {
-      multiply_rows(product, {row, std::min(row + chunk, M), x});
+      multiply_rectangles(product, {row, std::min(row + chunk, M), x});
     }
   }
 
@@ -237,7 +238,7 @@ class Cpu final : public Device {
   }
 
   // Cut into as many rectangles as there are threads.
-  static void multiply_rows(const cpu::Matmul& product, const cpu::MatmulRows& rows) {
+  static void multiply_rectangles(const cpu::Matmul& product, const cpu::MatmulRows& rows) {
     const int64_t M = rows.end - rows.begin, bands = ceil_div(M, cpu::kMatmulRowBoundary);
     const int64_t panels = ceil_div(product.J, cpu::kMatmulColumnBoundary);
     int64_t width = 0;  // of x

@@ -10,11 +10,11 @@
 #include <algorithm>
 #include <string>
 
-#include "check.h"
-#include "device.h"
 #include "../launch.h"
-#include "ops.h"
+#include "check.h"
 #include "check_launch.h"
+#include "device.h"
+#include "ops.h"
 
 namespace qlora {
 namespace {

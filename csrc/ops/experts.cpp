@@ -90,7 +90,7 @@ void check_rows(const char* op, const Tensor& x, const Tensor& packed, const Ten
 }
 
 // The product of the expert's rows, with what is added to it.
-void multiply(const Expert& expert, bool is_transposed, const Tensor& x, LowRankList added, const Tensor& y) {
+void multiply_expert(const Expert& expert, bool is_transposed, const Tensor& x, LowRankList added, const Tensor& y) {
   if (is_transposed) {
     multiply_dgrad(expert.rows(x), expert.w, added, expert.rows(y));
   } else {
@@ -108,7 +108,7 @@ Tensor experts_4bit(const Tensor& x_arg, const Tensor& packed, const Tensor& abs
   const Experts experts(kOp, x, x.size(1), out_features, is_transposed, packed, absmax, nested_absmax, nested_offset,
                         quant_type, blocksize, offs);
   Tensor y = experts.new_results(x, out_features);
-  for (const Expert& expert : experts) multiply(expert, is_transposed, x, {}, y);
+  for (const Expert& expert : experts) multiply_expert(expert, is_transposed, x, {}, y);
   return y;
 }
 
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> lora_experts_4bit(const Tensor& x_arg, const Tensor& 
       added.push_back({low_rank, B[i].select(0, expert.index).t(), scaling[i], {}});
       first += a.size(0);
     }
-    multiply(expert, is_transposed, x, added, y);
+    multiply_expert(expert, is_transposed, x, added, y);
   }
   return {y, xA};
 }
@@ -208,7 +208,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_experts_4bit_b
       const Tensor g = device.mm({own_grad, {}}, {b, {}}, scaling[i], compute, at::kFloat);
       added.push_back({g, A[i].select(0, expert.index), 1.0, {}});
     }
-    if (with_grad_x) multiply(expert, !is_transposed, grad, added, grad_x);
+    if (with_grad_x) multiply_expert(expert, !is_transposed, grad, added, grad_x);
     int64_t first = 0;
     for (size_t i = 0; i < A.size(); ++i) {
       const Tensor low_rank = own_xA.narrow(1, first, A[i].size(1));

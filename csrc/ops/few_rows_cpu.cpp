@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "check.h"
 #include "../cpu/linear_4bit.h"
 #include "../cpu/linear_4bit_dgrad.h"
+#include "check.h"
 #include "parallel.h"
 
 namespace qlora {

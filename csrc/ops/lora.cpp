@@ -19,6 +19,11 @@ Tensor mask_before(size_t i, const Tensor& rows, c10::ArrayRef<double> keep, con
   return dropout_mask(rows, keep[i], seed->reshape({-1}).select(0, static_cast<int64_t>(i)));
 }
 
+// Side by side, or one below the other.
+Tensor joined(const std::vector<Tensor>& parts, int64_t dim) {
+  return parts.size() == 1 ? parts[0].contiguous() : at::cat(parts, dim);
+}
+
 // y = linear_4bit(x) + sum_i scaling_i ((x * mask_i) A_i^T) B_i^T; xA: the (x * mask_i) A_i^T side by side, in x's
 // dtype.
 std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
@@ -47,7 +52,7 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
       xA.push_back(device.mm({arguments.rows, mask}, {A[i].t(), {}}, 1.0, compute, dtype));
     }
   }
-  const Tensor all_xA = xA.size() == 1 ? xA[0].contiguous() : at::cat(xA, 1);
+  const Tensor all_xA = joined(xA, 1);
   int64_t first = 0;
   for (size_t i = 0; i < A.size(); ++i) {
     const int64_t r = A[i].size(0);
@@ -101,10 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
     grad_B.push_back(device.mm({xA.narrow(1, first, r).t(), {}}, {grad, {}}, scaling[i], compute, at::kFloat));
     first += r;
   }
-  auto stacked = [](const std::vector<Tensor>& parts) {
-    return parts.size() == 1 ? parts[0].contiguous() : at::cat(parts, 0);
-  };
-  return {grad_x, stacked(grad_A), stacked(grad_B)};
+  return {grad_x, joined(grad_A, 0), joined(grad_B, 0)};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The ops of torch.ops.qlora_ext: schemas, argument checks, and allocation; those with adapters are in lora.cpp, those of
-// experts in experts.cpp. What they compute with is the Device of their tensors.
+// The ops of torch.ops.qlora_ext: schemas, argument checks, and allocation; those with adapters are in lora.cpp, those
+// of experts in experts.cpp. What they compute with is the Device of their tensors.
 #include "ops.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -60,7 +60,7 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTens
   checked_dtype(kOp, out.defined() ? "out" : "dtype", dtype);
   const bool negative = std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; });
   QLORA_CHECK(!negative, kOp, "shape", "sizes of at least 0", shape);
-  const int64_t n = c10::multiply_integers(shape);
+  const int64_t n = checked_count(kOp, shape);
   const Weight4bit w(kOp, n, shape.empty() ? 1 : shape.back(), packed, absmax, nested_absmax, nested_offset, quant_type,
                      blocksize);
   if (out.defined()) {

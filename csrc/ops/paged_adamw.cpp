@@ -19,9 +19,9 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
 #include "../pager/adamw_states.h"
 #include "../pager/pager.h"
+#include "check.h"
 
 namespace py = pybind11;
 
@@ -32,10 +32,7 @@ using at::Tensor;
 
 constexpr const char* kOp = "PagedAdamW";
 
-MakePagedAdamwDevice& cuda_adamw() {
-  static MakePagedAdamwDevice make = nullptr;
-  return make;
-}
+MakePagedAdamwDevice make_paged_adamw_cuda = nullptr;  // unless the extension is built for CUDA
 
 // The tiers of a device, from the one that it computes in down. Budgets in bytes; null: no limit.
 std::vector<pager::TierRoom> make_tiers(const pager::Backend& backend, int64_t page_bytes,
@@ -57,7 +54,8 @@ std::vector<pager::TierRoom> make_tiers(const pager::Backend& backend, int64_t p
 // Whether its elements lie in memory as they are and in order.
 bool is_flat(const Tensor& tensor) { return tensor.is_contiguous() && !tensor.is_neg() && !tensor._is_zerotensor(); }
 
-bool is_flat(const AdamwSlice& slice) { return slice.param != nullptr && slice.grad != nullptr; }
+// Whether a slice or an update is of tensors that are.
+bool is_flat(const auto& of) { return of.param != nullptr && of.grad != nullptr; }
 
 // Whether some of them may be the same memory, as a weight and its transpose are: then their order counts.
 bool share_memory(const std::vector<Tensor>& tensors) {
@@ -127,9 +125,9 @@ class PagedStates {
   PagedStates(const std::string& device, int64_t page_bytes, std::optional<int64_t> device_budget,
               std::optional<int64_t> host_budget, const std::string& page_file) {
     const at::Device where(device);
-    QLORA_CHECK(where.is_cpu() || (where.is_cuda() && cuda_adamw() != nullptr), kOp, "params",
-                cuda_adamw() != nullptr ? "device cpu or cuda" : "device cpu (built without CUDA)", device);
-    PagedAdamwDevice made = (where.is_cpu() ? make_paged_adamw_cpu : cuda_adamw())(where, page_file);
+    QLORA_CHECK(where.is_cpu() || (where.is_cuda() && make_paged_adamw_cuda != nullptr), kOp, "params",
+                make_paged_adamw_cuda != nullptr ? "device cpu or cuda" : "device cpu (built without CUDA)", device);
+    PagedAdamwDevice made = (where.is_cpu() ? make_paged_adamw_cpu : make_paged_adamw_cuda)(where, page_file);
     compute_ = std::move(made.compute);
     auto tiers = make_tiers(*made.backend, page_bytes, device_budget, host_budget, !page_file.empty());
     states_.emplace(std::make_unique<pager::Pager>(std::move(made.backend), page_bytes, std::move(tiers)));
@@ -200,8 +198,7 @@ class PagedStates {
       for (size_t i = 0; i < slices.size(); ++i) gathering(slices.subspan(i, 1), of.subspan(i, 1), compute_one);
     };
     const bool in_order = share_memory(params);
-    const bool all_flat = std::ranges::all_of(
-        updates, [](const auto& update) { return update.param != nullptr && update.grad != nullptr; });
+    const bool all_flat = std::ranges::all_of(updates, [](const pager::Update& update) { return is_flat(update); });
     const py::gil_scoped_release release;
     states_->step(updates, [&](const pager::AdamwRun& run) {
       if (in_order) return run.in_order(one_by_one);
@@ -270,7 +267,7 @@ class PagedStates {
 
 }  // namespace
 
-void register_cuda_paged_adamw(MakePagedAdamwDevice make) { cuda_adamw() = make; }
+void register_cuda_paged_adamw(MakePagedAdamwDevice make) { make_paged_adamw_cuda = make; }
 
 void bind_paged_adamw(py::module_& m) {
   py::register_local_exception_translator([](std::exception_ptr error) {

@@ -5,9 +5,9 @@
 #include <atomic>
 
 #include "../cpu/adamw.h"
+#include "../pager/backend_host.h"
 #include "paged_adamw.h"
 #include "parallel.h"
-#include "../pager/backend_host.h"
 
 namespace qlora {
 namespace {

@@ -8,9 +8,9 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "../launch.h"
+#include "../pager/backend_cuda.h"
 #include "check_launch.h"
 #include "paged_adamw.h"
-#include "../pager/backend_cuda.h"
 
 namespace qlora {
 namespace {

@@ -17,7 +17,7 @@ constexpr int64_t kNarrow = 64;
 
 // `total`, or so much of it, about `most`, that its parts are of about the same size, and aligned, as BLAS libraries
 // want them.
-int64_t part_of(int64_t total, int64_t most) {
+int64_t even_part(int64_t total, int64_t most) {
   const int64_t part = ceil_div(total, ceil_div(total, std::max(most, kNarrow)));
   return std::min(total, ceil_div(part, kNarrow) * kNarrow);
 }
@@ -33,20 +33,25 @@ struct Part {
 
 // It should fit the workspace. The reduction is cut only in fp32, and only where it is so long that few columns would
 // be left, whose products torch makes of long chains of additions, and slowly: with each cut the sums are rounded.
-Part part_of(const Tensor& out, int64_t reduction) {
+Part choose_part(const Tensor& out, int64_t reduction) {
   constexpr int64_t kFewColumns = 256;
   const int64_t room = device_for(out).workspace_bytes(out) / out.element_size();
-  const int64_t columns = part_of(out.size(1), room / std::max<int64_t>(reduction, 1));
+  const int64_t columns = even_part(out.size(1), room / std::max<int64_t>(reduction, 1));
   if (columns >= std::min(out.size(1), kFewColumns) || out.scalar_type() != at::kFloat) return {columns, reduction};
-  const int64_t more = part_of(out.size(1), kFewColumns);
-  return {more, part_of(reduction, room / more)};
+  const int64_t more = even_part(out.size(1), kFewColumns);
+  return {more, even_part(reduction, room / more)};
 }
 
-// out = a @ b + bias. decode(r, depth, j, columns, workspace) is a part of b from row r and column j on, dense.
+// out = a @ b + bias + added. decode(r, depth, j, columns, workspace) is a part of b from row r and column j on, dense.
 template <typename Decode>
-void multiply_parts(const Tensor& a, const Tensor& bias, const Tensor& out, Decode&& decode) {
+void multiply_parts(const Tensor& a_arg, const Tensor& bias_arg, LowRankList added, const Tensor& out_arg,
+                    Decode&& decode) {
+  const auto compute = device_for(out_arg).compute_dtype(out_arg.scalar_type());
+  const Tensor a = a_arg.to(compute), bias = bias_arg.defined() ? bias_arg.to(compute) : bias_arg;
+  const Tensor out =
+      compute == out_arg.scalar_type() ? out_arg : at::empty(out_arg.sizes(), out_arg.options().dtype(compute));
   const int64_t reduction = a.size(1), J = out.size(1);
-  const Part part = part_of(out, reduction);
+  const Part part = choose_part(out, reduction);
   const int64_t most = std::min(part.columns + kNarrow, J) * std::min(part.depth + kNarrow, reduction);
   const Tensor workspace = at::empty({most}, a.options());
   for (int64_t j = 0, columns; j < J; j += columns) {
@@ -67,21 +72,8 @@ void multiply_parts(const Tensor& a, const Tensor& bias, const Tensor& out, Deco
       r += depth;
     } while (r < reduction);
   }
-}
-
-// x @ W^T + bias and grad @ W.
-void multiply_slices(const Tensor& x, const Packed4bit& w, const Tensor& bias, const Tensor& y) {
-  multiply_parts(x, bias, y, [&](int64_t r, int64_t depth, int64_t j, int64_t columns, const Tensor& workspace) {
-    device_for(x).dequantize_4bit(w, x.size(1), {j, j + columns, r, r + depth}, workspace);
-    return workspace.view({columns, depth}).t();
-  });
-}
-
-void multiply_slices_dgrad(const Tensor& grad, const Packed4bit& w, const Tensor& grad_x) {
-  multiply_parts(grad, {}, grad_x, [&](int64_t r, int64_t depth, int64_t j, int64_t columns, const Tensor& workspace) {
-    device_for(grad).dequantize_4bit(w, grad_x.size(1), {r, r + depth, j, j + columns}, workspace);
-    return workspace.view({depth, columns});
-  });
+  add_low_rank(out, added);
+  if (!out.is_same(out_arg)) out_arg.copy_(out);
 }
 
 }  // namespace
@@ -89,22 +81,21 @@ void multiply_slices_dgrad(const Tensor& grad, const Packed4bit& w, const Tensor
 void multiply(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added, const Tensor& y) {
   const Device& device = device_for(x);
   if (y.numel() == 0 || device.fused_linear_4bit(x, w, bias, added, y)) return;
-  const auto compute = device.compute_dtype(x.scalar_type());
-  const Tensor out = compute == y.scalar_type() ? y : at::empty(y.sizes(), y.options().dtype(compute));
-  multiply_slices(x.to(compute), w, bias.defined() ? bias.to(compute) : bias, out);
-  add_low_rank(out, added);
-  if (!out.is_same(y)) y.copy_(out);
+  multiply_parts(x, bias, added, y, [&](int64_t r, int64_t depth, int64_t j, int64_t columns, const Tensor& workspace) {
+    device.dequantize_4bit(w, x.size(1), {j, j + columns, r, r + depth}, workspace);
+    return workspace.view({columns, depth}).t();
+  });
 }
 
 void multiply_dgrad(const Tensor& grad, const Packed4bit& w, LowRankList added, const Tensor& grad_x) {
   const Device& device = device_for(grad);
   if (grad_x.numel() == 0 || device.fused_linear_4bit_dgrad(grad, w, added, grad_x)) return;
-  const auto compute = device.compute_dtype(grad.scalar_type());
-  const Tensor out =
-      compute == grad_x.scalar_type() ? grad_x : at::empty(grad_x.sizes(), grad_x.options().dtype(compute));
-  multiply_slices_dgrad(grad.to(compute), w, out);
-  add_low_rank(out, added);
-  if (!out.is_same(grad_x)) grad_x.copy_(out);
+  const int64_t K = grad_x.size(1);
+  multiply_parts(grad, {}, added, grad_x,
+                 [&](int64_t r, int64_t depth, int64_t j, int64_t columns, const Tensor& workspace) {
+                   device.dequantize_4bit(w, K, {r, r + depth, j, j + columns}, workspace);
+                   return workspace.view({depth, columns});
+                 });
 }
 
 Tensor multiply(const LinearArguments& arguments, const Tensor& bias, LowRankList added) {

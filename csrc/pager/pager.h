@@ -59,8 +59,8 @@ class Pager {
   // Calls visit(position, pages) for all pages of `order`, none of which stands there twice, run by run: those from
   // `position` on, at most kMostAtOnce, in any order and by any threads. On the host, those at home elsewhere are null:
   // the visit calls pass() until it returns false. What it computes on them is kept if `writes`. Throws before the
-  // first visit if it can be known that not all pages can be had. If a page fails later, the rest is not visited, and
-  // this and every later walk throws.
+  // first visit if it can be known that not all pages can be had. If a page fails later, the rest is not visited and
+  // this walk throws; so does every later one if it had begun to write.
   using Visit = std::function<void(std::size_t position, std::span<std::byte* const> pages)>;
   static constexpr std::size_t kMostAtOnce = 256;
   void walk(std::span<const PageId> order, bool writes, const Visit& visit);

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/dequantize_4bit.h"
 #include "cpu/path.h"
 #include "cpu/quantize.h"
 #include "double_quant.h"

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/dequantize_4bit.h"
 #include "cpu/linear_4bit.h"
 #include "cpu/quantize.h"
 #include "double_quant.h"
