@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from qlora_ext.sharded import is_dtensor
+
 
 def conv1d_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """transformers' Conv1D, which is not imported here, if this class is it or a subclass, as fully_shard makes one."""
@@ -25,28 +27,28 @@ def _of_transformers(kind: type[nn.Module], name: str) -> type[nn.Module] | None
 
 
 def is_dense_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is one of both; to the type checker Conv1D is an nn.Linear."""
+    """Whether it is an nn.Linear or a Conv1D; to the type checker the latter is an nn.Linear, too."""
     return isinstance(module, nn.Linear) or conv1d_class(type(module)) is not None
 
 
 def dense_class(layer: nn.Module) -> type[nn.Module]:
-    """Which of both a linear layer is; one in 4 bits, which it was."""
+    """nn.Linear or Conv1D: what a linear layer is; of one in 4 bits, what it was."""
     return getattr(layer, "dense_class", None) or conv1d_class(type(layer)) or nn.Linear
 
 
 def computes_otherwise(layer: nn.Module) -> bool:
-    """Whether it is a subclass of one of both that may return anything, as routers of experts do."""
+    """Whether it is a subclass of nn.Linear or Conv1D that may return anything, as routers of experts do."""
     known = dense_class(layer), falcon_class(type(layer))
     return is_dense_linear(layer) and all(type(layer).forward is not kind.forward for kind in known if kind)
 
 
 def oriented(kind: type[nn.Module], weight: Tensor) -> Tensor:
-    """A weight [out, in] as this one of both stores it, and the other way round."""
+    """A weight [out, in] as nn.Linear or Conv1D, whichever `kind` is, stores it, and the other way round."""
     return weight if kind is nn.Linear else weight.T
 
 
 def stored_shape(kind: type[nn.Module], size_out: int, size_in: int) -> list[int]:
-    """Of a weight [out, in] as this one of both stores it."""
+    """The shape of a weight [out, in] as `kind`, nn.Linear or Conv1D, stores it."""
     return [size_out, size_in] if kind is nn.Linear else [size_in, size_out]
 
 
@@ -59,13 +61,13 @@ def out_and_in(layer: nn.Module) -> tuple[int, int]:
 def has_float_weight(layer: nn.Linear) -> bool:
     """Whether its weight is a plain one, not one of bitsandbytes' or torchao's."""
     weight = layer.weight
-    if is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor"):  # torchao's
+    if is_traceable_wrapper_subclass(weight) and not is_dtensor(weight):  # torchao's
         return False
     return weight.is_floating_point() and list(weight.shape) == stored_shape(dense_class(layer), *out_and_in(layer))
 
 
 def new_dense(kind: type[nn.Module], size_out: int, size_in: int, bias: nn.Parameter | None) -> nn.Linear:
-    """One of both, without a weight yet."""
+    """An nn.Linear or Conv1D, whichever `kind` is, without a weight yet."""
     with torch.device("meta"):
         layer: Any = nn.Linear(size_in, size_out, bias=False) if kind is nn.Linear else kind(size_out, size_in)
     layer.register_parameter("bias", bias)

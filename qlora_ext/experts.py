@@ -239,7 +239,7 @@ def fused_experts(module: nn.Module) -> list[str]:
 
 
 def quantize_experts(module: Any, name: str, **options: Any) -> None:
-    """Put Experts4bit in the place of such a weight. The module's own forward computes with them from now on."""
+    """Put Experts4bit in the place of a weight that `fused_experts` names; the module's forward computes with them."""
     weight = module.get_parameter(name)
     experts = Experts4bit(weight, is_transposed=module.is_transposed, **options).train(module.training)
     others = replaced_experts(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -42,21 +43,29 @@ def _lora_backward(
 
 
 def _register(counter: ModuleType) -> None:
+    if ops.linear_4bit in counter.flop_registry:  # after a reload
+        return
     counter.register_flop_formula([ops.linear_4bit, ops.linear_4bit_dgrad, ops.experts_4bit])(_product)
     counter.register_flop_formula([ops.lora_linear_4bit, ops.lora_experts_4bit])(_lora)
     counter.register_flop_formula([ops.lora_linear_4bit_backward, ops.lora_experts_4bit_backward])(_lora_backward)
 
 
 class _AtImport(MetaPathFinder):
-    """Finds the counter once, as others do, and registers when it has run."""
+    """Finds the counter as others do, and registers when it has run."""
+
+    def __init__(self) -> None:
+        self.here = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _COUNTER:
+        if fullname != _COUNTER or getattr(self.here, "asks_others", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.here.asks_others = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.here.asks_others = False
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             execute = loader.exec_module

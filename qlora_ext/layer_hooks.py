@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -31,6 +32,16 @@ def check_not_hooked(op: str, what: str, module: nn.Module) -> None:
     """Raise ValueError if it is_hooked."""
     if is_hooked(module):
         raise ValueError(f"{op}: {what}: expected no hooks, and its class's forward, got a layer that has them")
+
+
+def check_not_offloaded(op: str, model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError if parameters of a layer are kept elsewhere, and accelerate's hooks on it, or on a module that
+    it is in, know which."""
+    hooked = {id(part) for module in model.modules() if has_other_forward(module) for part in module.modules()}
+    for name, layer in layers:
+        if any(id(part) in hooked and any(t.is_meta for t in part.parameters(False)) for part in layer.modules()):
+            expected = "a layer in memory (add, delete and merge adapters before accelerate's dispatch or offload)"
+            raise ValueError(f"{op}: model: {name}: expected {expected}, got one on meta with accelerate's hook")
 
 
 def shallow_copy(layer: Module) -> Module:

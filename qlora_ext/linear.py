@@ -17,6 +17,7 @@ from qlora_ext.dense_linear import dense_class, is_dense_linear, new_dense, orie
 from qlora_ext.layer_hooks import check_not_hooked, shallow_copy
 from qlora_ext.quant_state import QuantState
 from qlora_ext.quant_type import quant_type_of
+from qlora_ext.sharded import check_weight_is_whole
 
 
 class Linear4bit(nn.Module):
@@ -99,8 +100,7 @@ class Linear4bit(nn.Module):
             ValueError: an unknown quant_type or blocksize, NaN or Inf in the weight, or hooks, which would be lost.
         """
         if not is_dense_linear(linear):
-            got = type(linear).__name__
-            raise TypeError(f"Linear4bit.from_linear: linear: expected an nn.Linear or Conv1D, got {got}")
+            raise TypeError(f"Linear4bit.from_linear: linear: expected an nn.Linear or Conv1D, got {type(linear)}")
         check_not_hooked("Linear4bit.from_linear", "linear", linear)
         size_out, size_in = out_and_in(linear)
         layer = cls(
@@ -244,6 +244,7 @@ class Linear4bit(nn.Module):
             raise ValueError(f"Linear4bit: {prefix}weight: expected {wanted}, got a bitsandbytes checkpoint's")
         weight, dtype = state_dict.get(prefix + "weight"), self.dtype
         if isinstance(weight, Tensor) and weight.is_floating_point():
+            check_weight_is_whole(f"Linear4bit: {prefix}weight", self.weight, "load float weights before fully_shard")
             try:
                 self.quantize_(weight if self.weight.is_meta else weight.to(self.weight.device))
             except (TypeError, ValueError) as error:
@@ -279,8 +280,7 @@ class Linear4bit(nn.Module):
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     """What nn.Module._apply should call so that the tensors `kept` follow a move to another device but not a cast."""
-    kept = list(kept)
-    ids = {id(tensor) for tensor in kept} | {id(tensor.grad) for tensor in kept if tensor.grad is not None}
+    ids = {id(each) for tensor in kept for each in (tensor, tensor.grad) if each is not None}
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)

@@ -12,8 +12,8 @@ from qlora_ext.dense_linear import computes_otherwise, is_dense_linear
 from qlora_ext.experts import Experts4bit, Stack4bit
 from qlora_ext.layer_names import children, is_compiled, is_named, is_within, is_wrapper, plain_modules, unwrapped
 from qlora_ext.linear import Linear4bit
-from qlora_ext.lora.linear import LoraLinear, base_of
 from qlora_ext.lora.experts import LoraExperts
+from qlora_ext.lora.linear import LoraLinear, base_of
 
 AnyLinear = nn.Linear | Linear4bit | LoraLinear  # and transformers' Conv1D, which is taken for an nn.Linear
 # They hand the weights of their linear layers to kernels of their own, or to products by parts.
@@ -33,6 +33,17 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted({name for _, layer in lora_layers(model) for name in layer.configs})
 
 
+def check_has_adapter(op: str, model: nn.Module, name: str) -> None:
+    """Raise ValueError unless the model has an adapter of this name."""
+    if name not in adapter_names(model):
+        raise ValueError(f"{op}: name: expected one of {adapter_names(model)}, got {name!r}")
+
+
+def check_not_merged(op: str, model: nn.Module) -> None:
+    if any(layer.merged for _, layer in lora_layers(model)):
+        raise ValueError(f"{op}: model: expected unmerged adapters (call unmerge_adapter first), got merged ones")
+
+
 def linear_layers(model: nn.Module) -> dict[str, AnyLinear]:
     """The linear layers by name that can carry an adapter; those inside a LoraLinear are not counted."""
     return {name: layer for name, layer in layers_of(model).items() if not isinstance(layer, (Stack4bit, LoraExperts))}
@@ -44,7 +55,7 @@ def expert_layers(model: nn.Module) -> dict[str, Stack4bit | LoraExperts]:
 
 
 def layers_of(model: nn.Module) -> dict[str, AnyLinear]:
-    """Both of these."""
+    """The linear layers and the fused experts in 4 bits, by name."""
     found = {}
     inside: set[int] = set()
     for name, module in plain_modules(model):

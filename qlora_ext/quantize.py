@@ -11,16 +11,16 @@ from typing import Any, TypeGuard, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from qlora_ext.lora.adapter_table import AdapterTable
-from qlora_ext.adapters.checks import check_not_merged
 from qlora_ext.dense_linear import conv1d_class, falcon_class, is_dense_linear
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
 from qlora_ext.linear import Linear4bit
+from qlora_ext.lora.adapter_table import AdapterTable
 from qlora_ext.lora.linear import LoraLinear, base_of
 from qlora_ext.model_layers import (
     HEADS,
+    check_not_merged,
     closed_modules,
     expert_layers,
     layers_of,
@@ -28,8 +28,10 @@ from qlora_ext.model_layers import (
     output_head,
     replace_layers,
 )
+from qlora_ext.sharded import check_weight_is_whole, reshard
 
 Model = TypeVar("Model", bound=nn.Module)
+_FIRST = "quantize_model comes before fully_shard"
 
 
 def quantize_model(
@@ -62,7 +64,8 @@ def quantize_model(
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
         ValueError: there is no layer to quantize below the model; one has hooks, or a forward that is not its class's;
-            merged adapters, or PEFT's. One holds NaN or Inf: the layers before it are quantized.
+            merged adapters, or PEFT's; fully_shard has sharded it. One holds NaN or Inf: the layers before it are
+            quantized.
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
@@ -71,6 +74,7 @@ def quantize_model(
     skip = (skip,) if isinstance(skip, str) or not isinstance(skip, Iterable) else tuple(skip)
     if not all(isinstance(name, str) for name in skip):
         raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
+    reshard(model)
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     kept = [_kept_in_fp32(module) for module in model.modules()]
     in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
@@ -100,11 +104,13 @@ def quantize_model(
         module.base_layer = layer
         return module
 
-    def check_hooks() -> None:  # of all, before any is replaced; nothing here outlives it
+    def check_all() -> None:  # before any is replaced; nothing here outlives it
         for name, layer in layers_of(model).items():
             if is_meant(linear := base_of(layer), name):
                 check_not_hooked("quantize_model", name, linear)
-        for experts, module, _ in fused:
+                check_weight_is_whole(f"quantize_model: model: {name}", linear.weight, _FIRST)
+        for experts, module, attribute in fused:
+            check_weight_is_whole(f"quantize_model: model: {experts}", module.get_parameter(attribute), _FIRST)
             if has_other_forward(module):  # accelerate's knows the weight by its name; other hooks may stay
                 check_not_hooked("quantize_model", experts.rpartition(".")[0], module)
 
@@ -115,7 +121,7 @@ def quantize_model(
         for attribute in fused_experts(module)
         if not is_left(experts := f"{name}.{attribute}".removeprefix("."), experts, module.get_parameter(attribute))
     ]
-    check_hooks()
+    check_all()
     replace_layers(model, convert)
     for experts, module, attribute in fused:
         quantize(experts, quantize_experts, module, attribute)

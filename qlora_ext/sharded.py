@@ -87,6 +87,12 @@ def reshard(model: nn.Module) -> None:
 def check_whole(op: str, layers: Mapping[str, Any], instead: str = "add adapters before fully_shard") -> None:
     """Raise ValueError, which says what to do instead, if one of these layers has its weight in parts."""
     for name, layer in layers.items():
-        if is_dtensor(getattr(getattr(layer, "base_layer", layer), "weight", None)):
-            expected = f"a layer whose weight is whole ({instead})"
-            raise ValueError(f"{op}: model: {name}: expected {expected}, got a DTensor")
+        check_weight_is_whole(
+            f"{op}: model: {name}", getattr(getattr(layer, "base_layer", layer), "weight", None), instead
+        )
+
+
+def check_weight_is_whole(where: str, weight: object, instead: str) -> None:
+    """Raise ValueError, which says what to do instead, if this weight of a layer is in parts."""
+    if is_dtensor(weight):
+        raise ValueError(f"{where}: expected a layer whose weight is whole ({instead}), got a DTensor")

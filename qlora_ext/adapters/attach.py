@@ -7,15 +7,21 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
-from qlora_ext.adapters.checks import check_has_adapter, check_not_merged, check_not_offloaded
 from qlora_ext.adapters.targets import targeted
 from qlora_ext.experts import Stack4bit
-from qlora_ext.layer_hooks import is_hooked
-from qlora_ext.layer_names import check_name
+from qlora_ext.layer_hooks import check_not_offloaded, is_hooked
 from qlora_ext.lora.config import LoraConfig
 from qlora_ext.lora.experts import LoraExperts
 from qlora_ext.lora.linear import LoraLinear
-from qlora_ext.model_layers import adapter_names, layers_of, lora_layers, replace_layers
+from qlora_ext.lora.names import check_name
+from qlora_ext.model_layers import (
+    adapter_names,
+    check_has_adapter,
+    check_not_merged,
+    layers_of,
+    lora_layers,
+    replace_layers,
+)
 from qlora_ext.sharded import check_whole, reshard
 
 
@@ -151,7 +157,7 @@ def activate(op: str, model: nn.Module, name: str, beside: Collection[Tensor] = 
     known = {id(tensor) for tensor in beside}
     for _, layer in lora_layers(model):
         known |= {id(tensor) for table in layer.tables.values() for tensor in table.parameters()}
-    stopped = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    stopped = [own for own, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     model.requires_grad_(False)
     for own in beside:
         own.requires_grad_(isinstance(own, nn.Parameter) and own.is_floating_point())

@@ -16,18 +16,26 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext.adapters.attach import activate, attach
-from qlora_ext.adapters.checks import check_has_adapter, check_not_merged
-from qlora_ext.dense_linear import dense_class, out_and_in, stored_shape
-from qlora_ext.experts import Experts4bit
-from qlora_ext.layer_names import check_name, is_named, plain_modules
-from qlora_ext.linear import Linear4bit
-from qlora_ext.lora.linear import base_of
-from qlora_ext.lora.experts import LoraExperts
-from qlora_ext.model_layers import AnyLinear, expert_layers, linear_layers, lora_layers, named_layers
 from qlora_ext.adapters.peft_config import CONFIG_FILE, describe, read_config
 from qlora_ext.adapters.peft_layout import from_file, owners, shape_in_file, to_file
-from qlora_ext.sharded import check_whole, fill, gathered, reshard
 from qlora_ext.adapters.trained_modules import are_weights_tied, fit_modules, trained_modules, unasked_modules
+from qlora_ext.dense_linear import dense_class, out_and_in, stored_shape
+from qlora_ext.experts import Experts4bit
+from qlora_ext.layer_names import is_named, plain_modules
+from qlora_ext.linear import Linear4bit
+from qlora_ext.lora.experts import LoraExperts
+from qlora_ext.lora.linear import base_of
+from qlora_ext.lora.names import check_name
+from qlora_ext.model_layers import (
+    AnyLinear,
+    check_has_adapter,
+    check_not_merged,
+    expert_layers,
+    linear_layers,
+    lora_layers,
+    named_layers,
+)
+from qlora_ext.sharded import check_whole, fill, gathered, reshard
 from qlora_ext.whole_files import write_files
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,7 +56,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             FSDP2 every process must call this, and writes the same files, into the same folder or another.
         folder: gets adapter_model.safetensors (float32, keys base_model.model.<layer>.lora_A.weight [r, in] and
             .lora_B.weight [out, r], of fused experts [experts * r, in] and [out, r * experts] under keys as in
-            adapters/peft_layout.py; base_model.model.<name>, in its own dtype and shape, of each tensor of a trained module) and
+            peft_layout.py; base_model.model.<name>, in its own dtype and shape, of each tensor of a trained module) and
             adapter_config.json. Each is written beside and then renamed.
         name: of the adapter; it is not part of the files.
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qlora_ext.adapters.checks import check_not_merged, check_not_offloaded
 from qlora_ext.experts import Stack4bit, dequantize_experts, replaced_experts
 from qlora_ext.functional import has_values
-from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
+from qlora_ext.layer_hooks import check_not_hooked, check_not_offloaded, has_other_forward
 from qlora_ext.layer_names import plain_modules
 from qlora_ext.linear import Linear4bit, dense
 from qlora_ext.lora.experts import LoraExperts
 from qlora_ext.lora.linear import LoraLinear, base_of
-from qlora_ext.model_layers import AnyLinear, layers_of, lora_layers, replace_layers
+from qlora_ext.model_layers import AnyLinear, check_not_merged, layers_of, lora_layers, replace_layers
 from qlora_ext.sharded import check_whole, reshard
 
 
@@ -101,7 +100,7 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def _merged_weight(name: str, layer: LoraLinear) -> Tensor:
-    """The layer's, checked."""
+    """layer.merged_weight(), or an error that names the layer; ValueError for NaN or Inf in it."""
     try:
         weight = layer.merged_weight()
     except (TypeError, ValueError) as error:

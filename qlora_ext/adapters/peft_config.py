@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from qlora_ext.layer_names import check_regex, is_named, unwrapped
+from qlora_ext.layer_names import is_named, unwrapped
 from qlora_ext.lora.config import LoraConfig
+from qlora_ext.lora.names import check_regex
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlora_ext.dense_linear import out_and_in
 from qlora_ext.experts import Stack4bit
-from qlora_ext.lora.experts import LoraExperts
+from qlora_ext.lora.linear import base_of
 from qlora_ext.model_layers import AnyLinear
 
 
@@ -58,5 +58,5 @@ def from_file(layer: AnyLinear, part: str, given: Tensor) -> Tensor:
 
 
 def _stack(layer: AnyLinear) -> Stack4bit | None:
-    base = layer.base_layer if isinstance(layer, LoraExperts) else layer
+    base = base_of(layer)
     return base if isinstance(base, Stack4bit) else None

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from qlora_ext.layer_names import is_named, is_pattern_of
+from qlora_ext.layer_names import is_named
 from qlora_ext.lora.config import LoraConfig
+from qlora_ext.lora.names import is_pattern_of
 from qlora_ext.model_layers import closed_modules, expert_layers, linear_layers, named_layers
 
 

@@ -56,9 +56,6 @@ class Watch(TrainerCallback):
         self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
         self.bar.update()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
 
 def _tell(text: bytes) -> None:
     """Write to stderr; not by print, as a signal may have come in the middle of one.

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import IGNORE, Example, PadToLongest
-from .fit import position_limit
 from .loss import answer_loss
+from .model_checks import position_limit
 
 
 def held_out_loss(

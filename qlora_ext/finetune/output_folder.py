@@ -8,12 +8,14 @@ from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
+from qlora_ext.adapters.files import WEIGHTS_FILE
+from qlora_ext.adapters.peft_config import CONFIG_FILE
 from qlora_ext.whole_files import is_at, lock
 
 LOCK = ".finetune.lock"
 STAGING = ".incomplete"
 # What a run writes, beside checkpoints and its reports.
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_*.tmp")
+ADAPTER = (CONFIG_FILE, WEIGHTS_FILE, "adapter_*.tmp")
 MODEL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 BESIDE_MODEL = (
     *("config.json", "generation_config.json"),
@@ -22,13 +24,19 @@ BESIDE_MODEL = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 REPORTS = ("report.json", "report.png")
-PARTIAL = (STAGING, "run.json.*.tmp", "report.*.tmp")
+RUN = "run.json"  # what --resume must not change
+PARTIAL = (STAGING, f"{RUN}.*.tmp", "report.*.tmp")
 
 
 def checkpoints(path: Path) -> list[Path]:
     """Those of a run, by their steps; a copy that someone has put aside under another name is none."""
     found = [each for each in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", each.name) and each.is_dir()]
     return sorted(found, key=lambda each: int(each.name.partition("-")[2]))
+
+
+def newest_checkpoint(path: Path) -> Path | None:
+    """The checkpoint of the highest step, or None."""
+    return next(reversed(checkpoints(path)), None)
 
 
 def earlier_run(path: Path) -> str | None:
@@ -43,7 +51,7 @@ def earlier_run(path: Path) -> str | None:
 def _products(path: Path) -> list[Path]:
     """Checkpoints first: what --resume goes on from must not be of another run than run.json says."""
     beside = BESIDE_MODEL if _found(path, MODEL) else ()  # else they are somebody's own
-    return [*checkpoints(path), *_found(path, (*ADAPTER, *MODEL, *beside, "run.json", *REPORTS, *PARTIAL))]
+    return [*checkpoints(path), *_found(path, (*ADAPTER, *MODEL, *beside, RUN, *REPORTS, *PARTIAL))]
 
 
 def _found(path: Path, patterns: Iterable[str]) -> list[Path]:

@@ -19,9 +19,9 @@ from .callbacks import check_finite
 from .compile import compile_layers
 from .data import Dataset, PadToLongest, load_data
 from .evaluate import compared, held_out_loss, sample_answers
-from .fit import check_fits, check_runs
 from .load import compute_dtype, load_model, open_checkpoint, suitable_attention
 from .loss import check_head, suitable_chunk
+from .model_checks import check_fits, check_runs
 from .optimizer import OptimizerChoice, StatesReport, check_page_file
 from .output_folder import OutputFolder
 from .report import composition, peak_rss, table, write
@@ -35,7 +35,7 @@ NOT_SEEN: dict[str, Any] = {field.name: None for field in dataclasses.fields(Sta
 
 def run(options: argparse.Namespace) -> int:
     """Load, train, evaluate before and after, save and report; return 0, or 130 when a signal ended the training."""
-    device = _device(options.method)
+    device = _device(options)
     with OutputFolder(options.output) as folder, _repeatable(device):
         return _run(options, folder, device)
 
@@ -146,8 +146,9 @@ def _train(
     loss_before, answers_before = evaluate()
     if loss_before is not None:
         _say(f"held-out loss before: {loss_before:.4f}")
-    how: dict[str, Any] = {"adapter": adapter, "autocast": autocast, "resume": options.resume}
-    outcome = train(model, tokenizer, data, schedule, options.output, **how)
+    outcome = train(
+        model, tokenizer, data, schedule, options.output, adapter=adapter, autocast=autocast, resume=options.resume
+    )
     what = "adapter" if adapter else "model"
     _say(f"step {outcome.step} of {schedule.steps}: {what} saved in {options.output}")
     if outcome.interrupted:
@@ -213,12 +214,12 @@ def _report(
     }
 
 
-def _device(method: str) -> torch.device:
+def _device(options: argparse.Namespace) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE: expected one process, got {os.environ['WORLD_SIZE']}: gradients are not shared")
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if method == "qlora" and not built_for_cuda():
+    if (options.method == "qlora" or options.optimizer != "adamw") and not built_for_cuda():
         _say("this build of qlora_ext has no CUDA kernels: training on the CPU")
         return torch.device("cpu")
     return torch.device("cuda")

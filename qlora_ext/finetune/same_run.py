@@ -9,8 +9,8 @@ from pathlib import Path
 from qlora_ext.whole_files import write_files
 
 from .data import is_text
-from .output_folder import REPORTS
-from .train import newest_checkpoint, saved_state
+from .output_folder import REPORTS, RUN, newest_checkpoint
+from .train import saved_state
 
 # The base, the examples (by what the file holds, wherever it is) and their split, the adapter, the optimizer and its
 # schedule.
@@ -39,13 +39,13 @@ def what_stays(options: argparse.Namespace) -> dict[str, str]:
 
 def note(output: Path, same: dict[str, str]) -> None:
     """Write run.json."""
-    write_files({output / "run.json": lambda path: path.write_text(json.dumps(same, indent=2) + "\n")})
+    write_files({output / RUN: lambda path: path.write_text(json.dumps(same, indent=2) + "\n")})
 
 
 def check_same_run(output: Path, same: dict[str, str]) -> None:
     """Raise ValueError at what differs from the run in `output`, as far as that noted it: earlier versions noted
     less."""
-    before = {"optimizer": "adamw", "target_parameters": "None", **_noted(output / "run.json")}
+    before = {"optimizer": "adamw", "target_parameters": "None", **_noted(output / RUN)}
     for name, value in same.items():
         known = before.get(name, value)
         if known != value and not (name == "model" and os.path.realpath(str(known)) == os.path.realpath(value)):

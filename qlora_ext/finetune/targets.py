@@ -4,6 +4,7 @@ import re
 
 from transformers import PreTrainedModel
 
+from qlora_ext.lora.names import check_regex
 from qlora_ext.model_layers import named_layers
 
 # PEFT refuses an adapter on these layers of these models, so one with them could not be loaded there after training.
@@ -23,10 +24,7 @@ def target_modules(text: str, model: PreTrainedModel) -> str | list[str]:
         return []
     if re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
         wanted = text.split(",")
-    try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"--target-modules: expected names or a regex, got {text!r} ({error})") from error
+    check_regex("--target-modules", text)
     kind = model.config.model_type
     leaves = {name.rpartition(".")[2] for name in named_layers(model, wanted)} if kind in MAMBA else set()
     if not leaves & REFUSED_BY_PEFT:

@@ -19,8 +19,8 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from .callbacks import Interrupt, Watch
 from .data import Dataset
 from .optimizer import OptimizerChoice, StatesReport, paged, where_states_are
-from .output_folder import STAGING, checkpoints
-from .trainer import AnswerTrainer, check_whole
+from .output_folder import STAGING, newest_checkpoint
+from .trainer import AnswerTrainer, check_resumable
 
 # Of checkpointing's names: transformers 5.23 has another one than before (Python 3.10 gets 5.20), and warns of the old.
 CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
@@ -66,11 +66,6 @@ def total_steps(examples: int, epochs: float, batch_size: int, accumulate: int) 
     return math.ceil(epochs * math.ceil(math.ceil(examples / batch_size) / accumulate))
 
 
-def newest_checkpoint(output: Path) -> Path | None:
-    """The checkpoint of the highest step in `output`, or None."""
-    return next(reversed(checkpoints(output)), None)
-
-
 def saved_state(checkpoint: Path) -> TrainerState:
     """Read how far a checkpoint's run was; ValueError when its file is damaged."""
     file = checkpoint / TRAINER_STATE_NAME
@@ -97,7 +92,7 @@ def train(
     """Train the parameters that require a gradient and save them into `output`.
 
     Args:
-        adapter: save and load the adapter "default" only; False saves the whole model.
+        adapter: save and load the active adapter only; False saves the whole model.
         autocast: bfloat16 computation from float32 weights.
         resume: go on from the newest checkpoint in `output`; without it, no checkpoint may be there.
 
@@ -124,7 +119,7 @@ def train(
         trainer.state = done
     else:
         if checkpoint is not None:
-            check_whole(checkpoint, schedule.optimizer)
+            check_resumable(checkpoint, schedule.optimizer)
         try:
             with interrupt:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from qlora_ext.adapters.trainer_checkpoints import AdapterCheckpoints
 from qlora_ext.whole_files import naming, to_disk
 
-from .adapter_checkpoints import AdapterCheckpoints
 from .data import IGNORE, Dataset, PadToLongest
 from .evaluate import held_out_loss
 from .load import load_model
@@ -34,13 +34,13 @@ RANDOM_STATE = "rng_state.pth"
 WRITER = re.compile("inline_container|PytorchStreamWriter|basic_ios")  # in every error of the file of torch.save
 
 
-def check_whole(checkpoint: Path, choice: OptimizerChoice) -> None:
+def check_resumable(checkpoint: Path, choice: OptimizerChoice) -> None:
     """Raise ValueError unless all that training goes on from is there: Trainer would begin anew without a word."""
     for name in (OPTIMIZER_NAME if choice.kind == "adamw" else PAGED_STATES, SCHEDULER_NAME, RANDOM_STATE):
         file = checkpoint / name
         if not file.is_file() or (file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)):
             got = "damaged" if file.is_file() else "missing"
-            raise ValueError(f"{file}: {got}; without {checkpoint} --resume goes on from the checkpoint before, if any")
+            raise ValueError(f"{file}: {got}; delete {checkpoint} and --resume goes on from the one before, if any")
 
 
 class AnswerTrainer(AdapterCheckpoints, Trainer):

@@ -57,6 +57,6 @@ def _refusal(name: str) -> Callable[..., Any]:
     return refuse
 
 
-for _operator in ("getitem", "setitem", "iter", "len", "neg", "add", "sub", "mul", "matmul", "truediv"):
-    for _method in (f"__{_operator}__", f"__r{_operator}__"):
-        setattr(WeightInBits, _method, _refusal(_method))
+_BINARY = ("add", "sub", "mul", "matmul", "truediv")
+for _operator in ("getitem", "setitem", "iter", "len", "neg", *_BINARY, *(f"r{name}" for name in _BINARY)):
+    setattr(WeightInBits, f"__{_operator}__", _refusal(f"__{_operator}__"))

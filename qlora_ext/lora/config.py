@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qlora_ext.layer_names import LAST_PARTS, by_pattern, check_regex
+from qlora_ext.lora.names import LAST_PARTS, by_pattern, check_regex
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_ext.lora.adapter_table import check_values
 from qlora_ext.experts import Stack4bit
+from qlora_ext.lora.adapter_table import check_values
 from qlora_ext.lora.linear import LoraLinear
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext._ops import ops
-from qlora_ext.lora.adapted_weight import WeightInBits
-from qlora_ext.lora.adapter_table import AdapterTable, check_values, leaves
 from qlora_ext.dense_linear import (
     computes_otherwise,
     dense_class,
@@ -25,9 +23,11 @@ from qlora_ext.dense_linear import (
 )
 from qlora_ext.functional import cast_as_autocast
 from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
-from qlora_ext.layer_names import check_name
 from qlora_ext.linear import Linear4bit, dense
+from qlora_ext.lora.adapted_weight import WeightInBits
+from qlora_ext.lora.adapter_table import AdapterTable, check_values, leaves
 from qlora_ext.lora.config import LoraConfig
+from qlora_ext.lora.names import check_name
 
 
 class LoraLinear(nn.Module):

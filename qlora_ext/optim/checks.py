@@ -22,6 +22,11 @@ Hyper = tuple[float, float, float, float, float, bool]  # lr, beta1, beta2, eps,
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_PAGE_BYTES = 1 << 30
 
+
+def _is_path(text: str) -> bool:
+    return text != "" and not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
+
+
 # Options of the optimizer as a whole: their types, what is expected, and whether a value of these types is that.
 _Option = tuple[tuple[type, ...], str, Callable[[Any], bool]]
 _BUDGET: _Option = (
@@ -41,7 +46,7 @@ _OPTIONS: dict[str, _Option] = {
     "page_file": (
         (str, bytes, os.PathLike, type(None)),
         "a path or None",
-        lambda given: given is None or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in os.fsdecode(given)),
+        lambda given: given is None or _is_path(os.fsdecode(given)),
     ),
     "stochastic_rounding": ((bool,), "a bool", lambda given: True),
     "seed": ((int,), "an integer from 0 to 2**64 - 1", lambda given: 0 <= given < 1 << 64),

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora_ext.optim.checks import check, check_options, check_parameter, checked_gradient, checked_hyper, parameters
+from qlora_ext.optim.in_turn import in_turn
+from qlora_ext.optim.paged_parameters import PagedParameters, Update, update_of
 from qlora_ext.optim.state_dict import ADAMW_GROUP, after_pre_hooks, held, let_go, others_entries, with_others_entries
 from qlora_ext.optim.state_file import find_states, save_states
 from qlora_ext.optim.states import Saved, checked_states
-from qlora_ext.optim.paged_parameters import PagedParameters, Update, in_turn, update_of
 
 
 class PagedAdamW(Optimizer):
@@ -199,7 +200,8 @@ class PagedAdamW(Optimizer):
         try:
             return super().state_dict()
         finally:
-            self.state = self.state if hooked else names  # the next step takes over what hooks have put there
+            if not hooked:  # else the next step takes over what hooks have put there
+                self.state = names
 
     @in_turn
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

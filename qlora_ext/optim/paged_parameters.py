@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlora_ext import _C
 from qlora_ext.optim.checks import Hyper, check, in_memory
+from qlora_ext.optim.state_dict import others_entries
 from qlora_ext.optim.states import (
     NAMES,
     PARTS,
     Saved,
     checked_state,
-    others_entries,
+    has_state,
     state_forms,
     state_width,
 )
 from qlora_ext.sharded import is_sharded, like_parameter, local_shard, shard_number
 
-Method = TypeVar("Method", bound=Callable[..., Any])
 _CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
-
-
-def in_turn(method: Method) -> Method:
-    """For methods of an object: a thread waits until no other is in one of them."""
-
-    @wraps(method)
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "_turn_of", None) != os.getpid():  # or a fork, of a process in which a thread had its turn
-            self._turn, self._turn_of = threading.RLock(), os.getpid()
-        with self._turn:
-            return method(self, *args, **kwargs)
-
-    return cast("Method", alone)
 
 
 def _step_dtype() -> torch.dtype:
@@ -131,8 +115,8 @@ class PagedParameters:
         given, anew = {}, []
         for index, p in enumerate(params):
             entry = state.get(p, {})
-            named = not NAMES.isdisjoint(entry)
-            if [name for name in NAMES if entry.get(name) is not None]:  # any() takes longer
+            named = has_state(entry)
+            if not isinstance(entry, dict) or [name for name in NAMES if entry.get(name) is not None]:  # any(): slow
                 given[p] = checked_state("PagedAdamW.state", index, p, self.state_bits, entry)
             elif named and not self.steps(p):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""What torch's Optimizer and other programs keep in a state_dict, and in `optimizer.state`, beside PagedAdamW's states."""
+"""What torch and other programs keep in a state_dict, and in `optimizer.state`, beside PagedAdamW's states."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from qlora_ext.optim.checks import checked_hyper, parameters
-from qlora_ext.optim.states import MOST_STEPS, Saved, state_forms
 from qlora_ext.optim.paged_parameters import PagedParameters
-from qlora_ext.sharded import shard_number
 from qlora_ext.optim.safetensors_file import read_header, write_safetensors
+from qlora_ext.optim.states import MOST_STEPS, Saved, state_forms
+from qlora_ext.sharded import shard_number
 
 _METADATA = "PagedAdamW"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-import qlora_ext
+from qlora_ext.adapters.files import load_adapter, save_adapter
 from qlora_ext.model_layers import adapter_names, lora_layers
 
 
@@ -20,16 +20,16 @@ class AdapterCheckpoints:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
-        qlora_ext.save_adapter(self.model, folder, _adapter(self.model))
+        save_adapter(self.model, folder, _adapter(self.model))
         if (tokenizer := getattr(self, "processing_class", None)) is not None:
             tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
-        qlora_ext.load_adapter(model, resume_from_checkpoint, _adapter(model))
+        load_adapter(model, resume_from_checkpoint, _adapter(model))
 
     def _load_best_model(self: Any) -> None:
-        qlora_ext.load_adapter(self.model, self.state.best_model_checkpoint, _adapter(self.model))
+        load_adapter(self.model, self.state.best_model_checkpoint, _adapter(self.model))
 
 
 def _adapter(model: nn.Module) -> str:
