@@ -27,9 +27,9 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qlora_ext import LoraConfig, add_adapter
+from qlora_ext.adapters.peft_layout import to_file
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.lora.experts import LoraExperts
-from qlora_ext.adapters.peft_layout import to_file
 
 SIZES = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128}
 TINY = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 4}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from exactness import differing, of_bound
 from torch import Tensor
+from weight import bytes_of
 
 bnb: Any
 try:
@@ -65,8 +66,8 @@ class Weights:
         self.arguments = [(*tensors, *FORMAT) for tensors in quantized]  # Q of the ops, of each copy
         self.dense = [ops.dequantize_4bit(*q, (N, K), DTYPE) for q in self.arguments]
         self.theirs = [_bitsandbytes_quantize(weight) for weight in self.source] if bnb else []
-        self.packed_bytes = _bytes(*quantized[0])  # of one copy, with its scales
-        self.dense_bytes = _bytes(self.dense[0])
+        self.packed_bytes = bytes_of(*quantized[0])  # of one copy, with its scales
+        self.dense_bytes = bytes_of(self.dense[0])
 
     def decoded_on_cpu(self, dtype: torch.dtype) -> Tensor:
         """The first weight by the CPU's kernel, which the tests hold to the reference."""
@@ -82,10 +83,6 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _bitsandbytes_quantize(weight: Tensor) -> Any:
     return bnb.quantize_4bit(weight, quant_type=FORMAT[0], blocksize=FORMAT[1], compress_statistics=True)
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def linear_providers(w: Weights, decoded: Tensor, x: Tensor) -> list[Provider]:

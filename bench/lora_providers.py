@@ -13,7 +13,7 @@ from exactness import checked_rows
 from linear_providers import checked_error
 from suite import OURS, Case, MissingPeerError, Provider
 from torch import Tensor, nn
-from weight import BLOCKSIZE, QUANT_TYPE, Weight
+from weight import BLOCKSIZE, QUANT_TYPE, Weight, bytes_of
 
 import qlora_ext
 
@@ -63,7 +63,7 @@ def forward_case(weight: Weight, M: int) -> Case:
         expected = (base, base_by_torch) if name == ALONE else (exact, by_torch)
         return checked_error(name, *expected, y.detach()[picked])
 
-    return Case(step, check, _bytes(step.x, step.grad, A, B), flops=_flops(weight, M, low_rank_products=2))
+    return Case(step, check, bytes_of(step.x, step.grad, A, B), flops=_flops(weight, M, low_rank_products=2))
 
 
 def backward_case(weight: Weight, M: int) -> Case:
@@ -83,16 +83,12 @@ def backward_case(weight: Weight, M: int) -> Case:
         return max(checked_error(name, *each) for each in zip(exact, by_torch, (dx[picked], dA, dB), strict=True))
 
     # Read: x, grad, A, B; written: dx (as large as x), dA, dB. x @ A.T is kept from the forward pass.
-    moved = _bytes(step.x, step.x, step.grad, A, A, B, B)
+    moved = bytes_of(step.x, step.x, step.grad, A, A, B, B)
     return Case(step, check, moved, flops=_flops(weight, M, low_rank_products=4))
 
 
 def _step(weight: Weight, M: int) -> Step:
     return Step(weight.random(M, weight.K), weight.random(M, weight.N, seed=2))
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _flops(weight: Weight, M: int, *, low_rank_products: int) -> int:
@@ -123,7 +119,7 @@ def _providers(weight: Weight, bind: Callable[[Any, Any], Callable[[], Any]]) ->
     for dtype in dict.fromkeys((torch.float32, weight.dtype)):  # PEFT keeps adapters in fp32 unless told otherwise
         for base, make, size in (
             ("bitsandbytes", _bitsandbytes_layer, weight.packed_bytes),
-            (f"torch {str(weight.dtype)[6:]} linear", _dense_layer, _bytes(weight.source)),
+            (f"torch {str(weight.dtype)[6:]} linear", _dense_layer, bytes_of(weight.source)),
         ):
             name = f"PEFT + {base}, {str(dtype)[6:]} adapter"
             providers.append(Provider(name, partial(_peft, weight, make, dtype), bind, size))

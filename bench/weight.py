@@ -52,3 +52,7 @@ class Weight:
     def random(self, rows: int, columns: int, seed: int = 1) -> Tensor:
         """An input in the bench's dtype."""
         return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from qlora_ext import LoraConfig, PagedAdamW, add_adapter, delete_adapter, load_adapter, quantize_model, set_adapter
-from qlora_ext.finetune.adapter_checkpoints import AdapterCheckpoints
+from qlora_ext.adapters.trainer_checkpoints import AdapterCheckpoints
 
 STEPS, SAVED = 6, 3
 TOKENS = torch.randint(258, (14, 12), generator=torch.Generator())

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from adapted_model import base_model, by_wrapper, logits, trainable, with_adapter
 from layers import names_of, randomize_adapters, state_bytes
 from reference import assert_same
@@ -73,6 +74,38 @@ def test_the_config_names_model_and_task(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
     assert (config["task_type"], config["peft_type"], config["inference_mode"]) == ("CAUSAL_LM", "LORA", True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("LlamaForSequenceClassification", "SEQ_CLS"),
+        ("LlamaForTokenClassification", "TOKEN_CLS"),
+        ("LlamaForQuestionAnswering", "QUESTION_ANS"),
+        ("LlamaModel", None),
+        ("T5ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_the_task_is_that_of_the_class(kind: str, task: str | None, tmp_path: Path) -> None:
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 258}
+    config = transformers.T5Config(**sizes) if kind.startswith("T5") else tiny_config(pad_token_id=0)
+    model = getattr(transformers, kind)(config)
+    add_adapter(model, LoraConfig(target_modules=["q_proj"] if "Llama" in kind else ["q"]))
+    for head in {"score", "qa_outputs"} & model._modules.keys():  # with such a task PEFT demands it
+        model.get_submodule(head).requires_grad_(True)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] == task
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_how_peft_made_the_first_values_does_not_matter(init: Any, tmp_path: Path) -> None:
+    model = with_adapter(r=2)
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text()) | {"init_lora_weights": init}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    loaded = base_model()
+    load_adapter(loaded, tmp_path)
+    assert_same(logits(loaded), logits(model))
 
 
 def test_peft_finds_the_class_of_a_classifier_by_its_task(tmp_path: Path) -> None:

@@ -224,10 +224,8 @@ def test_pefts_other_kinds_are_refused(fields: dict[str, Any], tmp_path: Path) -
 
 
 def test_pefts_output_head_comes_with_its_weight(tmp_path: Path) -> None:
-    theirs = MODELS["head"]()
-    base = copy.deepcopy(theirs)
-    model = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    randomize_adapters(model)
+    base = MODELS["head"]()
+    model = pefts_adapter(base, r=2, target_modules=["q_proj", "lm_head"])
     model.save_pretrained(tmp_path)
     assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
     ours = copy.deepcopy(base)

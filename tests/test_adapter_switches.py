@@ -1,14 +1,16 @@
-"""Switching and deleting adapters where something else looks at them, too."""
+"""Switching, deleting and copying adapters where something else looks at them, too."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
+from layers import randomize_adapters
 from torch import nn
 
-from qlora_ext import LoraConfig, add_adapter, delete_adapter, set_adapter
+from qlora_ext import LoraConfig, add_adapter, delete_adapter, quantize_model, set_adapter
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
 
@@ -50,3 +52,20 @@ def test_what_adapters_of_several_layers_share_trains_if_one_is_active(active: s
     assert model[0].lora_A["a"].requires_grad
     set_adapter(model, None)
     assert not model[0].lora_A["a"].requires_grad
+
+
+def test_a_reference_model_shares_what_is_frozen() -> None:
+    """By the README's recipe for TRL."""
+    model = quantize_model(two_layers())
+    add_adapter(model, LoraConfig(r=2))
+    randomize_adapters(model)
+    frozen = {id(t): t for t in [*model.parameters(), *model.buffers()] if not t.requires_grad}
+    ref_model = copy.deepcopy(model, frozen)
+    before = ref_model(X)
+    randomize_adapters(model)
+    assert torch.equal(ref_model(X), before)
+    assert not torch.equal(model(X), before)
+    theirs = dict(model.named_parameters())
+    shared = {name for name, p in ref_model.named_parameters() if p is theirs[name]}
+    assert shared == {name for name, p in theirs.items() if not p.requires_grad}
+    assert len(shared) == 6  # weight, absmax and bias of each layer

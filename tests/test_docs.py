@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from qlora_ext import _C
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,3 +55,11 @@ def test_tables_are_current() -> None:
 def test_help_says_something(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     assert "usage:" in done.stdout
+
+
+def test_info_says_what_runs() -> None:
+    out = subprocess.run([sys.executable, "-m", "qlora_ext.info"], capture_output=True, text=True, check=True).stdout
+    said = dict(re.split("  +", line, maxsplit=1) for line in out.splitlines())
+    assert said["CPU path"].split()[0] == _C.cpu_path()
+    assert said["torch"] == torch.__version__
+    assert said["threads"].isdigit()

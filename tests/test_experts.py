@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, pairwise
+from expert_cases import ends
 from reference import assert_as_exact_as_torch, assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_4bit
 from qlora_ext.experts import Experts4bit
-
-
-def ends(*counts: int) -> Tensor:
-    return torch.tensor(counts).cumsum(0, dtype=torch.int32)
 
 
 def with_grad(x: Tensor, weight: Tensor, offs: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

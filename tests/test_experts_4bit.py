@@ -8,34 +8,11 @@ from functools import partial
 import pytest
 import torch
 from cases import DTYPES, normal, pairwise, quantized_normal
-from reference import Quantized, assert_as_exact_as_torch, assert_same, dequantize_4bit
+from expert_cases import COUNTS, SHAPES, ends, plain, stack
+from reference import Quantized, assert_as_exact_as_torch, assert_same
 from torch import Tensor
 
 experts_4bit = torch.ops.qlora_ext.experts_4bit
-
-# (in, out) of a matrix; of "flat" no row is of whole blocks, where matrices are [out, in].
-SHAPES = {"blocks": (256, 192), "flat": (96, 128)}
-# The rows of each of four experts, and how many are behind them.
-COUNTS = {"some": ((3, 0, 40, 1), 0), "behind": ((0, 5, 2, 0), 3), "one": ((0, 0, 0, 130), 0), "none": ((0,) * 4, 2)}
-
-
-def ends(*counts: int) -> Tensor:
-    return torch.tensor(counts).cumsum(0, dtype=torch.int32)
-
-
-def stack(size_in: int, size_out: int, is_transposed: bool) -> tuple[Quantized, Tensor]:
-    """Four matrices, and what they are decoded, [4, out, in]."""
-    shape = (size_in, size_out) if is_transposed else (size_out, size_in)
-    q = quantized_normal((4 * shape[0], shape[1]), "nf4", 64, double_quant=size_in * size_out % (256 * 64) == 0)
-    decoded = dequantize_4bit(q, (4, *shape), torch.float32)
-    return q, decoded.mT if is_transposed else decoded
-
-
-def plain(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """The products with each matrix in plain PyTorch, in the dtype of x."""
-    begins = [0, *offs[:-1].tolist()]
-    parts = [x[b:e] @ w.to(x.dtype).T for b, e, w in zip(begins, offs.tolist(), weight, strict=True)]
-    return torch.cat([*parts, x.new_zeros(len(x) - int(offs[-1]), weight.shape[1])])
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_a_checkpoint_without_a_part_is_refused_and_the_one_before_taken(
     file.unlink()
     if damage == "damaged":
         file.write_bytes(content[: len(content) // 2])
-    message = f"{name}: .*" if name == "optimizer.safetensors" else f"{name}: {damage}; without {newest}"
+    message = f"{name}: .*" if name == "optimizer.safetensors" else f"{name}: {damage}; delete {newest}"
     with pytest.raises((ValueError, OSError), match=message):
         run(tmp_path / "parts", optimizer=optimizer, resume=True)
     shutil.rmtree(newest)

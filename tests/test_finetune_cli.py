@@ -80,9 +80,12 @@ def test_every_option_arrives(arguments: dict[str, Any], monkeypatch: pytest.Mon
     of_adapter = {"r": 3, "lora-alpha": 7, "lora-dropout": 0.25, "use-rslora": True, "target-modules": "q_proj,v_proj"}
     of_run = {"steps": None, "epochs": 0.5, "batch-size": 3, "accumulate": 2, "lr": 3e-3, "schedule": "cosine"}
     of_run |= {"warmup": 2, "eval-steps": 1, "save-steps": 2, "gradient-checkpointing": True, "loss-chunk": 5}
-    of_run |= {"attention": "eager", "optimizer": "paged_adamw8", "host-budget": "1M", "page-file": "pages"}
+    of_run |= {"attention": "eager", "optimizer": "paged_adamw8", "host-budget": "1M"}
     of_run["page-file"] = arguments["output"].parent / "pages"
     assert cli.main(words({**arguments, **of_data, **of_base, **of_adapter, **of_run})) == 0
+    elsewhere = {"help", "resume", "overwrite", "compile", "device-budget", "target-parameters"}
+    options = {max(action.option_strings, key=len).removeprefix("--") for action in cli.parser()._actions}
+    assert options == {*arguments, *of_data, *of_base, *of_adapter, *of_run, *elsewhere}
 
     read = {name: given["load_data"][name] for name in ("max_length", "held_out_fraction", "seed", "use_chat_template")}
     assert read == {"max_length": 40, "held_out_fraction": 0.2, "seed": 7, "use_chat_template": False}
@@ -112,15 +115,8 @@ def test_every_option_arrives(arguments: dict[str, Any], monkeypatch: pytest.Mon
 
 
 def test_trainer_is_told_all_of_a_schedule(tmp_path: Path) -> None:
-    changes = {
-        "steps": 50,
-        "batch_size": 3,
-        "accumulate": 4,
-        "lr": 2e-3,
-        "kind": "cosine",
-        "warmup": 5,
-        "eval_steps": 7,
-    }
+    changes = {"steps": 50, "batch_size": 3, "accumulate": 4, "lr": 2e-3}
+    changes |= {"kind": "cosine", "warmup": 5, "eval_steps": 7}
     schedule = replace(SCHEDULE, **changes, save_steps=9, seed=11, gradient_checkpointing=True)
     told = _arguments(schedule, tmp_path, torch.device("cpu"), autocast=True)
     assert (told.max_steps, told.per_device_train_batch_size, told.gradient_accumulation_steps) == (50, 3, 4)

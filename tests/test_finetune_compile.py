@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import randomize_adapters
 from tiny_model import one_thread as one_thread
 from tiny_model import save_tiny_model, tiny_config
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ def build(method: str) -> LlamaForCausalLM:
         qlora_ext.quantize_model(model)
     if method != "full":
         qlora_ext.add_adapter(model, qlora_ext.LoraConfig(r=4))
+        randomize_adapters(model)
     return model.train()
 
 

@@ -170,10 +170,10 @@ def test_text_is_packed_into_windows_with_loss_on_all(tmp_path: Path, tokenizer:
     assert all(0 < window.prompt_length < len(window.input_ids) for window in windows)
 
 
-def test_window_of_one_token_has_nothing_to_learn(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    (tmp_path / "d.txt").write_text("a" * 32 + "b")
+def test_a_window_counts_once_and_one_of_one_token_not(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "d.txt").write_text("a" * 32 * 4 + "b")
     data = load(tmp_path / "d.txt", tokenizer, max_length=32, held_out_fraction=0)
-    assert (len(data.train), data.dropped) == (1, 1)
+    assert (len(data.train), data.duplicates, data.dropped) == (1, 3, 1)
 
 
 def test_duplicates_go_before_the_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

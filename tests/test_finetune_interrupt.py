@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qlora_ext.finetune import trainer
 from qlora_ext.finetune.data import PadToLongest
-from qlora_ext.finetune.train import newest_checkpoint
+from qlora_ext.finetune.output_folder import newest_checkpoint
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

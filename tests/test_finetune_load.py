@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from stored_models import QUANTIZE, edit
 from tiny_model import assert_same_model, load, save_tiny_model
 from tiny_model import one_thread as one_thread
-from torch import Tensor
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 import qlora_ext
@@ -18,19 +18,6 @@ from qlora_ext.finetune.load import compute_dtype, load_model, open_checkpoint, 
 from qlora_ext.finetune.model_folder import ModelFolder
 
 CPU = torch.device("cpu")
-
-
-QUANTIZE: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
-
-
-def edit(folder: Path, **tensors: Tensor | None) -> None:
-    path = folder / "model.safetensors"
-    stored = load_file(path)
-    for name, tensor in tensors.items():
-        stored.pop(name.replace("__", "."), None)
-        if tensor is not None:
-            stored[name.replace("__", ".")] = tensor
-    save_file(stored, path)
 
 
 def test_attention_is_the_one_asked_for(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny_training import python_handles_interrupts as python_handles_interrupts
 from qlora_ext import PagedAdamW
 from qlora_ext.finetune.data import PadToLongest
 from qlora_ext.finetune.optimizer import STATE_BITS, OptimizerChoice
-from qlora_ext.finetune.train import newest_checkpoint
+from qlora_ext.finetune.output_folder import newest_checkpoint
 from qlora_ext.finetune.trainer import PAGED_STATES
 
 PAGE = 2**20  # the default

@@ -24,8 +24,8 @@ from tiny_training import DATA, SCHEDULE, build, run
 from transformers import AutoModelForCausalLM
 
 from qlora_ext.finetune import __main__ as cli
-from qlora_ext.finetune.output_folder import LOCK, OutputFolder
-from qlora_ext.finetune.train import newest_checkpoint, train
+from qlora_ext.finetune.output_folder import LOCK, OutputFolder, newest_checkpoint
+from qlora_ext.finetune.train import train
 
 REPORTS = {"run.json", "report.json", "report.png"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}

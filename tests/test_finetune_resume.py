@@ -31,6 +31,8 @@ GPT_NEOX = GPTNeoXConfig(**SIZES, num_attention_heads=4)
 CHANGES: list[dict[str, Any]] = [
     *({"seed": 5}, {"method": "lora"}, {"r": 4}, {"blocksize": 32}, {"optimizer": "paged_adamw32"}),
     *({"lr": 1e-3}, {"schedule": "cosine"}, {"warmup": 2}, {"lora-dropout": 0.5}, {"skip": "q_proj"}),
+    *({"lora-alpha": 3}, {"use-rslora": True}, {"target-modules": "q_proj"}, {"quant-type": "fp4"}),
+    *({"no-double-quant": True}, {"eval-fraction": 0.2}, {"max-length": 40}, {"chat": "plain"}),
 ]
 
 
@@ -95,17 +97,15 @@ def test_resume_keeps_the_examples_of_a_step(
     assert got["losses"] == pytest.approx(whole["losses"], rel=1e-4)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_resume_refuses_another_run(
-    change: dict[str, Any], arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_refuses_another_run(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words(arguments)) == 0
     before = (arguments["output"] / "run.json").read_bytes()
-    assert cli.main(words({**arguments, **change, "steps": 6, "resume": True})) == 2
-    last_line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"--{next(iter(change))}: expected" in last_line
-    assert (arguments["output"] / "run.json").read_bytes() == before
-    assert not (arguments["output"] / "checkpoint-6").exists()
+    for change in CHANGES:
+        assert cli.main(words({**arguments, **change, "steps": 6, "resume": True})) == 2
+        last_line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"--{next(iter(change))}: expected" in last_line
+        assert (arguments["output"] / "run.json").read_bytes() == before
+        assert not (arguments["output"] / "checkpoint-6").exists()
 
 
 def test_resume_knows_data_by_what_it_holds_and_a_model_by_where_it_is(
@@ -205,8 +205,6 @@ def test_foreign_adapter_in_the_checkpoint_is_named(
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in last_line
     assert "adapter_model.safetensors" in last_line
-    adapter.write_bytes(adapter.read_bytes()[:-50])
-    assert cli.main(words({**arguments, "steps": 6, "resume": True, "r": 4})) == 2
 
 
 def test_ctrl_c_saves_and_resume_ends_as_an_uninterrupted_run(arguments: dict[str, Any], tmp_path: Path) -> None:

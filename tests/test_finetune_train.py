@@ -22,7 +22,8 @@ from qlora_ext.finetune.data import IGNORE, PadToLongest
 from qlora_ext.finetune.evaluate import held_out_loss, sample_answers
 from qlora_ext.finetune.load import load_model, open_checkpoint
 from qlora_ext.finetune.optimizer import OptimizerChoice
-from qlora_ext.finetune.train import _arguments, newest_checkpoint, total_steps, train
+from qlora_ext.finetune.output_folder import newest_checkpoint
+from qlora_ext.finetune.train import _arguments, total_steps, train
 
 STATE_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}

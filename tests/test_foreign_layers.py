@@ -219,6 +219,7 @@ def test_a_layer_whose_hooks_would_be_lost_is_refused(change: Callable[[nn.Modul
     change(model[1])
     with pytest.raises(ValueError, match="quantize_model: 1: expected no hooks"):
         quantize_model(model)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
     with pytest.raises(ValueError, match=r"Linear4bit\.from_linear: linear: expected no hooks"):
         Linear4bit.from_linear(model[1])
     for hooked in ("layer", "base", "without adapter"):

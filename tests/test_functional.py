@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-import torch.nn.functional as F
 from cases import BLOCKSIZES, DTYPES, QUANT_TYPES, normal
 from reference import Quantized, assert_same
 from torch import nn
@@ -71,15 +70,16 @@ def mean_error_of_normal_values(quant_type: str, blocksize: int) -> float:
     return float((given_m * absmax_density).sum() / absmax_density.sum() * (blocksize - 1) / blocksize)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_mean_quantization_error(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
+def test_mean_quantization_error(quant_type: str, blocksize: int) -> None:
     """The mean of 2^20 values deviates by some 0.1 %, though blocks of 4096 have but 256 scales."""
-    weight = torch.randn(1024, 1024).to(dtype)
-    packed, state = qlora_ext.quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize, double_quant=False)
-    error = (qlora_ext.dequantize_4bit(packed, state, torch.float32) - weight.float()).abs().mean()
-    assert float(error) == pytest.approx(mean_error_of_normal_values(quant_type, blocksize), rel=0.01)
+    expected = mean_error_of_normal_values(quant_type, blocksize)
+    for dtype in DTYPES.values():
+        weight = torch.randn(1024, 1024).to(dtype)
+        packed, state = qlora_ext.quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize, double_quant=False)
+        error = (qlora_ext.dequantize_4bit(packed, state, torch.float32) - weight.float()).abs().mean()
+        assert float(error) == pytest.approx(expected, rel=0.01), dtype
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -95,14 +95,6 @@ def test_linear_is_the_op_with_the_fields_of_the_state(dtype: torch.dtype, bias:
     y.backward(grad)
     assert_same(x.grad, torch.ops.qlora_ext.linear_4bit_dgrad(grad, *q, 256))
     assert b is None or b.grad is not None
-
-
-def test_linear_is_close_to_the_dequantized_layer() -> None:
-    """Its exact result: torch's own is off by more than this tolerance on some CPUs."""
-    packed, state = qlora_ext.quantize_4bit(torch.randn(48, 256))
-    layer = [torch.randn(3, 256), qlora_ext.dequantize_4bit(packed, state), torch.randn(48)]
-    y = qlora_ext.linear_4bit(layer[0], packed, state, layer[2])
-    torch.testing.assert_close(y, F.linear(*(tensor.double() for tensor in layer)).float())
 
 
 def test_eval_and_train_alternate() -> None:
@@ -132,15 +124,6 @@ def test_linear_under_autocast_is_in_its_dtype() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = qlora_ext.linear_4bit(x, packed, state, bias)
     assert_same(y, qlora_ext.linear_4bit(x.bfloat16(), packed, state, bias))
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_state_moves_between_devices(double_quant: bool) -> None:
-    _, state = qlora_ext.quantize_4bit(torch.randn(4, 64), double_quant=double_quant)
-    moved = state.to("meta")
-    tensors = [moved.absmax, *([moved.nested_absmax, moved.nested_offset] if double_quant else [])]
-    assert all(tensor.is_meta for tensor in tensors)
-    assert (moved.shape, moved.dtype, moved.double_quant) == (state.shape, state.dtype, double_quant)
 
 
 def test_state_is_frozen() -> None:

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, pairwise
-from layers import make_linear, state_bytes
+from layers import make_linear, make_lora, state_bytes
 from reference import assert_same
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_ext import Linear4bit, LoraConfig
-from qlora_ext.lora.linear import LoraLinear
 
 State = dict[str, Tensor]
 WEIGHT = ("weight", "absmax", "nested_absmax", "nested_offset")
@@ -264,16 +263,14 @@ def test_state_names_the_layers_own_tensors(double_quant: bool, in_features: int
 
 def test_tensors_that_are_plain_attributes() -> None:
     """As FSDP and parametrizations leave them while the layer computes."""
-    layer, adapted = make_linear(128, 16), LoraLinear(make_linear(128, 16))
-    adapted.add_adapter("a", LoraConfig())
-    adapted.active_adapters = ["a"]
+    layer, adapted = make_linear(128), make_lora(make_linear(128), LoraConfig())
     x = torch.randn(3, 128)
     expected = [layer(x), adapted(x), layer.dequantize()]
     for module, names in {
         layer: WEIGHT,
         adapted.base_layer: ("weight", "absmax"),
-        adapted.lora_A: ("a",),
-        adapted.lora_B: ("a",),
+        adapted.lora_A: ("a0",),
+        adapted.lora_B: ("a0",),
     }.items():
         for name in names:
             tensor = getattr(module, name).detach()

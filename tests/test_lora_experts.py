@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
-from finetune_command import data as data
 from layers import state_bytes
+from mixtures import BOTH, CONFIGS, TOKENS, adapted, decoded, lora_experts, mixture
 from reference import assert_same
-from test_mixtures import CONFIGS, TOKENS, mixture
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from qlora_ext import (
     LoraConfig,
@@ -26,34 +23,8 @@ from qlora_ext import (
     set_adapter,
     unmerge_adapter,
 )
-from qlora_ext.lora.experts import LoraExperts
 
-BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 MODELS = sorted(CONFIGS)
-
-
-def adapted(name: str, targets: list[str] = BOTH, **options: Any) -> PreTrainedModel:
-    """A mixture in 4 bits with an adapter of random values on its experts."""
-    model = quantize_model(mixture(name))
-    add_adapter(model, LoraConfig(**{"r": 4, "target_modules": [], "target_parameters": targets} | options))
-    torch.manual_seed(1)
-    for layer in lora_experts(model).values():
-        nn.init.normal_(layer.lora_B["default"], std=0.1)
-    return model
-
-
-def lora_experts(model: nn.Module) -> dict[str, LoraExperts]:
-    """By the names of the weights."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraExperts)}
-    return {n.replace("quantized_", "").removesuffix("_.stack"): m for n, m in found.items()}
-
-
-def decoded(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its base's weights in 32 bits, without adapters."""
-    plain = copy.deepcopy(model)
-    set_adapter(plain, None)
-    merge_adapter(plain, dequantize=True)
-    return plain
 
 
 def loss_of(logits: Tensor) -> Tensor:

@@ -8,32 +8,14 @@ from functools import partial
 import pytest
 import torch
 from cases import DTYPES, normal, pairwise
+from expert_cases import COUNTS, SHAPES, adapters, ends, plain_lora, stack
 from reference import assert_as_exact_as_torch, assert_same
-from test_experts_4bit import COUNTS, SHAPES, ends, experts_4bit, plain, stack
 from torch import Tensor
 
 lora_experts_4bit = torch.ops.qlora_ext.lora_experts_4bit
 RANKS = {"r8": (8,), "r5-r16": (5, 16)}
 Q, _ = stack(256, 192, is_transposed=False)
 X, OFFS, A, B = normal(6, 256), ends(2, 0, 3, 1), normal(4, 8, 256), normal(4, 192, 8)
-
-
-def adapters(ranks: Sequence[int], size_in: int, size_out: int) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    """A, B and scaling for four experts, of the size that they have in training."""
-    return (
-        [torch.randn(4, r, size_in) / size_in**0.5 for r in ranks],
-        [torch.randn(4, size_out, r) * 0.1 for r in ranks],
-        [2.0 / (i + 1) for i in range(len(ranks))],
-    )
-
-
-def plain_lora(x: Tensor, weight: Tensor, offs: Tensor, ab: Sequence[Tensor], scaling: list[float]) -> list[Tensor]:
-    """y, and xA up to the last end, in plain PyTorch in the dtype of x."""
-    y, parts = plain(x, weight, offs), []
-    for a, b, scale in zip(ab[: len(scaling)], ab[len(scaling) :], scaling, strict=True):
-        parts.append(plain(x, a, offs))
-        y = y + scale * plain(parts[-1], b, offs)
-    return [y, torch.cat(parts, 1)[: int(offs[-1])]]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +58,7 @@ def test_zero_b_changes_nothing(dtype: torch.dtype, is_transposed: bool, cpu_pat
     a, b, scaling = adapters((8, 4), 256, 192)
     x, offs = normal(80, 256, dtype=dtype), ends(1, 4, 0, 70)
     y, _ = lora_experts_4bit(x, *q, offs, 192, is_transposed, a, [torch.zeros_like(each) for each in b], scaling)
-    assert_same(y, experts_4bit(x, *q, offs, 192, is_transposed))
+    assert_same(y, torch.ops.qlora_ext.experts_4bit(x, *q, offs, 192, is_transposed))
 
 
 def test_gradients_only_where_asked() -> None:

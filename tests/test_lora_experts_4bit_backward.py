@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, normal
+from expert_cases import ends, stack
 from reference import assert_same
-from test_experts_4bit import ends, stack
 
 backward = torch.ops.qlora_ext.lora_experts_4bit_backward
 Q, _ = stack(256, 192, is_transposed=False)

@@ -10,12 +10,11 @@ import pytest
 import torch
 from finetune_command import data as data
 from finetune_command import words
+from mixtures import BOTH, CONFIGS, TOKENS, adapted, decoded, lora_experts, mixture
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from reference import assert_same
 from safetensors.torch import load_file, save_file
-from test_lora_experts import BOTH, adapted, decoded, lora_experts
-from test_mixtures import CONFIGS, TOKENS, mixture
 from tiny_model import tiny_tokenizer
 from torch import nn
 from transformers import MixtralForCausalLM, PreTrainedModel

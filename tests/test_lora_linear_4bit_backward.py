@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, normal, quantized_normal
+from lora_cases import masks
 from reference import assert_as_exact_as_torch, assert_same, dequantize_4bit
-from test_lora_linear_4bit import masks
 from torch import Tensor
 
 backward = torch.ops.qlora_ext.lora_linear_4bit_backward

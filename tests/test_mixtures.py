@@ -10,61 +10,18 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from layers import names_of, state_bytes
+from mixtures import CONFIGS, TOKENS, experts_of, mixture
 from reference import assert_same
 from tiny_model import load
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
-    DeepseekV3Config,
-    GptOssConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    Qwen3MoeConfig,
     Trainer,
     TrainingArguments,
 )
 
 from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_model, set_adapter
-from qlora_ext.experts import Experts4bit
-
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
-MOE = {"moe_intermediate_size": 32, "intermediate_size": 128, "num_experts_per_tok": 2, "num_key_value_heads": 2}
-LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "mixtral": MixtralConfig(**SIZES, intermediate_size=128, num_key_value_heads=2, num_local_experts=4),
-    "qwen3": Qwen3MoeConfig(**SIZES, **MOE, head_dim=16, num_experts=4),
-    "olmoe": OlmoeConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2),
-    "deepseek": DeepseekV3Config(
-        **SIZES,
-        **{**MOE, "num_key_value_heads": 4},
-        **LATENT,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-    ),
-    "gpt_oss": GptOssConfig(  # [experts, in, out], with biases
-        **SIZES, intermediate_size=64, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2
-    ),
-}
-TOKENS = torch.arange(40).view(2, 20)
-
-
-def mixture(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = Auto.from_config(copy.deepcopy(CONFIGS[name])).eval()
-    for module in model.modules():  # gpt-oss's biases and DeepSeek's are zeros, or nothing, when new
-        for parameter in module.parameters(recurse=False):
-            nn.init.normal_(parameter, std=0.1) if parameter.dim() != 1 else None
-    return model
-
-
-def experts_of(model: nn.Module) -> dict[str, Experts4bit]:
-    """By the names of the weights whose place they take."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts4bit)}
-    return {name.replace("quantized_", "").removesuffix("_"): module for name, module in found.items()}
 
 
 def gradients(model: PreTrainedModel, embedded: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,11 +132,13 @@ def test_is_one_graph_to_compile_and_to_export(name: str, dtype: torch.dtype) ->
     torch.testing.assert_close(exported(TOKENS, use_cache=False).logits, logits)
 
 
-def test_generates() -> None:
+def test_generates_what_it_finds_most_likely() -> None:
     model = quantize_model(mixture("mixtral"))
-    generate = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(TOKENS, **generate)
-    assert expected.shape == (2, 25)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with_answer = model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), **options)
+    assert with_answer.shape == (2, 25)
+    logits = model(with_answer[:, :-1]).logits[:, 19:]  # of many tokens at once, and so rounded otherwise
+    assert (logits.amax(-1) - logits.gather(-1, with_answer[:, 20:, None])[..., 0]).max() < 1e-5
 
 
 @pytest.mark.parametrize("skip", ["experts", "model.layers.0.mlp.experts", "down_proj"])

@@ -10,10 +10,9 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from layers import BASES, make_base, make_lora, state_bytes
+from mixtures import BOTH, TOKENS
+from mixtures import adapted as adapted_mixture
 from reference import assert_same
-from test_lora_experts import BOTH
-from test_lora_experts import adapted as adapted_mixture
-from test_mixtures import TOKENS
 from torch import nn
 
 from qlora_ext import (

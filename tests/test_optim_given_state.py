@@ -277,3 +277,13 @@ def test_moved_names_can_be_moved_back() -> None:
     optimizer.state[p] = optimizer.state.pop(q)
     optimizer.step()
     assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+def test_an_entry_that_is_no_dict_is_named() -> None:
+    p = nn.Parameter(torch.ones(5))
+    optimizer = PagedAdamW([p])
+    p.grad = torch.ones(5)
+    optimizer.state[p] = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="state of parameter 0: expected a dict, got NoneType"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(5))

@@ -46,6 +46,7 @@ PAGE = "page_bytes: expected a multiple of 4096 from 4096 to 1073741824"
         ({"host_budget": 1 << 63}, "host_budget: expected a number of bytes"),
         ({"device_budget": 1 << 20}, "device_budget: expected None for states on the CPU"),
         ({"page_file": "a\0b"}, r"page_file: expected a path or None, got 'a\\x00b'"),
+        ({"page_file": ""}, "page_file: expected a path or None, got ''"),
         ({"page_file": "a\ud800b"}, "page_file: expected a path or None"),
         ({"seed": -1}, "seed: expected an integer from 0 to .*, got -1"),
         ({"seed": 1 << 64}, "seed: expected an integer from 0"),

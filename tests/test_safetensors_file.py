@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_ext.optim.states import Form
 from qlora_ext.optim.safetensors_file import read_header, write_safetensors
+from qlora_ext.optim.states import Form
 
 FORM = Form(torch.float32, (2,))
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, quantized_normal
+from lora_cases import masks
 from reference import assert_as_exact_as_torch, assert_same, dequantize_4bit
-from test_lora_linear_4bit import masks
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 

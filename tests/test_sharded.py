@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from adapted_model import TOKENS, base_model, logits, with_adapter
 from layers import make_linear, names_of, randomize_adapters, state_bytes, with_gradients
+from mixtures import TOKENS as MIXTURE_TOKENS
+from mixtures import adapted
 from reference import assert_same
-from safetensors.torch import load_file
-from test_lora_experts import adapted
-from test_mixtures import TOKENS as MIXTURE_TOKENS
+from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from qlora_ext import (
     LoraConfig,
@@ -98,6 +98,21 @@ def test_what_fsdp2_computes_with_in_bfloat16_is_saved_in_float32(tmp_path: Path
     assert model.score.weight.dtype == torch.bfloat16
     save_adapter(model, tmp_path)
     assert_same(load_file(tmp_path / WEIGHTS)["base_model.model.score.weight"], expected)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_mixed_precision_needs_double_quantization(double_quant: bool) -> None:
+    """FSDP2 casts what is in float32, absmax without double quantization among it."""
+    layer = make_linear(256, double_quant=double_quant)
+    x = torch.randn(3, 256).bfloat16()
+    expected = layer(x)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    if double_quant:
+        assert_same(layer(x), expected)
+    else:
+        with pytest.raises(TypeError, match=r"absmax: expected .*float32.*, got .*[bB]Float16"):
+            layer(x)
 
 
 def test_a_sharded_model_loads_into_an_adapter_that_is_there(tmp_path: Path) -> None:
@@ -254,3 +269,32 @@ def test_fully_shard_keeps_the_bytes_and_the_results() -> None:
     copy = nn.Sequential(make_linear(), make_linear(48, double_quant=False))
     copy.load_state_dict(whole, strict=True)
     assert state_bytes(copy) == before
+
+
+def test_nothing_is_quantized_that_is_sharded() -> None:
+    """FSDP2 would put its own shard in the place of the new weight."""
+    model = nn.Sequential(nn.Linear(64, 64), make_linear(64))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^quantize_model: model: 0: expected a layer whose weight is whole"):
+            quantize_model(model)
+        model(torch.randn(3, 64))  # after which the outermost group has whole weights
+    model.reshard()
+    before = model[1].weight.to_local().clone()
+    with pytest.raises(ValueError, match=r"^Linear4bit: 1\.weight: expected .*whole \(load float weights before fully"):
+        model.load_state_dict({"1.weight": torch.randn(model[1].out_features, 64)}, strict=False)
+    assert torch.equal(model[1].weight.to_local(), before)
+
+
+def test_an_adapter_with_its_bases_weight_loads_into_a_sharded_model(tmp_path: Path) -> None:
+    """PEFT saves the weight of an output head beside its adapter: it is compared, and not written."""
+    model = quantize_model(LlamaForCausalLM(tiny_config(tie_word_embeddings=False)).eval(), skip=())
+    add_adapter(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    randomize_adapters(model)
+    save_adapter(model, tmp_path)
+    weight = model.lm_head.base_layer.dequantize(torch.float32)
+    key = "base_model.model.lm_head.base_layer.weight"
+    save_file(load_file(tmp_path / WEIGHTS) | {key: weight}, tmp_path / WEIGHTS)
+    expected = logits(model)
+    load_adapter(shard(model), tmp_path)
+    assert_same(logits(model), expected)

@@ -10,7 +10,14 @@ import torch
 from layers import names_of, randomize_adapters
 from reference import assert_same
 from torch import nn
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RwkvConfig,
+)
 
 from qlora_ext import Linear4bit, LoraConfig, add_adapter, load_adapter, quantize_model, save_adapter
 
@@ -83,6 +90,39 @@ def test_a_head_of_several_layers_is_left_and_trains_beside_the_adapter(tmp_path
     load_adapter(other, tmp_path)
     tokens = torch.arange(2, 12)[None]
     assert_same(other(tokens).logits, model(tokens).logits)
+
+
+GEMMA3N = Gemma3nTextConfig(
+    **{"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
+    **{"num_key_value_heads": 2, "vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 64},
+    **{"num_kv_shared_layers": 0, "laurel_rank": 64, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]},
+    layer_types=["full_attention"] * 2,
+)
+RWKV = RwkvConfig(hidden_size=64, attention_hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=64)
+
+
+@pytest.mark.parametrize(
+    ("config", "skip", "targets"),
+    [
+        (GEMMA3N, ("lm_head", "prediction_coefs", "correction_coefs"), "all-linear"),
+        (RWKV, ("head", "attention.output", "feed_forward.value"), ["key", "attention.value", "receptance"]),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_the_readmes_skips_for_models_that_write_to_weights(
+    config: PreTrainedConfig, skip: tuple[str, ...], targets: str | list[str]
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.arange(12).view(2, 6)
+    quantize_model(model, skip=skip)
+    add_adapter(model, LoraConfig(r=2, target_modules=targets))
+    for training in (True, False):
+        logits = model.train(training)(tokens).logits
+        assert logits.isfinite().all()
+    model.train()(tokens, labels=tokens).loss.backward()
+    left = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert not left
 
 
 def test_skip_must_be_names() -> None:

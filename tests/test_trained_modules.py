@@ -137,7 +137,7 @@ def test_pefts_loads_here(last_parts: bool, build: Callable[[], nn.Module], name
 def test_pefts_classifier_loads_here(tmp_path: Path) -> None:
     """PEFT adds the names "classifier" and "score", of which a model has one, and writes "all-linear" out."""
     base = make(LlamaForSequenceClassification)
-    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear")
+    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     change(theirs.base_model.model.score.modules_to_save["default"])
     theirs.save_pretrained(tmp_path)

@@ -1,6 +1,6 @@
 // Stands in for the CUDA runtime: what the launchers and nvcc's host code call, on a machine without a GPU.
 //
-// Nothing runs here. Each launch and memset is handed to `recorder` (launcher.py), which runs it in the PTX
+// Nothing runs here. Each launch and memset is handed to `recorder` (recorded_gpu.py), which runs it in the PTX
 // interpreter. What the runtime itself refuses is refused here: cudaGetLastError reports it, as it would there.
 #include <cuda_runtime_api.h>
 

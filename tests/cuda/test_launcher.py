@@ -8,8 +8,9 @@ from pathlib import Path
 import library
 import pytest
 import torch
-from launcher import Device, LaunchError, under_schedules
+from launcher import Device, under_schedules
 from ptx import PTXError
+from recorded_gpu import LaunchError
 from torch import Tensor
 
 # launch_quantize_absmax is the one that is called; n says what it does.

@@ -12,8 +12,9 @@ from evidence import (
     assert_table_lookups_do_not_conflict,
     assert_weight_is_read_once,
 )
-from launcher import Device, LaunchError, Limits, under_schedules
+from launcher import Device, under_schedules
 from products import DTYPES, ProductCase, cases, exact_product, random_product
+from recorded_gpu import LaunchError, Limits
 from reference import assert_as_exact_as_torch, assert_same
 from torch import Tensor
 

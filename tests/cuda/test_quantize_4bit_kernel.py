@@ -6,7 +6,8 @@ import pytest
 import reference
 import torch
 from cases import BLOCKSIZES, DTYPES, QUANT_TYPES, WEIGHT_CASES, WeightCase, normal
-from launcher import Device, LaunchError, under_schedules
+from launcher import Device, under_schedules
+from recorded_gpu import LaunchError
 from reference import assert_same
 from torch import Tensor
 

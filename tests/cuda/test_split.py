@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from launcher import Device, Limits
+from launcher import Device
+from recorded_gpu import Limits
 
 SHAPES = [(1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]  # [N, K]
 ROWS = (1, 16, 32, 64)

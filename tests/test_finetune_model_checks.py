@@ -29,7 +29,7 @@ from transformers import (
 from qlora_ext.finetune import __main__ as cli
 from qlora_ext.finetune.data import Dataset, Example
 from qlora_ext.finetune.evaluate import sample_answers
-from qlora_ext.finetune.fit import check_fits, check_runs, position_limit
+from qlora_ext.finetune.model_checks import check_fits, check_runs, position_limit
 from qlora_ext.finetune.targets import target_modules
 
 OPT = OPTConfig(
