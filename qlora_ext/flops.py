@@ -72,7 +72,8 @@ class _AtImport(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register(module)
+                if module.__name__ == _COUNTER:  # a loader may be of several
+                    _register(module)
 
             loader.exec_module = execute_and_register
         return spec

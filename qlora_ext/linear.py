@@ -17,7 +17,7 @@ from qlora_ext.dense_linear import dense_class, is_dense_linear, new_dense, orie
 from qlora_ext.layer_hooks import check_not_hooked, shallow_copy
 from qlora_ext.quant_state import QuantState
 from qlora_ext.quant_type import quant_type_of
-from qlora_ext.sharded import check_weight_is_whole
+from qlora_ext.sharded import check_before_fsdp
 
 
 class Linear4bit(nn.Module):
@@ -244,7 +244,7 @@ class Linear4bit(nn.Module):
             raise ValueError(f"Linear4bit: {prefix}weight: expected {wanted}, got a bitsandbytes checkpoint's")
         weight, dtype = state_dict.get(prefix + "weight"), self.dtype
         if isinstance(weight, Tensor) and weight.is_floating_point():
-            check_weight_is_whole(f"Linear4bit: {prefix}weight", self.weight, "load float weights before fully_shard")
+            check_before_fsdp(f"Linear4bit: {prefix}weight", self)
             try:
                 self.quantize_(weight if self.weight.is_meta else weight.to(self.weight.device))
             except (TypeError, ValueError) as error:

@@ -106,9 +106,11 @@ def quantize_model(
 
     def check_all() -> None:  # before any is replaced; nothing here outlives it
         for name, layer in layers_of(model).items():
-            if is_meant(linear := base_of(layer), name):
-                check_not_hooked("quantize_model", name, linear)
+            linear = base_of(layer)
+            if is_dense_linear(linear) and not is_left(name, f"{name}.weight", linear.weight):
                 check_weight_is_whole(f"quantize_model: model: {name}", linear.weight, _FIRST)
+            if is_meant(linear, name):
+                check_not_hooked("quantize_model", name, linear)
         for experts, module, attribute in fused:
             check_weight_is_whole(f"quantize_model: model: {experts}", module.get_parameter(attribute), _FIRST)
             if has_other_forward(module):  # accelerate's knows the weight by its name; other hooks may stay

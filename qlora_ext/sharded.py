@@ -92,6 +92,14 @@ def check_whole(op: str, layers: Mapping[str, Any], instead: str = "add adapters
         )
 
 
+def check_before_fsdp(what: str, module: nn.Module) -> None:
+    """Raise ValueError if fully_shard keeps the parameters of this module, though they may be whole after a forward."""
+    hooks = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())
+    of_fsdp = any(str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp") for hook in hooks)
+    if of_fsdp or any(map(is_dtensor, module.parameters(recurse=False))):
+        raise ValueError(f"{what}: expected a float weight before fully_shard, got one after it")
+
+
 def check_weight_is_whole(where: str, weight: object, instead: str) -> None:
     """Raise ValueError, which says what to do instead, if this weight of a layer is in parts."""
     if is_dtensor(weight):

@@ -271,19 +271,20 @@ def test_fully_shard_keeps_the_bytes_and_the_results() -> None:
     assert state_bytes(copy) == before
 
 
-def test_nothing_is_quantized_that_is_sharded() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_nothing_is_quantized_that_is_sharded(alone: bool) -> None:
     """FSDP2 would put its own shard in the place of the new weight."""
     model = nn.Sequential(nn.Linear(64, 64), make_linear(64))
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    x, float_weight = torch.randn(3, 64), {"1.weight": torch.randn(model[1].out_features, 64)}
+    expected = model(x)
+    for module in model if alone else [model]:
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^quantize_model: model: 0: expected a layer whose weight is whole"):
             quantize_model(model)
-        model(torch.randn(3, 64))  # after which the outermost group has whole weights
-    model.reshard()
-    before = model[1].weight.to_local().clone()
-    with pytest.raises(ValueError, match=r"^Linear4bit: 1\.weight: expected .*whole \(load float weights before fully"):
-        model.load_state_dict({"1.weight": torch.randn(model[1].out_features, 64)}, strict=False)
-    assert torch.equal(model[1].weight.to_local(), before)
+        with pytest.raises(ValueError, match=r"^Linear4bit: 1\.weight: expected a float weight before fully_shard"):
+            model.load_state_dict(float_weight, strict=False)
+        assert_same(model(x), expected)  # after which the outermost group has whole weights
 
 
 def test_an_adapter_with_its_bases_weight_loads_into_a_sharded_model(tmp_path: Path) -> None:
@@ -292,9 +293,8 @@ def test_an_adapter_with_its_bases_weight_loads_into_a_sharded_model(tmp_path: P
     add_adapter(model, LoraConfig(r=2, target_modules=["lm_head"]))
     randomize_adapters(model)
     save_adapter(model, tmp_path)
-    weight = model.lm_head.base_layer.dequantize(torch.float32)
-    key = "base_model.model.lm_head.base_layer.weight"
-    save_file(load_file(tmp_path / WEIGHTS) | {key: weight}, tmp_path / WEIGHTS)
+    weight = {"base_model.model.lm_head.base_layer.weight": model.lm_head.base_layer.dequantize(torch.float32)}
+    save_file(load_file(tmp_path / WEIGHTS) | weight, tmp_path / WEIGHTS)
     expected = logits(model)
     load_adapter(shard(model), tmp_path)
     assert_same(logits(model), expected)

@@ -1,5 +1,5 @@
-// quantize_4bit and quantize_absmax on the CPU. Each computes a range of the work and holds no
-// threads: the caller splits [0, count) as it likes, the bytes do not depend on the split.
+// quantize_4bit and quantize_absmax on the CPU. Each computes a range of the work and holds no threads: the caller
+// splits [0, count) as it likes, the bytes do not depend on the split.
 #pragma once
 
 #include <cstdint>
