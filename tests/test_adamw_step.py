@@ -168,3 +168,13 @@ def test_bad_absmax(name: str) -> None:
     positional = [given.pop(key) for key in list(arguments())[:6]]
     with pytest.raises(ValueError, match=f"adamw_step: {name}: expected 2 elements, got 3"):
         _C.adamw_step(*positional, **given)
+
+
+def test_tensors_on_a_device_that_nothing_is_built_for() -> None:
+    given = {
+        name: [each.to("meta") for each in value] if isinstance(value, list) else value
+        for name, value in arguments().items()
+    }
+    positional = [given.pop(key) for key in list(arguments())[:6]]
+    with pytest.raises(ValueError, match=r"expected device cpu .*, got meta"):
+        _C.adamw_step(*positional, **given)

@@ -63,3 +63,17 @@ def test_opcheck(shape: tuple[int, ...], double_quant: bool) -> None:
     q = quantize(torch.randn(shape), "nf4", 64, double_quant)
     torch.library.opcheck(dequantize_4bit.default, (*q, shape, torch.bfloat16))
     torch.library.opcheck(dequantize_4bit.out, q, {"out": torch.empty(shape, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((-1, 64), r"shape: expected sizes of at least 0, got \[-1, 64\]"),
+        ((1 << 32, 1 << 32), r"expected a weight of fewer than 2\^63 elements, got \[4294967296, 4294967296\]"),
+    ],
+    ids=["negative", "overflow"],
+)
+def test_shapes_that_no_weight_has(shape: tuple[int, int], message: str) -> None:
+    """A product that wraps to 0 would pass for an empty weight."""
+    with pytest.raises(ValueError, match=f"^dequantize_4bit: .*{message}"):
+        torch.ops.qlora_ext.dequantize_4bit(*quantize(torch.empty(0, 64), "nf4", 64), shape, torch.float32)
