@@ -61,6 +61,5 @@ def with_bias_of(layer: nn.Module, other: Module) -> Module:
     if bias is not None and bias.is_meta and own is not None:  # offloaded
         return other
     twin = shallow_copy(other)
-    twin.__dict__.pop("bias", None)  # None, of a layer without
     twin._parameters["bias"] = bias
     return twin

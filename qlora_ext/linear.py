@@ -5,7 +5,7 @@ Plain tensors, no tensor subclass; all metadata is on the module (described in R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_ext import functional
 from qlora_ext._ops import ops
+from qlora_ext.casts import keeping_dtype
 from qlora_ext.dense_linear import dense_class, is_dense_linear, new_dense, oriented, out_and_in, stored_shape
 from qlora_ext.layer_hooks import check_not_hooked, shallow_copy
 from qlora_ext.quant_state import QuantState
@@ -82,7 +83,9 @@ class Linear4bit(nn.Module):
             *self._quantize(torch.empty(out_features, in_features, dtype=self.dtype, device="meta")),
             lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device),
         )
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device)) if bias else None
+        self.register_parameter("bias", None)  # else None would be a plain attribute, in the way of a later one
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device))
 
     @classmethod
     def from_linear(
@@ -96,7 +99,7 @@ class Linear4bit(nn.Module):
             quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
         Raises:
-            TypeError: linear is neither of both, or its weight's dtype is none of the three.
+            TypeError: linear is neither of both, its weight's dtype is none of the three, or its bias is parametrized.
             ValueError: an unknown quant_type or blocksize, NaN or Inf in the weight, or hooks, which would be lost.
         """
         if not is_dense_linear(linear):
@@ -248,7 +251,8 @@ class Linear4bit(nn.Module):
             try:
                 self.quantize_(weight if self.weight.is_meta else weight.to(self.weight.device))
             except (TypeError, ValueError) as error:
-                raise type(error)(f"Linear4bit: {prefix}weight: {error}") from error
+                why = str(error).removeprefix("Linear4bit: weight: ")
+                raise type(error)(f"Linear4bit: {prefix}weight: {why}") from error
             # The scales were made here: to the rest of the loading they are neither missing nor different.
             state_dict = dict(state_dict) | {prefix + name: own for name, own in self._storage().items()}
             dtype = weight.dtype
@@ -276,17 +280,6 @@ class Linear4bit(nn.Module):
             if other != self.quant_type:
                 how = "" if "quant_type" in local_metadata else ", by its codes' frequencies"
                 raise ValueError(f"{at}weight: expected quant_type {self.quant_type!r}, got {other!r}{how}")
-
-
-def keeping_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """What nn.Module._apply should call so that the tensors `kept` follow a move to another device but not a cast."""
-    ids = {id(each) for tensor in kept for each in (tensor, tensor.grad) if each is not None}
-
-    def apply(tensor: Tensor) -> Tensor:
-        moved = fn(tensor)
-        return tensor.to(moved.device) if id(tensor) in ids and moved.dtype != tensor.dtype else moved
-
-    return apply
 
 
 def dense(layer: nn.Linear | Linear4bit, weight: Tensor) -> nn.Linear:

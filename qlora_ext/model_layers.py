@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from qlora_ext.dense_linear import computes_otherwise, is_dense_linear
 from qlora_ext.experts import Experts4bit, Stack4bit
@@ -42,6 +43,14 @@ def check_has_adapter(op: str, model: nn.Module, name: str) -> None:
 def check_not_merged(op: str, model: nn.Module) -> None:
     if any(layer.merged for _, layer in lora_layers(model)):
         raise ValueError(f"{op}: model: expected unmerged adapters (call unmerge_adapter first), got merged ones")
+
+
+def check_not_lazy(op: str, model: nn.Module) -> None:
+    """Raise ValueError if the model has parameters without a shape yet, as nn.LazyLinear's before the first forward."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            expected = "parameters that have their shape (call the model once before)"
+            raise ValueError(f"{op}: model: {name}: expected {expected}, got an uninitialized one")
 
 
 def linear_layers(model: nn.Module) -> dict[str, AnyLinear]:

@@ -20,6 +20,7 @@ from qlora_ext.lora.adapter_table import AdapterTable
 from qlora_ext.lora.linear import LoraLinear, base_of
 from qlora_ext.model_layers import (
     HEADS,
+    check_not_lazy,
     check_not_merged,
     closed_modules,
     expert_layers,
@@ -193,6 +194,7 @@ def _check_model(model: nn.Module) -> None:
         expected = "a plain model, to be quantized before PEFT wraps it, or add_adapter in PEFT's place"
         raise ValueError(f"quantize_model: model: expected {expected}, got modules of PEFT in it")
     check_not_merged("quantize_model", model)
+    check_not_lazy("quantize_model", model)
 
 
 def _kept_in_fp32(module: nn.Module) -> set[str]:

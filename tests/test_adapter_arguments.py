@@ -6,11 +6,12 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from adapted_model import base_model, everything
 from layers import WithAttention
 from torch import nn
 
-from qlora_ext import LoraConfig, add_adapter
+from qlora_ext import LoraConfig, add_adapter, quantize_model
 
 UNKNOWN = {
     "one-of-several": (["q_proj", "qkv_proj"], "'qkv_proj'"),
@@ -88,3 +89,14 @@ def test_an_adapter_that_memory_does_not_hold_is_nowhere(other: bool) -> None:
         add_adapter(model, LoraConfig(rank_pattern={"down_proj": 10**12}), "large")
     assert everything(model) == before
     add_adapter(model, LoraConfig(), "large")
+
+
+def test_layers_without_a_shape_yet_are_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(8))
+    for call in (quantize_model, lambda m: add_adapter(m, LoraConfig(target_modules=["0"]))):
+        with pytest.raises(ValueError, match=r"model: 1\.weight: expected parameters that have their shape"):
+            call(model)
+        assert [type(layer) for layer in model] == [nn.Linear, nn.LazyLinear]
+    model(torch.ones(1, 64))
+    add_adapter(quantize_model(model), LoraConfig())
+    assert model(torch.ones(1, 64)).shape == (1, 8)

@@ -22,7 +22,7 @@ OPS = sorted(set(re.findall(r'm\.def\("(\w+)', (CSRC / "ops/ops.cpp").read_text(
 
 # Each module may import those before it; finetune comes last, and it alone knows transformers.
 LAYERS = (  # of qlora_ext without the command; a folder's own name is its __init__.py
-    *("_C", "whole_files", "_ops", "flops", "quant_state", "functional", "quant_type", "sharded"),
+    *("_C", "whole_files", "_ops", "flops", "quant_state", "functional", "quant_type", "sharded", "casts"),
     *("layer_hooks", "dense_linear", "linear", "experts_autograd", "experts", "layer_names"),
     *("lora.names", "lora.adapter_table", "lora.adapted_weight", "lora.config", "lora.linear", "lora", "lora.experts"),
     *("model_layers", "quantize"),

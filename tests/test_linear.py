@@ -12,9 +12,10 @@ from cases import DTYPES, normal, pairwise
 from layers import make_linear, state_bytes, with_gradients
 from reference import assert_as_exact_as_torch, assert_same
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
-from qlora_ext import Linear4bit
+from qlora_ext import Linear4bit, LoraConfig, add_adapter, quantize_model
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
@@ -268,3 +269,28 @@ def test_with_weight_shares_bias_and_options_and_leaves_the_layer_as_it_is() -> 
     assert (other.dtype, other.double_quant) == (torch.bfloat16, False)
     assert_same(other.weight.detach(), reference.quantize(weight).packed)
     assert state_bytes(layer) == before
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_bias_may_come_later(quantized: bool) -> None:
+    """To every layer of a model, adapted or not, by assignment or register_parameter."""
+    model = nn.Sequential(nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False), nn.Linear(64, 8, bias=False))
+    if quantized:
+        quantize_model(model)
+    add_adapter(model, LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(3, 64)
+    before = [model[0](x), model[2](x)]
+    with pytest.raises(TypeError, match="cannot assign"):
+        model[2].bias = torch.ones(8)
+    model[0].bias = nn.Parameter(torch.ones(8))
+    model[2].register_parameter("bias", nn.Parameter(torch.ones(8)))
+    for layer, same in zip((model[0], model[2]), before, strict=True):
+        assert_same(layer(x), same + 1)
+    assert {"0.base_layer.bias", "2.bias"} <= model.state_dict().keys()
+
+
+def test_a_parametrized_bias_is_not_shared() -> None:
+    linear = nn.Linear(64, 8)
+    register_parametrization(linear, "bias", nn.Softplus())
+    with pytest.raises(TypeError, match=r"cannot assign .* as parameter 'bias'"):
+        Linear4bit.from_linear(linear)

@@ -17,6 +17,7 @@ from qlora_ext.lora.names import check_name
 from qlora_ext.model_layers import (
     adapter_names,
     check_has_adapter,
+    check_not_lazy,
     check_not_merged,
     layers_of,
     lora_layers,
@@ -48,6 +49,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     if not isinstance(config, LoraConfig):
         raise TypeError(f"add_adapter: config: expected a qlora_ext.LoraConfig, got {type(config)}")
     check_name("add_adapter", name, adapter_names(model))
+    check_not_lazy("add_adapter", model)
     layers = layers_of(model)
     targets = {layer_name: layers[layer_name] for layer_name in targeted(model, config)}
     reshard(model)

@@ -29,6 +29,7 @@ from qlora_ext.lora.names import check_name
 from qlora_ext.model_layers import (
     AnyLinear,
     check_has_adapter,
+    check_not_lazy,
     check_not_merged,
     expert_layers,
     linear_layers,
@@ -124,6 +125,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     Source: PEFT's checkpoint format.
     """
     check_not_merged("load_adapter", model)
+    check_not_lazy("load_adapter", model)
     check_name("load_adapter", name)
     reshard(model)
     folder = Path(folder)

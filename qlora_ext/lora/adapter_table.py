@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from qlora_ext.linear import keeping_dtype
+from qlora_ext.casts import keeping_dtype
 
 
 class AdapterTable(nn.ParameterDict):
