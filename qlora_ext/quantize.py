@@ -65,8 +65,8 @@ def quantize_model(
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
         ValueError: there is no layer to quantize below the model; one has hooks, or a forward that is not its class's;
-            merged adapters, or PEFT's; fully_shard has sharded it. One holds NaN or Inf: the layers before it are
-            quantized.
+            merged adapters, or PEFT's; a parameter has no shape yet (nn.LazyLinear's); fully_shard has sharded a
+            layer. One holds NaN or Inf: the layers before it are quantized.
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """

@@ -131,11 +131,11 @@ def test_merged_layer_passes_the_gradient_of_x(base: str) -> None:
 def test_unmerge_restores_every_bit(dtype: torch.dtype, base: str) -> None:
     model = make_model(base, dtype)
     before, expected = everything(model), logits(model)
-    for _ in range(2):
+    for _ in range(10):
         merge_adapter(model)
         assert (logits(model) != expected).any()
         unmerge_adapter(model)
-    assert everything(model) == before
+        assert everything(model) == before
     assert_same(logits(model), expected)
 
 

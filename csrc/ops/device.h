@@ -1,5 +1,5 @@
-// What the ops ask of a device; one implementation each in device_cpu.cpp and device_cuda.cpp, what they
-// share in device.cpp.
+// What the ops ask of a device; one implementation each in device_cpu.cpp and device_cuda.cpp, what they share in
+// device.cpp.
 #pragma once
 
 #include <ATen/Tensor.h>

@@ -40,8 +40,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
         TypeError: config is no LoraConfig, or name no str.
         ValueError: there is an adapter of this name, or none can have it; a name in target_modules matches no linear
             layer, one in target_parameters no fused experts in 4 bits, or a key of rank_pattern or alpha_pattern none
-            of those; merged adapters; a layer that fully_shard has sharded, or whose weight accelerate has offloaded:
-            adapters have to be there before.
+            of those; merged adapters; a parameter without a shape yet (nn.LazyLinear's); a layer that fully_shard has
+            sharded, or whose weight accelerate has offloaded: adapters have to be there before.
 
     Source: LoRA, arXiv 2106.09685, section 4.
     """

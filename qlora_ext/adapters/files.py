@@ -120,7 +120,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         ValueError: a file is truncated or foreign, is no LoRA adapter, uses what is not supported here (by name), lacks
             tensors of a layer or module that its config names, or does not fit the model; it would change a module
             that adapters of other names are used with; the adapter of this name has a parametrization; a new adapter
-            for layers that fully_shard has sharded. The model is then as it was.
+            for layers that fully_shard has sharded; merged adapters; a parameter without a shape yet. The model is then
+            as it was.
 
     Source: PEFT's checkpoint format.
     """
