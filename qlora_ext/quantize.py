@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
@@ -71,77 +72,35 @@ def quantize_model(
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
     _check_model(model)
-    head = output_head(model) if skip is HEADS else set()
-    skip = (skip,) if isinstance(skip, str) or not isinstance(skip, Iterable) else tuple(skip)
-    if not all(isinstance(name, str) for name in skip):
-        raise TypeError(f"quantize_model: skip: expected names of layers, got {skip!r}")
+    skip = _names(skip)
     reshard(model)
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    kept = [_kept_in_fp32(module) for module in model.modules()]
-    in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
-    quantized: list[str] = []
-
-    def is_left(name: str, parameter: str, weight: Tensor) -> bool:
-        return owners[id(weight)] != 1 or name in head or is_within(name, skip) or bool(in_fp32.search(parameter))
-
-    def quantize(name: str, make: Callable[..., Any], *args: Any) -> Any:
-        try:
-            made = make(*args, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"quantize_model: {name}: {error}") from error
-        quantized.append(name)
-        return made
-
-    def is_meant(linear: nn.Module, name: str) -> TypeGuard[nn.Linear]:
-        return _is_known(linear) and not is_left(name, f"{name}.weight", linear.weight)
+    left = _Left(model, skip)
+    _warn_of_names(model, skip)
+    linears = _linears_to_replace(model, left)
+    experts = _experts_to_replace(model, left)
+    closed = sorted({kind for name, kind in closed_modules(model).items() if not is_within(name, skip)})
+    if not linears and not experts:
+        raise ValueError(f"quantize_model: model: {_why_none(model, left, closed)}")
+    options: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
 
     def convert(name: str, module: nn.Module) -> nn.Module:
-        linear = base_of(module)
-        if not is_meant(linear, name):
+        if name not in linears:
             return module
-        layer: Linear4bit = quantize(name, Linear4bit.from_linear, linear)
+        with _naming(name):
+            layer = Linear4bit.from_linear(base_of(module), **options)
         if not isinstance(module, LoraLinear):
             return layer
         module.base_layer = layer
         return module
 
-    def check_all() -> None:  # before any is replaced; nothing here outlives it
-        for name, layer in layers_of(model).items():
-            linear = base_of(layer)
-            if is_dense_linear(linear) and not is_left(name, f"{name}.weight", linear.weight):
-                check_weight_is_whole(f"quantize_model: model: {name}", linear.weight, _FIRST)
-            if is_meant(linear, name):
-                check_not_hooked("quantize_model", name, linear)
-        for experts, module, attribute in fused:
-            check_weight_is_whole(f"quantize_model: model: {experts}", module.get_parameter(attribute), _FIRST)
-            if has_other_forward(module):  # accelerate's knows the weight by its name; other hooks may stay
-                check_not_hooked("quantize_model", experts.rpartition(".")[0], module)
-
-    _warn_of_names(model, skip)
-    fused = [
-        (experts, module, attribute)
-        for name, module in plain_modules(model)
-        for attribute in fused_experts(module)
-        if not is_left(experts := f"{name}.{attribute}".removeprefix("."), experts, module.get_parameter(attribute))
-    ]
-    check_all()
     replace_layers(model, convert)
-    for experts, module, attribute in fused:
-        quantize(experts, quantize_experts, module, attribute)
-    closed = sorted({kind for name, kind in closed_modules(model).items() if not is_within(name, skip)})
-    if not quantized:
-        dense = [base for layer in linear_layers(model).values() if is_dense_linear(base := base_of(layer))]
-        others = {type(base).__name__ for base in dense if not _is_known(base)}
-        got = [f"subclasses of it ({', '.join(sorted(others))})"] if others else []
-        got += [f"layers within {', '.join(closed)}"] if closed else []
-        got += ["layers in 4 bits"] if any(isinstance(m, Linear4bit) for m in model.modules()) else []
-        only = f"only {' and '.join(got)}" if got else "none"
-        expected = f"an nn.Linear in it that is not in skip={tuple(dict.fromkeys([*skip, *sorted(head)]))}"
-        raise ValueError(f"quantize_model: model: expected {expected}, got {only}")
+    for name, module, weight in experts:
+        with _naming(name):
+            quantize_experts(module, weight, **options)
     _warn_of_experts(model)
     if closed:
-        left = f"layers within {', '.join(closed)} stay as they are: torch hands their weights to kernels of its own"
-        warnings.warn(f"quantize_model: model: {left}", UserWarning, stacklevel=2)
+        stay = f"layers within {', '.join(closed)} stay as they are: torch hands their weights to kernels of its own"
+        warnings.warn(f"quantize_model: model: {stay}", UserWarning, stacklevel=2)
     return model
 
 
@@ -149,6 +108,76 @@ def quantizable(model: nn.Module) -> list[str]:
     """The names of the linear layers and of fused experts' weights."""
     fused = [f"{name}.{weight}".removeprefix(".") for name, m in plain_modules(model) for weight in fused_experts(m)]
     return [*linear_layers(model), *fused, *expert_layers(model)]
+
+
+class _Left:
+    """What stays as it is: all in `skip`, the output head, tied weights, and what transformers keeps in float32."""
+
+    def __init__(self, model: nn.Module, skip: tuple[str, ...]) -> None:
+        self.skip = skip
+        self.head = output_head(model) if skip is HEADS else set()
+        self._owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+        kept = [_kept_in_fp32(module) for module in model.modules()]
+        self._in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(set().union(*kept))) or "$^")
+
+    def has(self, name: str, parameter: str, weight: Tensor) -> bool:
+        is_tied = self._owners[id(weight)] != 1
+        return is_tied or name in self.head or is_within(name, self.skip) or bool(self._in_fp32.search(parameter))
+
+
+def _linears_to_replace(model: nn.Module, left: _Left) -> set[str]:
+    """The names of the layers; raise ValueError, before any is replaced, if one cannot be."""
+    names = set()
+    for name, layer in layers_of(model).items():
+        linear = base_of(layer)
+        if is_dense_linear(linear) and not left.has(name, f"{name}.weight", linear.weight):
+            check_weight_is_whole(f"quantize_model: model: {name}", linear.weight, _FIRST)
+            if _is_known(linear):  # a sharded one never is: fully_shard makes a class for it
+                check_not_hooked("quantize_model", name, linear)
+                names.add(name)
+    return names
+
+
+def _experts_to_replace(model: nn.Module, left: _Left) -> list[tuple[str, nn.Module, str]]:
+    """(name, module, name in it) of the weights of fused experts; raise ValueError if one cannot be replaced."""
+    found = []
+    for path, module in plain_modules(model):
+        for weight in fused_experts(module):
+            name = f"{path}.{weight}".removeprefix(".")
+            if not left.has(name, name, module.get_parameter(weight)):
+                check_weight_is_whole(f"quantize_model: model: {name}", module.get_parameter(weight), _FIRST)
+                if has_other_forward(module):  # accelerate's knows the weight by its name; other hooks may stay
+                    check_not_hooked("quantize_model", path, module)
+                found.append((name, module, weight))
+    return found
+
+
+def _why_none(model: nn.Module, left: _Left, closed: list[str]) -> str:
+    """What there is in place of a layer to quantize."""
+    dense = [base for layer in linear_layers(model).values() if is_dense_linear(base := base_of(layer))]
+    others = {type(base).__name__ for base in dense if not _is_known(base)}
+    got = [f"subclasses of it ({', '.join(sorted(others))})"] if others else []
+    got += [f"layers within {', '.join(closed)}"] if closed else []
+    got += ["layers in 4 bits"] if any(isinstance(m, Linear4bit) for m in model.modules()) else []
+    skipped = tuple(dict.fromkeys([*left.skip, *sorted(left.head)]))
+    only = f"only {' and '.join(got)}" if got else "none"
+    return f"expected an nn.Linear in it that is not in skip={skipped}, got {only}"
+
+
+@contextlib.contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Errors say which layer they are of."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"quantize_model: {layer}: {error}") from error
+
+
+def _names(skip: Iterable[str]) -> tuple[str, ...]:
+    names = (skip,) if isinstance(skip, str) or not isinstance(skip, Iterable) else tuple(skip)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"quantize_model: skip: expected names of layers, got {names!r}")
+    return names
 
 
 def _warn_of_names(model: nn.Module, skip: Iterable[str]) -> None:

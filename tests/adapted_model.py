@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import randomize_adapters, state_bytes
+from random_layers import randomize_adapters, state_bytes
 from tiny_model import tiny_config
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

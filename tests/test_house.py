@@ -106,7 +106,19 @@ def test_arrows_go_down() -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_one_name_down_the_column(op: str) -> None:
     assert hasattr(torch.ops.qlora_ext, op)
-    assert (ROOT / "tests" / f"test_{op}.py").exists()
+    assert (ROOT / "tests/ops" / f"test_{op}.py").exists()
+
+
+def test_tests_mirror_the_packages_and_each_file_runs_alone() -> None:
+    """A test imports from its own folder or from tests/, which pytest has on its path whatever else it collects."""
+    tests = ROOT / "tests"
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {"ops", "bench"}
+    assert folders <= {path.name for path in tests.iterdir()}
+    files = [path for path in (*tests.glob("*.py"), *tests.glob("*/*.py")) if path.parent.name != "ptx"]  # a package
+    folder_of = {path.stem: path.parent for path in files}
+    for path in files:
+        for name in imports(path):
+            assert folder_of.get(name, tests) in (path.parent, tests), f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_every_public_name_is_documented() -> None:

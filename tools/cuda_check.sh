@@ -13,6 +13,6 @@ cd build/cuda/tree
 "$python" -m qlora_ext.info
 "$python" -c "from qlora_ext.info import ops_without_cuda as ops; assert not ops(), ops()"
 "$python" bench/sass_report.py --check
-"$python" -m pytest "$@" --ignore=tests/ptx --ignore=tests/cuda --ignore=tests/test_bench.py \
+"$python" -m pytest "$@" --ignore=tests/ptx --ignore=tests/cuda --ignore=tests/bench/test_bench.py \
   --ignore=tests/test_demo_data.py \
-  --ignore-glob='*/test_finetune_'{cli,compile,gguf,optimizer,resume,train}.py
+  --ignore=tests/finetune/test_{cli,compile,gguf,optimizer,resume,train}.py

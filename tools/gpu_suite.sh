@@ -63,7 +63,7 @@ tests_of() {
 # Memory errors and races of our kernels on small inputs; without cuBLAS's own kernels, which are not ours to judge.
 sanitize() {
   cd "$tree" && PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 99 "$python" -m pytest -q \
-    -p no:cacheprovider tests/test_cuda_calls.py -k "gives_what_the_cpu_gives and not lora and not M300" \
+    -p no:cacheprovider tests/ops/test_cuda_calls.py -k "gives_what_the_cpu_gives and not lora and not M300" \
     > "$logs/$1.log" 2>&1 || { echo "$1: status $?"; tail -n 30 "$logs/$1.log"; return 1; }
 }
 
@@ -77,7 +77,7 @@ timeout 30 "$python" -m pip install --retries 0 --timeout 5 "$(echo build/gpu/wh
   > "$logs/packages.log" 2>&1 || echo "note    not every package for the tests could be installed, see $logs/packages.log"
 # tests/ptx and tests/cuda see neither the build nor the GPU, test_bench.py is the CPU's: `make test` runs them.
 export OMP_NUM_THREADS=2
-part tests 120 bash -c "find tests -maxdepth 1 -name 'test_*.py' ! -name test_bench.py | sort \
+part tests 120 bash -c "find tests -name 'test_*.py' ! -name test_bench.py ! -path 'tests/ptx/*' ! -path 'tests/cuda/*' | sort \
   | xargs -P $((($(nproc) + 1) / 2)) -I {} bash -c 'tests_of {}'"
 unset OMP_NUM_THREADS
 grep -h "LEFT OUT" "$logs/tests.log"

@@ -70,23 +70,10 @@ def find_states(
     at = f"PagedAdamW.load_states: {file.name}"
     metadata, forms, offsets = read_header(at, file)
     try:
-        described = json.loads(metadata[_METADATA])
-        sizes, steps = described["sizes"], {int(index): taken for index, taken in described["steps"].items()}
-        here = _shards(groups)
-        shards = {int(index): number for index, number in described.get("shards", here).items()}
-        loaded = [group | {"betas": tuple(group["betas"])} for group in described["groups"]]
-        for group in loaded:
-            checked_hyper(group)
-        if len(loaded) != len(sizes) or not all(
-            isinstance(taken, int) and 0 < taken < MOST_STEPS for taken in steps.values()
-        ):
-            raise ValueError(f"{len(loaded)} groups for {sizes} parameters, steps {steps}")
+        loaded, sizes, steps, shards = _described(metadata)
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{at}: expected a file of save_states, got {error!r}") from error
-    for index in sorted(shards.keys() | here.keys()):  # names one: a model has hundreds
-        if (got := shards.get(index, 0)) != (number := here.get(index, 0)):
-            wanted = f"shard {number}, as this process has (each reads the file that it wrote)"
-            raise ValueError(f"{at}: parameter {index}: expected {wanted}, got shard {got}")
+    _check_shards(at, shards, _shards(groups))
     expected = [len(group["params"]) for group in groups]
     if sizes != expected:
         raise ValueError(f"{at}: expected groups of {expected} parameters, got {sizes}")
@@ -106,3 +93,24 @@ def find_states(
             parts[part] = offsets[name]
         saved[p] = Saved(steps[index], parts)
     return saved, loaded
+
+
+def _described(metadata: dict[str, str]) -> tuple[list[dict[str, Any]], list[int], dict[int, int], dict[int, int]]:
+    """The groups, how many parameters each has, and by parameter the steps and (if not the first) the shard."""
+    described = json.loads(metadata[_METADATA])
+    groups = [group | {"betas": tuple(group["betas"])} for group in described["groups"]]
+    for group in groups:
+        checked_hyper(group)
+    sizes, steps = described["sizes"], {int(index): taken for index, taken in described["steps"].items()}
+    if len(groups) != len(sizes) or not all(
+        isinstance(taken, int) and 0 < taken < MOST_STEPS for taken in steps.values()
+    ):
+        raise ValueError(f"{len(groups)} groups for {sizes} parameters, steps {steps}")
+    return groups, sizes, steps, {int(index): number for index, number in described.get("shards", {}).items()}
+
+
+def _check_shards(at: str, shards: dict[int, int], here: dict[int, int]) -> None:
+    for index in sorted(shards.keys() | here.keys()):  # names one: a model has hundreds
+        if (got := shards.get(index, 0)) != (number := here.get(index, 0)):
+            wanted = f"shard {number}, as this process has (each reads the file that it wrote)"
+            raise ValueError(f"{at}: parameter {index}: expected {wanted}, got shard {got}")

@@ -1,0 +1,71 @@
+"""Switching, deleting and copying adapters where something else looks at them, too."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from random_layers import randomize_adapters
+from torch import nn
+
+from qlora_ext import LoraConfig, add_adapter, delete_adapter, quantize_model, set_adapter
+
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_half_done() -> None:
+    model = two_layers()
+    add_adapter(model, LoraConfig(r=2, target_modules=["0"]), "first")
+    model[1].weight.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="trained beside another adapter, now frozen"):
+            add_adapter(model, LoraConfig(r=2, target_modules=["0"]), "second")
+    assert model[0].active_adapters == ["second"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_A.second", "0.lora_B.second"]
+
+
+def test_a_forward_in_the_place_of_its_class_is_not_lost() -> None:
+    model = two_layers()
+    add_adapter(model, LoraConfig(r=2))
+    forward = model[0].forward
+    model[0].forward = lambda x: 2 * forward(x)
+    before = model(X)
+    with pytest.raises(ValueError, match=r"^delete_adapter: 0: expected no hooks, and its class's forward"):
+        delete_adapter(model, "default")
+    assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("active", ["a", "b"])
+def test_what_adapters_of_several_layers_share_trains_if_one_is_active(active: str) -> None:
+    model = two_layers()
+    add_adapter(model, LoraConfig(r=2, target_modules=["0"]), "a")
+    add_adapter(model, LoraConfig(r=2, target_modules=["1"]), "b")
+    model[1].lora_A["b"] = model[0].lora_A["a"]
+    set_adapter(model, active)
+    assert model[0].lora_A["a"].requires_grad
+    set_adapter(model, None)
+    assert not model[0].lora_A["a"].requires_grad
+
+
+def test_a_reference_model_shares_what_is_frozen() -> None:
+    """By the README's recipe for TRL."""
+    model = quantize_model(two_layers())
+    add_adapter(model, LoraConfig(r=2))
+    randomize_adapters(model)
+    frozen = {id(t): t for t in [*model.parameters(), *model.buffers()] if not t.requires_grad}
+    ref_model = copy.deepcopy(model, frozen)
+    before = ref_model(X)
+    randomize_adapters(model)
+    assert torch.equal(ref_model(X), before)
+    assert not torch.equal(model(X), before)
+    theirs = dict(model.named_parameters())
+    shared = {name for name, p in ref_model.named_parameters() if p is theirs[name]}
+    assert shared == {name for name, p in theirs.items() if not p.requires_grad}
+    assert len(shared) == 6  # weight, absmax and bias of each layer

@@ -1,0 +1,116 @@
+"""transformers.Trainer over a model in 4 bits, with checkpoints that hold the adapter alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from random_layers import state_bytes
+from reference import assert_same
+from tiny_model import one_thread as one_thread
+from tiny_model import tiny_config, tiny_tokenizer
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments, set_seed
+
+from qlora_ext import LoraConfig, PagedAdamW, add_adapter, delete_adapter, load_adapter, quantize_model, set_adapter
+from qlora_ext.adapters.trainer_checkpoints import AdapterCheckpoints
+
+STEPS, SAVED = 6, 3
+TOKENS = torch.randint(258, (14, 12), generator=torch.Generator())
+
+
+class AdapterTrainer(AdapterCheckpoints, Trainer):
+    pass
+
+
+def quantized(kind: type[Any] = LlamaForCausalLM) -> Any:
+    torch.manual_seed(0)
+    return quantize_model(kind(tiny_config(pad_token_id=0)))
+
+
+def trainer(folder: Path, model: nn.Module, **options: Any) -> AdapterTrainer:
+    set_seed(0)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_steps=SAVED,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        **options,
+    )
+    is_classifier = isinstance(model, LlamaForSequenceClassification)
+    data = [{"input_ids": ids, "labels": ids[0] % 2 if is_classifier else ids} for ids in TOKENS]
+    return AdapterTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tiny_tokenizer(),
+        optimizer_cls_and_kwargs=(PagedAdamW, {"lr": arguments.learning_rate, "state_bits": 8}),
+    )
+
+
+def with_adapter(model: Any, name: str = "default") -> Any:
+    add_adapter(model, LoraConfig(r=4, lora_dropout=0.1), name)
+    return model
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, name: str) -> None:
+    whole = with_adapter(quantized(), name)
+    trainer(tmp_path / "whole", whole).train()
+    files = set(os.listdir(tmp_path / "whole" / f"checkpoint-{SAVED}"))
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "optimizer.pt"} <= files
+    assert not {"model.safetensors", "config.json"} & files
+
+    resumed = with_adapter(quantized(), name)
+    trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert state_bytes(resumed) == state_bytes(whole)
+    loaded = quantized()
+    load_adapter(loaded, tmp_path / "resumed" / f"checkpoint-{STEPS}", name)
+    assert state_bytes(loaded) == state_bytes(whole)
+
+
+def test_of_several_adapters_the_active_one_is_saved(tmp_path: Path) -> None:
+    model = with_adapter(with_adapter(quantized()), "other")
+    run = trainer(tmp_path, model)
+    run.train()
+    set_adapter(model, ["default", "other"])
+    with pytest.raises(ValueError, match=r"expected one active adapter, got \['default', 'other'\]"):
+        run.save_model(str(tmp_path / "saved"))
+    loaded = quantized()
+    load_adapter(loaded, tmp_path / f"checkpoint-{STEPS}", "other")
+    delete_adapter(model, "default")
+    assert state_bytes(loaded) == state_bytes(model)
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_the_best_of_a_classifier_is_loaded_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """With its head, which trains too. The losses of evaluation rise, so the first is the best."""
+    model = with_adapter(quantized(LlamaForSequenceClassification), name)
+    model.score.requires_grad_(True)
+    how = {"eval_strategy": "steps", "eval_steps": SAVED, "load_best_model_at_end": True}
+    run = trainer(tmp_path, model, **how)
+    evaluate, losses = run.evaluate, iter((1.0, 2.0))
+    monkeypatch.setattr(
+        run, "evaluate", lambda *args, **kwargs: evaluate(*args, **kwargs) | {"eval_loss": next(losses)}
+    )
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    base = LlamaForSequenceClassification(tiny_config(pad_token_id=0))
+    for each, best in ((tmp_path / "checkpoint-3", True), (tmp_path / "checkpoint-6", False)):
+        other = quantized(LlamaForSequenceClassification)
+        load_adapter(other, each, name)
+        assert (state_bytes(other) == state_bytes(model)) == best
+    run.save_model(str(tmp_path / "best"))
+    read = peft.PeftModel.from_pretrained(base, str(tmp_path / "best"))
+    assert_same(read.base_model.model.score.modules_to_save["default"].weight.detach(), model.score.weight.detach())
