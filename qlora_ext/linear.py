@@ -5,6 +5,7 @@ Plain tensors, no tensor subclass; all metadata is on the module (described in R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class Linear4bit(nn.Module):
 
     `load_state_dict` takes this layer's own tensors, or a float `weight`, as dense_class stores it, and quantizes it.
     Another quant_type is refused: the metadata of a state_dict says it; without (safetensors, a plain dict) the bytes
-    tell it, but for weights of a few hundred elements or few distinct values. With assign=True `dtype` becomes that of
+    tell it, of nearly all weights. With assign=True `dtype` becomes that of
     the float weight, or of the layer that was saved (without metadata: of its bias). A float cast (`.half()`,
     `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
 
@@ -78,10 +79,10 @@ class Linear4bit(nn.Module):
         self.dtype = dtype or torch.get_default_dtype()
         # The kernel's own checks, on no elements: on meta no kernel runs that could complain.
         self._quantize(torch.empty(0, dtype=self.dtype, device="cpu"))
-        # Zero bytes with zero scales are a weight of zeros, until one is loaded.
+        # A weight of NaN until one is loaded: what loads some of these tensors alone is not to compute with the others.
         self._set(
             *self._quantize(torch.empty(out_features, in_features, dtype=self.dtype, device="meta")),
-            lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device),
+            lambda t: torch.full(t.shape, math.nan if t.is_floating_point() else 0, dtype=t.dtype, device=device),
         )
         self.register_parameter("bias", None)  # else None would be a plain attribute, in the way of a later one
         if bias:
@@ -276,9 +277,9 @@ class Linear4bit(nn.Module):
             if given.shape != own.shape:
                 raise ValueError(f"{at}{name}: expected shape {list(own.shape)}, got {list(given.shape)}")
         if isinstance(weight := state_dict.get(prefix + "weight"), Tensor):
-            other = local_metadata.get("quant_type") or quant_type_of(weight) or self.quant_type
+            other = local_metadata.get("quant_type") or quant_type_of(weight, self.blocksize) or self.quant_type
             if other != self.quant_type:
-                how = "" if "quant_type" in local_metadata else ", by its codes' frequencies"
+                how = "" if "quant_type" in local_metadata else ", by its codes"
                 raise ValueError(f"{at}weight: expected quant_type {self.quant_type!r}, got {other!r}{how}")
 
 

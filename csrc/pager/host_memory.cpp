@@ -2,7 +2,8 @@
 
 #include <sys/mman.h>
 
-#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "../huge_pages.h"
 
@@ -14,7 +15,11 @@ std::byte* allocate_host(std::int64_t bytes) {
   const std::int64_t extra = bytes % kHugePage == 0 ? kHugePage : 0;
   void* mapped = ::mmap(nullptr, static_cast<std::size_t>(bytes + extra), PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  if (mapped == MAP_FAILED) {
+    // As torch words it, for those that try again with a smaller batch: accelerate looks for " out of memory.".
+    throw std::runtime_error("PagedAdamW: out of memory. Tried to allocate " + std::to_string(bytes) +
+                             " bytes for states");
+  }
   auto* memory = static_cast<std::byte*>(mapped);
   if (extra != 0) {
     const auto before = -reinterpret_cast<std::intptr_t>(memory) & (kHugePage - 1);

@@ -6,7 +6,7 @@
 
 namespace qlora::pager {
 
-std::byte* allocate_host(std::int64_t bytes);  // std::bad_alloc
+std::byte* allocate_host(std::int64_t bytes);  // std::runtime_error if there is none
 void release_host(std::byte* memory, std::int64_t bytes);
 
 }  // namespace qlora::pager

@@ -52,7 +52,7 @@ class Pager {
   // Pages of zeros, which take no memory before a walk writes them. Throws if the tiers have no room for them all, or
   // the disk none for what falls to the file; then there are no more pages than before.
   std::vector<PageId> add(std::int64_t count);
-  void remove(PageId page);
+  void remove(PageId id);
   std::int64_t count() const { return std::ssize(pages_) - std::ssize(unused_); }
   std::int64_t page_bytes() const { return page_bytes_; }
 

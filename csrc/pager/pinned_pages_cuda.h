@@ -19,7 +19,7 @@ class PinnedPages {
   explicit PinnedPages(std::function<void(const std::string&)> warn) : warn_(std::move(warn)) {}
 
   // A page of `bytes`, the same each time. Takes at most `room` pages from the system, of which later ones come.
-  // Throws std::bad_alloc.
+  // Throws std::runtime_error if there is no memory.
   std::byte* allocate(std::int64_t bytes, std::int64_t room);
   void release(std::byte* page);
 

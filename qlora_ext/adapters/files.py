@@ -119,9 +119,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         TypeError, ValueError: no adapter can have this name.
         ValueError: a file is truncated or foreign, is no LoRA adapter, uses what is not supported here (by name), lacks
             tensors of a layer or module that its config names, or does not fit the model; it would change a module
-            that adapters of other names are used with; the adapter of this name has a parametrization; a new adapter
-            for layers that fully_shard has sharded; merged adapters; a parameter without a shape yet. The model is then
-            as it was.
+            that adapters of other names are used with, unless it is trained beside this one; the adapter of this name
+            has a parametrization; a new adapter for layers that fully_shard has sharded; merged adapters; a parameter
+            without a shape yet. The model is then as it was.
 
     Source: PEFT's checkpoint format.
     """
@@ -133,7 +133,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     path = folder / WEIGHTS_FILE
     config, module_names, demands = read_config(folder)
     tensors = _read_tensors(path)
-    given = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items() if key.startswith(_PREFIX)}
+    given = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     modules = fit_modules(model, module_names, name, given, path)
     copied = modules | fit_modules(model, unasked_modules(model, given, modules), name, given, path)
     linear, experts = linear_layers(model), expert_layers(model)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qlora_ext.adapters.files import load_adapter, save_adapter
+from qlora_ext.adapters.trained_modules import trained_modules
 from qlora_ext.model_layers import adapter_names, lora_layers
 
 
@@ -14,28 +17,47 @@ class AdapterCheckpoints:
     """For Trainer and its subclasses, TRL's among them, whose model has one active adapter.
 
     `class AdapterTrainer(AdapterCheckpoints, Trainer)` saves what `save_adapter` writes, with the tokenizer if it has
-    one, and resumes from it; a Trainer that does not know the adapter saves base and adapter as one state_dict, which
-    `from_pretrained` does not read.
+    one and the training arguments, and resumes from it: values, r, alpha and dropout are the checkpoint's then, and
+    what trains and what is frozen stays as it is. A Trainer that does not know the adapter saves base and adapter as
+    one state_dict, which `from_pretrained` does not read.
+
+    `train` raises ValueError, before the first step, if the model has no adapter or several active ones, or if
+    `save_adapter` would refuse what is trained beside it.
     """
+
+    def train(self: Any, *args: Any, **options: Any) -> Any:
+        _adapter(self.model)
+        trained_modules(self.model)
+        return super().train(*args, **options)  # type: ignore[misc]
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
         save_adapter(self.model, folder, _adapter(self.model))
-        if (tokenizer := getattr(self, "processing_class", None)) is not None:
+        tokenizer = getattr(self, "processing_class", None) or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        torch.save(self.args, Path(folder) / "training_args.bin")
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        model = self.model if model is None else model
-        load_adapter(model, resume_from_checkpoint, _adapter(model))
+        _load(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self: Any) -> None:
-        load_adapter(self.model, self.state.best_model_checkpoint, _adapter(self.model))
+        _load(self.model, self.state.best_model_checkpoint)
+
+
+def _load(model: nn.Module, folder: str) -> None:
+    """What the checkpoint has; but what trains is the user's choice, and the optimizer's parameters."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    load_adapter(model, folder, _adapter(model))
+    for parameter, requires_grad in trained.items():
+        parameter.requires_grad_(requires_grad)
 
 
 def _adapter(model: nn.Module) -> str:
     """The name of the one that is saved and loaded."""
     active = {name for _, layer in lora_layers(model) for name in layer.active_adapters}
-    names = sorted(active) or adapter_names(model) or ["default"]
-    if len(names) > 1:
-        raise ValueError(f"AdapterCheckpoints: model: expected one active adapter, got {names}")
+    names = sorted(active) or adapter_names(model)
+    if len(names) != 1:
+        got = names or "none (add_adapter gives one)"
+        raise ValueError(f"AdapterCheckpoints: model: expected one active adapter, got {got}")
     return names[0]

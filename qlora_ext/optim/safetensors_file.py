@@ -100,13 +100,18 @@ def read_header(at: str, file: BinaryIO) -> tuple[dict[str, str], dict[str, Form
     forms, offsets, start = {}, {}, 8 + length
     end = 0
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode())
         metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError(f"metadata {metadata}")
         for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            forms[name] = Form(_DTYPES[tensor["dtype"]], tuple(map(int, tensor["shape"])))
+            shape = tensor["shape"]
+            if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError(f"{name} of shape {shape}")
+            forms[name] = Form(_DTYPES[tensor["dtype"]], tuple(shape))
             offsets[name] = start + end
             expected = [end, end := end + forms[name].nbytes]
-            if tensor["data_offsets"] != expected or min(forms[name].shape, default=0) < 0:
+            if tensor["data_offsets"] != expected:
                 raise ValueError(f"{name} at {tensor['data_offsets']} instead of {expected}")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{at}: expected a header of float32 and uint8 tensors, got {error!r}") from error

@@ -102,9 +102,8 @@ def _described(metadata: dict[str, str]) -> tuple[list[dict[str, Any]], list[int
     for group in groups:
         checked_hyper(group)
     sizes, steps = described["sizes"], {int(index): taken for index, taken in described["steps"].items()}
-    if len(groups) != len(sizes) or not all(
-        isinstance(taken, int) and 0 < taken < MOST_STEPS for taken in steps.values()
-    ):
+    are_steps = all(type(taken) is int and 0 < taken < MOST_STEPS for taken in steps.values())
+    if len(groups) != len(sizes) or not are_steps or not steps.keys() <= set(range(sum(sizes))):
         raise ValueError(f"{len(groups)} groups for {sizes} parameters, steps {steps}")
     return groups, sizes, steps, {int(index): number for index, number in described.get("shards", {}).items()}
 

@@ -162,3 +162,14 @@ def test_a_head_on_meta_is_not_filled(tmp_path: Path) -> None:
     base.score.to("meta")
     with pytest.raises(ValueError, match=r"load_adapter: model: score\.weight: expected a tensor with values.* meta"):
         load_adapter(base, tmp_path)
+
+
+def test_a_key_without_its_prefix_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    add_adapter(model, LoraConfig(r=2, target_modules=["0"]))
+    model[1].weight.requires_grad_()
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors | {"1.weight": tensors[f"{PREFIX}1.weight"].clone()}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="expected keys"):
+        load_adapter(model, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,27 @@ def test_weights_in_half_precision_become_float32(tmp_path: Path) -> None:
     for part in ("lora_A", "lora_B"):
         loaded = getattr(model.get_submodule(Q_PROJ), part)["default"].detach()
         assert_same(loaded, half[f"{PREFIX}{Q_PROJ}.{part}.weight"].float())
+
+
+def test_a_decoder_that_sees_images_is_no_encoder_and_decoder(tmp_path: Path) -> None:
+    class ToyForConditionalGeneration(nn.Sequential):
+        main_input_name = "input_ids"
+
+    model = ToyForConditionalGeneration(nn.Linear(64, 64))
+    add_adapter(model, LoraConfig(r=2))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] is None
+
+
+def test_files_are_named_when_they_fail_and_closed_when_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space")
+
+    model = nn.Sequential(nn.Linear(64, 64))
+    add_adapter(model, LoraConfig(r=2))
+    before = len(os.listdir("/proc/self/fd"))
+    save_adapter(model, tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match=r"No space.*adapter_model"):
+        save_adapter(model, tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_layers import make_lora
 from torch import nn
 
 from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_model
@@ -52,3 +53,10 @@ def test_what_cannot_be_merged_is_named() -> None:
     model[3].lora_A.to("meta")
     with pytest.raises(ValueError, match=r"^merge_adapter: 3: .*lora_A.default: expected device cpu, got meta"):
         merge_adapter(model)
+
+
+def test_a_weight_of_another_shape_is_not_merged_into() -> None:
+    base = nn.Linear(64, 48)
+    base.weight = nn.Parameter(torch.randn(48 * 64), requires_grad=False)
+    with pytest.raises(TypeError, match=r"float weight \[48, 64\] to merge into"):
+        make_lora(base, LoraConfig(r=2)).merge()

@@ -14,7 +14,7 @@ import torch
 from adapted_model import logits
 from random_layers import names_of, randomize_adapters
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config
 from torch import nn
 from transformers import (
@@ -276,3 +276,13 @@ def test_no_adapter_is_loaded_into_layers_without_values(tmp_path: Path) -> None
     load_adapter(nn.ModuleDict({"text": nn.Linear(64, 64), "vision": empty}), tmp_path)
     with pytest.raises(ValueError, match=r"load_adapter: model: text: expected a layer with values, got one on meta"):
         load_adapter(nn.ModuleDict({"text": empty, "vision": nn.Linear(64, 64)}), tmp_path)
+
+
+def test_a_bias_for_a_layer_without_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    add_adapter(model, LoraConfig(r=2))
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.0.base_layer.bias": torch.zeros(64)}, path)
+    with pytest.raises(ValueError, match=r"0\.base_layer\.bias: expected what the model has"):
+        load_adapter(model, tmp_path)

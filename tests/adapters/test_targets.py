@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qlora_ext import LoraConfig, LoraLinear, add_adapter, quantize_model
+from qlora_ext.adapters.peft_config import read_config
 from qlora_ext.model_layers import output_head
 
 
@@ -90,3 +94,10 @@ def test_a_head_with_an_adapter_stays_dense(kind: type[Model]) -> None:
     assert torch.equal(
         model.tied.weight, next(m.base_layer.weight for m in model.modules() if isinstance(m, LoraLinear))
     )
+
+
+def test_layers_to_transform_outside_of_blocks(tmp_path: Path) -> None:
+    fields = {"peft_type": "LORA", "target_modules": ["proj"], "layers_to_transform": [1]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    demands = read_config(tmp_path)[2]
+    assert [demands(name) for name in ("head.proj", "m.layers.1.proj", "m.layers.0.proj")] == [False, True, False]

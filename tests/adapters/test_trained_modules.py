@@ -251,3 +251,23 @@ def test_who_freezes_what_another_adapter_trained_is_told(tmp_path: Path) -> Non
         warnings.simplefilter("error")
         load_adapter(model, tmp_path)
         assert model.score.weight.requires_grad
+
+
+def test_one_modules_name_may_begin_as_anothers(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(64, 64), "head": nn.Linear(64, 8), "head2": nn.Linear(64, 8)})
+    add_adapter(model, LoraConfig(r=2, target_modules=["proj"]))
+    for name in ("head", "head2"):
+        model[name].requires_grad_(True)
+    save_adapter(model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["head", "head2"]
+
+
+def test_a_model_may_have_no_embeddings(tmp_path: Path) -> None:
+    class Images(nn.Sequential):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError
+
+    model = Images(nn.Linear(64, 64))
+    add_adapter(model, LoraConfig(r=2))
+    save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path)

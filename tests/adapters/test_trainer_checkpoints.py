@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from random_layers import state_bytes
+from random_layers import randomize_adapters, state_bytes
 from reference import assert_same
 from tiny_model import one_thread as one_thread
 from tiny_model import tiny_config, tiny_tokenizer
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorWithPadding,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from qlora_ext import LoraConfig, PagedAdamW, add_adapter, delete_adapter, load_adapter, quantize_model, set_adapter
 from qlora_ext.adapters.trainer_checkpoints import AdapterCheckpoints
+from qlora_ext.model_layers import lora_layers
 
 STEPS, SAVED = 6, 3
 TOKENS = torch.randint(258, (14, 12), generator=torch.Generator())
@@ -57,6 +66,21 @@ def trainer(folder: Path, model: nn.Module, **options: Any) -> AdapterTrainer:
     )
 
 
+def with_frozen_a(model: Any) -> Any:
+    """LoRA-FA, arXiv 2308.03303."""
+    for name, parameter in with_adapter(model).named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def with_some_frozen(model: Any) -> Any:
+    """The first layer's adapters, and of a norm that is trained beside the others its weight alone."""
+    with_adapter(model).model.layers[0].requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    return model
+
+
 def with_adapter(model: Any, name: str = "default") -> Any:
     add_adapter(model, LoraConfig(r=4, lora_dropout=0.1), name)
     return model
@@ -67,7 +91,14 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, name: str)
     whole = with_adapter(quantized(), name)
     trainer(tmp_path / "whole", whole).train()
     files = set(os.listdir(tmp_path / "whole" / f"checkpoint-{SAVED}"))
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "optimizer.pt"} <= files
+    written = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "optimizer.pt",
+        "training_args.bin",
+    }
+    assert written <= files
     assert not {"model.safetensors", "config.json"} & files
 
     resumed = with_adapter(quantized(), name)
@@ -114,3 +145,83 @@ def test_the_best_of_a_classifier_is_loaded_at_the_end(
     run.save_model(str(tmp_path / "best"))
     read = peft.PeftModel.from_pretrained(base, str(tmp_path / "best"))
     assert_same(read.base_model.model.score.modules_to_save["default"].weight.detach(), model.score.weight.detach())
+
+
+@pytest.mark.parametrize("freeze", [with_frozen_a, with_some_frozen])
+@pytest.mark.parametrize("save_only_model", [False, True])
+def test_what_is_frozen_stays_frozen(tmp_path: Path, save_only_model: bool, freeze: Callable[[Any], Any]) -> None:
+    model = freeze(quantized())
+    trainer(tmp_path, model, save_only_model=save_only_model).train()
+    resumed = freeze(quantized())
+    frozen = {name: p.clone() for name, p in resumed.named_parameters() if not p.requires_grad}
+    trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
+    assert {name for name, p in resumed.named_parameters() if not p.requires_grad} == frozen.keys()
+    assert_same({name: p for name, p in resumed.named_parameters() if name in frozen}, frozen)
+    assert (state_bytes(resumed) == state_bytes(model)) != save_only_model  # a resume without its optimizer differs
+
+
+@pytest.mark.parametrize("way", ["resumed", "the best"])
+def test_a_head_beside_the_second_adapter_is_loaded(tmp_path: Path, way: str) -> None:
+    def build() -> Any:
+        model = with_adapter(with_adapter(quantized(LlamaForSequenceClassification), "first"), "second")
+        model.score.requires_grad_(True)
+        return model
+
+    model, again = build(), build()
+    best = {"eval_strategy": "steps", "eval_steps": SAVED, "load_best_model_at_end": True} if way == "the best" else {}
+    trainer(tmp_path, model, **best).train()
+    if way == "resumed":
+        trainer(tmp_path / "again", again).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
+        assert state_bytes(again) == state_bytes(model)
+    assert model.score.weight.requires_grad
+    assert {n for _, layer in lora_layers(model) for n in layer.active_adapters} == {"second"}
+
+
+def without(model: Any) -> Any:
+    return model
+
+
+def with_two_active(model: Any) -> Any:
+    set_adapter(with_adapter(with_adapter(model, "one"), "two"), ["one", "two"])
+    return model
+
+
+def with_a_trained_bias(model: Any) -> Any:
+    layer = with_adapter(model).model.layers[0].mlp.up_proj
+    layer.base_layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (without, r"AdapterCheckpoints: model: expected one active adapter, got none \(add_adapter gives one\)"),
+        (with_two_active, r"AdapterCheckpoints: model: expected one active adapter, got \['one', 'two'\]"),
+        (with_a_trained_bias, r"expected trained parameters in modules that PEFT can save whole, got .*up_proj.*bias"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_could_not_be_saved_is_not_trained(
+    tmp_path: Path, prepare: Callable[[Any], Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, prepare(quantized()))
+    monkeypatch.setattr(run, "training_step", lambda *_, **__: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match=message):
+        run.train()
+
+
+def test_the_tokenizer_may_be_the_collators(tmp_path: Path) -> None:
+    run = trainer(tmp_path, with_adapter(quantized()))
+    run.processing_class = None
+    run.data_collator = DataCollatorWithPadding(tiny_tokenizer())
+    run.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved/tokenizer.json").exists()
+
+
+def test_it_loads_into_the_model_that_it_is_given(tmp_path: Path) -> None:
+    own, other = with_adapter(quantized()), with_adapter(quantized())
+    randomize_adapters(own)
+    run = trainer(tmp_path, own)
+    run.save_model(str(tmp_path / "saved"))
+    run._load_from_checkpoint(str(tmp_path / "saved"), other)
+    assert state_bytes(other) == state_bytes(own)

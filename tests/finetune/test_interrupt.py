@@ -80,6 +80,7 @@ def test_an_evaluation_that_is_interrupted_is_the_last_thing(tmp_path: Path, mon
 IN_A_TERMINAL = """
 import signal, sys, time
 from pathlib import Path
+sys.path.append("finetune")  # of tests/, where this runs
 from tiny_training import run
 from qlora_ext.finetune.data import PadToLongest
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, whatever runs the tests
@@ -100,7 +101,7 @@ def test_a_terminal_that_goes_takes_no_step_with_it(first: signal.Signals | None
     process, terminal = pty.fork()
     if process == 0:
         try:
-            os.chdir(Path(__file__).parent)
+            os.chdir(Path(__file__).parents[1])
             os.execv(sys.executable, [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path)])
         finally:
             os._exit(127)

@@ -194,13 +194,13 @@ def test_a_subclass_is_what_it_was_made_of_but_computes_as_it_wants() -> None:
     model = nn.Sequential(layer, nn.Linear(48, 8))
     quantize_model(model)
     assert model[0] is layer
-    add_adapter(model, LoraConfig(r=2))
+    add_adapter(model, LoraConfig(r=2, target_modules=["0"]))
     assert (model[0].in_features, model[0].out_features, list(model[0].weight.shape)) == (64, 48, [64, 48])
     randomize_adapters(model)
     x = torch.randn(3, 64)
     before = model(x)
     merge_adapter(model)
-    torch.testing.assert_close(model(x), before, rtol=0.1, atol=0.1)  # the second layer is quantized again
+    torch.testing.assert_close(model(x), before)
 
     class Halved(Conv1D):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

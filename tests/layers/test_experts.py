@@ -5,17 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import DTYPES, pairwise
 from expert_cases import ends
 from reference import assert_as_exact_as_torch, assert_same
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_4bit
+from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_4bit, quantize_model
 from qlora_ext.experts import Experts4bit
 
 
@@ -174,3 +178,30 @@ def test_experts_of_ones_own_carry_none() -> None:
         add_adapter(model, LoraConfig(target_parameters=["own"]))
     merge_adapter(model, dequantize=True)
     assert isinstance(model.own, Experts4bit)
+
+
+class Fused(nn.Module):
+    """Experts as transformers marks them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_transposed = False
+        self.config = SimpleNamespace(_experts_implementation="eager")
+        self.up = nn.Parameter(torch.randn(2, 64, 64))
+
+
+def test_the_model_computes_by_grouped_mm() -> None:
+    model = quantize_model(nn.Sequential(Fused()))
+    assert model[0].config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 shards floating-point parameters only")
+def test_sharded_experts_are_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(Fused())
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"quantize_model: model: 0\.up: expected a layer whose weight is whole"):
+            quantize_model(model)
+    finally:
+        dist.destroy_process_group()

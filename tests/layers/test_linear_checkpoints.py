@@ -55,10 +55,10 @@ def test_another_quant_type_is_refused(way: str, quant_type: str, tmp_path: Path
         WAYS[way](saved, model, tmp_path / "model")
 
 
-def rounded(weight: Tensor) -> Tensor:
-    """In groups of 128, to the sixteen multiples of a scale that symmetric 4-bit integers, as GPTQ's, stand for."""
-    groups = weight.reshape(-1, 128)
-    scale = groups.abs().amax(1, keepdim=True) / 7.5
+def rounded(weight: Tensor, levels: float = 7.5, size: int = 128) -> Tensor:
+    """In groups, to the multiples of a scale that symmetric integers, as GPTQ's of 4 bits, stand for."""
+    groups = weight.reshape(-1, size)
+    scale = groups.abs().amax(1, keepdim=True) / levels
     return ((groups / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
 
 
@@ -67,26 +67,34 @@ TOLD: dict[str, Callable[[], Tensor]] = {
     "uniform": lambda: torch.rand(128, 128) - 0.5,
     "heavy tails": lambda: torch.distributions.StudentT(3.0).sample((128, 128)),
     "half of it zero": lambda: torch.randn(128, 128) * (torch.rand(128, 128) > 0.5),
+    "signs": lambda: torch.randn(64, 64).sign(),
+    "two": lambda: torch.tensor([[1.0, -1.0]]),
 }
 UNTOLD: dict[str, Callable[[], Tensor]] = {
-    "zeros": lambda: torch.zeros(64, 64),
-    "signs": lambda: torch.randn(64, 64).sign(),
-    "ternary": lambda: torch.randn(64, 64).round().clamp(-1, 1),
-    "two": lambda: torch.tensor([[1.0, -1.0]]),
     "none": lambda: torch.zeros(0, 64),
     "on meta": lambda: torch.empty(64, 64, device="meta"),
+}
+PERHAPS: dict[str, Callable[[], Tensor]] = {
+    "zeros": lambda: torch.zeros(64, 64),
+    "ternary": lambda: torch.randn(64, 64).round().clamp(-1, 1),
+    "4 bits": lambda: rounded(torch.randn(256, 256)),
+    "4 bits, uniform": lambda: rounded(torch.rand(512, 512) - 0.5, 7, 32),
+    "4 bits, uniform, few": lambda: rounded(torch.rand(64, 64) - 0.5, 7, 32),
+    "integers, heavy tails": lambda: (3 * torch.distributions.StudentT(3.0).sample((64, 64))).round().clamp(-8, 7),
+    "integers, not around 0": lambda: (3 * torch.randn(64, 64) + 2).round().clamp(-8, 7),
 }
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
-@pytest.mark.parametrize("blocksize", [32, 64, 256])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 1024])
 def test_what_bytes_tell(blocksize: int, quant_type: str) -> None:
     def told(weight: Tensor) -> str | None:
-        return quant_type_of(quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize)[0])
+        return quant_type_of(quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize)[0], blocksize)
 
     assert {name: told(make()) for name, make in TOLD.items()} == dict.fromkeys(TOLD, quant_type)
     assert {name: told(make()) for name, make in UNTOLD.items()} == dict.fromkeys(UNTOLD)
-    assert told(rounded(torch.randn(256, 256))) in (quant_type, None)
+    for name, make in PERHAPS.items():
+        assert told(make()) in (quant_type, None), name
     with FakeTensorMode():
         assert told(torch.empty(64, 64)) is None
 
@@ -95,7 +103,7 @@ def test_what_bytes_tell(blocksize: int, quant_type: str) -> None:
 def test_the_lack_of_a_code_may_be_chance(lacking: list[int], times: int) -> None:
     def told(lacking: list[int], times: int) -> str | None:
         codes = torch.tensor([code for code in range(16) if code not in lacking] * times, dtype=torch.uint8)
-        return quant_type_of(codes[::2] << 4 | codes[1::2])
+        return quant_type_of(codes[::2] << 4 | codes[1::2], 64)
 
     assert told([8], 64) == "fp4"
     assert told(lacking, times) is None
@@ -107,7 +115,7 @@ def test_no_subclass_is_looked_into() -> None:
     class Sharded(Tensor):
         pass
 
-    assert quant_type_of(quantize_4bit(torch.randn(64, 64))[0].as_subclass(Sharded)) is None
+    assert quant_type_of(quantize_4bit(torch.randn(64, 64))[0].as_subclass(Sharded), 64) is None
 
 
 def test_negative_zeros_are_fp4s_too() -> None:
@@ -115,7 +123,7 @@ def test_negative_zeros_are_fp4s_too() -> None:
     packed = quantize_4bit(torch.randn(256, 256), quant_type="fp4")[0]
     high = packed >> 4
     assert (high == 0).any()
-    assert quant_type_of(torch.where(high == 0, packed | 0x80, packed)) == "fp4"
+    assert quant_type_of(torch.where(high == 0, packed | 0x80, packed), 64) == "fp4"
 
 
 # --- dtype ----------------------------------------------------------------------------------------------------------
@@ -161,3 +169,9 @@ def test_a_bitsandbytes_checkpoint_is_named(storage: torch.dtype) -> None:
         ValueError, match=r"0\.weight: expected the original model's .* got a bitsandbytes checkpoint's"
     ):
         model_of().load_state_dict(state, strict=False)
+
+
+def test_metadata_say_the_quant_type_before_the_bytes_do() -> None:
+    saved = Linear4bit(8, 4, quant_type="fp4", blocksize=32).state_dict()  # of zeros, which are as good as -1 in NF4
+    with pytest.raises(ValueError, match=r"expected quant_type 'nf4', got 'fp4'$"):
+        Linear4bit(8, 4, quant_type="nf4", blocksize=32).load_state_dict(saved)

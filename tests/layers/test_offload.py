@@ -7,15 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+)
 from accelerate.hooks import remove_hook_from_submodules
 from mixtures import BOTH, TOKENS
 from mixtures import adapted as adapted_mixture
 from random_layers import BASES, make_base, make_lora, state_bytes
 from reference import assert_same
+from safetensors.torch import save_model
 from torch import nn
 
 from qlora_ext import (
+    Linear4bit,
     LoraConfig,
     LoraLinear,
     add_adapter,
@@ -186,3 +194,17 @@ def test_what_is_offloaded_with_its_module_is_left_alone() -> None:
         with pytest.raises(ValueError, match=r"_adapter: model: model\.layers\.0\..*: expected a layer in memory"):
             call()
     torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("offload_buffers", [True, False])
+def test_scales_that_accelerate_does_not_load_are_not_zeros(offload_buffers: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(make_base("Linear4bit"), make_base("Linear4bit", 48))
+    save_model(model, str(tmp_path / "model.safetensors"))
+    with init_empty_weights():
+        empty = nn.Sequential(Linear4bit(256, 48), Linear4bit(48, 48))
+    devices, folder = {"0": "cpu", "1": "disk"}, str(tmp_path / "offloaded")
+    load_checkpoint_and_dispatch(empty, str(tmp_path), devices, offload_folder=folder, offload_buffers=offload_buffers)
+    if offload_buffers:
+        assert_same(empty(X), model(X))
+    else:
+        assert empty(X).isnan().all()

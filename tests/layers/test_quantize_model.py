@@ -259,3 +259,26 @@ def test_a_place_may_have_no_module() -> None:
     model.register_module("none", None)
     add_adapter(quantize_model(model), LoraConfig())
     assert model[0](torch.ones(1, 64)).shape == (1, 64)
+
+
+def test_three_dimensions_alone_make_no_experts(recwarn: pytest.WarningsRecorder) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_transposed, self.config = False, None
+            self.layer = nn.Linear(64, 64)
+            self.weight = nn.Parameter(torch.randn(2, 64, 8))
+            self.codes = nn.Parameter(torch.zeros(2, 64, 64, dtype=torch.uint8), requires_grad=False)
+
+    model = quantize_model(nn.Sequential(Other()))
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert not recwarn
+
+
+def test_what_stands_within_attention_and_beside_it_is_left(recwarn: pytest.WarningsRecorder) -> None:
+    """Torch hands its weights to kernels of its own, wherever else the layer stands."""
+    attention = nn.MultiheadAttention(64, 2)
+    model = quantize_model(nn.ModuleDict({"a": attention, "b": attention.out_proj, "c": nn.Linear(64, 64)}))
+    assert type(model["b"]) is not Linear4bit
+    assert model["b"] is attention.out_proj
+    assert isinstance(model["c"], Linear4bit)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from random_layers import make_linear, make_lora, randomize_adapters
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import MobileBertConfig, MobileBertForMaskedLM
 
 from qlora_ext import LoraConfig, LoraLinear, add_adapter, quantize_model
@@ -117,3 +118,23 @@ def test_factors_of_16_bits_are_scaled_in_float32(quantized: bool) -> None:
     expected = layer.base_layer(X).double() + 0.3 * low_rank
     torch.testing.assert_close(layer(X).double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(X @ layer.merged_weight().T + layer.bias, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_of_two_tensors_is_not_merged_into() -> None:
+    """As torchao's, which looks as a float tensor does."""
+    base = nn.Linear(64, 48)
+    base.weight = nn.Parameter(TwoTensor(torch.randn(48, 64), torch.randn(48, 64)), requires_grad=False)
+    layer = make_lora(base, LoraConfig(r=2))
+    with pytest.raises(TypeError, match="float weight"):
+        layer.merge()
+    assert not isinstance(layer.weight, Tensor)
+
+
+def test_bytes_of_another_shape_are_no_float_weight() -> None:
+    """As bitsandbytes' 4-bit weights are."""
+    base = nn.Linear(64, 48)
+    base.weight = nn.Parameter(torch.zeros(48 * 32, 1, dtype=torch.uint8), requires_grad=False)
+    layer = make_lora(base, LoraConfig(r=2))
+    assert layer.weight.dtype is torch.uint8
+    with pytest.raises(AttributeError, match="float weight"):
+        _ = layer.weight.T

@@ -23,6 +23,8 @@ from qlora_ext import (
     set_adapter,
     unmerge_adapter,
 )
+from qlora_ext.experts import Experts4bit
+from qlora_ext.lora.experts import LoraExperts
 
 MODELS = sorted(CONFIGS)
 
@@ -252,3 +254,9 @@ def test_merged_mixtures_are_as_they_were() -> None:
         assert list(module._parameters) == list(other._parameters)
         for hooks in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
             assert not getattr(module, hooks)
+
+
+def test_a_starts_as_in_a_linear_layer() -> None:
+    layer = LoraExperts(Experts4bit(torch.randn(4, 64, 64)).stack)
+    layer.add_adapter("a", LoraConfig(r=8))
+    assert 0.9 / 64**0.5 < layer.lora_A["a"].abs().max() <= 1 / 64**0.5

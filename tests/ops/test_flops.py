@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from expert_cases import adapters, ends, plain, plain_lora, stack
 from random_layers import make_linear, make_lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import qlora_ext
 from qlora_ext import LoraConfig, LoraLinear
 
 
@@ -88,3 +91,8 @@ def test_counts_whichever_is_imported_first(first: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert first != "qlora_ext" or done.stdout == "False\n"
+
+
+def test_the_package_may_be_loaded_again() -> None:
+    assert torch.utils.flop_counter
+    importlib.reload(qlora_ext.flops)

@@ -269,3 +269,13 @@ def test_large_results_ask_for_huge_pages() -> None:
     packed, state = qlora_ext.quantize_4bit(torch.randn(4096, 4096))
     weight = qlora_ext.dequantize_4bit(packed, state)
     assert all("hg" in mapping_flags(tensor.data_ptr() + 2**22) for tensor in (packed, weight))
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match=r"quantize_4bit: weight: expected a torch\.Tensor, got list"):
+        qlora_ext.quantize_4bit([1.0, 2.0])  # type: ignore[arg-type]
+    packed, state = qlora_ext.quantize_4bit(torch.randn(64, 64))
+    with pytest.raises(TypeError, match=r"linear_4bit: packed: expected a torch\.Tensor, got list"):
+        qlora_ext.linear_4bit(torch.randn(3, 64), packed.tolist(), state)
+    with pytest.raises(ValueError, match=r"linear_4bit: x: expected \[\.\.\., 64\], got \[\]"):
+        qlora_ext.linear_4bit(torch.tensor(1.0), packed, state)

@@ -33,8 +33,9 @@ def test_states_put_into_state_are_taken_over(shape: tuple[int, ...]) -> None:
         p = Parameter(torch.ones(shape))
         optimizer = make([p], lr=LR)
         optimizer.state[p] = {"step": torch.tensor(7.0), "exp_avg": torch.rand(shape), "exp_avg_sq": torch.rand(shape)}
-        p.grad = torch.ones(shape)
-        optimizer.step()
+        for _ in range(2):  # once, not at each step
+            p.grad = torch.rand(shape)
+            optimizer.step()
         return p.detach()
 
     as_torch(run)

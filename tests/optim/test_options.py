@@ -170,3 +170,8 @@ def test_a_gradient_elsewhere_than_its_parameter() -> None:
     ids, p = store.add([64], [32]), torch.zeros(64)
     with pytest.raises(ValueError, match=r"^PagedAdamW: gradients: expected device cpu, got meta"):
         store.step(ids, [p], [p.to("meta")], [0], [(1e-3, 0.9, 0.999, 1e-8, 0.0, False)], None, False, 0)
+
+
+def test_a_number_on_meta_is_none() -> None:
+    with pytest.raises(ValueError, match="PagedAdamW: lr: expected a number"):
+        PagedAdamW(parameters(), lr=torch.tensor(1.0, device="meta"))

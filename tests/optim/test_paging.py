@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from optim_cases import KIB, bits, paging, parameters, set_gradients, state_bits, take_steps, train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import Parameter
 
 from qlora_ext import PagedAdamW
@@ -215,3 +217,14 @@ def test_cuda_gives_the_bytes_of_the_cpu(name: str, options: dict[str, Any], tmp
     again = PagedAdamW(params, lr=LR, **paging("resident", tmp_path), **options)
     again.load_state_dict(optimizer.state_dict())
     assert state_bits(again) == state_bits(on_cpu)
+
+
+def test_a_plain_gradient_of_a_dtensor_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        p = Parameter(distribute_tensor(torch.ones(8), init_device_mesh("cpu", (1,)), [Replicate()]))
+        p.grad = torch.ones(8)
+        with pytest.raises(TypeError):
+            PagedAdamW([p]).step()
+    finally:
+        dist.destroy_process_group()

@@ -193,6 +193,7 @@ def damage(path: Path, change: str) -> None:
         *("short", "long", "huge header", "empty", "no metadata", "overlap", "foreign dtype", "other shape"),
         *('metadata{"steps": {"0": -1}}', 'metadata{"steps": {"0": 1e30}}', 'metadata{"steps": null}'),
         *('metadata{"steps": {"0": 2.5}}', 'metadata{"steps": {"0": Infinity}}'),
+        *('metadata{"steps": {"0": true}}', 'metadata{"steps": {"9": 1}}'),
         'metadata{"steps": {"0": 1000000000000000000000}}',
         *('metadata{"groups": []}', 'metadata{"groups": [3]}', 'metadata{"groups": [{"betas": [1, 2, 3]}]}'),
     ],
