@@ -41,10 +41,10 @@ class Linear4bit(nn.Module):
         bias: [out] or None.
         dense_class: nn.Linear, or transformers' Conv1D: of which class the layer is with a float weight.
 
-    `load_state_dict` takes this layer's own tensors, or a float `weight`, as dense_class stores it, and quantizes it.
-    Another quant_type is refused: the metadata of a state_dict says it; without (safetensors, a plain dict) the bytes
-    tell it, of nearly all weights. With assign=True `dtype` becomes that of
-    the float weight, or of the layer that was saved (without metadata: of its bias). A float cast (`.half()`,
+    `load_state_dict` takes this layer's own tensors, or a float `weight`, as dense_class stores it, and quantizes it;
+    before one of both the layer computes NaN. Another quant_type is refused: the metadata of a state_dict says it;
+    without (safetensors, a plain dict) the bytes tell it, of nearly all weights. With assign=True `dtype` becomes that
+    of the float weight, or of the layer that was saved (without metadata: of its bias). A float cast (`.half()`,
     `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
 
     Raises:

@@ -263,8 +263,7 @@ class PagedAdamW(Optimizer):
     @in_turn
     def release(self) -> None:
         """Free all states, and delete the page file: at the end of a training, whoever still refers to the optimizer.
-
-        A step after it begins anew, from states of zeros.
+        (Trainer does until it has made the next, as with model_init.) A step after it begins anew, from zeros.
         """
         self._paged.restore({}, ())
         self.state.clear()

@@ -87,13 +87,14 @@ def test_from_linear_on_meta_makes_a_layer_on_meta() -> None:
     ]
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("in_features", [256, 100])
-def test_a_layer_without_weight_computes_its_bias(in_features: int) -> None:
-    layer = Linear4bit(in_features, 48)
-    nn.init.normal_(layer.bias)
+def test_a_layer_without_weight_computes_nan(in_features: int, double_quant: bool) -> None:
+    """As one does that a checkpoint, or what loads it, has left out."""
+    layer = Linear4bit(in_features, 48, double_quant=double_quant)
     assert layer.dtype == torch.get_default_dtype()
-    assert not layer.dequantize().any()
-    assert_same(layer(torch.randn(3, in_features)), layer.bias.expand(3, 48))
+    assert layer.dequantize().isnan().all()
+    assert layer(torch.randn(3, in_features)).isnan().all()
 
 
 @pytest.mark.parametrize(("rows", "in_features", "out_features"), [(0, 64, 8), (3, 0, 8), (3, 64, 0), (0, 0, 0)])
