@@ -79,7 +79,7 @@ class Linear4bit(nn.Module):
         self.dtype = dtype or torch.get_default_dtype()
         # The kernel's own checks, on no elements: on meta no kernel runs that could complain.
         self._quantize(torch.empty(0, dtype=self.dtype, device="cpu"))
-        # A weight of NaN until one is loaded: what loads some of these tensors alone is not to compute with the others.
+        # NaN until a weight is loaded: accelerate, unless told to, does not load the buffers of what it puts on disk.
         self._set(
             *self._quantize(torch.empty(out_features, in_features, dtype=self.dtype, device="meta")),
             lambda t: torch.full(t.shape, math.nan if t.is_floating_point() else 0, dtype=t.dtype, device=device),

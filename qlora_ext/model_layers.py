@@ -66,11 +66,11 @@ def expert_layers(model: nn.Module) -> dict[str, Stack4bit | LoraExperts]:
 def layers_of(model: nn.Module) -> dict[str, AnyLinear]:
     """The linear layers and the fused experts in 4 bits, by name."""
     found = {}
-    inside: set[int] = set()
+    closed = [module for name, module in plain_modules(model) if name and isinstance(module, CLOSED)]
+    inside = {id(child) for module in closed for child in module.modules()}  # wherever else they stand
     for name, module in plain_modules(model):
-        if name and id(module) not in inside and (_is_linear(module) or isinstance(module, CLOSED)):
-            if _is_linear(module):
-                found[name] = module
+        if name and id(module) not in inside and _is_linear(module):
+            found[name] = module
             inside.update(id(child) for child in module.modules())
         elif isinstance(module, Experts4bit) and not module.replaced:  # no part of a module that computes with it
             inside.update(id(child) for child in module.modules())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qlora_ext._ops import codebook
 from qlora_ext.functional import has_values
 
 SAMPLE = 65536  # bytes: a large weight loads as fast as without a look at it
@@ -15,8 +16,9 @@ CHANCE = 16  # by which the counts of two codes that are meant equally often may
 def quant_type_of(packed: Tensor, blocksize: int) -> str | None:
     """The quant_type of packed bytes as their codes tell it, or None if they do not.
 
-    The largest value of a block is 1 or -1, so each block has one of these codes: 15 or 0 in NF4, 3 or 11 in FP4. What
-    breaks one type's rule and keeps the other's is the other's.
+    The largest value of a block is 1 or -1, so one of its codes is 15 or 0 in NF4, 3 or 11 in FP4. Bytes that break one
+    type's rule and keep the other's are the other's. (Blocks with an absmax under 1e-38 break it, too, and have no
+    large values; those count for neither.)
     """
     if type(packed) not in (Tensor, nn.Parameter):  # a look at a DTensor would be a collective
         return None
@@ -26,27 +28,29 @@ def quant_type_of(packed: Tensor, blocksize: int) -> str | None:
     codes = torch.stack((sample >> 4, sample & 15), dim=-1).reshape(-1)
     last = codes[-1:].expand(-codes.numel() % blocksize)  # once more, to make a block of the rest
     blocks = torch.cat((codes, last)).reshape(-1, blocksize)
-    may_be_nf4, may_be_fp4 = _has_extremes(blocks, 15, 0, zero=7), _has_extremes(blocks, 3, 11, zero=0)
-    if may_be_nf4 != may_be_fp4:
-        return "nf4" if may_be_nf4 else "fp4"
+    may_be = {name: _keeps_its_rule(blocks, name) for name in ("nf4", "fp4")}
+    if may_be["nf4"] != may_be["fp4"]:
+        return "nf4" if may_be["nf4"] else "fp4"
     return _by_frequency(codes.bincount(minlength=16).tolist())
 
 
-def _has_extremes(blocks: Tensor, one: int, other: int, *, zero: int) -> bool:
-    """Whether each block has one of both codes, or is all zeros."""
-    has = ((blocks == one) | (blocks == other)).any(1) | (blocks == zero).all(1)
-    return bool(has.all())
+def _keeps_its_rule(blocks: Tensor, quant_type: str) -> bool:
+    """Whether each block with a large value has one that is 1 or -1."""
+    values = torch.tensor(codebook(quant_type)).abs()
+    largest = values[blocks.long()].amax(1)
+    return not ((largest > 0.2) & (largest < 1)).any()
 
 
 def _by_frequency(count: list[int]) -> str | None:
-    """What tells the types apart where blocks are large or few, or an absmax is subnormal.
+    """What tells the types apart where blocks are large or few.
 
     Code 8 is NF4's first value above 0.0, about as frequent as its second, 9. FP4 has -0.0 there, which is never
-    written here and seldom by bitsandbytes. NF4 bytes lack 8 too where the weight was rounded to a few values before,
-    as by GPTQ; but there c and c + 8 are not equally frequent. In FP4 they are x and -x.
+    written here; bitsandbytes writes it about as often as 0.0, code 0. NF4 bytes lack 8 too where the weight was
+    rounded to a few values before, as by GPTQ; but there c and c + 8 are not equally frequent: in FP4 x and -x.
     """
+    pairs = [sorted((count[code], count[code + 8])) for code in range(8)]
+    zeros, *others = [2 * less + CHANCE >= more for less, more in pairs]
     if 8 * count[8] > count[9]:
-        return "nf4"
-    others = [number for code, number in enumerate(count) if code != 8]
-    pairs = [sorted((count[code], count[code + 8])) for code in range(1, 8)]
-    return "fp4" if all(others) and count[9] >= ENOUGH and all(2 * a + CHANCE >= b for a, b in pairs) else None
+        return None if zeros and all(others) else "nf4"
+    has_all = all(number for code, number in enumerate(count) if code != 8)
+    return "fp4" if has_all and count[9] >= ENOUGH and all(others) else None

@@ -119,12 +119,23 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         TypeError, ValueError: no adapter can have this name.
         ValueError: a file is truncated or foreign, is no LoRA adapter, uses what is not supported here (by name), lacks
             tensors of a layer or module that its config names, or does not fit the model; it would change a module
-            that adapters of other names are used with, unless it is trained beside this one; the adapter of this name
-            has a parametrization; a new adapter for layers that fully_shard has sharded; merged adapters; a parameter
-            without a shape yet. The model is then as it was.
+            that adapters of other names are used with; the adapter of this name has a parametrization; a new adapter
+            for layers that fully_shard has sharded; merged adapters; a parameter without a shape yet. The model is then
+            as it was.
 
     Source: PEFT's checkpoint format.
     """
+    activate("load_adapter", model, name, _read(model, folder, name, resumes=False))
+
+
+def resume_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) -> None:
+    """As `load_adapter`, into a model that is trained: what trains and what is active stays as it is, and the modules
+    that train get the file's values, whatever other adapters there are."""
+    _read(model, folder, name, resumes=True)
+
+
+def _read(model: nn.Module, folder: str | os.PathLike[str], name: str, *, resumes: bool) -> list[Tensor]:
+    """Read an adapter, inactive if it is new, and return the tensors of modules_to_save in the model."""
     check_not_merged("load_adapter", model)
     check_not_lazy("load_adapter", model)
     check_name("load_adapter", name)
@@ -134,8 +145,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     config, module_names, demands = read_config(folder)
     tensors = _read_tensors(path)
     given = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    modules = fit_modules(model, module_names, name, given, path)
-    copied = modules | fit_modules(model, unasked_modules(model, given, modules), name, given, path)
+    modules = fit_modules(model, module_names, name, given, path, resumes=resumes)
+    unasked = unasked_modules(model, given, modules)
+    copied = modules | fit_modules(model, unasked, name, given, path, resumes=resumes)
     linear, experts = linear_layers(model), expert_layers(model)
     layers = linear | experts
     adapted = [layer_name for layer_name in experts if is_named(layer_name, config.target_parameters)]
@@ -171,7 +183,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             layer.set_config(name, config, layer_name)
     for own, saved in copied.values():
         fill(own, saved)
-    activate("load_adapter", model, name, [own for own, _ in modules.values()])
+    return [own for own, _ in modules.values()]
 
 
 def _meant_modules(model: nn.Module, wanted: str | list[str]) -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlora_ext.layer_names import unwrapped
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora.linear import LoraLinear
-from qlora_ext.model_layers import adapter_names, lora_layers, placed_modules
+from qlora_ext.model_layers import adapter_names, placed_modules
 from qlora_ext.sharded import gathered
 
 # PEFT's ModulesToSaveWrapper refuses these.
@@ -72,13 +72,13 @@ def unasked_modules(model: nn.Module, tensors: Collection[str], named: Collectio
 
 
 def fit_modules(
-    model: nn.Module, names: Collection[str], adapter: str, tensors: dict[str, Tensor], path: Path
+    model: nn.Module, names: Collection[str], adapter: str, tensors: dict[str, Tensor], path: Path, *, resumes: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(the model's tensor, the file's) by name, for each tensor of the modules that PEFT takes `names` to mean.
 
     Raises:
         ValueError: there is no such tensor in the file at `path`, or it does not fit; it would change a module that
-            adapters with other names are used with, but for one that is trained beside this adapter.
+            adapters with other names are used with (if a training `resumes`: one that it does not train).
     """
     modules, places = dict(placed_modules(model)), _places(model)
     meant = _meant(modules, names)
@@ -89,7 +89,6 @@ def fit_modules(
     asked = {id(tensor): place for place, (owner, tensor) in places.items() if _is_in(owner, meant)}
     first: dict[int, str] = {}  # of the places that are tied
     others = [name for name in adapter_names(model) if name != adapter]
-    active = {name for _, layer in lora_layers(model) for name in layer.active_adapters}
     trained = {owner for owner, tensor in places.values() if tensor.requires_grad}
     for place in _with_tied(places, meant):
         (owner, own), given = places[place], tensors.get(place)
@@ -103,8 +102,8 @@ def fit_modules(
             raise ValueError(f"load_adapter: {path}: {place}: expected {own.dtype} {list(own.shape)}, got {got}{tied}")
         if twin != place and not torch.equal(given, fitting[twin][1]):
             raise ValueError(f"load_adapter: {path}: {place}: expected the same values as {twin}, got others{tied}")
-        is_others = others and not (adapter in active and owner in trained)
-        if is_others and not torch.equal(given.to(own.device, own.dtype), gathered(own.detach())):
+        is_given = not others or (resumes and owner in trained)
+        if not is_given and not torch.equal(given.to(own.device, own.dtype), gathered(own.detach())):
             raise ValueError(
                 f"load_adapter: model: {place}: expected the file's values already there, for adapters {others} are "
                 f"used with it, got others (delete these adapters first, or load into another copy of the model)"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_ext.adapters.files import load_adapter, save_adapter
+from qlora_ext.adapters.files import resume_adapter, save_adapter
 from qlora_ext.adapters.trained_modules import trained_modules
 from qlora_ext.model_layers import adapter_names, lora_layers
 
@@ -39,18 +39,11 @@ class AdapterCheckpoints:
         torch.save(self.args, Path(folder) / "training_args.bin")
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _load(self.model if model is None else model, resume_from_checkpoint)
+        model = self.model if model is None else model
+        resume_adapter(model, resume_from_checkpoint, _adapter(model))
 
     def _load_best_model(self: Any) -> None:
-        _load(self.model, self.state.best_model_checkpoint)
-
-
-def _load(model: nn.Module, folder: str) -> None:
-    """What the checkpoint has; but what trains is the user's choice, and the optimizer's parameters."""
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    load_adapter(model, folder, _adapter(model))
-    for parameter, requires_grad in trained.items():
-        parameter.requires_grad_(requires_grad)
+        resume_adapter(self.model, self.state.best_model_checkpoint, _adapter(self.model))
 
 
 def _adapter(model: nn.Module) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
@@ -70,10 +70,11 @@ def find_states(
     at = f"PagedAdamW.load_states: {file.name}"
     metadata, forms, offsets = read_header(at, file)
     try:
-        loaded, sizes, steps, shards = _described(metadata)
+        loaded, sizes, steps, shards = _read_metadata(metadata)
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{at}: expected a file of save_states, got {error!r}") from error
-    _check_shards(at, shards, _shards(groups))
+    if shards is not None:
+        _check_shards(at, shards, _shards(groups))
     expected = [len(group["params"]) for group in groups]
     if sizes != expected:
         raise ValueError(f"{at}: expected groups of {expected} parameters, got {sizes}")
@@ -95,8 +96,14 @@ def find_states(
     return saved, loaded
 
 
-def _described(metadata: dict[str, str]) -> tuple[list[dict[str, Any]], list[int], dict[int, int], dict[int, int]]:
-    """The groups, how many parameters each has, and by parameter the steps and (if not the first) the shard."""
+class _Described(NamedTuple):
+    groups: list[dict[str, Any]]
+    sizes: list[int]  # of the groups
+    steps: dict[int, int]  # by parameter
+    shards: dict[int, int] | None  # by parameter, if not the first; earlier versions did not write them
+
+
+def _read_metadata(metadata: dict[str, str]) -> _Described:
     described = json.loads(metadata[_METADATA])
     groups = [group | {"betas": tuple(group["betas"])} for group in described["groups"]]
     for group in groups:
@@ -105,7 +112,10 @@ def _described(metadata: dict[str, str]) -> tuple[list[dict[str, Any]], list[int
     are_steps = all(type(taken) is int and 0 < taken < MOST_STEPS for taken in steps.values())
     if len(groups) != len(sizes) or not are_steps or not steps.keys() <= set(range(sum(sizes))):
         raise ValueError(f"{len(groups)} groups for {sizes} parameters, steps {steps}")
-    return groups, sizes, steps, {int(index): number for index, number in described.get("shards", {}).items()}
+    shards = described.get("shards")
+    if shards is not None:
+        shards = {int(index): number for index, number in shards.items()}
+    return _Described(groups, sizes, steps, shards)
 
 
 def _check_shards(at: str, shards: dict[int, int], here: dict[int, int]) -> None:

@@ -188,11 +188,13 @@ class Fused(nn.Module):
         self.is_transposed = False
         self.config = SimpleNamespace(_experts_implementation="eager")
         self.up = nn.Parameter(torch.randn(2, 64, 64))
+        self.codes = nn.Parameter(torch.zeros(2, 64, 64, dtype=torch.uint8), requires_grad=False)
 
 
 def test_the_model_computes_by_grouped_mm() -> None:
     model = quantize_model(nn.Sequential(Fused()))
     assert model[0].config._experts_implementation == "grouped_mm"
+    assert isinstance(model[0].codes, nn.Parameter)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 shards floating-point parameters only")

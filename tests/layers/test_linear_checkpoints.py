@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from random_layers import state_bytes
@@ -106,6 +107,7 @@ def test_the_lack_of_a_code_may_be_chance(lacking: list[int], times: int) -> Non
         return quant_type_of(codes[::2] << 4 | codes[1::2], 64)
 
     assert told([8], 64) == "fp4"
+    assert told([8], 8) is None  # 8 of a code are too few
     assert told(lacking, times) is None
 
 
@@ -118,12 +120,23 @@ def test_no_subclass_is_looked_into() -> None:
     assert quant_type_of(quantize_4bit(torch.randn(64, 64))[0].as_subclass(Sharded), 64) is None
 
 
-def test_negative_zeros_are_fp4s_too() -> None:
-    """bitsandbytes' CUDA kernel writes code 8 for what rounds to zero from below."""
-    packed = quantize_4bit(torch.randn(256, 256), quant_type="fp4")[0]
-    high = packed >> 4
-    assert (high == 0).any()
-    assert quant_type_of(torch.where(high == 0, packed | 0x80, packed), 64) == "fp4"
+@pytest.mark.parametrize("blocksize", [64, 1024])
+def test_negative_zeros_are_fp4s_too(blocksize: int) -> None:
+    """bitsandbytes writes code 8 for what rounds to zero from below. A few large values leave much to it."""
+    weight = torch.randn(256, 256) * torch.where(torch.rand(256, 256) < 0.005, 50.0, 1.0)
+    packed = bitsandbytes.functional.quantize_4bit(weight, blocksize=blocksize, quant_type="fp4")[0].reshape(-1)
+    assert (packed >> 4 == 8).any()
+    assert quant_type_of(packed, blocksize) in ("fp4", None if blocksize == 1024 else "fp4")
+
+
+@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize("shape", [(8, 64), (64, 4096)], ids=str)
+def test_a_row_of_subnormal_values_tells_nothing(shape: tuple[int, int], quant_type: str) -> None:
+    for blocksize in (64, 256):
+        weight = torch.randn(shape)
+        weight[3:7] *= 1e-39 / weight.abs().max()
+        packed = quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize)[0]
+        assert quant_type_of(packed, blocksize) in (quant_type, None)
 
 
 # --- dtype ----------------------------------------------------------------------------------------------------------
@@ -172,6 +185,11 @@ def test_a_bitsandbytes_checkpoint_is_named(storage: torch.dtype) -> None:
 
 
 def test_metadata_say_the_quant_type_before_the_bytes_do() -> None:
+    saved = model_of(quant_type="fp4").state_dict()
+    for metadata in saved._metadata.values():
+        if "quant_type" in metadata:
+            metadata["quant_type"] = "nf4"
+    model_of(quant_type="nf4").load_state_dict(saved)
     saved = Linear4bit(8, 4, quant_type="fp4", blocksize=32).state_dict()  # of zeros, which are as good as -1 in NF4
     with pytest.raises(ValueError, match=r"expected quant_type 'nf4', got 'fp4'$"):
         Linear4bit(8, 4, quant_type="nf4", blocksize=32).load_state_dict(saved)

@@ -275,10 +275,14 @@ def test_three_dimensions_alone_make_no_experts(recwarn: pytest.WarningsRecorder
     assert not recwarn
 
 
-def test_what_stands_within_attention_and_beside_it_is_left(recwarn: pytest.WarningsRecorder) -> None:
-    """Torch hands its weights to kernels of its own, wherever else the layer stands."""
-    attention = nn.MultiheadAttention(64, 2)
-    model = quantize_model(nn.ModuleDict({"a": attention, "b": attention.out_proj, "c": nn.Linear(64, 64)}))
-    assert type(model["b"]) is not Linear4bit
-    assert model["b"] is attention.out_proj
-    assert isinstance(model["c"], Linear4bit)
+@pytest.mark.filterwarnings("ignore:quantize_model. model. layers within")
+@pytest.mark.parametrize("first", ["the block", "its layer"])
+def test_what_stands_within_attention_and_beside_it_is_left(first: str) -> None:
+    """Torch hands its weight to kernels of its own, wherever else the layer stands."""
+    block = nn.TransformerEncoderLayer(64, 2, 64)
+    both = [block, block.linear1] if first == "the block" else [block.linear1, block]
+    model = nn.Sequential(*both, nn.Linear(64, 64))
+    add_adapter(quantize_model(model), LoraConfig(r=2))
+    assert list(model)[:2] == both
+    assert type(block.linear1) is nn.Linear
+    assert isinstance(model[2], LoraLinear)

@@ -73,10 +73,10 @@ def mean_error_of_normal_values(quant_type: str, blocksize: int) -> float:
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_mean_quantization_error(quant_type: str, blocksize: int) -> None:
-    """The mean of 2^20 values deviates by some 0.1 %, though blocks of 4096 have but 256 scales."""
+    """The mean of 2^22 values deviates by some 0.2 %, as blocks of 4096 have but 1024 scales."""
     expected = mean_error_of_normal_values(quant_type, blocksize)
     for dtype in DTYPES.values():
-        weight = torch.randn(1024, 1024).to(dtype)
+        weight = torch.randn(2048, 2048).to(dtype)
         packed, state = qlora_ext.quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize, double_quant=False)
         error = (qlora_ext.dequantize_4bit(packed, state, torch.float32) - weight.float()).abs().mean()
         assert float(error) == pytest.approx(expected, rel=0.01), dtype

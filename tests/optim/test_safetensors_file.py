@@ -70,7 +70,7 @@ BAD_HEADERS: dict[str, tuple[Any, int]] = {
     "negative": ({"a": tensor(0, 8), "b": tensor(8, 4, shape=[-1])}, 4),
     "half a row": ({"a": tensor(0, 8, shape=[2.5])}, 8),
     "a size in words": ({"a": tensor(0, 8, shape=["2"])}, 8),
-    "a shape in words": ({"a": tensor(0, 8, shape="2")}, 8),
+    "a shape of names": ({"a": tensor(0, 4, shape={})}, 4),
     "true": ({"a": tensor(0, 4, shape=[True])}, 4),
     "metadata of numbers": ({"a": tensor(0, 8), "__metadata__": {"a": 1}}, 8),
     "UTF-16": (json.dumps({"a": tensor(0, 8)}).encode("utf-16"), 8),
