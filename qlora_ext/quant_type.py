@@ -36,7 +36,7 @@ def quant_type_of(packed: Tensor, blocksize: int) -> str | None:
 
 def _keeps_its_rule(blocks: Tensor, quant_type: str) -> bool:
     """Whether each block with a large value has one that is 1 or -1."""
-    values = torch.tensor(codebook(quant_type)).abs()
+    values = torch.tensor(codebook(quant_type), device=blocks.device).abs()
     largest = values[blocks.long()].amax(1)
     return not ((largest > 0.2) & (largest < 1)).any()
 

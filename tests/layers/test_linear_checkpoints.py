@@ -98,6 +98,9 @@ def test_what_bytes_tell(blocksize: int, quant_type: str) -> None:
         assert told(make()) in (quant_type, None), name
     with FakeTensorMode():
         assert told(torch.empty(64, 64)) is None
+    packed = quantize_4bit(torch.randn(128, 128), quant_type=quant_type, blocksize=blocksize)[0]
+    with torch.device("meta"):  # where a model is made, not where its bytes are
+        assert quant_type_of(packed, blocksize) == quant_type
 
 
 @pytest.mark.parametrize(("lacking", "times"), [([8], 4), ([8, 12], 64)], ids=["few", "not all"])
