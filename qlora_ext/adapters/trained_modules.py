@@ -102,7 +102,7 @@ def fit_modules(
             raise ValueError(f"load_adapter: {path}: {place}: expected {own.dtype} {list(own.shape)}, got {got}{tied}")
         if twin != place and not torch.equal(given, fitting[twin][1]):
             raise ValueError(f"load_adapter: {path}: {place}: expected the same values as {twin}, got others{tied}")
-        is_given = not others or (resumes and owner in trained)
+        is_given = not others or (resumes and _is_in(owner, trained))
         if not is_given and not torch.equal(given.to(own.device, own.dtype), gathered(own.detach())):
             raise ValueError(
                 f"load_adapter: model: {place}: expected the file's values already there, for adapters {others} are "

@@ -17,6 +17,7 @@ from trained_models import EMBEDDINGS, MODELS, PREFIX, WEIGHTS, Model, adapted, 
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from qlora_ext import LoraConfig, add_adapter, load_adapter, quantize_model, save_adapter, set_adapter
+from qlora_ext.adapters.files import resume_adapter
 
 # --- what is not saved ------------------------------------------------------------------------------------------------
 
@@ -173,3 +174,26 @@ def test_a_key_without_its_prefix_is_refused(tmp_path: Path) -> None:
     save_file(tensors | {"1.weight": tensors[f"{PREFIX}1.weight"].clone()}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="expected keys"):
         load_adapter(model, tmp_path)
+
+
+def test_a_module_trained_beside_the_active_adapter_is_used_with_others(tmp_path: Path) -> None:
+    """resume_adapter, for a training that goes on, takes it; with what is in it and does not train."""
+
+    def build() -> nn.Module:
+        head = nn.Linear(64, 8)
+        head.norm = nn.BatchNorm1d(8, affine=False)
+        model = nn.ModuleDict({"proj": nn.Linear(64, 64), "head": head})
+        for name in ("a", "b"):
+            add_adapter(model, LoraConfig(r=2, target_modules=["proj"]), name)
+        head.requires_grad_(True)
+        return model
+
+    saved, model = build(), build()
+    saved["head"].norm(torch.randn(9, 8))
+    save_adapter(saved, tmp_path, "b")
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"expected the file's values already there, for adapters \['a'\]"):
+        load_adapter(model, tmp_path, "b")
+    assert everything(model) == before
+    resume_adapter(model, tmp_path, "b")
+    assert_same(dict(model["head"].state_dict()), dict(saved["head"].state_dict()))

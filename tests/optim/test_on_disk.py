@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,3 +169,15 @@ def test_all_wait_for_their_turn(method: str, tmp_path: Path) -> None:
         thread.join()
     assert waited
     assert done.is_set()
+
+
+def test_files_of_earlier_versions_do_not_say_their_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, optimizer = stepped()
+    optimizer.save_states(tmp_path / "states")
+    loads = json.loads
+    old = SimpleNamespace(loads=lambda text: {key: said for key, said in loads(text).items() if key != "shards"})
+    monkeypatch.setattr(state_file, "json", old)
+    monkeypatch.setattr(state_file, "shard_number", lambda _: 3)
+    again = PagedAdamW([p])
+    again.load_states(tmp_path / "states")
+    assert again.state_dict()["state"][0]["step"] == 1
