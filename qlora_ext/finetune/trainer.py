@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from qlora_ext.adapters.trainer_checkpoints import AdapterCheckpoints
+from qlora_ext import save_adapter
+from qlora_ext.adapters.files import resume_adapter
 from qlora_ext.whole_files import naming, to_disk
 
 from .data import IGNORE, Dataset, PadToLongest
@@ -43,7 +44,7 @@ def check_resumable(checkpoint: Path, choice: OptimizerChoice) -> None:
             raise ValueError(f"{file}: {got}; delete {checkpoint} and --resume goes on from the one before, if any")
 
 
-class AnswerTrainer(AdapterCheckpoints, Trainer):
+class AnswerTrainer(Trainer):
     """Trainer, but for the loss, the optimizer and what a checkpoint holds."""
 
     def __init__(
@@ -98,10 +99,10 @@ class AnswerTrainer(AdapterCheckpoints, Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.adapter:
-            super()._save(output_dir)
-            return
         folder = self.folder if output_dir is None else Path(output_dir)
+        if self.adapter:
+            save_adapter(self.tuned, folder)
+            return
         with _staging(folder) as staging:
             self.tuned.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
@@ -113,7 +114,7 @@ class AnswerTrainer(AdapterCheckpoints, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            resume_adapter(self.tuned, resume_from_checkpoint, "default")
         else:
             # Trainer's own finds nothing that transformers' conversions rename in files. Host memory holds the weights
             # twice here, before it holds gradients.
