@@ -254,8 +254,8 @@ void fork_does_not_keep_its_parents_file() {
   if (training == 0) {
     setpgid(0, 0);
     const auto paged = make_pager(path, 0);
-    if (fork() == 0) alarm(20), pause();
-    raise(SIGSTOP);
+    if (const pid_t worker = fork(); worker != 0) waitpid(worker, nullptr, WUNTRACED);
+    raise(SIGSTOP);  // the worker first, which has let go of the file by then
   }
   waitpid(training, nullptr, WUNTRACED);
   CHECK(contains(error_of([&] { make_pager(path, 0); }), "another optimizer"));
