@@ -123,9 +123,16 @@ def test_no_subclass_is_looked_into() -> None:
     assert quant_type_of(quantize_4bit(torch.randn(64, 64))[0].as_subclass(Sharded), 64) is None
 
 
+def test_negative_zeros_are_fp4s() -> None:
+    packed = quantize_4bit(torch.randn(256, 256), quant_type="fp4")[0]
+    high = packed >> 4
+    assert (high == 0).any()
+    assert quant_type_of(torch.where(high == 0, packed | 0x80, packed), 64) == "fp4"
+
+
 @pytest.mark.parametrize("zeros", [0, 3])
 @pytest.mark.parametrize("blocksize", [64, 1024])
-def test_negative_zeros_are_fp4s_too(blocksize: int, zeros: int) -> None:
+def test_negative_zeros_are_not_taken_for_nf4s(blocksize: int, zeros: int) -> None:
     """bitsandbytes writes code 8 for what rounds to zero from below. A few large values leave much to it."""
     weight = torch.randn(256, 256) * torch.where(torch.rand(256, 256) < 0.01, 50.0, 1.0)
     weight[:zeros] = 0
