@@ -1,45 +1,27 @@
-"""Training examples from a file: token ids, and labels on the answers only.
+"""Training examples from a file, in two parts: to train on, and held out.
 
 JSONL holds one example a line, {"prompt": str, "response": str} or {"messages": [{"role": str, "content": str},
-...]}; a message of weight 0 is no answer to learn. A conversation is rendered as text by the tokenizer's chat template,
-tokenized once, and a token gets a label when its characters lie in an assistant turn, the end-of-turn token included,
-so that the model learns to stop. A .txt file is tokenized whole and cut into windows of max_length tokens with a label
-on every one.
+...]}; a message of weight 0 is no answer to learn. A .txt file is tokenized whole and cut into windows of max_length
+tokens with a label on every one.
 """
 
-import json
 import random
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jinja2
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import Conversation, Turn, read_conversations, read_lines
+from .chat import REFUSED
+from .conversations import read_conversations, read_lines
+from .encode import IGNORE, Encoder, Example
 
-IGNORE = -100  # the label that cross entropy leaves out
 TEXT_PROMPT = 16  # tokens of a text window that a sample answer continues
-# How a chat template may end a prompt so that the model thinks first, which answers in data seldom do.
-THINKING = re.compile(r"(</?think(ing)?>\s*)+$")
-PLAIN = "--chat plain does without the template"
-MARK = "\ue000"  # no letter of any language: in no template, and stays as it is when a template strips or folds
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation or window of text, as tokens."""
-
-    input_ids: list[int]
-    labels: list[int]  # the token's id, or IGNORE where no loss is taken
-    prompt_length: int  # tokens that a sample answer starts from
-    question: str  # what a person asked, for showing; empty for plain text
 
 
 @dataclass(frozen=True)
@@ -87,7 +69,7 @@ def load_data(
     if is_text(path):
         examples = _text_windows(path, tokenizer, max_length)
     else:
-        examples = _conversations(path, _Render(tokenizer, use_chat_template), unread)
+        examples = _conversations(path, Encoder(tokenizer, use_chat_template), unread)
     distinct, duplicates, truncated = _distinct(examples, max_length)
     kept = [example for example in distinct if any(label != IGNORE for label in example.labels[1:])]
     if not kept:
@@ -147,123 +129,13 @@ class PadToLongest:
         }
 
 
-class _Render:
-    """Makes text of turns: by the chat template, or as lines of "role: content"."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, use_chat_template: bool) -> None:
-        self.tokenizer = tokenizer
-        self.templated = use_chat_template and tokenizer.chat_template is not None
-        special = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special, self.ends = set(special), tuple(token.content for token in special.values())
-
-    def __call__(self, turns: Conversation, answer_follows: bool = False) -> str:
-        if self.templated:
-            messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
-            )
-        end = {"assistant": self.tokenizer.eos_token or ""}
-        lines = "".join(f"{turn.role}: {turn.content}{end.get(turn.role, '')}\n" for turn in turns)
-        return lines + ("assistant:" if answer_follows else "")
-
-
-def _conversations(path: Path, render: _Render, unread: set[str]) -> Iterator[Example]:
+def _conversations(path: Path, encode: Encoder, unread: set[str]) -> Iterator[Example]:
     lines = list(read_conversations(path, unread))  # a bad one ends this in seconds, not after minutes
     for number, turns in tqdm(lines, desc="tokenizing", unit="example", leave=False):
         try:
-            yield _encode(turns, render)
-        except (ValueError, TypeError, jinja2.TemplateError) as error:
+            yield encode(turns)
+        except REFUSED as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-
-
-def _encode(turns: Conversation, render: _Render) -> Example:
-    text = render(turns)
-    # A template writes its own special tokens, so only the plain form asks the tokenizer for them.
-    encoding = render.tokenizer(text, add_special_tokens=not render.templated, return_offsets_mapping=True)
-    ids: list[int] = encoding["input_ids"]
-    places: list[tuple[int, int]] = encoding["offset_mapping"]
-    labels = [IGNORE] * len(ids)
-    for index, turn in enumerate(turns):
-        if not turn.learned:
-            continue
-        through, bare = render(turns[: index + 1]), render(turns[:index]) if index else ""
-        before = _before(turns[: index + 1], through, bare, render)
-        if not text.startswith(through):
-            advice = "give one assistant turn, the last, per example, or --chat plain"
-            raise ValueError(f"the chat template rewrites earlier turns; {advice}")
-        begin = min(len(before), _shared(bare, through))
-        if not _shows(_squeezed(through[begin:]), turn.content):
-            got = f"shows {_end(through[len(before) :])} of {_end(turn.content)}"
-            raise ValueError(f"the chat template leaves out some of an answer: {got}; {PLAIN}")
-        answer = [place for place, (start, end) in enumerate(places) if end > len(before) and start < len(through)]
-        # What a template puts after the end-of-turn token (a newline, say) is never generated: no loss on it.
-        content = turn.content.strip()
-        found = text.find(content, begin, len(through))
-        said = found + len(content) if found >= 0 else 0  # where the template writes it in its own way
-        specials = [position for position in answer if ids[position] in render.special]
-        ends = [position for position in specials if places[position][0] >= said]
-        if content.endswith(render.ends) and not text[said : len(through)].strip():  # the data brings an end of its own
-            ends = specials
-        for position in answer:
-            if not ends or position <= ends[-1]:
-                labels[position] = ids[position]
-    shown = _squeezed(text)
-    for index, turn in enumerate(turns):  # of an earlier answer thoughts may be left out
-        if turn.role != "assistant" and not _shows(shown, turn.content) and _is_left_out(turns, index, render):
-            raise ValueError(f'the chat template leaves out what the role "{turn.role}" says; {PLAIN}')
-    answered = (position for position, label in enumerate(labels) if label != IGNORE)
-    first_answer = next((index for index, turn in enumerate(turns) if turn.learned), 0)
-    prompt_length = max(1, next(answered, len(ids)))  # a sample answer has to start from something
-    return Example(ids, labels, prompt_length, question=turns[first_answer - 1].content if first_answer else "")
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split()).casefold()
-
-
-def _shows(squeezed: str, content: str) -> bool:
-    """Whether the content is in the text but for white space and case, perhaps as a string of JSON."""
-    return any(_squeezed(form) in squeezed for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]))
-
-
-def _is_left_out(turns: Conversation, index: int, render: _Render) -> bool:
-    """Whether the text is without the beginning or end of what this turn says; a switch in it a template may take."""
-    turn = turns[index]._replace(content=f"{MARK}{turns[index].content}{MARK}")
-    try:
-        text = render((*turns[:index], turn, *turns[index + 1 :]))
-    except (ValueError, TypeError, jinja2.TemplateError):  # as it reads what is said
-        return False
-    return max(text.count(MARK), text.count(json.dumps(MARK)[1:-1])) < 2
-
-
-def _shared(one: str, other: str) -> int:
-    """How many letters both begin with."""
-    if other.startswith(one):
-        return len(one)
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
-
-
-def _before(turns: Conversation, through: str, bare: str, render: _Render) -> str:
-    """What of `through`, the text of `turns`, comes ahead of the last of them, an answer; `bare`: of those before."""
-    if len(turns) == 1 and render.templated:
-        # transformers refuses to render no turns, so before a first answer is what its own text has ahead of it.
-        head = render((Turn("assistant", MARK, True),)).partition(MARK)[0]
-        if not through.startswith(head) or not through[len(head) :].lstrip().startswith(turns[0].content.strip()):
-            raise ValueError("the chat template rewrites the first turn, of the assistant; begin with one of the user")
-        return head
-    prompt = render(turns[:-1], True)
-    unthinking = THINKING.sub("", prompt)
-    for before in (prompt, unthinking if len(unthinking) >= len(bare) else bare, bare):
-        if through.startswith(before):
-            return before
-    raise ValueError(
-        f"the chat template rewrites earlier turns: expected a text that begins with {_end(bare)}, its own of the "
-        f"turns before an answer, got {_end(through[: len(bare)])}; {PLAIN}"
-    )
-
-
-def _end(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"...{text[-60:]}")
 
 
 def _text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Example]:

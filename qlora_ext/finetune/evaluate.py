@@ -9,7 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import IGNORE, Example, PadToLongest
+from .data import PadToLongest
+from .encode import IGNORE, Example
 from .loss import answer_loss
 from .model_checks import position_limit
 

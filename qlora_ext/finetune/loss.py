@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .data import IGNORE
+from .encode import IGNORE
 
 CACHED = 2**19  # numbers in fp32 that a core's cache and a share of the last level hold
 CHUNK_ON_CPU, CHUNK_ON_GPU = 256, 1024  # tokens: as fast as all at once, or faster (bench/NOTES.md; a GPU: estimated)

@@ -21,7 +21,8 @@ from qlora_ext import save_adapter
 from qlora_ext.adapters.files import resume_adapter
 from qlora_ext.whole_files import naming, to_disk
 
-from .data import IGNORE, Dataset, PadToLongest
+from .data import Dataset, PadToLongest
+from .encode import IGNORE
 from .evaluate import held_out_loss
 from .load import load_model
 from .loss import answer_loss

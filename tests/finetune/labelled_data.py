@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from qlora_ext.finetune.data import IGNORE, Dataset, Example, load_data
+from qlora_ext.finetune.data import Dataset, load_data
+from qlora_ext.finetune.encode import IGNORE, Example
 
 
 def jsonl(path: Path, *records: Any) -> Path:

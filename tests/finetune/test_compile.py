@@ -21,7 +21,8 @@ from transformers import LlamaForCausalLM
 import qlora_ext
 from qlora_ext.finetune import __main__ as cli
 from qlora_ext.finetune.compile import compile_layers
-from qlora_ext.finetune.data import IGNORE, Example, PadToLongest
+from qlora_ext.finetune.data import PadToLongest
+from qlora_ext.finetune.encode import IGNORE, Example
 from qlora_ext.finetune.evaluate import held_out_loss
 from qlora_ext.finetune.loss import answer_loss
 from qlora_ext.finetune.train import CHECKPOINTING

@@ -10,7 +10,8 @@ from labelled_data import jsonl, labelled, load, load_one
 from tiny_model import CHATML, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from qlora_ext.finetune.data import IGNORE, Dataset, Example, PadToLongest
+from qlora_ext.finetune.data import Dataset, PadToLongest
+from qlora_ext.finetune.encode import IGNORE, Example
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import qlora_ext
-from qlora_ext.finetune.data import IGNORE, Dataset, Example, PadToLongest
+from qlora_ext.finetune.data import Dataset, PadToLongest
+from qlora_ext.finetune.encode import IGNORE, Example
 from qlora_ext.finetune.evaluate import held_out_loss
 from qlora_ext.finetune.loss import answer_loss, check_head, chunked_cross_entropy, suitable_chunk
 from qlora_ext.finetune.train import Outcome, train

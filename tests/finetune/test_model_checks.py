@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from qlora_ext.finetune import __main__ as cli
-from qlora_ext.finetune.data import Dataset, Example
+from qlora_ext.finetune.data import Dataset
+from qlora_ext.finetune.encode import Example
 from qlora_ext.finetune.evaluate import sample_answers
 from qlora_ext.finetune.model_checks import check_fits, check_runs, position_limit
 from qlora_ext.finetune.targets import target_modules

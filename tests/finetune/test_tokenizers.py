@@ -11,7 +11,8 @@ from tiny_model import CHATML, tiny_config, tiny_tokenizer
 from tokenizers import processors
 from transformers import ByT5Tokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from qlora_ext.finetune.data import IGNORE, Example, load_data
+from qlora_ext.finetune.data import load_data
+from qlora_ext.finetune.encode import IGNORE, Example
 from qlora_ext.finetune.evaluate import sample_answers
 
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

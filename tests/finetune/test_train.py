@@ -18,7 +18,8 @@ from tiny_training import DATA, SCHEDULE, TOKENIZER, assert_same_tensors, build,
 from tiny_training import python_handles_interrupts as python_handles_interrupts
 from torch import Tensor
 
-from qlora_ext.finetune.data import IGNORE, PadToLongest
+from qlora_ext.finetune.data import PadToLongest
+from qlora_ext.finetune.encode import IGNORE
 from qlora_ext.finetune.evaluate import held_out_loss, sample_answers
 from qlora_ext.finetune.load import load_model, open_checkpoint
 from qlora_ext.finetune.optimizer import OptimizerChoice

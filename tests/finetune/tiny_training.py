@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, set_seed
 
 import qlora_ext
-from qlora_ext.finetune.data import IGNORE, Dataset, Example, PadToLongest
+from qlora_ext.finetune.data import Dataset, PadToLongest
+from qlora_ext.finetune.encode import IGNORE, Example
 from qlora_ext.finetune.optimizer import OptimizerChoice
 from qlora_ext.finetune.train import Outcome, Schedule, train
 
