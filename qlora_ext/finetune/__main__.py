@@ -150,25 +150,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = command.parse_args(arguments)
     if not options.data.is_file():
         command.error(f"--data {options.data}: no such file")
-    if options.output.exists() and not options.output.is_dir():
-        command.error(f"--output {options.output}: not a folder")
-    if options.resume and options.overwrite:
-        command.error("--resume and --overwrite exclude each other")
-    if options.resume and not checkpoints(options.output):
-        command.error(f"--resume: no checkpoint in {options.output}")
-    model = Path(options.model)
-    if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
-        command.error(f"--output {options.output}: expected a folder that does not hold --model")
-    if not (options.resume or options.overwrite) and (reason := earlier_run(options.output)):
-        command.error(reason)
+    _check_output(command, options)
     _check_paging(command, options)
-    if options.target_modules == "none" and not options.target_parameters:
-        command.error("--target-modules: expected --target-parameters with none")
-    if options.target_parameters and options.method != "qlora":
-        command.error(f"--target-parameters: expected --method qlora with it, got {options.method}")
-    if options.target_parameters and options.lora_dropout:
-        command.error(f"--target-parameters: expected --lora-dropout 0 with it, got {options.lora_dropout}")
-
+    _check_targets(command, options)
     if unread := _unread(command, options):
         print(f"--method {options.method} does not read {', '.join(unread)}", file=sys.stderr)
 
@@ -195,6 +179,20 @@ def _unread(command: argparse.ArgumentParser, options: argparse.Namespace) -> li
     return [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) != command.get_default(name)]
 
 
+def _check_output(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.output.exists() and not options.output.is_dir():
+        command.error(f"--output {options.output}: not a folder")
+    if options.resume and options.overwrite:
+        command.error("--resume and --overwrite exclude each other")
+    if options.resume and not checkpoints(options.output):
+        command.error(f"--resume: no checkpoint in {options.output}")
+    model = Path(options.model)
+    if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
+        command.error(f"--output {options.output}: expected a folder that does not hold --model")
+    if not (options.resume or options.overwrite) and (reason := earlier_run(options.output)):
+        command.error(reason)
+
+
 def _check_paging(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name in ("device_budget", "host_budget", "page_file"):
         if options.optimizer == "adamw" and getattr(options, name) is not None:
@@ -205,6 +203,15 @@ def _check_paging(command: argparse.ArgumentParser, options: argparse.Namespace)
         folder = options.page_file.parent
         if not folder.is_dir() and folder != options.output:  # which will be made
             command.error(f"--page-file {options.page_file}: no such folder")
+
+
+def _check_targets(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.target_modules == "none" and not options.target_parameters:
+        command.error("--target-modules: expected --target-parameters with none")
+    if options.target_parameters and options.method != "qlora":
+        command.error(f"--target-parameters: expected --method qlora with it, got {options.method}")
+    if options.target_parameters and options.lora_dropout:
+        command.error(f"--target-parameters: expected --lora-dropout 0 with it, got {options.lora_dropout}")
 
 
 def _number(kind: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
