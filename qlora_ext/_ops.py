@@ -120,10 +120,13 @@ def _(
 
 
 @_fake(ops.lora_linear_4bit_backward.default)
-def _(grad: Tensor, x: Tensor, A: list[Tensor], with_grad_x: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, A: list[Tensor], with_grad_x: bool, with_grad_A: bool, with_grad_B: bool, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     ranks = sum(a.shape[0] for a in A)
     grad_x = grad.new_empty([*grad.shape[:-1], x.shape[-1]] if with_grad_x else [0])
-    grad_A, grad_B = (grad.new_empty([ranks, size], dtype=torch.float32) for size in (x.shape[-1], grad.shape[-1]))
+    grad_A = grad.new_empty([ranks, x.shape[-1]] if with_grad_A else [0], dtype=torch.float32)
+    grad_B = grad.new_empty([ranks, grad.shape[-1]] if with_grad_B else [0], dtype=torch.float32)
     return grad_x, grad_A, grad_B
 
 
@@ -145,7 +148,17 @@ def _(x: Tensor, out_features: int, A: list[Tensor], **others: Any) -> tuple[Ten
 
 @_fake(ops.lora_experts_4bit_backward.default)
 def _(
-    grad: Tensor, x: Tensor, A: list[Tensor], B: list[Tensor], with_grad_x: bool, **_: Any
+    grad: Tensor,
+    x: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    with_grad_x: bool,
+    with_grad_A: bool,
+    with_grad_B: bool,
+    **_: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    grad_A, grad_B = ([each.new_empty(each.shape, dtype=torch.float32) for each in factors] for factors in (A, B))
+    grad_A, grad_B = (
+        [each.new_empty(each.shape, dtype=torch.float32) for each in factors] if wanted else []
+        for wanted, factors in ((with_grad_A, A), (with_grad_B, B))
+    )
     return grad.new_empty(x.shape if with_grad_x else [0]), grad_A, grad_B

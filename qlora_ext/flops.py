@@ -34,12 +34,13 @@ def _lora_backward(
     grad: torch.Size,
     x: torch.Size,
     xA: torch.Size,
-    *others: object,
-    out_shape: tuple[torch.Size, object, object],
+    *others: Any,
     **_: object,
 ) -> int:
-    grad_xA_and_B, grad_A = 2 * 2 * grad.numel() * xA[-1], 2 * x.numel() * xA[-1]
-    return grad_xA_and_B + grad_A + 2 * out_shape[0].numel() * (grad[-1] + xA[-1])  # grad x, or [0]
+    with_grad_x, with_grad_A, with_grad_B = map(int, others[-3:])
+    of_grad_xA = of_B = 2 * grad.numel() * xA[-1]
+    of_A, of_x = 2 * x.numel() * xA[-1], 2 * x.numel() * (grad[-1] + xA[-1])
+    return (with_grad_x or with_grad_A) * of_grad_xA + with_grad_x * of_x + with_grad_A * of_A + with_grad_B * of_B
 
 
 def _register(counter: ModuleType) -> None:

@@ -59,8 +59,8 @@ class Device {
   virtual void adamw(const AdamwSlice* slices, int64_t n, const AdamwOptions& options,
                      const at::Tensor& like) const = 0;
 
-  // scale * a[M, R] @ b[R, J] as out[M, J], whose type may be another, and its strides any; `compute` is the type to
-  // multiply in, if the device multiplies in no better one.
+  // scale * a[M, R] @ b[R, J] in the dtype `out`, with any strides; `compute` is the dtype to multiply in, if the
+  // device has no more exact one for it.
   virtual at::Tensor mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
                         at::ScalarType out) const;
 

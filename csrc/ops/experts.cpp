@@ -159,18 +159,18 @@ std::tuple<Tensor, Tensor> lora_experts_4bit(const Tensor& x_arg, const Tensor& 
 }
 
 // With g_i = scaling_i grad B_i of an expert's rows:  grad_x = its other product of grad + sum_i g_i A_i,
-// grad_A_i = g_i^T x  and  grad_B_i = scaling_i grad^T xA_i, in float32 and of the shapes of A_i and B_i. grad_x is
-// empty unless it is wanted.
+// grad_A_i = g_i^T x  and  grad_B_i = scaling_i grad^T xA_i, in float32 and of the shapes of A_i and B_i. What
+// is not wanted of the three is empty. Of x only grad_A needs the values.
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_experts_4bit_backward(
     const Tensor& grad_arg, const Tensor& x_arg, const Tensor& xA, const Tensor& packed, const Tensor& absmax,
     const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
     const Tensor& offs, bool is_transposed, at::TensorList A, at::TensorList B, c10::ArrayRef<double> scaling,
-    bool with_grad_x) {
+    bool with_grad_x, bool with_grad_A, bool with_grad_B) {
   constexpr const char* kOp = "lora_experts_4bit_backward";
   const PlainDispatch plain;
   check_rows(kOp, x_arg, packed, offs, 0);
   QLORA_CHECK(grad_arg.dim() == 2, kOp, "grad", "2 dimensions", grad_arg.sizes());
-  const Tensor x = x_arg.contiguous(), grad = grad_arg.contiguous();
+  const Tensor x = with_grad_A ? x_arg.contiguous() : x_arg, grad = grad_arg.contiguous();
   const Experts experts(kOp, x, x.size(1), grad.size(1), is_transposed, packed, absmax, nested_absmax, nested_offset,
                         quant_type, blocksize, offs);
   check_expert_adapters(kOp, experts.count(), x, grad.size(1), A, B, scaling);
@@ -185,13 +185,13 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_experts_4bit_b
   const Device& device = device_for(x);
   const auto compute = device.compute_dtype(x.scalar_type());
   const Tensor grad_x = with_grad_x ? experts.new_results(grad, x.size(1)) : at::empty({0}, grad.options());
-  const auto new_gradients = [&](at::TensorList factors) {
+  const auto new_gradients = [](bool wanted, at::TensorList factors) {
     std::vector<Tensor> gradients;
-    for (const Tensor& factor : factors)
-      gradients.push_back(new_result(factor.sizes(), factor.options().dtype(at::kFloat)));
+    for (size_t i = 0; wanted && i < factors.size(); ++i)
+      gradients.push_back(new_result(factors[i].sizes(), factors[i].options().dtype(at::kFloat)));
     return gradients;
   };
-  std::vector<Tensor> grad_A = new_gradients(A), grad_B = new_gradients(B);
+  std::vector<Tensor> grad_A = new_gradients(with_grad_A, A), grad_B = new_gradients(with_grad_B, B);
   const auto clear = [&](int64_t begin, int64_t end) {  // the gradients of experts without rows
     for (const auto* gradients : {&grad_A, &grad_B}) {
       for (const Tensor& gradient : *gradients) gradient.narrow(0, begin, end - begin).zero_();
@@ -203,7 +203,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_experts_4bit_b
     cleared = expert.index + 1;
     const Tensor own_x = expert.rows(x), own_grad = expert.rows(grad), own_xA = expert.rows(xA);
     std::vector<LowRank> added;
-    for (size_t i = 0; i < A.size(); ++i) {
+    for (size_t i = 0; (with_grad_x || with_grad_A) && i < A.size(); ++i) {
       const Tensor b = B[i].select(0, expert.index);
       const Tensor g = device.mm({own_grad, {}}, {b, {}}, scaling[i], compute, at::kFloat);
       added.push_back({g, A[i].select(0, expert.index), 1.0, {}});
@@ -212,10 +212,14 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_experts_4bit_b
     int64_t first = 0;
     for (size_t i = 0; i < A.size(); ++i) {
       const Tensor low_rank = own_xA.narrow(1, first, A[i].size(1));
-      const Tensor of_A = device.mm({added[i].x.t(), {}}, {own_x, {}}, 1.0, compute, at::kFloat);
-      const Tensor of_B = device.mm({low_rank.t(), {}}, {own_grad, {}}, scaling[i], compute, at::kFloat);
-      grad_A[i].select(0, expert.index).copy_(of_A);
-      grad_B[i].select(0, expert.index).copy_(of_B.t());
+      if (with_grad_A) {
+        const Tensor of_A = device.mm({added[i].x.t(), {}}, {own_x, {}}, 1.0, compute, at::kFloat);
+        grad_A[i].select(0, expert.index).copy_(of_A);
+      }
+      if (with_grad_B) {
+        const Tensor of_B = device.mm({low_rank.t(), {}}, {own_grad, {}}, scaling[i], compute, at::kFloat);
+        grad_B[i].select(0, expert.index).copy_(of_B.t());
+      }
       first += A[i].size(1);
     }
   }

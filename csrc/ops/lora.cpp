@@ -64,12 +64,12 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
 
 // With g_i = scaling_i grad B_i:  grad_x = grad W + sum_i mask_i * (g_i A_i),  grad_A_i = g_i^T (x * mask_i) and
 // grad_B_i = scaling_i grad^T xA_i. grad_A is stacked, [sum r, K]; so is grad_B, transposed, [sum r, N]; both are
-// float32. grad_x is empty unless it is wanted.
+// float32. What is not wanted of the three is empty. Of x only grad_A needs the values.
 std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
     const Tensor& grad_arg, const Tensor& x_arg, const Tensor& xA, const Tensor& packed, const Tensor& absmax,
     const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, std::string quant_type, int64_t blocksize,
     at::TensorList A, at::TensorList B, c10::ArrayRef<double> scaling, c10::ArrayRef<double> keep,
-    const OptionalTensor& seed, bool with_grad_x) {
+    const OptionalTensor& seed, bool with_grad_x, bool with_grad_A, bool with_grad_B) {
   constexpr const char* kOp = "lora_linear_4bit_backward";
   const PlainDispatch plain;
   QLORA_CHECK(x_arg.dim() >= 1, kOp, "x", "at least 1 dimension", x_arg.sizes());
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
   const Device& device = device_for(grad);
   const auto compute = device.compute_dtype(grad.scalar_type());
   std::vector<LowRank> added;
-  for (size_t i = 0; i < A.size(); ++i) {
+  for (size_t i = 0; (with_grad_x || with_grad_A) && i < A.size(); ++i) {
     const Tensor g = device.mm({grad, {}}, {B[i], {}}, scaling[i], compute, at::kFloat);
     added.push_back({g, A[i], 1.0, mask_before(i, x, keep, seed)});
   }
@@ -101,12 +101,15 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward(
   std::vector<Tensor> grad_A, grad_B;
   int64_t first = 0;
   for (size_t i = 0; i < A.size(); ++i) {
-    const int64_t r = A[i].size(0);
-    grad_A.push_back(device.mm({added[i].x.t(), {}}, {x, added[i].mask}, 1.0, compute, at::kFloat));
-    grad_B.push_back(device.mm({xA.narrow(1, first, r).t(), {}}, {grad, {}}, scaling[i], compute, at::kFloat));
-    first += r;
+    const Tensor low_rank = xA.narrow(1, first, A[i].size(0));
+    if (with_grad_A) grad_A.push_back(device.mm({added[i].x.t(), {}}, {x, added[i].mask}, 1.0, compute, at::kFloat));
+    if (with_grad_B) grad_B.push_back(device.mm({low_rank.t(), {}}, {grad, {}}, scaling[i], compute, at::kFloat));
+    first += A[i].size(0);
   }
-  return {grad_x, joined(grad_A, 0), joined(grad_B, 0)};
+  const auto stacked = [&](const std::vector<Tensor>& parts) {
+    return parts.empty() ? at::empty({0}, grad.options().dtype(at::kFloat)) : joined(parts, 0);
+  };
+  return {grad_x, stacked(grad_A), stacked(grad_B)};
 }
 
 }  // namespace

@@ -79,6 +79,15 @@ def test_counts(shape: tuple[int, ...], backward: bool, x_requires_grad: bool, r
     assert flops(model, x, backward) == flops(Plain(model), x, backward)
 
 
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("x_requires_grad", [False, True], ids=["first", "later"])
+def test_counts_no_gradient_of_a_frozen_factor(x_requires_grad: bool, frozen: str) -> None:
+    model = make_lora(make_linear(), LoraConfig(r=8), LoraConfig(r=4))
+    getattr(model, frozen).requires_grad_(False)
+    x = torch.randn(3, 256, requires_grad=x_requires_grad)
+    assert flops(model, x, backward=True) == flops(Plain(model), x, backward=True)
+
+
 @pytest.mark.parametrize("first", ["qlora_ext", "torch.utils.flop_counter"])
 def test_counts_whichever_is_imported_first(first: str) -> None:
     code = (

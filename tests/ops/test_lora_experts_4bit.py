@@ -143,14 +143,18 @@ def test_under_autocast_second_derivatives_stay_in_fp32() -> None:
         assert_same(first(), expected)
 
 
-def test_gradients_of_gradients() -> None:
-    """And with rows behind the last end."""
+@pytest.mark.parametrize("trains_a", [True, False])
+def test_gradients_of_gradients(trains_a: bool) -> None:
+    """And with rows behind the last end. With frozen A the gradient of B leads to x through x A^T."""
     q, weight = stack(96, 128, is_transposed=True)
     a, b, scaling = adapters((3, 2), 96, 128)
     offs = ends(2, 0, 3, 1)
 
     def second(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = x, *ab = [t.to(dtype).requires_grad_() for t in (normal(7, 96), *a, *b)]
+        x, *ab = [t.to(dtype).requires_grad_() for t in (normal(7, 96), *a, *b)]
+        for factor in ab[:2]:
+            factor.requires_grad_(trains_a)
+        leaves = [leaf for leaf in (x, *ab) if leaf.requires_grad]
         if dtype == torch.float32:
             y, _ = lora_experts_4bit(x, *q, offs, 128, True, ab[:2], ab[2:], scaling)
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import pytest
 import torch
 from cases import DTYPES, normal, quantized_normal
@@ -15,12 +18,14 @@ Q = quantized_normal((N, K), "nf4", 64, double_quant=True)
 GRAD, X, XA = normal(M, N), normal(M, K), normal(M, 8)
 A, B = [normal(3, K), normal(5, K, seed=2)], [normal(N, 3), normal(N, 5, seed=2)]
 SCALING, NONE, DROPOUT = [0.5, 2.0], ([], None), ([0.5, 0.9], torch.tensor([3, 4]))
+ALL = [True, True, True]
+MASKS = list(product([False, True], repeat=3))
 
 
 def test_shapes_and_dtypes(cpu_path: str) -> None:
     """The adapters' gradients are stacked, float32 and B's transposed; grad_x has grad's leading dimensions."""
     x, grad = X.view(2, 3, K).bfloat16(), GRAD.view(2, 3, N).bfloat16()
-    grad_x, grad_a, grad_b = backward(grad, x, XA.bfloat16(), *Q, A, B, SCALING, *NONE, True)
+    grad_x, grad_a, grad_b = backward(grad, x, XA.bfloat16(), *Q, A, B, SCALING, *NONE, *ALL)
     assert (grad_x.shape, grad_x.dtype) == ((2, 3, K), torch.bfloat16)
     assert (grad_a.shape, grad_a.dtype) == ((8, K), torch.float32)
     assert (grad_b.shape, grad_b.dtype) == ((8, N), torch.float32)
@@ -28,7 +33,7 @@ def test_shapes_and_dtypes(cpu_path: str) -> None:
 
 @pytest.mark.parametrize("dropout", [NONE, DROPOUT], ids=["", "dropout"])
 def test_values(dropout: tuple[list[float], Tensor | None], cpu_path: str) -> None:
-    grad_x, grad_a, grad_b = backward(GRAD, X, XA, *Q, A, B, SCALING, *dropout, True)
+    grad_x, grad_a, grad_b = backward(GRAD, X, XA, *Q, A, B, SCALING, *dropout, *ALL)
     kept = masks(X, *dropout)
     parts = XA.double().split([3, 5], dim=1)
     exact_x = GRAD.double() @ dequantize_4bit(Q, (N, K), torch.float32).double()
@@ -61,33 +66,37 @@ def test_long_products_are_as_exact_as_torch(mnk: tuple[int, int, int], cpu_path
     q = quantized_normal((n, k), "nf4", 64, double_quant=True)
     x, grad, a, b = (torch.randn(shape) for shape in ((m, k), (m, n), (16, k), (n, 16)))
     _, xa = torch.ops.qlora_ext.lora_linear_4bit(x, *q, n, None, [a], [b], [1.0], *NONE)
-    _, grad_a, grad_b = backward(grad, x, xa, *q, [a], [b], [1.0], *NONE, False)
+    _, grad_a, grad_b = backward(grad, x, xa, *q, [a], [b], [1.0], *NONE, False, True, True)
     x64, grad64, a64, b64 = (t.double() for t in (x, grad, a, b))
     assert_as_exact_as_torch(xa, x @ a.T, x64 @ a64.T)
     assert_as_exact_as_torch(grad_a, (grad @ b).T @ x, (grad64 @ b64).T @ x64)
     assert_as_exact_as_torch(grad_b, xa.T @ grad, xa.double().T @ grad64)
 
 
-def test_grad_x_only_where_wanted(cpu_path: str) -> None:
-    everything = backward(GRAD, X, XA, *Q, A, B, SCALING, *DROPOUT, True)
-    grad_x, *adapters = backward(GRAD, X, XA, *Q, A, B, SCALING, *DROPOUT, False)
-    assert grad_x.numel() == 0
-    assert_same(adapters, list(everything[1:]))
+@pytest.mark.parametrize("wanted", MASKS, ids=str)
+def test_only_where_wanted(wanted: tuple[bool, ...], cpu_path: str) -> None:
+    """Without the gradients of A, x is not read: any tensor of its shape will do."""
+    everything = backward(GRAD, X, XA, *Q, A, B, SCALING, *DROPOUT, *ALL)
+    x = X if wanted[1] else torch.tensor(math.nan).expand(X.shape)
+    for got, is_wanted, expected in zip(
+        backward(GRAD, x, XA, *Q, A, B, SCALING, *DROPOUT, *wanted), wanted, everything, strict=True
+    ):
+        assert_same(got, expected if is_wanted else expected.new_empty(0))
 
 
 def test_expanded_gradient(cpu_path: str) -> None:
     """What y.sum().backward() gives: one number seen as a matrix."""
     x, xa, grad = X.repeat(7, 1), XA.repeat(7, 1), torch.ones(()).expand(7 * M, N)
     assert_same(
-        backward(grad, x, xa, *Q, A, B, SCALING, *NONE, True),
-        backward(grad.contiguous(), x, xa, *Q, A, B, SCALING, *NONE, True),
+        backward(grad, x, xa, *Q, A, B, SCALING, *NONE, *ALL),
+        backward(grad.contiguous(), x, xa, *Q, A, B, SCALING, *NONE, *ALL),
     )
 
 
 def test_neither_autograd_nor_autocast_sees_what_is_inside(cpu_path: str) -> None:
     """Nor do they in linear_4bit_dgrad."""
     calls = {
-        "lora": lambda grad: backward(grad, X, XA, *Q, A, B, SCALING, *DROPOUT, True),
+        "lora": lambda grad: backward(grad, X, XA, *Q, A, B, SCALING, *DROPOUT, *ALL),
         "dgrad": lambda grad: torch.ops.qlora_ext.linear_4bit_dgrad(grad, *Q, K),
     }
     for name, call in calls.items():
@@ -121,15 +130,24 @@ BAD = {
 def test_errors(changed: dict[str, object], error: type[Exception], message: str) -> None:
     names = ("grad", "x", "xA", "packed", "absmax", "nested_absmax", "nested_offset", "quant_type", "blocksize")
     arguments = dict(zip(names, (GRAD, X, XA, *Q), strict=True))
-    arguments |= {"A": A, "B": B, "scaling": SCALING, "keep": [], "seed": None, "with_grad_x": True}
+    arguments |= {
+        "A": A,
+        "B": B,
+        "scaling": SCALING,
+        "keep": [],
+        "seed": None,
+        "with_grad_x": True,
+        "with_grad_A": True,
+        "with_grad_B": True,
+    }
     with pytest.raises(error, match=f"^lora_linear_4bit_backward: {message}"):
         backward(**(arguments | changed))
 
 
-@pytest.mark.parametrize("with_grad_x", [False, True])
+@pytest.mark.parametrize("wanted", MASKS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_opcheck(dtype: torch.dtype, with_grad_x: bool) -> None:
-    arguments = (GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, SCALING, *DROPOUT, with_grad_x)
+def test_opcheck(dtype: torch.dtype, wanted: tuple[bool, ...]) -> None:
+    arguments = (GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, SCALING, *DROPOUT, *wanted)
     torch.library.opcheck(backward.default, arguments)
 
 
@@ -138,4 +156,4 @@ def test_many_ranks_beside_few_features(n: int, k: int) -> None:
     """r beyond the few columns or rows of a product: the strides that torch.compile is promised."""
     q = quantized_normal((n, k), "nf4", 32, double_quant=True)
     grad, x, xa, a, b = (torch.randn(shape) for shape in ((64, n), (64, k), (64, 40), (40, k), (n, 40)))
-    torch.library.opcheck(backward.default, (grad, x, xa, *q, [a], [b], [2.0], *NONE, True))
+    torch.library.opcheck(backward.default, (grad, x, xa, *q, [a], [b], [2.0], *NONE, *ALL))

@@ -82,6 +82,25 @@ def test_as_exact_as_torch(op: str, dtype: torch.dtype, cpu_path: str) -> None:
             assert_as_exact_as_torch(*each)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("keep", [[], KEEP], ids=["", "dropout"])
+def test_of_frozen_a_as_exact_as_torch(keep: list[float], dtype: torch.dtype, cpu_path: str) -> None:
+    """Where x itself is not kept: the gradient of B leads to x through x A^T."""
+    x, bias, *ab = leaves_of("lora_linear_4bit", dtype)
+    a, b = ab[:2], ab[2:]
+
+    def with_frozen(lora: Product, to: Callable[[Tensor], Tensor] = Tensor.float) -> Product:
+        return lambda x, bias, *b: lora(x, bias, *map(to, a), *b)
+
+    results = twice_differentiated(with_frozen(ours(keep)["lora_linear_4bit"]), [x, bias, *b])
+    low = twice_differentiated(with_frozen(plain(DENSE.to(dtype), keep)["lora_linear_4bit"]), [x, bias, *b])
+    in_fp64 = with_frozen(plain(DENSE.double(), keep)["lora_linear_4bit"], Tensor.double)
+    exact = twice_differentiated(in_fp64, [leaf.double() for leaf in (x, bias, *b)])
+    for got, torch_results, exact_results in zip(results, low, exact, strict=True):
+        for each in zip(got, torch_results, exact_results, strict=True):
+            assert_as_exact_as_torch(*each)
+
+
 @pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dgrad"])
 def test_create_graph_changes_no_byte(op: str, cpu_path: str) -> None:
     leaves = [leaf.requires_grad_() for leaf in leaves_of(op, torch.bfloat16)]

@@ -49,10 +49,10 @@ CALLS["lora_experts_4bit"] = lambda dtype: ops.lora_experts_4bit(
 )
 CALLS["lora_experts_4bit_backward"] = lambda dtype: ops.lora_experts_4bit_backward(
     GRAD[:, : N // 4].to(dtype), X.to(dtype), XA.to(dtype), *Q, ENDS, False,
-    [A[0].expand(4, 8, K)], [B[0].view(4, N // 4, 8)], [0.5], True,
+    [A[0].expand(4, 8, K)], [B[0].view(4, N // 4, 8)], [0.5], True, True, True,
 )  # fmt: skip
 CALLS["lora_backward"] = lambda dtype: ops.lora_linear_4bit_backward(
-    GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, [0.5], *DROPOUT, True
+    GRAD.to(dtype), X.to(dtype), XA.to(dtype), *Q, A, B, [0.5], *DROPOUT, True, True, True
 )
 
 
