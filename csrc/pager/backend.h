@@ -55,8 +55,8 @@ class Backend {
   // Throws if a move has failed, or what was moved to File cannot all be there any more.
   virtual void check() const = 0;
 
-  // Reserves room in File for pages up to this offset; throws if there is none. None is moved to offset 0: the first
-  // page's room there is the file's own.
+  // Reserves room in File for pages up to this offset; throws if there is none. No page is moved to offset 0: the room
+  // of the first is the file's own.
   virtual void reserve_file(std::int64_t bytes) = 0;
 
   // Whether this process is the one that may call all of the above: not a fork of it, where the file and the I/O thread

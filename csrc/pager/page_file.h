@@ -28,8 +28,8 @@ class PageFile {
   // Makes room on the disk for this many bytes, those of the header included, if there is not.
   void reserve(std::int64_t bytes);
 
-  // At this offset of the file, by any number of threads. Both check that the file is whole: a write behind its end
-  // would make it as long again.
+  // At this offset of the file, by any number of threads. Both check that the file has not been cut: a write behind its
+  // end would make it as long again, and hide that.
   // read: whether it had to wait for the disk, as far as the system tells.
   bool read(std::int64_t offset, std::byte* memory, std::int64_t bytes) const;
   void write(std::int64_t offset, const std::byte* memory, std::int64_t bytes) const;

@@ -172,6 +172,13 @@ void Pager::settle(std::span<const PageId> order) {
     if (level != chosen[i]) (level >= 0 && level < chosen[i] ? down : up).emplace_back(ids[i], chosen[i]);
   }
   if (!down.empty() || !up.empty()) set_ring(0);  // its room may be needed, and what is in it be of another home
+  // From the end of both: what leaves the lowest tier first, then what goes there; what comes up from nearest first,
+  // and last what is new.
+  std::ranges::stable_sort(down, {}, [&](const auto& change) { return at(change.first).level; });
+  std::ranges::stable_sort(up, std::greater{}, [&](const auto& change) {
+    const int level = at(change.first).level;
+    return level < 0 ? static_cast<int>(std::ssize(tiers_)) : level;
+  });
   // Where a page would have to wait for another to leave, that goes first. If two wait for each other, the lower tier
   // holds one page too many for a moment.
   while (!down.empty() || !up.empty()) {

@@ -51,12 +51,18 @@ class SimulatedBackend final : public Backend {
   }
   void release(Tier tier, std::byte* memory, std::int64_t bytes) override {
     --trace_.allocated[tier];
+    for (const Span& span : trace_.accesses[name({.tier = tier, .memory = memory})]) {
+      CHECK(span.end <= trace_.now + 1e-9);  // else it is another's while this one's still moves
+    }
     trace_.accesses.erase(name({.tier = tier, .memory = memory}));
     release_host(memory, bytes);
   }
 
   Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source, Token after_target) override {
-    if (trace_.failing >= 0 && trace_.failing-- == 0) throw std::runtime_error("a move fails");
+    if (trace_.failing >= 0 && trace_.failing-- == 0) {
+      if (to.memory != nullptr) std::memset(to.memory, 0xcc, static_cast<std::size_t>(bytes));
+      throw std::runtime_error("a move fails");
+    }
     const bool in = to.tier == compute_tier();
     double& engine = in ? trace_.in_free : trace_.out_free;
     const double ready = std::max(ends_[after_source], ends_[after_target]);

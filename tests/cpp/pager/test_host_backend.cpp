@@ -1,38 +1,20 @@
-// The host backend on real files: random lives, faults of the file, forks.
+// The host backend on real files: random lives, and forks. Faults of the file are in test_page_file.cpp.
 #include <fcntl.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <csignal>
 #include <filesystem>
-#include <fstream>
-#include <system_error>
 #include <thread>
 
-#include "pager/backend_host.h"
+#include "host_pager.h"
 #include "states_test.h"
 
 using namespace qlora;
 using namespace qlora::pager;
 
 namespace {
-
-constexpr std::int64_t kPageBytes = 4096;
-constexpr int kThreads = 3;
-
-std::string file_name(const std::string& name) {
-  return (std::filesystem::temp_directory_path() / ("qlora_test_host_backend_" + name + std::to_string(getpid())))
-      .string();
-}
-
-std::unique_ptr<Pager> make_pager(const std::string& path, std::int64_t room) {
-  auto backend = std::make_unique<HostBackend>(path, kThreads);
-  std::vector<TierRoom> tiers = {{Tier::Host, room, backend->ring_pages(room)}};
-  if (!path.empty()) tiers.push_back({Tier::File, kUnlimited, 0});
-  return std::make_unique<Pager>(std::move(backend), kPageBytes, tiers);
-}
 
 // Calls `work` in so many threads, and returns when all have.
 void in_threads(int count, const std::function<void()>& work) {
@@ -41,44 +23,6 @@ void in_threads(int count, const std::function<void()>& work) {
   work();
   for (std::thread& thread : threads) thread.join();
 }
-
-// A walk of one thread: visit(position, memory) for each page.
-void walk(Pager& pager, const std::vector<PageId>& pages, bool writes,
-          const std::function<void(std::size_t, std::byte*)>& visit) {
-  pager.walk(pages, writes, [&](std::size_t position, std::span<std::byte* const> run) {
-    for (std::byte* const memory : run) {
-      if (memory != nullptr) {
-        visit(position, memory);
-      } else {
-        CHECK(pager.pass(visit));
-      }
-      ++position;
-    }
-  });
-}
-
-void increment(Pager& pager, const std::vector<PageId>& pages) {
-  walk(pager, pages, true, [](std::size_t, std::byte* memory) { ++*reinterpret_cast<std::int64_t*>(memory); });
-}
-
-// The count of each page; -1 if it cannot be had.
-std::vector<std::int64_t> counts(Pager& pager, const std::vector<PageId>& pages) {
-  std::vector<std::int64_t> counted(pages.size(), -1);
-  walk(pager, pages, false, [&](std::size_t i, std::byte* at) { counted[i] = *reinterpret_cast<std::int64_t*>(at); });
-  return counted;
-}
-
-// What it throws, or nothing.
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 void lives(unsigned seed, std::int64_t room, const std::string& name) {
   const std::string path = room == kUnlimited ? "" : file_name(name);
@@ -97,132 +41,6 @@ void lives(unsigned seed, std::int64_t room, const std::string& name) {
   CHECK(path.empty() || !std::filesystem::exists(path));
 }
 
-void deleted_file_goes_on() {
-  const std::string path = file_name("deleted");
-  auto pager = make_pager(path, 0);
-  const auto pages = pager->add(10);
-  increment(*pager, pages);
-  std::filesystem::remove(path);
-  std::ofstream(path) << "someone else's";
-  increment(*pager, pages);
-  CHECK(counts(*pager, pages) == std::vector<std::int64_t>(10, 2));
-  pager.reset();
-  CHECK(std::filesystem::exists(path));
-  std::filesystem::remove(path);
-}
-
-void truncated_file_is_an_error() {
-  const std::string path = file_name("truncated");
-  auto pager = make_pager(path, 4);
-  const auto pages = pager->add(10);
-  increment(*pager, pages);
-  increment(*pager, pages);
-  std::filesystem::resize_file(path, 5000);
-  int visited = 0;
-  const auto visits = [&] { walk(*pager, pages, true, [&](std::size_t, std::byte*) { ++visited; }); };
-  CHECK(contains(error_of(visits), "truncated"));
-  CHECK_EQ(visited, 0);
-  // Nor does a longer file make it good again.
-  std::filesystem::resize_file(path, 1 << 20);
-  CHECK(contains(error_of(visits), "page_file"));
-  CHECK_EQ(visited, 0);
-}
-
-// Truncated while a walk is under way: the rest is not visited, and no later walk goes on with half a step.
-void truncated_under_the_walk() {
-  const std::string path = file_name("under");
-  auto pager = make_pager(path, 0);
-  const auto pages = pager->add(20);
-  increment(*pager, pages);
-  int visited = 0;
-  const auto visits = [&] {
-    walk(*pager, pages, true, [&](std::size_t, std::byte*) {
-      if (++visited == 5) std::filesystem::resize_file(path, 4096);
-    });
-  };
-  CHECK(contains(error_of(visits), "truncated"));
-  CHECK_EQ(visited, 5);
-  CHECK(!error_of(visits).empty());
-  std::filesystem::resize_file(path, 1 << 20);
-  const std::string error = error_of(visits);
-  CHECK(contains(error, "not usable since an error") && contains(error, "over 20 pages"));
-  CHECK_EQ(visited, 5);
-}
-
-// What is at home was computed before the first page of the file failed: no later walk goes on with half a step.
-void a_first_read_fails_after_pages_at_home() {
-  const std::string path = file_name("first");
-  auto pager = make_pager(path, 4);
-  const auto pages = pager->add(20);
-  increment(*pager, pages);
-  int visited = 0;
-  const auto visits = [&] {
-    pager->walk(pages, true, [&](std::size_t, std::span<std::byte* const>) {
-      ++visited;
-      std::filesystem::resize_file(path, 4096);
-      pager->pass([](std::size_t, std::byte*) { CHECK(false); });
-    });
-  };
-  CHECK(contains(error_of(visits), "truncated"));
-  CHECK(contains(error_of(visits), "not usable since an error"));
-  CHECK_EQ(visited, 1);
-}
-
-std::string first_word(const std::string& path) {
-  std::string word;
-  std::ifstream(path) >> word;
-  return word;
-}
-
-// A file that may not grow stands for a disk that is full.
-void full_disk_is_an_error_before() {
-  const std::string path = file_name("full");
-  auto pager = make_pager(path, 2);
-  const auto pages = pager->add(6);
-  const auto size = std::filesystem::file_size(path);
-  CHECK(size >= 6 * kPageBytes);  // reserved before any of it is needed
-  CHECK_EQ(size, 7 * kPageBytes);
-  increment(*pager, pages);
-  CHECK_EQ(std::filesystem::file_size(path), size);
-  std::signal(SIGXFSZ, SIG_IGN);
-  rlimit limit{};
-  getrlimit(RLIMIT_FSIZE, &limit);
-  const rlimit small{64 * 1024, limit.rlim_max};
-  setrlimit(RLIMIT_FSIZE, &small);
-  CHECK(contains(error_of([&] { pager->add(1000); }), "reserve"));
-  setrlimit(RLIMIT_FSIZE, &limit);
-  CHECK_EQ(pager->count(), 6);
-  CHECK_EQ(std::filesystem::file_size(path), size);
-  increment(*pager, pages);  // those before are as they were
-  CHECK(counts(*pager, pages) == std::vector<std::int64_t>(6, 2));
-  CHECK_EQ(first_word(path), "qlora_ext");  // no page lies there
-}
-
-// Even if nothing was reserved before: what a killed process leaves then is known for a page file.
-void full_disk_leaves_the_header() {
-  const std::string path = file_name("full_at_first");
-  HostBackend backend(path, kThreads);
-  rlimit limit{};
-  getrlimit(RLIMIT_FSIZE, &limit);
-  const rlimit small{64 * 1024, limit.rlim_max};
-  setrlimit(RLIMIT_FSIZE, &small);
-  CHECK(contains(error_of([&] { backend.reserve_file(1 << 20); }), "reserve"));
-  setrlimit(RLIMIT_FSIZE, &limit);
-  backend.reserve_file(kPageBytes);
-  CHECK_EQ(first_word(path), "qlora_ext");
-}
-
-void foreign_file_is_left_alone() {
-  const std::string path = file_name("foreign");
-  std::ofstream(path) << "precious";
-  CHECK(contains(error_of([&] { HostBackend backend(path, kThreads); }), "other content"));
-  CHECK_EQ(first_word(path), "precious");
-  std::filesystem::remove(path);
-  CHECK(contains(error_of([&] { HostBackend backend("/nonexistent/pages", kThreads); }), "open"));
-  const HostBackend first(path, kThreads);
-  CHECK(contains(error_of([&] { HostBackend backend(path, kThreads); }), "another optimizer"));
-}
-
 // A fork may throw its copy of the pager away, and may not use it; the parent goes on.
 void fork_is_inert() {
   const std::string path = file_name("fork");
@@ -233,7 +51,8 @@ void fork_is_inert() {
   const pid_t child = fork();
   if (child == 0) {
     alarm(20);
-    const bool refused = contains(error_of([&] { increment(*paged, pages); }), "got a fork of it");
+    const bool refused = contains(error_of([&] { increment(*paged, pages); }), "got a fork of it") &&
+                         contains(error_of([&] { paged->add(1); }), "got a fork of it");
     increment(*in_memory, others);                 // is memory alone
     const int file = open("/dev/null", O_RDONLY);  // by the number that the page file had
     paged.reset();
@@ -247,15 +66,34 @@ void fork_is_inert() {
   CHECK(counts(*paged, pages) == std::vector<std::int64_t>(10, 6));
 }
 
+// By the number of a file that is closed already another may be open.
+void fork_closes_no_strangers_file() {
+  make_pager(file_name("gone"), 0).reset();
+  const int other = open("/dev/null", O_RDONLY);
+  const pid_t child = fork();
+  if (child == 0) _exit(fcntl(other, F_GETFD) != -1 ? 0 : 1);
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK_EQ(status, 0);
+  close(other);
+}
+
 // What a DataLoader's worker is to a training that is killed.
 void fork_does_not_keep_its_parents_file() {
   const std::string path = file_name("killed");
   const pid_t training = fork();
   if (training == 0) {
     setpgid(0, 0);
+    std::signal(SIGHUP, SIG_IGN);  // which stopped processes get when the training is gone
     const auto paged = make_pager(path, 0);
-    if (const pid_t worker = fork(); worker != 0) waitpid(worker, nullptr, WUNTRACED);
-    raise(SIGSTOP);  // the worker first, which has let go of the file by then
+    if (const pid_t worker = fork(); worker == 0) {
+      raise(SIGSTOP);  // it has let go of the file by then
+      sleep(30);
+      _exit(0);
+    } else {
+      waitpid(worker, nullptr, WUNTRACED);
+    }
+    raise(SIGSTOP);
   }
   waitpid(training, nullptr, WUNTRACED);
   CHECK(contains(error_of([&] { make_pager(path, 0); }), "another optimizer"));
@@ -287,14 +125,8 @@ int main() {
   std::thread other([] { lives(100, 2, "one"); });  // two at the same time
   lives(101, 3, "two");
   other.join();
-  deleted_file_goes_on();
-  truncated_file_is_an_error();
-  truncated_under_the_walk();
-  a_first_read_fails_after_pages_at_home();
-  full_disk_is_an_error_before();
-  full_disk_leaves_the_header();
-  foreign_file_is_left_alone();
   fork_is_inert();
+  fork_closes_no_strangers_file();
   fork_does_not_keep_its_parents_file();
   return failures();
 }

@@ -1,4 +1,5 @@
 // The schedule, in virtual time: what moves, when it is asked for, what is overlapped, and that nothing clashes.
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <numeric>
@@ -43,6 +44,7 @@ class Run {
         if (writes) count = ++updates_[page];
       }
     });
+    if (!writes) trace.now = std::max(trace.now, trace.compute_free);  // who reads waits for it
   }
 
   void clear() {
@@ -134,14 +136,50 @@ void random_walks(unsigned seed, const std::vector<TierRoom>& tiers, Costs costs
     if (random() % 3 == 0) order.resize(order.size() - random() % (order.size() + 1));
     run.walk(order, random() % 4 != 0);
     CHECK(run.trace.most[tiers[0].tier] <= std::max(tiers[0].pages, tiers[0].ring));
+    CHECK(run.trace.most[Tier::Host] <= tiers[1].pages);
   }
-  while (!run.pages.empty()) run.remove(run.pages.size() - 1);
-  CHECK_EQ(run.pager->count(), 0);
-  std::int64_t at_home = 0;
-  for (const std::int64_t pages : run.pager->stats().pages) at_home += pages;
-  CHECK_EQ(at_home, 0);
+  if (seed % 2 == 0) {  // else it ends with pages in it
+    while (!run.pages.empty()) run.remove(run.pages.size() - 1);
+    CHECK_EQ(run.pager->count(), 0);
+    std::int64_t at_home = 0;
+    for (const std::int64_t pages : run.pager->stats().pages) at_home += pages;
+    CHECK_EQ(at_home, 0);
+  }
   run.pager.reset();
   for (const auto& [tier, pages] : run.trace.allocated) CHECK_EQ(pages, 0);
+}
+
+// Pages that change places over three tiers leave a tier before others come.
+void no_tier_holds_more_than_its_room() {
+  Run run({1, 1, 1}, device_tiers(100, 100));
+  run.add(300);
+  const auto part = [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
+    return std::vector<PageId>(run.pages.begin() + begin, run.pages.begin() + end);
+  };
+  std::vector<PageId> last = part(200, 300);
+  std::ranges::reverse(last);
+  for (const auto& order : {run.pages, last, part(0, 100), last, part(100, 200), run.pages}) run.walk(order);
+  run.add(97);
+  run.walk({run.pages.end() - 97, run.pages.end()});
+  run.walk(run.pages);
+  CHECK_EQ(run.trace.most[Tier::Device], 100);
+  CHECK_EQ(run.trace.most[Tier::Host], 100);
+}
+
+// A walk that has visited nothing has changed nothing.
+void a_walk_that_fails_before_its_first_visit_may_be_repeated() {
+  Run run({1, 1, 1}, device_tiers(4, 3));
+  run.add(4);
+  run.walk(run.pages);
+  run.add(5);
+  run.trace.failing = 0;
+  try {
+    run.walk(run.pages);
+    CHECK(false);
+  } catch (const std::runtime_error&) {
+  }
+  run.trace.failing = -1;
+  for (int i = 0; i < 2; ++i) run.walk(run.pages);
 }
 
 void no_room_is_an_error() {
@@ -172,6 +210,8 @@ int main() {
     const auto room = static_cast<std::int64_t>(seed % 11);
     random_walks(seed, device_tiers(room, static_cast<std::int64_t>(seed % 4)), {1, 0.7, 2});
   }
+  no_tier_holds_more_than_its_room();
+  a_walk_that_fails_before_its_first_visit_may_be_repeated();
   no_room_is_an_error();
   return failures();
 }
