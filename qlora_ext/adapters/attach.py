@@ -31,8 +31,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
 
     Args:
         model: any module whose layers are nn.Linear, transformers' Conv1D, Linear4bit or, with other adapters on them,
-            LoraLinear, or whose fused experts `quantize_model` has put in 4 bits. Names in one of torch.compile or data
-            parallelism, whole or in parts, are those of the plain model.
+            LoraLinear, or whose fused experts `quantize_model` has put in 4 bits. In a model that torch.compile or data
+            parallelism wraps, whole or in parts, names are those of the plain model.
         config: the LoraConfig.
         name: of the adapter; no dots, and no attribute of nn.ParameterDict.
 
@@ -60,7 +60,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
 
 
 def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
-    """Choose which adapters count, and train; the others stay attached, frozen. None: the base alone.
+    """Choose the active adapters, which are applied and trained; the others stay, frozen. None: the base alone.
 
     What else trains in the model, if anything, goes on training.
 
@@ -79,6 +79,7 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     names = [] if name is None else [name] if isinstance(name, str) else list(dict.fromkeys(name))
     for wanted in names:
         check_has_adapter("set_adapter", model, wanted)
+    reshard(model)
     layers = list(lora_layers(model))
     for layer_name, layer in layers:  # before any switches
         for each in layer.configs.keys() & set(names):
