@@ -7,7 +7,7 @@ USER_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that spin at a barrier take the core from those that compute, if others use the machine: 3 to 4 times slower.
 export GOMP_SPINCOUNT := 10000
-# The nvcc among the development packages is there for the tests of the kernels: .venv gets CUDA by the machine's own.
+# The nvcc among the development packages is for the tests of the kernels: .venv is built for CUDA by the machine's own.
 export QLORA_EXT_CUDA ?= $(if $(or $(CUDA_HOME),$(shell which nvcc 2> /dev/null)),,0)
 SOURCES := pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.h cpu/*.h cpu/*.cpp ops/*.h ops/*.cpp pager/*.h pager/*.cpp cuda/*.cu cuda/*.cuh))
 CUDA_VENV := .venv-cuda

@@ -153,7 +153,7 @@ def optimizers_table(rows: list[Row]) -> Table:
 
 def train_step_table(rows: list[Row]) -> Table:
     ours = rows[0]["tokens_per_s"]
-    table = [[rows[0]["dtype"], "tokens/s", "qlora_ext is", "peak RSS of its process, MiB"]]
+    table = [[rows[0]["dtype"], "tokens/s", "first row is", "peak RSS of its process, MiB"]]
     for row in rows:
         peak = f"{row['peak_rss_bytes'] / MIB:.0f}" if "peak_rss_bytes" in row else "not measured"
         table.append([row["provider"], f"{row['tokens_per_s']:.0f}", f"{ours / row['tokens_per_s']:.2f}x", peak])
@@ -172,14 +172,14 @@ def train_step_profile_table(rows: list[Row]) -> Table:
 def generate_table(rows: list[Row]) -> Table:
     ours = rows[0]["tokens_per_s"]
     lines = [[r["provider"], f"{r['tokens_per_s']:.1f}", f"{ours / r['tokens_per_s']:.2f}x"] for r in rows]
-    return [[rows[0]["dtype"], "tokens/s", "qlora_ext is"], *lines]
+    return [[rows[0]["dtype"], "tokens/s", "first row is"], *lines]
 
 
 def experts_table(rows: list[Row]) -> Table:
     """A line for each number of tokens; each cell our time, and theirs in terms of it. Then what the weights take."""
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     times = {(row["tokens"], row["direction"], row["provider"]): row for row in rows}
-    table = [[f"{rows[0]['dtype']}, ms (of ours)", *providers]]
+    table = [[f"{rows[0]['dtype']}, ms (times ours)", *providers]]
     for tokens, direction in dict.fromkeys(key[:2] for key in times):
         ours, *theirs = [times.get((tokens, direction, provider), {}) for provider in providers]
         cells = [f"{milliseconds(row)} ({ratio(row['p50'] / ours['p50'])})" if "p50" in row else "" for row in theirs]

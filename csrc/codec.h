@@ -34,7 +34,7 @@ struct Slice {
 
 // --- 4-bit values -------------------------------------------------------------------------------------------------
 
-// What the inverse of an all-zero block's absmax is taken for. (Not the absmax for 1e-38: that is subnormal, and 0
+// The inverse of an all-zero block's absmax, and the largest. (Not the absmax for 1e-38: that is subnormal, and 0
 // where those are flushed.)
 constexpr float kMaxInverse = 1.0f / 1e-38f;
 

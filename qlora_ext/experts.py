@@ -1,8 +1,8 @@
 """Experts4bit: the weights of fused experts, a tensor [experts, out, in] of a mixture's model, in 4 bits.
 
-The models of transformers keep them so, and multiply by all of them at once: torch's grouped_mm takes rows that are
-sorted by expert ("grouped_mm", transformers' own default). Here it takes Experts4bit in the place of the weight: each
-expert's rows meet its matrix in one op, which decodes it inside the multiply. What the model does around the products
+transformers keeps them so, and multiplies by all of them in one call: torch's grouped_mm takes rows that are sorted by
+expert ("grouped_mm", transformers' own default). Here it takes Experts4bit in the place of the weight: one op
+multiplies each expert's rows by its matrix, and decodes it inside the multiply. What the model does around the products
 remains its own.
 """
 
@@ -74,7 +74,7 @@ class Experts4bit(nn.Module):
         weight: float32, float16 or bfloat16 [experts, rows, columns] (on "meta": this is on "meta" too).
         is_transposed: whether the matrices are [in, out], so that the products are x @ W; else they are F.linear's.
         quant_type, blocksize: as for `quantize_4bit`.
-        double_quant: absmax in 8 bits, where a matrix has whole groups of 256 of them.
+        double_quant: absmax in 8 bits, if a matrix has whole groups of 256 of them (else float32).
 
     Attributes:
         shape: of the weight.
@@ -211,7 +211,7 @@ def _grouped_mm(
 
 
 def let_compilers_in() -> None:
-    """Have torch.compile ask of grouped_mm what it asks of the functions of torch.overrides: for __torch_function__."""
+    """Make torch.compile honour __torch_function__ in grouped_mm, as it does in the functions of torch.overrides."""
     with _LOCK:
         _substitute_grouped_mm()
 

@@ -18,8 +18,8 @@ def quantize_4bit(
     """Quantize a tensor to 4 bits a value, blockwise.
 
     In plain PyTorch, for a block w of `blocksize` consecutive elements of weight.flatten():
-    `absmax = w.abs().max(); rank = (w[:, None] / absmax > bounds).sum(1)`, which is NF4's code; FP4's
-    values are not in order: there the code is looked up. Two codes a byte, the first in the high half.
+    `absmax = w.abs().max(); rank = (w[:, None] * (1 / absmax) > bounds).sum(1)`. The rank is NF4's code; FP4's values
+    are not in the order of their codes: there the code is looked up. Two codes a byte, the first in the high half.
 
     Args:
         weight: float32, float16 or bfloat16, any shape and device.
@@ -33,7 +33,7 @@ def quantize_4bit(
 
     Raises:
         TypeError: an argument of the wrong kind, or a weight of another dtype.
-        ValueError: quant_type or blocksize is none of the above, or weight holds NaN or Inf (not seen under
+        ValueError: quant_type or blocksize is none of the above, or weight holds NaN or Inf (not checked under
             torch.compile, which traces without values: they then reach absmax).
 
     Source: QLoRA, arXiv 2305.14314, section 3; the bytes are bitsandbytes'.
@@ -135,7 +135,7 @@ def check_matrix(op: str, state: QuantState, x: Tensor) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there is something in it to look at: not on meta, in FakeTensorMode or where torch.compile traces."""
+    """Whether there are values to look at: not if it is empty, on meta, in FakeTensorMode or traced by a compiler."""
     return not (torch.compiler.is_compiling() or is_fake(tensor) or tensor.is_meta or tensor.numel() == 0)
 
 

@@ -39,13 +39,13 @@ class Linear4bit(nn.Module):
         absmax: frozen float32 [out, in/blocksize] (flat: [num_blocks]); uint8 with double quantization.
         nested_absmax, nested_offset: float32 buffers [ceil(num_blocks/256)] and 0-d, or None.
         bias: [out] or None.
-        dense_class: nn.Linear, or transformers' Conv1D: of which class the layer is with a float weight.
+        dense_class: nn.Linear, or transformers' Conv1D: the class that this layer has with a float weight.
 
     `load_state_dict` takes this layer's own tensors, or a float `weight`, as dense_class stores it, and quantizes it;
-    before one of both the layer computes NaN. Another quant_type is refused: the metadata of a state_dict says it;
-    without (safetensors, a plain dict) the bytes tell it, of nearly all weights. With assign=True `dtype` becomes that
-    of the float weight, or of the layer that was saved (without metadata: of its bias). A float cast (`.half()`,
-    `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
+    until one of both is loaded the layer computes NaN. Another quant_type is refused: the metadata of a state_dict says
+    it; without it (safetensors, a plain dict) the bytes tell it, of nearly all weights. With assign=True `dtype`
+    becomes that of the float weight, or of the layer that was saved (without metadata: of its bias). A float cast
+    (`.half()`, `.to(dtype)`) changes `dtype` and the bias; the scales stay float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, by name.
@@ -100,7 +100,7 @@ class Linear4bit(nn.Module):
             quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
         Raises:
-            TypeError: linear is neither of both, its weight's dtype is none of the three, or its bias is parametrized.
+            TypeError: linear is of neither class, its weight's dtype is none of the three, or its bias is parametrized.
             ValueError: an unknown quant_type or blocksize, NaN or Inf in the weight, or hooks, which would be lost.
         """
         if not is_dense_linear(linear):
@@ -131,7 +131,7 @@ class Linear4bit(nn.Module):
     def quantize_(self, weight: Tensor) -> None:
         """Replace the weight by the 4-bit form of `weight`, a float tensor [out, in], on that tensor's device.
 
-        Of a Conv1D it is [in, out], as all float weights of a layer are as its dense_class stores them.
+        For a Conv1D it is [in, out]: a layer's float weights are always as its dense_class stores them.
 
         Raises:
             ValueError: another shape, or NaN or Inf in it.
@@ -169,11 +169,12 @@ class Linear4bit(nn.Module):
             x: as for `linear_4bit`.
             A, B: of each adapter, [r, in] and [out, r]; cast to x's dtype (or float32) inside.
             scaling: of each adapter; with dropout it holds the factor 1 / (1 - p) too.
-            keep, seed: of the dropout before each adapter, if any: the probabilities that an element of x counts, and
-                int64 numbers, as many, on x's device, from which its masks are drawn, anew in the backward pass.
+            keep, seed: of the dropout before each adapter, if any: the probability that an element of x is kept, and an
+                int64 seed, as a tensor of all of them on x's device; the backward pass draws the masks again from it.
 
         Returns:
-            [..., out] in x's dtype (autocast: in autocast's), with gradients for x, bias, A and B.
+            [..., out] in x's dtype (autocast: in autocast's), with gradients for x, bias, A and B. The backward pass
+            needs x itself only if an A requires a gradient: else (LoRA-FA, arXiv 2308.03303) it is not kept.
 
         Raises:
             TypeError, ValueError: as `linear_4bit`.

@@ -16,9 +16,9 @@ CHANCE = 16  # by which the counts of two codes that are meant equally often may
 def quant_type_of(packed: Tensor, blocksize: int) -> str | None:
     """The quant_type of packed bytes as their codes tell it, or None if they do not.
 
-    The largest value of a block is 1 or -1, so one of its codes is 15 or 0 in NF4, 3 or 11 in FP4. Bytes that break one
-    type's rule and keep the other's are the other's, unless their frequencies deny it: blocks with an absmax under
-    1e-38 break their own (without large values they count for neither).
+    The largest value of a block is 1 or -1, so one of its codes is 15 or 0 in NF4, 3 or 11 in FP4. Bytes that break
+    only one type's rule are of the other, unless the frequencies of their codes contradict it: blocks with an absmax
+    under 1e-38 break their own (without large values they count for neither).
     """
     if type(packed) not in (Tensor, nn.Parameter):  # a look at a DTensor would be a collective
         return None

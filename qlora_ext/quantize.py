@@ -44,30 +44,30 @@ def quantize_model(
     blocksize: int = 64,
     double_quant: bool = True,
 ) -> Model:
-    """Replace each nn.Linear of the model by its Linear4bit, in place, one by one: at the peak one layer stands twice.
+    """Replace each nn.Linear of the model by a Linear4bit, in place, one by one: at the peak one layer is held twice.
 
-    So are transformers' Conv1D, GPT-2's linear layer, and FalconLinear, without its rounding before the bias; and so
-    are the fused experts of transformers' mixtures, by Experts4bit (`qlora_ext/experts.py`): the model computes with
-    transformers' "grouped_mm" implementation of experts then.
+    transformers' Conv1D (GPT-2's linear layer) and FalconLinear (without its rounding before the bias) are replaced,
+    too, and the fused experts of its mixtures by Experts4bit (`qlora_ext/experts.py`), for which the model changes to
+    transformers' "grouped_mm" implementation of experts.
 
     Args:
         model: any module, on any device ("meta" too). Adapters in it, not merged, stay on their layers.
-        skip: names of what to leave as it is, with all that is in it: of layers, experts, or modules; whole names, or
-            last parts. By default the heads: lm_head, score, classifier, qa_outputs, and the model's output embeddings,
-            whatever they are called. Left too are layers whose weight is tied to another module's, those that a
-            transformers model keeps in float32 (T5's wo), and all within nn.MultiheadAttention and
+        skip: layers, experts or modules to leave as they are, with all inside them: whole names, or last parts. The
+            default is the heads: lm_head, score, classifier, qa_outputs, and the model's output embeddings under any
+            name; names given here replace it. Left too are layers whose weight is tied to another module's, those that
+            a transformers model keeps in float32 (T5's wo), and all within nn.MultiheadAttention and
             nn.TransformerEncoderLayer (warns), whose weights torch hands to kernels of its own.
         quant_type, blocksize, double_quant: as for `quantize_4bit`.
 
     Returns:
-        The same model. Warns of a name in skip that no linear layer or weight of experts has, nor what they are in, and
-        if most of the model's weights are left in 3-D tensors, as experts that are fused in another way.
+        The same model. Warns if a name in skip is that of no linear layer or weight of experts, nor of a module around
+        one, and if most of the model's weights are left in 3-D tensors, as experts that are fused in another way.
 
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
         ValueError: there is no layer to quantize below the model; one has hooks, or a forward that is not its class's;
             merged adapters, or PEFT's; a parameter has no shape yet (nn.LazyLinear's); fully_shard has sharded a
-            layer. One holds NaN or Inf: the layers before it are quantized.
+            layer. A weight holds NaN or Inf: the layers before it stay quantized.
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """

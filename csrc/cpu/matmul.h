@@ -62,8 +62,7 @@ constexpr std::int64_t kMatmulColumnBoundary = 32;
 // without AVX2.
 bool has_matmul(DType compute);
 
-// So many rows, a multiple of kMatmulRowBoundary, are arranged at a time: a decoded weight is multiplied with all of
-// them.
+// The most rows, a multiple of kMatmulRowBoundary, to be arranged at a time: a decoded weight is multiplied with all.
 std::int64_t most_matmul_rows(const Matmul& product);
 std::int64_t arranged_floats(const Matmul& product, std::int64_t rows);
 

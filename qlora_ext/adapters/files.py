@@ -48,9 +48,9 @@ _KINDS = {"lora_A": ("weight",), "lora_B": ("weight",), "base_layer": ("weight",
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> None:
     """Write an adapter as `peft.PeftModel.from_pretrained` reads it, into `folder` itself (made if it is not there).
 
-    What else is trained when this is called (a parameter that requires a gradient: of a new head, of embeddings) goes
-    with it: each module that owns some is saved whole, as PEFT's `modules_to_save`. What is frozen by then does not, as
-    by adding or loading another adapter (which warns).
+    Other parameters that require a gradient when this is called (of a new head, of embeddings) are saved, too: each
+    module that owns some is saved whole, as PEFT's `modules_to_save`. Those that are frozen by then are not: adding or
+    loading another adapter freezes them (and warns).
 
     Args:
         model: a model with adapters. One of torch.compile or data parallelism is saved as the plain model is. With
@@ -105,8 +105,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     """Read an adapter that `save_adapter` or PEFT wrote, activate it and freeze all else.
 
     Modules that were trained whole beside it (`modules_to_save`) are copied into the model's own, which then train too.
-    Embeddings and a head that PEFT saved for a larger vocabulary are copied, too, and frozen. They stay so whatever
-    adapter is active, or none; so they are refused where that would change what others compute.
+    Embeddings and a head that PEFT saved for a larger vocabulary are copied, too, and frozen. All these copies stay
+    whichever adapter is active, or none, and are refused where they would change what other adapters compute.
 
     Args:
         model: a model with the layers that the adapter is for, perhaps one of torch.compile or data parallelism. With
@@ -129,8 +129,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
 
 
 def resume_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) -> None:
-    """As `load_adapter`, into a model that is trained: what trains and what is active stays as it is, and the modules
-    that train get the file's values, whatever other adapters there are."""
+    """As `load_adapter`, to resume a training: what trains and what is active stays as it is, and the modules that
+    train get the file's values, even if there are other adapters."""
     _read(model, folder, name, resumes=True)
 
 

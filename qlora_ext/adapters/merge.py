@@ -26,8 +26,8 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
             again; so are experts) while the base is kept, so that `unmerge_adapter` restores it bit for bit. True: for
             serving, every LoraLinear and Linear4bit becomes a plain nn.Linear (or Conv1D, if it was one) in the base's
             dtype, rounded once from the float32 sum, and fused experts in 4 bits become a plain parameter; this cannot
-            be undone. A base with hooks, or a subclass with a forward of its own, does with W0 + B A what it did with
-            W0.
+            be undone. A base with hooks, or of a subclass with its own forward, keeps these, with W0 + B A as its
+            weight.
 
     Merged or not, the state_dict holds the base and the adapters; a merged model that loads one merges them again.
 

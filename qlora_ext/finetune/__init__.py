@@ -1,1 +1,1 @@
-"""Fine-tuning of causal language models with LoRA or QLoRA: `python -m qlora_ext.finetune --help`."""
+"""Fine-tuning of causal language models, with LoRA, QLoRA or whole: `python -m qlora_ext.finetune --help`."""

@@ -1,4 +1,4 @@
-"""torch.compile of a model's layers: one graph that all of them share, whatever the length of a batch.
+"""torch.compile of a model's layers, which share two graphs at most, whatever the length of a batch.
 
 Trainer's own `torch_compile` takes the whole model: graphs that grow with the number of layers, broken where the rows
 of the loss are chosen (their number depends on the labels), and compiled again for the second length that comes.

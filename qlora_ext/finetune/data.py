@@ -1,8 +1,8 @@
 """Training examples from a file, in two parts: to train on, and held out.
 
-JSONL holds one example a line, {"prompt": str, "response": str} or {"messages": [{"role": str, "content": str},
-...]}; a message of weight 0 is no answer to learn. A .txt file is tokenized whole and cut into windows of max_length
-tokens with a label on every one.
+JSONL holds one example a line, {"prompt": str, "response": str} or {"messages": [{"role": str, "content": str}, ...]};
+a message with "weight": 0 or "train": false is only context. A .txt file is tokenized whole and cut into windows of
+max_length tokens with a label on every one.
 """
 
 import random

@@ -22,7 +22,7 @@ CHUNK_ON_CPU, CHUNK_ON_GPU = 256, 1024  # tokens: as fast as all at once, or fas
 def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, int]:
     """Summed cross entropy of a batch over its labelled tokens, in nats, and how many those are.
 
-    Logits are made of the positions before a label only: those of the rest would be most of the memory of a step.
+    Logits are computed only where a label is predicted: those of all positions could take most of a step's memory.
 
     Args:
         batch: input_ids, attention_mask and labels, int64 [examples, length], on the model's device.

@@ -227,7 +227,7 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 @contextlib.contextmanager
 def _repeatable(device: torch.device) -> Iterator[None]:
-    """The same bytes in each run on a CPU, where torch adds up an index's gradient (a mixture's) in any order else."""
+    """The same bytes in each run on a CPU: else torch adds up the gradients of an index (a mixture's) in any order."""
     if device.type != "cpu":
         yield
         return

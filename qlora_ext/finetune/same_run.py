@@ -66,7 +66,7 @@ def _noted(file: Path) -> dict[str, str]:
 
 
 def steps_so_far(output: Path, steps: int) -> tuple[int, int]:
-    """How many of these steps are made, and how many were meant to be when they were.
+    """How many of these steps are done, and how many the run that made them had planned.
 
     Raises: ValueError when more are made.
     """

@@ -17,7 +17,7 @@ class LoraConfig:
     Args:
         r: rank of the update.
         lora_alpha: the update is scaled by lora_alpha / r. (The default is 16, PEFT's is 8.)
-        lora_dropout: probability, in training, that an input element does not reach A.
+        lora_dropout: probability, in training, that an element of A's input is dropped.
         target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
             match; or "all-linear": every linear layer but the heads, what is tied to them, and subclasses of
             nn.Linear with a forward of their own, which may compute anything. None within nn.MultiheadAttention or
@@ -26,7 +26,7 @@ class LoraConfig:
         rank_pattern, alpha_pattern: other r or lora_alpha for some layers: {name, or regular expression for its last
             dotted parts: value}.
         target_parameters: names (whole, or last parts) of weights of fused experts in 4 bits, as "experts.down_proj":
-            each expert gets an A and a B of its own, without dropout. target_modules may be [] then.
+            each expert gets its own A and B, without dropout. With it target_modules may be [].
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of range, by name.

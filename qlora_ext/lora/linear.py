@@ -40,9 +40,9 @@ class LoraLinear(nn.Module):
         base_layer: the layer itself.
         lora_A, lora_B: float32 parameters [r, in] and [out, r] by adapter name; cast to x's dtype, or float32, inside
             the multiply, and never cast by `.half()` or `.to(dtype)`.
-        lora_dropout: nn.Dropout by adapter name, whose p counts, and whether it trains; it is not called.
+        lora_dropout: nn.Dropout by adapter name, of which only p and the training flag are used; it is not called.
         scaling, configs: by adapter name.
-        active_adapters: names of those that count.
+        active_adapters: names of those that are applied.
         merged_base: while merged, a layer of the same kind with W0 + the active updates; base_layer stays untouched. It
             is no child and no part of the state_dict, but made again when one is loaded.
 
@@ -171,9 +171,9 @@ class LoraLinear(nn.Module):
     def weight(self) -> Tensor:
         """W0 + the updates of the active adapters, in the base's dtype and as it stores them, for models that read it.
 
-        It is made anew each time, with gradients for the adapters, without dropout. Of a base whose weight has another
-        form, as in 4 bits, only dtype, device, shape and the like can be read: models ask for them. To assign it, or
-        bias, is to assign the base's: so models tie weights.
+        It is made anew each time, with gradients for the adapters, without dropout. If the base's weight has another
+        form, as in 4 bits, only dtype, device, shape and the like can be read, which models ask for. Assigning it, or
+        bias, assigns the base's, which is how models tie weights.
         """
         merged, names = self.merged_base, self.active_adapters
         base = self.base_layer if merged is None else merged

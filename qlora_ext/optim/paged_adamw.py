@@ -26,35 +26,35 @@ class PagedAdamW(Optimizer):
     For each parameter p with gradient g, in fp32 and at step t:
     `p *= 1 - lr * weight_decay; m = lerp(m, g, 1 - beta1); v = beta2 * v + (1 - beta2) * g * g;`
     `p -= lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)`.
-    Pages that the budget of the computing device holds stay there and never move; the others stream through it while
-    their neighbours are computed. Parameters come out bit for bit the same however the states are paged.
+    Pages within the budget of the computing device stay there and never move; the others stream through a few pages of
+    it while their neighbours are computed. Parameters come out bit for bit the same however the states are paged.
 
     Args:
         params: parameters, named parameters or groups, each parameter once: float32, float16 or bfloat16, on the CPU
             or CUDA devices, with gradients of any of these dtypes. Of a DTensor, the local shard is updated.
         lr, betas, eps, weight_decay: as for torch.optim.AdamW; also per group, as is `maximize` and nothing else.
         state_bits: 32; or 8: blocks of 256 elements with one fp32 absmax each, in the nearest codes of the dynamic
-            codebooks (of second moments but 0 itself, in none that is 0). Parameters under 4096 elements: 32 bits.
+            codebooks (a second moment gets the code of 0 only if it is 0). Parameters under 4096 elements: 32 bits.
         page_bytes: size of a page, a multiple of 4096, at most 2**30.
         device_budget: bytes of memory of each CUDA device for states; None: no limit. If it does not hold all, the
             others stream through three pages of it (or three pages, if it is less).
-        host_budget: bytes of host memory for states, of each device (of a CUDA device, pinned: for what its own memory
-            does not hold); None: no limit. If it does not hold all, the others stream through a part of it: on the CPU
-            a page for each thread, at most a quarter of it (two pages, if that is less), else two pages. A thread
-            without a page computes only what is at home; what is known of each page takes 300 bytes beside that.
+        host_budget: bytes of host memory for the states of each device (of a CUDA device pinned, for what device_budget
+            does not hold); None: no limit. If it does not hold all, the others stream through a part of it: for the CPU
+            a page for each thread, at most a quarter of it but no less than two pages; for CUDA two pages. A thread
+            without a page computes only what stays in memory. Bookkeeping takes 300 bytes a page beside that.
         page_file: path of a file for what the budgets do not hold, on a disk of this machine, another in each process.
-            Its space, a page more, is reserved when parameters are added. It is deleted at the end: no checkpoint.
+            Its space, and one page, is reserved when parameters are added. Deleted at the end, it is no checkpoint.
         stochastic_rounding, seed: round bfloat16 parameters up or down by chance, so that updates smaller than half
             their last bit count on average. Chance depends on (seed, step, parameter, shard, element) alone.
         maximize: go up the gradient.
 
-    States exist from the first gradient on. They are in no tensors: `optimizer.state` has their names without values,
-    `state_dict()` makes tensors of them, `save_states()` writes them without; they are not pickled, nor copied. States
-    put into `optimizer.state` are taken over at the next step, and a parameter that is removed from it begins anew. A
-    NaN or Inf in a gradient makes NaN of its element as in torch, in 8-bit states of its block of 256; under
-    torch.amp.GradScaler such a step is left out whole. What raises before a step begins has changed nothing. A step
-    that loses its page file half-way raises, and so does every later one: some parameters are a step ahead, and a
-    checkpoint has to be loaded. Several threads may use an optimizer: one waits for the other.
+    States exist from a parameter's first gradient on. They are no tensors: `optimizer.state` has their names with None,
+    `state_dict()` makes tensors of them, `save_states()` writes them without; pickling and copying raise. States put
+    into `optimizer.state` are taken over at the next step, and a parameter that is removed from it begins anew. A NaN
+    or Inf in a gradient makes its element NaN as in torch, with 8-bit states its block of 256; under
+    torch.amp.GradScaler the whole step is skipped. An error before a step begins changes nothing. A step that loses its
+    page file half-way raises, and so does every later one: some parameters are a step ahead, and a checkpoint has to be
+    loaded. Several threads may use an optimizer: one waits for the other.
 
     Raises:
         TypeError: a parameter, gradient or option of the wrong kind.
@@ -277,7 +277,7 @@ class PagedAdamW(Optimizer):
             ring_pages: of the computing devices, that others stream through; page_bytes;
             bytes_read, bytes_written: moved from and to each of these since the start or the last loading;
             visits, hits, hit_rate: pages computed, those at home in the computing device's memory, their quotient;
-            seconds_waited: for moves, by the calling thread; on the CPU, for pages that pass, by all threads, added up.
+            seconds_waited: for moves, by the calling thread; on the CPU, for streamed pages, by all threads, added up.
         """
         return self._paged.stats()
 

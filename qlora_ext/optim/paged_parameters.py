@@ -104,10 +104,10 @@ class PagedParameters:
             self._states |= {p: _States(device, *states) for p, *states in zip(new, ids, numels, strict=True)}
 
     def follow(self, params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
-        """Do to the pages what has been done to the parameters of an optimizer and to its `state`.
+        """Bring the pages in line with the parameters of an optimizer and its `state`, which others may have changed.
 
-        The states of other parameters are freed, as are those that `state` has no entry for. What is in pages has its
-        names there; tensors are taken over. To be called before step() and save().
+        The states of other parameters are freed, as are those that `state` has no entry for. An entry of names stands
+        for what is in pages; tensors are copied into them. To be called before step() and save().
         """
         self.check_restored()
         if changed := (now := [id(p) for p in params]) != self._followed:
