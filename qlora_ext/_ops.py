@@ -121,7 +121,13 @@ def _(
 
 @_fake(ops.lora_linear_4bit_backward.default)
 def _(
-    grad: Tensor, x: Tensor, A: list[Tensor], with_grad_x: bool, with_grad_A: bool, with_grad_B: bool, **_: Any
+    grad: Tensor,
+    x: Tensor,
+    A: list[Tensor],
+    with_grad_x: bool,
+    with_grad_A: bool,
+    with_grad_B: bool,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ranks = sum(a.shape[0] for a in A)
     grad_x = grad.new_empty([*grad.shape[:-1], x.shape[-1]] if with_grad_x else [0])

@@ -31,13 +31,10 @@ def _lora(x: torch.Size, *others: object, out_shape: tuple[torch.Size, torch.Siz
 
 
 def _lora_backward(
-    grad: torch.Size,
-    x: torch.Size,
-    xA: torch.Size,
-    *others: Any,
-    **_: object,
+    grad: torch.Size, x: torch.Size, xA: torch.Size, *others: object, out_shape: tuple[Any, Any, Any], **_: object
 ) -> int:
-    with_grad_x, with_grad_A, with_grad_B = map(int, others[-3:])
+    # What is not wanted is [0], of experts' factors no tensor at all.
+    with_grad_x, with_grad_A, with_grad_B = (tuple(shape) not in ((0,), ()) for shape in out_shape)
     of_grad_xA = of_B = 2 * grad.numel() * xA[-1]
     of_A, of_x = 2 * x.numel() * xA[-1], 2 * x.numel() * (grad[-1] + xA[-1])
     return (with_grad_x or with_grad_A) * of_grad_xA + with_grad_x * of_x + with_grad_A * of_A + with_grad_B * of_B

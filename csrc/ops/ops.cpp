@@ -208,10 +208,9 @@ TORCH_LIBRARY(qlora_ext, m) {
   m.def("lora_linear_4bit(Tensor x, " QLORA_WEIGHT
         ", SymInt out_features, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, float[] keep, Tensor? seed)"
         " -> (Tensor y, Tensor xA)");
-  // The defaults are for graphs that torch.compile has cached on disk, which are used whatever the schema is by now.
   m.def("lora_linear_4bit_backward(Tensor grad, Tensor x, Tensor xA, " QLORA_WEIGHT
         ", Tensor[] A, Tensor[] B, float[] scaling, float[] keep, Tensor? seed,"
-        " bool with_grad_x, bool with_grad_A=True, bool with_grad_B=True)"
+        " bool with_grad_x, bool with_grad_A, bool with_grad_B)"
         " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
   // They wait for offs.
   const std::vector<at::Tag> tags{at::Tag::cudagraph_unsafe};
@@ -223,7 +222,7 @@ TORCH_LIBRARY(qlora_ext, m) {
         tags);
   m.def("lora_experts_4bit_backward(Tensor grad, Tensor x, Tensor xA, " QLORA_WEIGHT
         ", Tensor offs, bool is_transposed, Tensor[] A, Tensor[] B, float[] scaling,"
-        " bool with_grad_x, bool with_grad_A=True, bool with_grad_B=True)"
+        " bool with_grad_x, bool with_grad_A, bool with_grad_B)"
         " -> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B)",
         tags);
 #undef QLORA_WEIGHT

@@ -10,6 +10,8 @@ from adamw import BLOCK, Ours, gradients, parameters
 from reference import codebook
 from torch import Tensor
 
+from qlora_ext import _C
+
 # --- 8-bit states -----------------------------------------------------------------------------------------------------
 
 
@@ -119,3 +121,11 @@ def test_seed_changes_nothing_but_bf16() -> None:
         ours.step(1, gradients(1, params), seed=1)
         other.step(1, gradients(1, params))
         assert all(torch.equal(a, b) for a, b in zip(ours.params, other.params, strict=True))
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1], ids=hex)
+def test_rounding_by_chance_leaves_nan_what_it_is_whatever_its_bits(bits: int, cpu_path: str) -> None:
+    p, grad = torch.ones(512).bfloat16(), torch.full((512,), bits, dtype=torch.int32).view(torch.float32)
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01}
+    _C.adamw_step([p], [grad], [torch.zeros(512)], [torch.zeros(512)], [], [], **options, step=1, seed=3)
+    assert p.isnan().all()

@@ -46,6 +46,17 @@ def test_requantizing_decoded_values_changes_nothing(dtype: torch.dtype) -> None
     assert_same(again, (q.packed, q.absmax))
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1], ids=hex)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_nan_stays_nan_whatever_its_bits(dtype: torch.dtype, bits: int, cpu_path: str) -> None:
+    weight = torch.randn(2, 64)
+    weight.view(torch.int32)[1, 7] = bits
+    packed, absmax = torch.ops.qlora_ext.quantize_4bit(weight, "nf4", 64)
+    decoded = torch.ops.qlora_ext.dequantize_4bit(packed, absmax, None, None, "nf4", 64, (2, 64), dtype)
+    assert decoded[0].isfinite().all()
+    assert decoded[1].isnan().all()
+
+
 def test_bad_shape_and_dtype() -> None:
     q = quantize(normal(8, 128), "nf4", 64)
     with pytest.raises(ValueError, match=r"^dequantize_4bit: packed: "):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,14 +75,33 @@ def test_a_negated_view_is_refused(negate: Callable[[Tensor], Tensor]) -> None:
         assert_same(out, expected)
 
 
-def test_memory_that_is_read_is_refused() -> None:
+@pytest.mark.parametrize("name", ["packed", "absmax", "nested_absmax", "nested_offset"])
+def test_memory_that_is_read_is_refused(name: str) -> None:
     packed, state = quantized(256, 256)
     memory = torch.empty(256 * 256, dtype=torch.float32)
-    inside = memory.view(torch.uint8)[-packed.numel() :].view(packed.shape)
-    inside.copy_(packed)
+    read = packed if name == "packed" else getattr(state, name)
+    inside = memory.view(torch.uint8)[-read.nbytes :].view(read.dtype).view(read.shape)
+    inside.copy_(read)
+    if name != "packed":
+        state = replace(state, **{name: inside})
     with pytest.raises(ValueError, match="out: expected memory of its own, got some of what is read"):
-        dequantize_4bit(inside, state, out=memory.view(256, 256))
-    assert torch.equal(inside, packed)
+        dequantize_4bit(inside if name == "packed" else packed, state, out=memory.view(256, 256))
+    assert torch.equal(inside, read)
+
+
+def test_a_negated_view_is_not_read_as_what_it_negates() -> None:
+    packed, absmax = torch.ops.qlora_ext.quantize_4bit(torch.randn(4, 64), "nf4", 64)
+    negated = torch._neg_view(absmax)
+    with pytest.raises(ValueError, match="negated view"):
+        torch.ops.qlora_ext.dequantize_4bit.out(packed, negated, None, None, "nf4", 64, out=torch.zeros(4, 64))
+
+
+def test_a_large_result_at_an_odd_address(cpu_path: str) -> None:
+    """Which past the caches is written by whole vectors, where they are aligned."""
+    q = quantized(1 << 24)
+    memory = torch.empty((1 << 24) + 1)
+    dequantize_4bit(*q, out=memory[1:])
+    assert torch.equal(memory[1:], dequantize_4bit(*q))
 
 
 ERRORS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {

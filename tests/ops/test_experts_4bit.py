@@ -48,6 +48,12 @@ def test_each_expert_has_the_bytes_of_a_linear_layer(cpu_path: str) -> None:
         assert_same(y[rows], torch.ops.qlora_ext.linear_4bit(x[rows], *one, 192, None))
 
 
+def test_one_expert_may_have_unfinished_blocks(cpu_path: str) -> None:
+    q, x = quantized_normal((7, 24), "nf4", 64, double_quant=True), torch.randn(5, 24)
+    got = torch.ops.qlora_ext.experts_4bit(x, *q, torch.tensor([5]), 7, False)
+    assert_same(got, torch.ops.qlora_ext.linear_4bit(x, *q, 7, None))
+
+
 def test_what_is_not_contiguous_gives_the_same(cpu_path: str) -> None:
     q, _ = stack(256, 192, is_transposed=True)
     x, offs = normal(9, 256), ends(4, 0, 5, 0)

@@ -95,6 +95,22 @@ def test_bias_of_another_dtype_is_cast_and_gets_its_gradient_in_its_own() -> Non
     assert_same(bias.grad, torch.full((48,), 3.0))
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["linear", "lora"])
+def test_gradient_of_a_bias_in_fp32_is_summed_in_fp32(lora: bool) -> None:
+    x, bias, grad = (
+        torch.randn(257, 256).bfloat16(),
+        torch.randn(48, requires_grad=True),
+        torch.randn(257, 48).bfloat16(),
+    )
+    if lora:
+        adapter = [torch.randn(8, 256)], [torch.randn(48, 8)], [1.0], [], None
+        y, _ = torch.ops.qlora_ext.lora_linear_4bit(x, *WEIGHT, 48, bias, *adapter)
+    else:
+        y = linear_4bit(x, *WEIGHT, 48, bias)
+    y.backward(grad)
+    torch.testing.assert_close(bias.grad, grad.float().sum(0), rtol=1e-6, atol=1e-5)
+
+
 def test_gradients_only_where_asked() -> None:
     x, bias = torch.randn(4, 256), torch.randn(48)
     assert not linear_4bit(x, *WEIGHT, 48, bias).requires_grad

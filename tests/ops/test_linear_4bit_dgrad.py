@@ -59,6 +59,17 @@ def test_what_overflows_with_absmax_alone_does_not(dtype: torch.dtype, m: int, c
     torch.testing.assert_close(linear_4bit_dgrad(grad, *q, 64), expected)
 
 
+@pytest.mark.parametrize(("k", "blocksize"), [(1536, 512), (12288, 4096)])
+def test_a_threads_part_may_begin_inside_a_block(k: int, blocksize: int, cpu_path: str) -> None:
+    q, grad = quantize(normal(1024, k), "nf4", blocksize, double_quant=False), normal(3, 1024)
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results.append(linear_4bit_dgrad(grad, *q, k))
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
 GRAD = normal(3, 48)
 BAD = {
     "grad-dtype": ((GRAD.double(), *WEIGHT, 256), TypeError, "grad: .*Double"),

@@ -142,6 +142,14 @@ def test_non_contiguous_arguments(cpu_path: str) -> None:
     torch.testing.assert_close(with_gradients(forward, leaves, transposed(grad)), expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1)], ids=str)
+def test_seeds_in_any_shape(shape: tuple[int, int], cpu_path: str) -> None:
+    a, b, scaling = adapters((8, 4), 48, 256)
+    seed = torch.arange(2)
+    expected = fused(WEIGHT, 48, scaling, [0.5, 0.5], seed)(X, None, a, b)
+    assert_same(fused(WEIGHT, 48, scaling, [0.5, 0.5], seed.view(shape))(X, None, a, b), expected)
+
+
 def test_no_bias(cpu_path: str) -> None:
     a, b, scaling = adapters((8,), 48, 256)
     x = torch.randn(3, 256)
@@ -178,6 +186,7 @@ BAD = {
     "x-columns": (partial(call, x=X[:, 1:]), ValueError, "packed: .*6120.*6144"),
     "out-features": (partial(call, out_features=47), ValueError, "packed: .*6016.*6144"),
     "bias-dtype": (partial(call, bias=normal(48).double()), TypeError, "bias: "),
+    "bias-dimensions": (partial(call, bias=normal(48, 1)), ValueError, "bias: "),
     "bias-size": (partial(call, bias=normal(47)), ValueError, "bias: .*48.*47"),
     "a-none": (partial(call, a=(), b=(), scaling=()), ValueError, "A: .*at least 1"),
     "a-dtype": (partial(call, a=(A.double(),)), TypeError, "A: .*float32"),

@@ -117,6 +117,7 @@ BAD = {
     "x-columns": ({"x": X[:, 1:]}, ValueError, "packed: "),
     "x-dtype": ({"x": X.bfloat16()}, TypeError, "x: .*Float.*BFloat16"),
     "xA-dtype": ({"xA": XA.bfloat16()}, TypeError, "xA: .*Float.*BFloat16"),
+    "xA-rows": ({"xA": XA[:5]}, ValueError, r"xA: .*\[6, 8\].*\[5, 8\]"),
     "xA-shape": ({"xA": XA[:, 1:]}, ValueError, r"xA: .*\[6, 8\].*\[6, 7\]"),
     "A-shape": ({"A": [A[0], A[1][:, 1:]]}, ValueError, "A: "),
     "scaling": ({"scaling": [1.0]}, ValueError, "scaling: "),

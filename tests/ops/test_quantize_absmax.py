@@ -55,6 +55,15 @@ def test_offset_is_summed_in_fp64_in_order(n: int, cpu_path: str) -> None:
     check(absmax)
 
 
+def test_nan_reaches_every_scale(cpu_path: str) -> None:
+    """By the offset, the mean of all."""
+    absmax = torch.rand(600)
+    absmax[3] = torch.nan
+    _, nested_absmax, offset = torch.ops.qlora_ext.quantize_absmax(absmax)
+    assert offset.isnan()
+    assert nested_absmax.isnan().all()
+
+
 def test_non_contiguous_absmax(cpu_path: str) -> None:
     absmax = torch.rand(300, 40)
     for view in (absmax.T, absmax[:, ::3], absmax[:1].expand(5, -1)):

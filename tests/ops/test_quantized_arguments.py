@@ -92,3 +92,11 @@ def test_non_contiguous_quantized_weight(op: str, cpu_path: str) -> None:
     spread = DOUBLE._replace(packed=DOUBLE.packed.T.contiguous().T, absmax=DOUBLE.absmax.T.contiguous().T)
     assert not spread.packed.is_contiguous()
     assert_same(CALLS[op](spread), CALLS[op](DOUBLE))
+
+
+def test_non_contiguous_nested_absmax(cpu_path: str) -> None:
+    q = quantize(normal(512, 256), "nf4", 64, double_quant=True)
+    spread = q._replace(nested_absmax=torch.stack([q.nested_absmax, torch.zeros_like(q.nested_absmax)], 1)[:, 0])
+    x = normal(2, 256)
+    linear_4bit = torch.ops.qlora_ext.linear_4bit
+    assert_same(linear_4bit(x, *spread, 512, None), linear_4bit(x, *q, 512, None))

@@ -109,6 +109,13 @@ def test_create_graph_changes_no_byte(op: str, cpu_path: str) -> None:
     assert_same([g.detach() for g in torch.autograd.grad(y, leaves, create_graph=True)], list(expected))
 
 
+def test_each_adapter_has_its_own_mask(cpu_path: str) -> None:
+    leaves = [leaf.requires_grad_() for leaf in leaves_of("lora_linear_4bit", torch.float32)]
+    loss = ours([0.5, 0.5])["lora_linear_4bit"](*leaves).sin().sum()
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves, create_graph=True), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(K,), (2, 3, K), (2, 0, K)])
 def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     _, *others = leaves_of("lora_linear_4bit", torch.float32)

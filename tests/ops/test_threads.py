@@ -104,6 +104,18 @@ def test_threads_flush_subnormal_numbers_if_the_caller_does(flushing: None) -> N
     assert_same(*results)
 
 
+def test_threads_flush_no_longer_than_the_caller() -> None:
+    tiny = torch.full((1 << 20,), 1e-40)
+    torch.set_num_threads(2)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    try:
+        ops.quantize_4bit(torch.randn(1 << 20), "nf4", 64)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (tiny * 1.0 != 0).all()
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_where_subnormal_numbers_are_flushed_zeros_are_zeros_and_fp16_has_its_own(
     quant_type: str, cpu_path: str, flushing: None

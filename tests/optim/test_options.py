@@ -164,6 +164,15 @@ def test_a_loaded_maximize_that_is_no_bool() -> None:
     take_steps(optimizer.param_groups[0]["params"], optimizer, range(1))
 
 
+def test_a_parameter_on_meta() -> None:
+    layer = torch.nn.Linear(2, 3, device="meta")
+    with pytest.raises(
+        ValueError, match=r"params: expected parameters with values \(of a model on meta, after to_empty"
+    ):
+        PagedAdamW(layer.parameters())
+    PagedAdamW(layer.to_empty(device="cpu").parameters())
+
+
 def test_a_gradient_elsewhere_than_its_parameter() -> None:
     """torch refuses most; one that stayed behind when `.data` moved would be read at an address of the other device."""
     store = _C.PagedStates("cpu", 1 << 20, None, None, "")

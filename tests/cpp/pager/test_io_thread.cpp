@@ -1,10 +1,14 @@
 // The thread that moves pages between a device and a file: its jobs.
 #include "pager/io_thread.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <filesystem>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -44,6 +48,47 @@ void a_failed_job_is_the_last() {
   CHECK_EQ(done, 1);
 }
 
+// What the call throws, or nothing.
+std::string error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+int status_of(const std::function<bool()>& in_fork) {
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(5);
+    _exit(in_fork() ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return status;
+}
+
+// A fork has no such thread: to wait for it, or to give it work, is refused. What has failed is the parent's to hear.
+void a_fork_is_refused() {
+  const auto refuses = [](const std::string& error) { return error.find("fork") != std::string::npos; };
+  IoThread io;
+  std::atomic<bool> go = false;
+  const std::uint64_t first = io.submit([&] {
+    while (!go) std::this_thread::yield();
+  });
+  CHECK_EQ(status_of([&] {
+             return refuses(error_of([&] { io.wait(first); })) && refuses(error_of([&] { io.submit([] {}); }));
+           }),
+           0);
+  go = true;
+  io.wait(first);
+  const std::uint64_t bad = io.submit([] { throw std::runtime_error("of the job"); });
+  CHECK_EQ(error_of([&] { io.wait(bad); }), "of the job");
+  CHECK_EQ(error_of([&] { io.check(); }), "of the job");
+  CHECK_EQ(status_of([&] { return error_of([&] { io.check(); }).empty(); }), 0);
+}
+
 void starts_with_the_first_job() {
   const auto threads = [] {
     return std::distance(std::filesystem::directory_iterator("/proc/self/task"), std::filesystem::directory_iterator());
@@ -75,6 +120,7 @@ int main() {
   starts_with_the_first_job();
   jobs_in_order();
   a_failed_job_is_the_last();
+  a_fork_is_refused();
   all_is_done_at_the_end();
   return failures();
 }
