@@ -65,6 +65,15 @@ def test_codes_without_their_scale_are_no_values(case: str, tmp_path: Path) -> N
         load(tmp_path)
 
 
+def test_every_kind_of_fp8_is_codes(tmp_path: Path) -> None:
+    publish(tmp_path, "fp8")
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes = load_file(tmp_path / "model.safetensors")[name].to(torch.float8_e5m2)
+    edit(tmp_path, **{name.replace(".", "__"): codes, f"{name}_scale_inv".replace(".", "__"): None})
+    with pytest.raises(ValueError, match="expected a scale for each tensor in FP8, got 0 for 1"):
+        load(tmp_path)
+
+
 def test_a_format_is_read_or_told(tmp_path: Path) -> None:
     expected = save(tmp_path, CONFIGS["qwen3_moe"])
     describe(tmp_path, {})

@@ -13,6 +13,7 @@ from tiny_model import one_thread as one_thread
 from tiny_model import tiny_config, tiny_tokenizer
 from tiny_training import SCHEDULE
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -243,3 +244,19 @@ def test_head_of_another_name_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"Renamed: expected the output head lm_head, got 'model\.embed_tokens'"):
         check_head(Renamed(tiny_config()))
+
+
+def test_head_whose_logits_the_model_computes_itself_is_refused() -> None:
+    class Reading(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, use_cache: bool = False, **_: Any) -> Any:
+            output = self.model(input_ids)
+            output.logits = F.linear(output.last_hidden_state, self.lm_head.weight)
+            return output
+
+    with pytest.raises(ValueError, match="--loss-chunk: Reading: expected the result of lm_head as logits"):
+        check_head(Reading(tiny_config()))
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_the_loss_of_a_model_in_bfloat16_is_in_fp32(chunk: int | None) -> None:
+    assert answer_loss(build("qlora", dtype=torch.bfloat16), batch(), chunk)[0].dtype == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import qlora_ext
 from qlora_ext.finetune import __main__ as cli
 from qlora_ext.finetune.data import Dataset
 from qlora_ext.finetune.encode import Example
@@ -68,6 +70,46 @@ def test_the_longest_example_may_be_held_out() -> None:
         check_fits(OPTForCausalLM(OPT), Dataset([short], [long], 0, 0, 0), 0)
 
 
+def of_tokens(*ids: int) -> Dataset:
+    return Dataset([Example(list(ids), list(ids), 1, "")], [], 0, 0, 0)
+
+
+def test_the_last_row_of_the_embedding_is_a_token_and_none_is_beyond_it() -> None:
+    model = LlamaForCausalLM(tiny_config())
+    check_fits(model, of_tokens(1, 257), 257)
+    for tokens, pad in (((1, 258), 0), ((1, 2), 258)):
+        with pytest.raises(ValueError, match="below the 258 rows of LlamaForCausalLM's embedding, got 258"):
+            check_fits(model, of_tokens(*tokens), pad)
+
+
+def test_a_model_is_tried_in_training() -> None:
+    """Mamba reads more layers then."""
+    model = LlamaForCausalLM(tiny_config())
+    qlora_ext.quantize_model(model)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            torch.ones(1, 64) @ model.model.layers[0].mlp.up_proj.weight.float()
+        return LlamaForCausalLM.forward(model, *args, **kwargs)
+
+    model.forward = forward
+    with pytest.raises(ValueError, match=r"perhaps one is read .*name it with --skip"):
+        check_runs(model.eval())
+
+
+@pytest.mark.parametrize("error", [AttributeError("of its own"), torch.OutOfMemoryError("no memory")], ids=str)
+def test_an_error_that_is_of_no_layer_in_4_bits_stays_what_it_is(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    model = LlamaForCausalLM(tiny_config())
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(type(error), match=str(error)):
+        check_runs(model)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_that_was_tried_is_in_the_mode_it_was_in(training: bool) -> None:
     model = OPTForCausalLM(OPT).train(training)
@@ -80,6 +122,19 @@ def test_position_limit_is_of_models_with_a_table() -> None:
     gptj = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 258, "n_positions": 48, "rotary_dim": 8}
     assert position_limit(GPTJForCausalLM(GPTJConfig(**gptj))) == 48
     assert position_limit(LlamaForCausalLM(tiny_config(max_position_embeddings=258))) is None
+
+
+def test_a_longer_table_is_none_of_positions() -> None:
+    model = LlamaForCausalLM(tiny_config(max_position_embeddings=64))
+    model.of_each_layer = torch.nn.Embedding(1000, 8)  # as Gemma 3n's, of words
+    assert position_limit(model) is None
+
+
+def test_position_limit_is_that_of_the_config_of_the_text() -> None:
+    model = OPTForCausalLM(OPT)
+    text = model.config
+    model.config = SimpleNamespace(get_text_config=lambda: text)
+    assert position_limit(model) == 28
 
 
 def test_sample_answer_ends_at_the_last_position() -> None:
@@ -124,3 +179,10 @@ def test_layers_that_peft_refuses_are_refused_before_training(
     assert expected in capsys.readouterr().err
     assert not arguments["output"].exists()
     assert target_modules("q_proj,out_proj", OPTForCausalLM(OPT)) == ["q_proj", "out_proj"], "in no other model"
+
+
+@pytest.mark.parametrize("text", ["(", "q{99999999999}"])
+def test_targets_that_are_no_expression_are_named(text: str) -> None:
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=258, state_size=8))
+    with pytest.raises(ValueError, match="--target-modules"):
+        target_modules(text, mamba)

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from sample_report import a_report
 from tiny_model import tiny_config
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -69,26 +69,6 @@ def test_model_without_linear_layers_has_no_bits() -> None:
     assert table(a_report(base_bits=None, method="full")).splitlines()[1].startswith("full    -  ")
 
 
-def a_report(**changes: Any) -> dict[str, Any]:
-    sample = {"prompt": "hi?", "reference": "yes ✓", "before": "no", "after": "yes"}
-    counts = {"trainable_parameters": 1234, "trainable_percent": 1.5, "base_bits": 4.126}
-    sizes = {"base_bytes": 3 * 2**20, "adapter_bytes": 2**19, "gradient_bytes": 2**19, "optimizer_bytes": 2**20}
-    states = StatesReport(
-        host_bytes=2**18, file_bytes=3 * 2**18, ring_bytes=2**16, moved_bytes=5 * 2**20, hit_rate=0.25
-    )
-    losses = {
-        "held_out_loss_before": 3.0,
-        "held_out_loss_after": 2.0,
-        "held_out_losses": [(1, 2.5)],
-        "losses": [3.5, 2.5],
-    }
-    return {
-        **{"method": "qlora", "step": 2, "tokens_per_second": 321.4, "peak_rss_bytes": 7 * 2**20, "samples": [sample]},
-        **{"optimizer": {"kind": "paged_adamw32", **asdict(states)}},
-        **{**counts, **sizes, **losses, **changes},
-    }
-
-
 def test_table_shows_every_figure() -> None:
     text = table(a_report())
     header, row = text.splitlines()[:2]
@@ -101,6 +81,13 @@ def test_table_shows_every_figure() -> None:
     lines = table(a_report(optimizer=nothing_moves)).splitlines()
     assert "optimizer: adamw, states: 1.0 MiB on the device" in lines
     assert "none held out" in table(a_report(held_out_loss_before=None, held_out_loss_after=None))
+
+
+def test_what_moved_is_told_of_states_that_are_somewhere() -> None:
+    moved = "5 MiB moved through 0.1 MiB, 25% of pages not moved, 0.0 s waited"
+    assert moved in table(a_report())
+    nothing = {"kind": "adamw", **dict.fromkeys(("device_bytes", "host_bytes", "file_bytes", "moved_bytes"), 0)}
+    assert "optimizer: adamw, states: none" in table(a_report(optimizer=nothing)).splitlines()
 
 
 def test_files_are_written_whole(tmp_path: Path) -> None:
