@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -189,7 +188,7 @@ def _stream(
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: {error}") from error
         missing.discard(name)
     model.tie_weights(missing_keys=missing)
-    _check_complete(model, checkpoint.path)
+    _check_complete(model, missing, checkpoint.path)
     if left_out:
         what = f"{len(left_out)} tensors of parts that {type(model).__name__} is without"
         warnings.warn(f"{checkpoint.path}: {what} are left out, as {left_out[0]!r}", UserWarning, stacklevel=3)
@@ -209,8 +208,10 @@ def _ignored(model: PreTrainedModel) -> re.Pattern[str]:
     return re.compile("|".join(f"({pattern})" for pattern in dict.fromkeys(patterns)) or r"(?!)")
 
 
-def _check_complete(model: nn.Module, path: Path) -> None:
-    for kind in (model.named_parameters(), model.named_buffers()):
-        for name, tensor in kind:
-            if tensor.is_meta:
-                raise ValueError(f"{path}: missing tensor {name!r}")
+def _check_complete(model: PreTrainedModel, missing: set[str], path: Path) -> None:
+    """What nothing has filled is without storage, but for the buffers: of those that files hold, `missing` tells."""
+    optional = re.compile("|".join(f"({each})" for each in model._keys_to_ignore_on_load_missing or ()) or r"(?!)")
+    unfilled = {name for name, _ in model.named_buffers() if name in missing and not optional.search(name)}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta or name in unfilled:
+            raise ValueError(f"{path}: missing tensor {name!r}")

@@ -68,7 +68,9 @@ def peak_rss() -> int:
 def table(report: dict[str, Any]) -> str:
     """The result as lines of text: one row of figures, then the sample answers before and after."""
     before, after = report["held_out_loss_before"], report["held_out_loss_after"]
-    change = f"{before:.3f} -> {after:.3f} ({after / before - 1:+.1%})" if before is not None else "none held out"
+    change = f"{before:.3f} -> {after:.3f}" if before is not None else "none held out"
+    if before:
+        change += f" ({after / before - 1:+.1%})"
     row = {
         "method": report["method"],
         "base bits": f"{report['base_bits']:.3f}" if report["base_bits"] else "-",

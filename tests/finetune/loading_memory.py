@@ -21,7 +21,7 @@ def watch():
 
 before = anonymous()
 peak, done = [before], threading.Event()
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 quantize = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
 model = load_model(open_checkpoint(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"), quantize=quantize)

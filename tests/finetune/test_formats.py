@@ -106,6 +106,16 @@ def test_parts_that_the_model_is_without_are_left_out(
     assert not [each for each in recwarn if "left out" in str(each.message)]
 
 
+def test_a_buffer_that_no_file_holds_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    saved = save(tmp_path, CONFIGS["deepseek_v3"])
+    edit(tmp_path, **{name.replace(".", "__"): None})
+    with pytest.raises(ValueError, match=f"{tmp_path}: missing tensor '{name}'"):
+        load(tmp_path)
+    monkeypatch.setattr(type(saved), "_keys_to_ignore_on_load_missing", ["e_score_correction_bias"])
+    assert not load(tmp_path).get_buffer(name).any(), "a class may do without it, as that of A.X-K1"
+
+
 def test_a_model_of_another_kind(tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -90,6 +90,11 @@ def test_what_moved_is_told_of_states_that_are_somewhere() -> None:
     assert "optimizer: adamw, states: none" in table(a_report(optimizer=nothing)).splitlines()
 
 
+def test_a_loss_that_was_0_before_training_has_no_change_in_percent() -> None:
+    row = table(a_report(held_out_loss_before=0.0, held_out_loss_after=0.0)).splitlines()[1]
+    assert re.split("  +", row.strip())[-1] == "0.000 -> 0.000"
+
+
 def test_files_are_written_whole(tmp_path: Path) -> None:
     report = a_report()
     write(report, tmp_path)
