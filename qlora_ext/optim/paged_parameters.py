@@ -90,6 +90,8 @@ class PagedParameters:
             )
         if device_budget is not None and torch.device("cpu") in devices:
             raise ValueError("PagedAdamW: device_budget: expected None for states on the CPU, which host_budget is for")
+        expected = "parameters with values (of a model on meta, after to_empty or loading)"
+        check(torch.device("meta") not in by_device, "params", expected, "one on meta")
         for device, new in by_device.items():
             store = self._stores.get(device) or _C.PagedStates(str(device), *self._paging)
             numels = [local_shard(p).numel() for p in new]
