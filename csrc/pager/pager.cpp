@@ -69,9 +69,8 @@ void Pager::remove(PageId id) {
   Page& page = at(id);
   finish(page.stored);
   for (Slot& slot : ring_) {
-    if (slot.page != id) continue;
-    finish(slot.ready);
-    slot.page = -1;
+    finish(slot.ready);  // perhaps another page's, moved in after this one, which nothing has visited
+    if (slot.page == id) slot.page = -1;
   }
   if (page.level >= 0) free(page.level, page.home);
   page = Page();

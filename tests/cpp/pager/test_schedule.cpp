@@ -61,8 +61,8 @@ class Run {
   std::map<PageId, std::int64_t> updates_;
 };
 
-std::vector<TierRoom> device_tiers(std::int64_t device, std::int64_t host) {
-  return {{Tier::Device, device, 3}, {Tier::Host, host, 0}, {Tier::File, kUnlimited, 0}};
+std::vector<TierRoom> device_tiers(std::int64_t device, std::int64_t host, std::int64_t ring = 3) {
+  return {{Tier::Device, device, ring}, {Tier::Host, host, 0}, {Tier::File, kUnlimited, 0}};
 }
 
 // What a slot of the ring holds is known also where the move into it failed.
@@ -129,11 +129,13 @@ void random_walks(unsigned seed, const std::vector<TierRoom>& tiers, Costs costs
   Run run(costs, tiers);
   run.add(1 + random() % 20);
   for (int i = 0; i < 60; ++i) {
-    if (random() % 5 == 0) run.add(random() % 5);
-    if (random() % 5 == 0 && !run.pages.empty()) run.remove(random() % run.pages.size());
+    if (random() % 3 == 0) run.add(random() % 8);
+    while (random() % 5 < 2 && !run.pages.empty()) run.remove(random() % run.pages.size());
     std::vector<PageId> order = run.pages;
     if (random() % 3 == 0) std::shuffle(order.begin(), order.end(), random);
     if (random() % 3 == 0) order.resize(order.size() - random() % (order.size() + 1));
+    if (random() % 3 == 0)
+      order.erase(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(random() % (order.size() + 1)));
     run.walk(order, random() % 4 != 0);
     CHECK(run.trace.most[tiers[0].tier] <= std::max(tiers[0].pages, tiers[0].ring));
     CHECK(run.trace.most[Tier::Host] <= tiers[1].pages);
@@ -206,9 +208,10 @@ int main() {
       for (const std::int64_t budget : {0, 3, 10, 20, 30, 39}) engines_overlap({1.0, in, out}, budget, 40);
     }
   }
-  for (unsigned seed = 0; seed < 50; ++seed) {
+  for (unsigned seed = 0; seed < 200; ++seed) {
     const auto room = static_cast<std::int64_t>(seed % 11);
     random_walks(seed, device_tiers(room, static_cast<std::int64_t>(seed % 4)), {1, 0.7, 2});
+    random_walks(seed, device_tiers(room, 1 + seed % 7, 1 + seed % 4), {1, 0.5 + seed % 3, 0.5 + seed / 3 % 3});
   }
   no_tier_holds_more_than_its_room();
   a_walk_that_fails_before_its_first_visit_may_be_repeated();
