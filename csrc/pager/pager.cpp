@@ -1,6 +1,7 @@
 #include "pager.h"
 
 #include <algorithm>
+#include <functional>
 #include <stdexcept>
 #include <utility>
 

@@ -56,16 +56,4 @@ inline std::vector<std::int64_t> counts(Pager& pager, const std::vector<PageId>&
   return counted;
 }
 
-// What it throws, or nothing.
-inline std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
-inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
-
 }  // namespace qlora::pager
