@@ -17,10 +17,12 @@ namespace {
 
 struct DgradAvx2 {
   static constexpr int kMostRows = 16;
+  static constexpr std::int64_t kMostSums = 256;
   static constexpr std::int64_t kStrip = 1024;
   static constexpr std::int64_t kChunk = 64;
   static constexpr std::int64_t kRowsOfW = 32;
   static constexpr int kVectors = 8;
+  using Element = float;
   using Vector = __m256;
   using Chunk = Vector[kVectors];  // sums, or weights of a row
 
@@ -36,15 +38,15 @@ struct DgradAvx2 {
     decode_absmax_in_turn(w, first, count, absmax);
   }
 
-  void add_rows(const ChunkOfW& w, const float* grad, std::int64_t N, std::int64_t M, Chunk* sums) const {
+  void add_rows(const ChunkOfW& w, const float* grad, std::int64_t stride, std::int64_t M, Chunk* sums) const {
     Chunk weights[kRowsOfW];
     if (w.count == kChunk) {
       decode<true>(w, weights);
     } else {
       decode<false>(w, weights);
     }
-    for (; M >= 2; M -= 2, grad += 2 * N, sums += 2) multiply<2>(weights, w.rows, grad, N, sums);
-    if (M == 1) multiply<1>(weights, w.rows, grad, N, sums);
+    for (; M >= 2; M -= 2, grad += 2 * stride, sums += 2) multiply<2>(weights, w.rows, grad, stride, sums);
+    if (M == 1) multiply<1>(weights, w.rows, grad, stride, sums);
   }
 
  private:
@@ -73,11 +75,11 @@ struct DgradAvx2 {
     return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));  // a run of 32
   }
 
-  // Rows of grad, N apart, times `rows` weights of each column, onto the sums, 8 of which are in registers. Loops that
-  // are not unrolled GCC 12 makes copies of memory, and keeps the sums there.
+  // Rows of grad, so far apart, times `rows` weights of each column, onto the sums, 8 of which are in registers. Loops
+  // that are not unrolled GCC 12 makes copies of memory, and keeps the sums there.
   template <int kRows>
-  [[gnu::noinline]] static void multiply(const Chunk* weights, std::int64_t rows, const float* grad, std::int64_t N,
-                                         Chunk* sums) {
+  [[gnu::noinline]] static void multiply(const Chunk* weights, std::int64_t rows, const float* grad,
+                                         std::int64_t stride, Chunk* sums) {
     constexpr int kAtOnce = kVectors / kRows;
     for (int first = 0; first < kVectors; first += kAtOnce) {
       Vector sum[kRows][kAtOnce];
@@ -92,7 +94,7 @@ struct DgradAvx2 {
 #pragma GCC unroll 2
       for (std::int64_t row = 0; row < rows; ++row) {
         Vector g[kRows];
-        for (int m = 0; m < kRows; ++m) g[m] = _mm256_broadcast_ss(grad + m * N + row);
+        for (int m = 0; m < kRows; ++m) g[m] = _mm256_broadcast_ss(grad + m * stride + row);
         each([&](int m, int i) { sum[m][i] = _mm256_fmadd_ps(weights[row][first + i], g[m], sum[m][i]); });
       }
       each([&](int m, int i) { sums[m][first + i] += sum[m][i]; });

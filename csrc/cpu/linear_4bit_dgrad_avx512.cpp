@@ -19,10 +19,12 @@ namespace {
 
 struct DgradAvx512 {
   static constexpr int kMostRows = 4;
+  static constexpr std::int64_t kMostSums = 64;
   static constexpr std::int64_t kStrip = 2048;
   static constexpr std::int64_t kChunk = 128;
   static constexpr std::int64_t kRowsOfW = 64;
   static constexpr int kVectors = 8;  // the i-th has the i-th codes of the chunk's dwords
+  using Element = float;
   using Vector = __m512;
   using Chunk = Vector[kVectors];
 
@@ -38,22 +40,22 @@ struct DgradAvx512 {
     SumsAvx512::decode_absmax(w, first, count, absmax);
   }
 
-  void add_rows(const ChunkOfW& w, const float* grad, std::int64_t N, std::int64_t M, Chunk* sums) const {
+  void add_rows(const ChunkOfW& w, const float* grad, std::int64_t stride, std::int64_t M, Chunk* sums) const {
     switch (M) {
       case 1:
-        return multiply<1>(w, grad, N, sums);
+        return multiply<1>(w, grad, stride, sums);
       case 2:
-        return multiply<2>(w, grad, N, sums);
+        return multiply<2>(w, grad, stride, sums);
       case 3:
-        return multiply<3>(w, grad, N, sums);
+        return multiply<3>(w, grad, stride, sums);
       default:
-        return multiply<kMostRows>(w, grad, N, sums);
+        return multiply<kMostRows>(w, grad, stride, sums);
     }
   }
 
  private:
   template <int kRows>
-  [[gnu::noinline]] void multiply(const ChunkOfW& w, const float* grad, std::int64_t N, Chunk* sums) const {
+  [[gnu::noinline]] void multiply(const ChunkOfW& w, const float* grad, std::int64_t stride, Chunk* sums) const {
     const __m512 codebook = table;
     const LanesAvx512<> of_lane = lanes;
     // All sums of 4 rows would fill the registers.
@@ -85,7 +87,7 @@ struct DgradAvx512 {
           const __m512 weights = looked_up * scale;
 #pragma GCC unroll 4
           for (int m = 0; m < kRows; ++m) {
-            sum[m][i] = _mm512_fmadd_ps(weights, _mm512_set1_ps(grad[m * N + row]), sum[m][i]);
+            sum[m][i] = _mm512_fmadd_ps(weights, _mm512_set1_ps(grad[m * stride + row]), sum[m][i]);
           }
         }
       }

@@ -3,13 +3,15 @@
 //
 // Isa is made for a weight, and has
 //   kMostRows      rows of grad that are multiplied at once
-//   kStrip         columns that meet all of these before the next; their sums are on the stack
+//   kStrip         columns, at most, that meet all of these before the next
+//   kMostSums      chunks of their sums that there is room for, on the stack
 //   kRowsOfW       rows of W whose products are added up before the sums go to memory
 //   kChunk         columns whose weights are decoded at a time
 //   Chunk          kVectors vectors of fp32 numbers, one a column
 //   column         the one whose number is at place i
 //   decode_absmax  as for linear_4bit
-//   add_rows       a chunk of some rows of W times rows of grad, N apart, onto the sums
+//   Element        of grad as it is multiplied
+//   add_rows       a chunk of some rows of W times rows of grad, so far apart, onto the sums
 namespace qlora::cpu {
 namespace {
 
@@ -53,8 +55,8 @@ void multiply_strip(const Isa& isa, const FewRowsDgrad& p, std::int64_t begin, s
   const std::int64_t blocks = ceil_div(before + width, p.w.blocksize);
   // Of the first segment, onto which those of a later one are added: in one chain from end to end, a long N's would be
   // rounded to the size that they have come to.
-  constexpr std::int64_t kMostSums = Isa::kStrip / Isa::kChunk * Isa::kMostRows, kSegment = 32 * Isa::kRowsOfW;
-  typename Isa::Chunk sums[kMostSums], later[kMostSums];
+  constexpr std::int64_t kSegment = 32 * Isa::kRowsOfW;
+  typename Isa::Chunk sums[Isa::kMostSums], later[Isa::kMostSums];
   const std::int64_t num_sums = ceil_div(width, Isa::kChunk) * p.M;
   const auto each_chunk = [&](typename Isa::Chunk* of_chunk, auto&& body) {
     for (std::int64_t k = 0; k < width; k += Isa::kChunk, of_chunk += p.M) {
@@ -76,7 +78,7 @@ void multiply_strip(const Isa& isa, const FewRowsDgrad& p, std::int64_t begin, s
                          .count = count,
                          .absmax = absmax + (before + k) / p.w.blocksize,
                          .absmax_stride = blocks};
-        isa.add_rows(w, p.grad + n, p.N, p.M, of_chunk);
+        isa.add_rows(w, static_cast<const typename Isa::Element*>(p.grad) + n, p.grad_stride, p.M, of_chunk);
       });
     }
     for (std::int64_t i = 0; i < num_sums && to == later; ++i) {
@@ -93,12 +95,13 @@ void few_rows_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int64_
   const Isa isa(product.w);
   each_group(product.M, Isa::kMostRows, [&](std::int64_t m, std::int64_t rows) {
     FewRowsDgrad group = product;
-    group.grad = product.grad + m * product.N;
+    group.grad = static_cast<const typename Isa::Element*>(product.grad) + m * product.grad_stride;
     group.addend = product.addend == nullptr ? nullptr : product.addend + m * product.K;
     group.grad_x = static_cast<char*>(product.grad_x) + m * product.K * itemsize(product.dtype);
     group.M = rows;
-    for (std::int64_t strip = begin; strip < end; strip += Isa::kStrip) {
-      multiply_strip(isa, group, strip, smaller(end - strip, Isa::kStrip));
+    const std::int64_t width = smaller(Isa::kStrip, Isa::kMostSums / rows * Isa::kChunk);
+    for (std::int64_t strip = begin; strip < end; strip += width) {
+      multiply_strip(isa, group, strip, smaller(end - strip, width));
     }
   });
 }

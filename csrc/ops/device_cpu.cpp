@@ -124,7 +124,7 @@ class Cpu final : public Device {
     const DType dtype = dtype_of(grad.scalar_type()), compute = compute_in(dtype);
     if (grad_x.size(1) % w.blocksize != 0) return false;
     const bool masked = std::any_of(added.begin(), added.end(), [](const LowRank& one) { return one.mask.defined(); });
-    if (M <= cpu::most_few_rows_of_grad(dtype) && !masked) {
+    if (M <= cpu::most_few_rows_of_grad(dtype, grad_x.size(1)) && !masked) {
       linear_4bit_dgrad_few_rows(grad, w, added, grad_x);
       return true;
     }

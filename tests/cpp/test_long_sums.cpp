@@ -57,11 +57,12 @@ void check_linear_4bit(std::int64_t M) {
 }
 
 void check_linear_4bit_dgrad(std::int64_t M) {
-  if (M > cpu::most_few_rows_of_grad(kDtype)) return;
+  if (M > cpu::most_few_rows_of_grad(kDtype, kWidth)) return;
   const Weight w(kLength, kWidth, 32, QuantType::NF4, true);
   const Values grad(kDtype, M * kLength);
   Values grad_x(kDtype, M * kWidth);
-  cpu::linear_4bit_dgrad({floats(grad), w.view, nullptr, grad_x.bytes.data(), M, kLength, kWidth, kDtype}, 0, kWidth);
+  cpu::linear_4bit_dgrad({floats(grad), kLength, w.view, nullptr, grad_x.bytes.data(), M, kLength, kWidth, kDtype}, 0,
+                         kWidth);
   check_sums(
       grad_x, M, [&](std::int64_t m, std::int64_t i) { return grad.exact[static_cast<std::size_t>(m * kLength + i)]; },
       [&](std::int64_t i, std::int64_t j) { return w.decoded[static_cast<std::size_t>(i * kWidth + j)]; });

@@ -25,6 +25,17 @@ def test_long_rows_are_as_exact_as_torch(m: int, cpu_path: str) -> None:
     assert_as_exact_as_torch(linear_4bit_dgrad(grad, *packed, 128), grad @ weight, exact)
 
 
+@pytest.mark.parametrize("blocksize", [32, 64, 128])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 8, 9, 17, 32, 33])
+def test_few_rows_in_bf16(m: int, blocksize: int, cpu_path: str) -> None:
+    """Weights come in pairs along an odd number of rows, and 1408 columns in chunks and strips."""
+    packed = quantize(normal(71, 1408), "nf4", blocksize, double_quant=True)
+    grad = torch.randn(m, 71).bfloat16()
+    exact = grad.double() @ dequantize_4bit(packed, (71, 1408), torch.float32).double()
+    torch_result = grad @ dequantize_4bit(packed, (71, 1408), torch.bfloat16)
+    assert_as_exact_as_torch(linear_4bit_dgrad(grad, *packed, 1408), torch_result, exact)
+
+
 def test_slices_are_as_exact_as_torch(cpu_path: str) -> None:
     """The last one, too: of 4 columns it would be multiplied by other means."""
     packed = quantize(normal(2048, 4100), "nf4", 64, double_quant=True)

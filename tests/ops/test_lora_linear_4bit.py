@@ -40,10 +40,10 @@ def test_values_and_gradients_as_exact_as_torch(
             with_gradients(plain(weight, scaling, *drop), [leaf.double() for leaf in leaves], grad),
         ]
 
-    draws = [draw() for _ in range(16 if m == 1 else 1)]
-    # One row's xA with r=1 is one number, on which grad B rests: of one alone torch's error may be none by luck.
-    one_number = m == 1 and RANKS[ranks] == (1,)
-    for chosen in [draws] if one_number else [draws[:1], draws]:
+    # Few rows' xA with r=1 is few numbers, on which grad B rests: of these alone torch's error may be none by luck.
+    few_numbers = m <= 5 and RANKS[ranks] == (1,)
+    draws = [draw() for _ in range(16 if m == 1 or few_numbers else 1)]
+    for chosen in [draws] if few_numbers else [draws[:1], draws]:
         for results in zip(*(zip(*each, strict=True) for each in chosen), strict=True):
             assert_as_exact_as_torch(*map(torch.stack, zip(*results, strict=True)))
 
