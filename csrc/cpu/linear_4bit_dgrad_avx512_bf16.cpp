@@ -1,7 +1,8 @@
 // linear_4bit_dgrad for few rows, AVX512_BF16 and VBMI: 128 columns of W, 64 bytes of a row, at a time, in pairs of
 // bf16 along the reduction: two rows' weights of a column side by side. The 16 that a block may have of a row are made
-// once, rounded as dequantize_4bit does (but for subnormals, which are 0 here), and looked up by codes, one of 64: two
-// rows' of two blocks. Up to three rows of grad meet weights in registers, more meet those of some rows of W in the L1.
+// once, rounded as dequantize_4bit does (but for subnormals: of weights, grad and sums they are 0 here), and looked up
+// by codes, one of 64: two rows' of two blocks. Up to three rows of grad meet weights in registers, more meet those of
+// some rows of W in the L1.
 #include "linear_4bit_dgrad.h"
 
 #if defined(__x86_64__)

@@ -99,8 +99,8 @@ void linear_4bit_few_rows(const Tensor& x_arg, const Packed4bit& w, const Tensor
 void linear_4bit_dgrad_few_rows(const Tensor& grad, const Packed4bit& w, LowRankList added, const Tensor& grad_x) {
   const int64_t M = grad.size(0), N = grad.size(1), K = grad_x.size(1);
   const bool in_fp32 = cpu::dtype_of_grad(dtype_of(grad.scalar_type())) == DType::Float32;
-  const Tensor padded = in_fp32 || N % 2 == 0 ? grad : at::constant_pad_nd(grad, {0, 1});
-  const Tensor multiplied = padded.to(in_fp32 ? at::kFloat : grad.scalar_type()).contiguous();
+  const Tensor converted = in_fp32 ? grad.to(at::kFloat) : N % 2 == 0 ? grad : at::constant_pad_nd(grad, {0, 1});
+  const Tensor multiplied = converted.contiguous();
   const Addend addend({}, added, M, K, grad.options());
   const cpu::FewRowsDgrad product{.grad = multiplied.const_data_ptr(),
                                   .grad_stride = multiplied.size(1),

@@ -340,7 +340,8 @@ int main() {
             std::tuple{2, 9, 4160, 64}, std::tuple{3, 65, 2304, 256}, std::tuple{3, 1, 64, 64},
             std::tuple{4, 70, 2208, 32}, std::tuple{5, 6, 8192, 4096}, std::tuple{6, 129, 1152, 128},
             std::tuple{8, 67, 2208, 32}, std::tuple{9, 33, 2208, 32}, std::tuple{16, 95, 160, 32},
-            std::tuple{11, 131, 2176, 32}, std::tuple{17, 66, 1280, 64}, std::tuple{32, 35, 1152, 128}}) {
+            std::tuple{11, 131, 2176, 32}, std::tuple{17, 66, 1280, 64}, std::tuple{32, 35, 1152, 128},
+            std::tuple{17, 2113, 2176, 128}}) {
         check_few_rows_of_grad(M, N, K, blocksize, dtype, quant_type, M % 2 == 1);
       }
       if (dtype != DType::Float16) {  // rows of one segment, and of two

@@ -37,8 +37,8 @@ VOCABULARY = 258
 CHUNKS = (1, 3, 7, 100)
 
 
-def build(method: str, *, tied: bool = True, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
+def build(method: str, *, tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(tiny_config(tie_word_embeddings=tied)).to(dtype)
     if method == "qlora":
         qlora_ext.quantize_model(model)
@@ -86,12 +86,20 @@ def test_equals_the_whole_loss(method: str, tied: bool, chunk: int) -> None:
 
 
 def test_error_in_bfloat16_is_that_of_the_whole_loss() -> None:
-    """At most twice: both round the logits and their gradient, one of them divides by the number of tokens before."""
-    model = build("qlora", dtype=torch.bfloat16)
-    whole, chunked = (gradients(model, answer_loss(model, batch(), chunk)[0] / 11) for chunk in (None, 3))
-    exact = gradients(model.float(), answer_loss(model, batch())[0] / 11)
-    for name, expected in exact.items():
-        assert (chunked[name] - expected).norm() <= 2 * (whole[name] - expected).norm(), name
+    """At most twice: both round the logits and their gradient, one of them divides by the number of tokens before.
+
+    Of several models together: of one, some parameter's error in the whole loss may be small by luck.
+    """
+    errors: dict[str, Tensor] = {}
+    for seed in range(4):
+        model = build("qlora", dtype=torch.bfloat16, seed=seed)
+        whole, chunked = (gradients(model, answer_loss(model, batch(), chunk)[0] / 11) for chunk in (None, 3))
+        exact = gradients(model.float(), answer_loss(model, batch())[0] / 11)
+        for name, expected in exact.items():
+            squares = torch.stack([(one[name] - expected).square().sum() for one in (chunked, whole)])
+            errors[name] = errors.get(name, torch.zeros(2)) + squares
+    for name, (of_chunked, of_whole) in errors.items():
+        assert of_chunked.sqrt() <= 2 * of_whole.sqrt(), name
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
