@@ -36,7 +36,7 @@ def benches(cpu_paths: list[str]) -> list[list[str]]:
     return [
         *([linear, "--dtype", "fp32", "--cpu-path", path, *few] for path in fp32),
         [linear],
-        ["bench/bench_linear_4bit_dgrad.py", *MANY_ROWS],
+        ["bench/bench_linear_4bit_dgrad.py", "--rows", "4", *MANY_ROWS[1:]],
         ["bench/bench_lora_linear_4bit.py", "--mode", "cold", "--rows", "1", *MANY_ROWS[1:]],
         ["bench/bench_quantize_4bit.py", "--dtype", "bf16", "fp32"],
         ["bench/bench_dequantize_4bit.py", "--dtype", "bf16", "fp32"],
