@@ -88,16 +88,21 @@ def test_equals_the_whole_loss(method: str, tied: bool, chunk: int) -> None:
 def test_error_in_bfloat16_is_that_of_the_whole_loss() -> None:
     """At most twice: both round the logits and their gradient, one of them divides by the number of tokens before.
 
-    Of several models together: of one, some parameter's error in the whole loss may be small by luck.
+    Of several models together: of one, some parameter's error in the whole loss may be small by luck. That of all
+    parameters of one is at most 1.5 times as large.
     """
     errors: dict[str, Tensor] = {}
     for seed in range(4):
         model = build("qlora", dtype=torch.bfloat16, seed=seed)
         whole, chunked = (gradients(model, answer_loss(model, batch(), chunk)[0] / 11) for chunk in (None, 3))
         exact = gradients(model.float(), answer_loss(model, batch())[0] / 11)
-        for name, expected in exact.items():
-            squares = torch.stack([(one[name] - expected).square().sum() for one in (chunked, whole)])
-            errors[name] = errors.get(name, torch.zeros(2)) + squares
+        squares = {
+            name: torch.stack([(one[name] - expected).square().sum() for one in (chunked, whole)])
+            for name, expected in exact.items()
+        }
+        of_chunked, of_whole = sum(squares.values()).sqrt()
+        assert of_chunked <= 1.5 * of_whole
+        errors = {name: errors.get(name, 0) + square for name, square in squares.items()}
     for name, (of_chunked, of_whole) in errors.items():
         assert of_chunked.sqrt() <= 2 * of_whole.sqrt(), name
 
