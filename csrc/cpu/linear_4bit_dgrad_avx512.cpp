@@ -17,7 +17,7 @@
 namespace qlora::cpu {
 namespace {
 
-struct DgradAvx512 {
+struct DgradAvx512 : SumsAvx512 {
   static constexpr int kMostRows = 4;
   static constexpr std::int64_t kMostSums = 64;
   static constexpr std::int64_t kStrip = 2048;
@@ -25,7 +25,6 @@ struct DgradAvx512 {
   static constexpr std::int64_t kRowsOfW = 64;
   static constexpr int kVectors = 8;  // the i-th has the i-th codes of the chunk's dwords
   using Element = float;
-  using Vector = __m512;
   using Chunk = Vector[kVectors];
 
   __m512 table;
@@ -35,10 +34,6 @@ struct DgradAvx512 {
       : table(_mm512_loadu_ps(codebook(w.quant_type).value)), lanes(w.blocksize) {}
 
   static constexpr int column(int i) { return i % 16 * kVectors + (i / 16 ^ 1); }  // the low nibble is the odd element
-
-  static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
-    SumsAvx512::decode_absmax(w, first, count, absmax);
-  }
 
   void add_rows(const ChunkOfW& w, const float* grad, std::int64_t stride, std::int64_t M, Chunk* sums) const {
     switch (M) {

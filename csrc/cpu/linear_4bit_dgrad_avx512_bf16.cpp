@@ -19,7 +19,7 @@
 namespace qlora::cpu {
 namespace {
 
-struct DgradAvx512Bf16 {
+struct DgradAvx512Bf16 : SumsAvx512 {
   static constexpr int kMostRows = 32;
   static constexpr std::int64_t kMostSums = 256;
   static constexpr std::int64_t kStrip = 2048;
@@ -27,7 +27,6 @@ struct DgradAvx512Bf16 {
   static constexpr std::int64_t kRowsOfW = 64;
   static constexpr int kVectors = 8;  // the i-th has the i-th codes of the chunk's dwords
   using Element = BFloat16;
-  using Vector = __m512;
   using Chunk = Vector[kVectors];
 
   const Packed4bit& of;
@@ -35,10 +34,6 @@ struct DgradAvx512Bf16 {
   explicit DgradAvx512Bf16(const Packed4bit& w) : of(w) {}
 
   static constexpr int column(int i) { return i % 16 * kVectors + (i / 16 ^ 1); }  // the low nibble is the odd element
-
-  static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
-    SumsAvx512::decode_absmax(w, first, count, absmax);
-  }
 
   void add_rows(const ChunkOfW& w, const BFloat16* grad, std::int64_t stride, std::int64_t M, Chunk* sums) const {
     if (of.blocksize == kRun) {
