@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -63,7 +64,8 @@ class Outcome:
 
 def total_steps(examples: int, epochs: float, batch_size: int, accumulate: int) -> int:
     """Optimizer steps in `epochs` passes over `examples`; the last batch of a pass may be short."""
-    return math.ceil(epochs * math.ceil(math.ceil(examples / batch_size) / accumulate))
+    passes = Fraction(str(epochs))  # as it was given: in floats 1.1 * 10 is above 11
+    return math.ceil(passes * math.ceil(math.ceil(examples / batch_size) / accumulate))
 
 
 def saved_state(checkpoint: Path) -> TrainerState:
@@ -114,24 +116,24 @@ def train(
 
     states = None
     done = saved_state(checkpoint) if checkpoint else None
-    if done is not None and done.global_step >= schedule.steps:
-        trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step too many
-        trainer.state = done
-    else:
-        if checkpoint is not None:
-            check_resumable(checkpoint, schedule.optimizer)
-        try:
-            with interrupt:
+    with interrupt:
+        if done is not None and done.global_step >= schedule.steps:
+            trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step too many
+            trainer.state = done
+        else:
+            if checkpoint is not None:
+                check_resumable(checkpoint, schedule.optimizer)
+            try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            states = where_states_are(trainer.optimizer)
-        except UnpicklingError as error:
-            expected = "training state of plain values and tensors"
-            raise ValueError(f"{checkpoint}: expected {expected}, got something else, not loaded") from error
-        finally:
-            watch.close()
-            if optimizer := paged(trainer.optimizer):
-                optimizer.release()  # now, not with the last reference: the page file must not outlive the run
-    trainer.save_model()
+                states = where_states_are(trainer.optimizer)
+            except UnpicklingError as error:
+                expected = "training state of plain values and tensors"
+                raise ValueError(f"{checkpoint}: expected {expected}, got something else, not loaded") from error
+            finally:
+                watch.close()
+                if optimizer := paged(trainer.optimizer):
+                    optimizer.release()  # now, not with the last reference: the page file must not outlive the run
+        trainer.save_model()
 
     history = trainer.state.log_history
     return Outcome(

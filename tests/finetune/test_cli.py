@@ -59,6 +59,8 @@ def test_what_a_method_does_not_read(
     assert cli.main(words({**arguments, "method": method, "steps": 1, "r": 4, "skip": "o_proj"})) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "does not read" in line]
     assert said == [f"--method {method} does not read {unread}"] * bool(unread)
+    read = {} if method == "full" else {"r": 4}
+    assert cli.main(words({**arguments, "method": method, "steps": 1, **read, "resume": True})) == (2, 0)[bool(unread)]
 
 
 def test_every_option_arrives(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from tiny_model import one_thread as one_thread
-from tiny_training import interrupt_at, run
+from tiny_training import assert_same_tensors, interrupt_at, run, trained
 from tiny_training import python_handles_interrupts as python_handles_interrupts
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qlora_ext.finetune import trainer
 from qlora_ext.finetune.data import PadToLongest
@@ -34,6 +35,28 @@ def test_other_signals_save_as_ctrl_c_does(
     assert outcome.interrupted
     assert newest_checkpoint(tmp_path) == tmp_path / f"checkpoint-{outcome.step}"
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_let_the_product_be_saved(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = trainer.save_adapter
+
+    def interrupted(model: PreTrainedModel, folder: Path) -> None:
+        if folder == tmp_path:
+            signal.raise_signal(number)
+        save(model, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_adapter", interrupted)
+        model, outcome = run(tmp_path)
+    assert (outcome.interrupted, outcome.step) == (True, 8)
+    saved = (tmp_path / "adapter_model.safetensors").read_bytes()
+    again, outcome = run(tmp_path, resume=True)
+    assert (outcome.interrupted, outcome.step) == (False, 8)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == saved
+    assert_same_tensors(trained(again), trained(model))
 
 
 def test_a_run_of_nohup_stays_when_the_terminal_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,6 +214,7 @@ def test_checkpoint_state_is_never_unpickled(kind: str, tmp_path: Path) -> None:
 def test_total_steps_counts_as_the_trainer_does(tmp_path: Path) -> None:
     assert total_steps(21, 1, 2, 2) == 6
     assert total_steps(21, 2.5, 2, 2) == 15
+    assert total_steps(10, 1.1, 1, 1) == 11
     assert total_steps(1, 1, 8, 4) == 1
     _, outcome = run(tmp_path, steps=total_steps(len(DATA.train), 2, 2, 2))
     assert outcome.step == 12
