@@ -129,8 +129,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
 
 
 def resume_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) -> None:
-    """As `load_adapter`, to resume a training: what trains and what is active stays as it is, and the modules that
-    train get the file's values, even if there are other adapters."""
+    """As `load_adapter`, to resume a training: what trains, what is active and what dropout drops stays as it is, and
+    the modules that train get the file's values, even if there are other adapters."""
     _read(model, folder, name, resumes=True)
 
 
@@ -180,7 +180,12 @@ def _read(model: nn.Module, folder: str | os.PathLike[str], name: str, *, resume
         if layer_name in weights:
             for part, table in layer.tables.items():
                 fill(table[name], from_file(layer, part, weights[layer_name][part]))
-            layer.set_config(name, config, layer_name)
+            dropout, own = layer.lora_dropout[name], layer.configs[name]
+            if not resumes:
+                layer.set_config(name, config, layer_name)
+            else:  # with dropout as it is now: trainers, as TRL's, may have switched it off
+                layer.set_config(name, replace(config, lora_dropout=own.lora_dropout), layer_name)
+                layer.lora_dropout[name] = dropout
     for own, saved in copied.values():
         fill(own, saved)
     return [own for own, _ in modules.values()]

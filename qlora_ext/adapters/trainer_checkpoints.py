@@ -17,8 +17,8 @@ class AdapterCheckpoints:
     """For Trainer and its subclasses, TRL's among them, whose model has one active adapter.
 
     `class AdapterTrainer(AdapterCheckpoints, Trainer)` saves what `save_adapter` writes, with the tokenizer if it has
-    one and the training arguments, and resumes from it: values, r, alpha and dropout come from the checkpoint; what
-    trains and what is frozen stays as it is. A Trainer that does not know the adapter saves base and adapter as one
+    one and the training arguments, and resumes from it: values, r and alpha come from the checkpoint; dropout, what
+    trains and what is frozen stay as they are. A Trainer that does not know the adapter saves base and adapter as one
     state_dict, which `from_pretrained` does not read.
 
     `train` raises ValueError, before the first step, if the model has no adapter or several active ones, or if

@@ -160,6 +160,23 @@ def test_what_is_frozen_stays_frozen(tmp_path: Path, save_only_model: bool, free
     assert (state_bytes(resumed) == state_bytes(model)) != save_only_model  # a resume without its optimizer differs
 
 
+def test_dropout_stays_as_a_trainer_has_set_it(tmp_path: Path) -> None:
+    """TRL's switch it off, when they are made."""
+
+    def build() -> Any:
+        model = with_adapter(quantized())
+        for _, layer in lora_layers(model):
+            layer.lora_dropout["default"].p = 0.0
+        return model
+
+    whole, resumed = build(), build()
+    trainer(tmp_path / "whole", whole).train()
+    trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{SAVED}"))
+    assert state_bytes(resumed) == state_bytes(whole)
+    assert {layer.lora_dropout["default"].p for _, layer in lora_layers(resumed)} == {0.0}
+    assert {layer.configs["default"].lora_dropout for _, layer in lora_layers(resumed)} == {0.1}
+
+
 @pytest.mark.parametrize("way", ["resumed", "the best"])
 def test_a_head_beside_the_second_adapter_is_loaded(tmp_path: Path, way: str) -> None:
     def build() -> Any:
