@@ -152,7 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--data {options.data}: no such file")
     _check_output(command, options)
     _check_paging(command, options)
-    _leave_unread(command, options)
+    if unread := _reset_unread(command, options):
+        print(f"--method {options.method} does not read {', '.join(unread)}", file=sys.stderr)
     _check_targets(command, options)
 
     try:
@@ -172,14 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _leave_unread(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Say which options were given that the method does without; to --resume they are as if they were not."""
+def _reset_unread(command: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """Options that were given, and that the method does without: to --resume they are as if they were not."""
     others = [name for methods, names in READ_BY.items() if options.method not in methods for name in names]
-    if given := [name for name in others if getattr(options, name) != command.get_default(name)]:
-        unread = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        print(f"--method {options.method} does not read {unread}", file=sys.stderr)
+    given = [name for name in others if getattr(options, name) != command.get_default(name)]
     for name in given:
         setattr(options, name, command.get_default(name))
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def _check_output(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -194,6 +194,9 @@ def test_compiles_and_generates(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_computes_in_bfloat16(name: str) -> None:
     exact = adapted(name)
+    for module in exact.modules():
+        if hasattr(module, "top_k"):  # all experts: of two that are nearly as likely, rounding would take the other
+            module.top_k = 4
     model = copy.deepcopy(exact).bfloat16()
     assert {layer.lora_A["default"].dtype for layer in lora_experts(model).values()} == {torch.float32}
     for each in (exact, model):
@@ -201,7 +204,7 @@ def test_computes_in_bfloat16(name: str) -> None:
     for (_, near), (_, layer) in zip(lora_experts(model).items(), lora_experts(exact).items(), strict=True):
         for part in ("lora_A", "lora_B"):
             got, expected = (getattr(each, part)["default"].grad for each in (near, layer))
-            assert (got - expected).norm() < 0.1 * expected.norm()
+            assert (got - expected).norm() < 0.05 * expected.norm()
     for layer in lora_experts(model).values():
         assert layer.dequantize().dtype == torch.bfloat16
         assert layer.dequantize(torch.float16).dtype == torch.float16

@@ -166,6 +166,7 @@ def test_struct_of_pointers_by_value(rng: np.random.Generator) -> None:
             blocks += 1
     norm, (lr, b1, b2, eps, wd, bc1, bc2) = np.array([2.3], np.float32), (1e-3, 0.9, 0.999, 1e-8, 0.01, 0.1, 0.001)
     launch(ptx, "adamw", blocks, 64, [table[()], lr, b1, b2, eps, wd, bc1, bc2, chunk, constant(norm)], dev=gpu)
+    lr, b1, b2, eps, wd, bc1, bc2 = (float(np.float32(x)) for x in (lr, b1, b2, eps, wd, bc1, bc2))  # as it gets them
     for host, device in tensors:
         p, g, m, v = (array.astype(np.float64) for array in host)
         g = g / np.sqrt(np.float64(norm[0]) + 1)
