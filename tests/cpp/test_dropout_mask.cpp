@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "cpu/path.h"
+#include "random.h"
 
 using namespace qlora;
 
@@ -42,6 +43,21 @@ void check_bytes() {
       CHECK(kept + std::count(expected.begin(), expected.end(), 0) == n);
       if (keep == 0.0) CHECK(kept == 0);
       if (keep == 1.0 - 0x1p-32) CHECK(kept == n);
+    }
+  }
+}
+
+// A number that is the bound itself is not kept, and the one below it is.
+void check_bound() {
+  for (const std::int64_t i : {0, 77, 255, 256, 300}) {
+    const std::uint32_t number = random32(random_block_key(3, i / kBlock), static_cast<std::uint32_t>(i % kBlock));
+    for (const auto& path : cpu::path_names()) {
+      cpu::set_path(path);
+      for (const bool kept : {false, true}) {
+        std::uint8_t mask[600];
+        cpu::dropout_mask(3, number + kept, 600, 0, 3, reinterpret_cast<bool*>(mask));
+        CHECK_EQ(mask[i] == 1, kept);
+      }
     }
   }
 }
@@ -84,6 +100,7 @@ void check_randomness() {
 
 int main() {
   check_bytes();
+  check_bound();
   check_randomness();
   return failures();
 }
