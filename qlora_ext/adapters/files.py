@@ -180,12 +180,12 @@ def _read(model: nn.Module, folder: str | os.PathLike[str], name: str, *, resume
         if layer_name in weights:
             for part, table in layer.tables.items():
                 fill(table[name], from_file(layer, part, weights[layer_name][part]))
-            dropout, own = layer.lora_dropout[name], layer.configs[name]
-            if not resumes:
-                layer.set_config(name, config, layer_name)
-            else:  # with dropout as it is now: trainers, as TRL's, may have switched it off
-                layer.set_config(name, replace(config, lora_dropout=own.lora_dropout), layer_name)
+            if resumes:  # with dropout as it is: trainers, as TRL's, may have switched it off
+                dropout, p = layer.lora_dropout[name], layer.configs[name].lora_dropout
+                layer.set_config(name, replace(config, lora_dropout=p), layer_name)
                 layer.lora_dropout[name] = dropout
+            else:
+                layer.set_config(name, config, layer_name)
     for own, saved in copied.values():
         fill(own, saved)
     return [own for own, _ in modules.values()]
