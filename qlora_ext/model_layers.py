@@ -127,6 +127,9 @@ def replace_layers(
                 replace_layers(child, convert, name, converted)
         if converted[id(child)] is not child:
             setattr(parent, key, converted[id(child)])
+            for held in vars(parent).values():
+                if isinstance(held, list) and any(each is child for each in held):  # whose forward goes through that
+                    held[:] = [converted[id(child)] if each is child else each for each in held]
             if is_compiled(parent):  # it has looked up what to call
                 parent._initialize()  # type: ignore[operator]
 
@@ -138,7 +141,7 @@ def output_head(model: nn.Module) -> set[str]:
     heads |= {id(base_of(module)) for name, module in placed_modules(model) if is_named(name, HEADS)}  # or once more
     head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
     if head is not None:
-        heads.add(id(base_of(unwrapped(head))))
+        heads |= {id(base_of(unwrapped(module))) for module in unwrapped(head).modules()}  # MusicGen's are a list
     # Of parametrized layers `weight` is made anew at each look, and the next may have its id.
     weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
     tied = {id(weights[name]) for name, layer in layers.items() if id(layer) in heads and weights[name] is not None}

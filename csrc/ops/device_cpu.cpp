@@ -137,14 +137,16 @@ class Cpu final : public Device {
   Tensor mm(const MaskedMatrix& a, const MaskedMatrix& b, double scale, at::ScalarType compute,
             at::ScalarType out_dtype) const override {
     const DType type = compute_in(dtype_of(compute));
-    if (!cpu::has_matmul(type)) return Device::mm(a, b, scale, compute, out_dtype);
+    const int64_t M = a.values.size(0), N = b.values.size(1), K = a.values.size(1);
+    const bool few_rows = M <= cpu::kMostRowProducts, few_columns = N <= cpu::kMostRowProducts;
+    const bool by_rows = few_rows && !a.mask.defined();
+    // xA of few rows is none of those: torch's product for all adapters at once may be less exact than those for each.
+    const bool is_torchs = !cpu::has_matmul(type) && !(by_rows && few_columns && type == DType::Float32);
+    if (is_torchs) return Device::mm(a, b, scale, compute, out_dtype);
     // As out^T = b^T a^T: a panel would be filled in part only by so few columns, which are few rows there.
-    if (b.values.size(1) <= cpu::kMostRowProducts && a.values.size(0) > cpu::kMostRowProducts) {
-      return mm(transposed(b), transposed(a), scale, compute, out_dtype).t();
-    }
-    const Tensor out = at::empty({a.values.size(0), b.values.size(1)}, a.values.options().dtype(out_dtype));
-    const int64_t M = out.size(0), N = out.size(1), K = a.values.size(1);
-    if (M <= cpu::kMostRowProducts && !a.mask.defined()) {
+    if (few_columns && !few_rows) return mm(transposed(b), transposed(a), scale, compute, out_dtype).t();
+    const Tensor out = at::empty({M, N}, a.values.options().dtype(out_dtype));
+    if (by_rows) {
       const bool as_it_lies = b.values.stride(1) == 1 || b.values.stride(0) != 1;
       const MaskedMatrix rows = as_it_lies ? b : transposed(b);
       const Tensor x = with_contiguous_rows(a.values), values = with_contiguous_rows(rows.values);

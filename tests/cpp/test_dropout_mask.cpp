@@ -49,7 +49,7 @@ void check_bytes() {
 
 // A number that is the bound itself is not kept, and the one below it is.
 void check_bound() {
-  for (const std::int64_t i : {0, 77, 255, 256, 300}) {
+  for (const std::int64_t i : {0, 77, 255, 256, 300, 599}) {
     const std::uint32_t number = random32(random_block_key(3, i / kBlock), static_cast<std::uint32_t>(i % kBlock));
     for (const auto& path : cpu::path_names()) {
       cpu::set_path(path);

@@ -363,6 +363,7 @@ int main() {
       check_matmul(false, 14, 545, 64, 32, dtype, quant_type);
     }
     check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4);  // more rows than are kept at a time
+    check_matmul(true, 300, 290, 64, 64, DType::Float32, QuantType::NF4);  // of so many, room for 256 columns at a time
     check_mean();
     for (std::int64_t M : {1, 2, 3, 4, 7}) {
       for (DType dtype : {DType::Float32, DType::BFloat16}) check_columns(M, dtype);

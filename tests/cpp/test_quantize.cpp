@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -28,17 +29,19 @@ struct Quantized {
   bool operator==(const Quantized&) const = default;
 };
 
-Quantized quantize(const std::vector<BFloat16>& weight, std::int64_t blocksize) {
+template <typename T>
+Quantized quantize(const std::vector<T>& weight, std::int64_t blocksize) {
+  constexpr DType kDType = std::is_same_v<T, Half> ? DType::Float16 : DType::BFloat16;
   const auto n = static_cast<std::int64_t>(weight.size());
   const std::int64_t blocks = (n + blocksize - 1) / blocksize;
   std::vector<std::uint8_t> packed(weight.size() / 2 + 64, 0xa5);  // what lies behind must stay as it is
   std::vector<float> absmax(static_cast<std::size_t>(blocks) + 16, 3.0f);
-  cpu::quantize_4bit(weight.data(), DType::BFloat16, n, blocksize, QuantType::NF4, 0, blocks, packed.data(),
-                     absmax.data());
+  cpu::quantize_4bit(weight.data(), kDType, n, blocksize, QuantType::NF4, 0, blocks, packed.data(), absmax.data());
   return {packed, bits_of(absmax)};
 }
 
-void check(const std::vector<BFloat16>& weight, std::int64_t blocksize) {
+template <typename T>
+void check(const std::vector<T>& weight, std::int64_t blocksize) {
   cpu::set_path("portable");
   const Quantized expected = quantize(weight, blocksize);
   for (const auto& path : cpu::path_names()) {
@@ -88,6 +91,17 @@ void check_groups(std::int64_t blocksize) {
   check(weight, blocksize);
 }
 
+// Any NaN is its block's absmax as it is: a signalling one does not become quiet.
+template <typename T>
+void check_nan(std::uint16_t first) {
+  constexpr std::int64_t kBlock = 32, kBlocks = 16;
+  std::vector<T> weight(kBlock * kBlocks, round_to<T>(1.0f));
+  for (std::uint16_t block = 0; block < kBlocks; ++block) {
+    weight[static_cast<std::size_t>(block * (kBlock + 1))] = {static_cast<std::uint16_t>(first + block)};
+  }
+  check(weight, kBlock);
+}
+
 void check_absmax(const std::vector<float>& absmax) {
   cpu::set_path("portable");
   const DoubleQuantized expected(absmax);
@@ -127,6 +141,8 @@ int main() {
     }
   }
   for (const std::int64_t blocksize : {32, 64, 128, 512}) check_groups(blocksize);
+  check_nan<Half>(0x7c01);
+  check_nan<BFloat16>(0x7f81);
 
   check_absmax(around_bounds());
   std::mt19937 random(1);

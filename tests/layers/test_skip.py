@@ -62,6 +62,19 @@ def test_heads_are_left_by_default() -> None:
     assert names_of(quantize_model(compiled), Linear4bit) == bodies
 
 
+def test_output_embeddings_may_be_several_layers() -> None:
+    class OfSeveralCodebooks(nn.ModuleDict):
+        def get_output_embeddings(self) -> nn.Module:
+            return self["outputs"]
+
+    heads = nn.ModuleList(nn.Linear(64, 8) for _ in range(2))
+    model = OfSeveralCodebooks({"outputs": heads, "body": nn.Linear(64, 64)})
+    assert names_of(quantize_model(model), Linear4bit) == {"body"}
+    add_adapter(model, LoraConfig(r=2))
+    assert names_of(model, nn.Linear) == {"outputs.0", "outputs.1"}
+    assert [type(head) for head in heads] == [nn.Linear] * 2
+
+
 def test_skip_may_be_one_name() -> None:
     model = nn.ModuleDict({"lm_head": nn.Linear(64, 8), "body": nn.Linear(64, 64)})
     quantize_model(model, skip="lm_head")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adamw import HYPER, Ours, gradients, parameters
+from adamw import HYPER, SIZES, Ours, gradients, parameters
 from cases import DTYPES
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def torch_steps(
 )
 def test_hundred_steps_of_torch(hyper: dict[str, Any], cpu_path: str) -> None:
     """The norm of the difference, and elementwise: at most twice as far from fp64 as torch's fused AdamW is."""
-    params = parameters()
+    params = parameters(sizes=(16, *SIZES[1:]))  # of one number torch's error may be small by luck
     ours = Ours(params)
     for step in range(1, 101):
         ours.step(step, gradients(step, params), **hyper)
