@@ -140,8 +140,8 @@ def output_head(model: nn.Module) -> set[str]:
     heads = {id(layer) for name, layer in layers.items() if is_within(name, HEADS)}
     heads |= {id(base_of(module)) for name, module in placed_modules(model) if is_named(name, HEADS)}  # or once more
     head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
-    if head is not None:
-        heads |= {id(base_of(unwrapped(module))) for module in unwrapped(head).modules()}  # MusicGen's are a list
+    for module in head if isinstance(head, nn.ModuleList) else [head]:  # MusicGen has several
+        heads |= {id(base_of(unwrapped(module)))} if module is not None else set()
     # Of parametrized layers `weight` is made anew at each look, and the next may have its id.
     weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
     tied = {id(weights[name]) for name, layer in layers.items() if id(layer) in heads and weights[name] is not None}

@@ -140,9 +140,12 @@ class Cpu final : public Device {
     const int64_t M = a.values.size(0), N = b.values.size(1), K = a.values.size(1);
     const bool few_rows = M <= cpu::kMostRowProducts, few_columns = N <= cpu::kMostRowProducts;
     const bool by_rows = few_rows && !a.mask.defined();
-    // xA of few rows is none of those: torch's product for all adapters at once may be less exact than those for each.
-    const bool is_torchs = !cpu::has_matmul(type) && !(by_rows && few_columns && type == DType::Float32);
-    if (is_torchs) return Device::mm(a, b, scale, compute, out_dtype);
+    if (!cpu::has_matmul(type)) {
+      // Few rows' xA: torch's product for all adapters at once may be less exact than those for each.
+      constexpr int64_t kFewRowsOfXA = 16;
+      const bool is_xA = by_rows && M <= kFewRowsOfXA && few_columns && type == DType::Float32;
+      if (!is_xA) return Device::mm(a, b, scale, compute, out_dtype);
+    }
     // As out^T = b^T a^T: a panel would be filled in part only by so few columns, which are few rows there.
     if (few_columns && !few_rows) return mm(transposed(b), transposed(a), scale, compute, out_dtype).t();
     const Tensor out = at::empty({M, N}, a.values.options().dtype(out_dtype));

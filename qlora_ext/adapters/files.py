@@ -176,16 +176,17 @@ def _read(model: nn.Module, folder: str | os.PathLike[str], name: str, *, resume
     else:
         check_whole("load_adapter", {layer_name: layers[layer_name] for layer_name in weights})
         attach(model, weights, config, name)
-    for layer_name, layer in lora_layers(model):
-        if layer_name in weights:
-            for part, table in layer.tables.items():
-                fill(table[name], from_file(layer, part, weights[layer_name][part]))
-            if resumes:  # with dropout as it is: trainers, as TRL's, may have switched it off
-                dropout, p = layer.lora_dropout[name], layer.configs[name].lora_dropout
-                layer.set_config(name, replace(config, lora_dropout=p), layer_name)
-                layer.lora_dropout[name] = dropout
-            else:
-                layer.set_config(name, config, layer_name)
+    loaded = {layer_name: layer for layer_name, layer in lora_layers(model) if layer_name in weights}
+    # Resumed with dropout as it is: trainers, as TRL's, may have switched it off.
+    kept = {layer_name: layer.configs[name].lora_dropout for layer_name, layer in loaded.items() if resumes}
+    configs = {layer_name: replace(config, lora_dropout=p) for layer_name, p in kept.items()}
+    for layer_name, layer in loaded.items():
+        for part, table in layer.tables.items():
+            fill(table[name], from_file(layer, part, weights[layer_name][part]))
+        dropout = layer.lora_dropout[name]
+        layer.set_config(name, configs.get(layer_name, config), layer_name)
+        if resumes:
+            layer.lora_dropout[name] = dropout
     for own, saved in copied.values():
         fill(own, saved)
     return [own for own, _ in modules.values()]

@@ -10,14 +10,10 @@ from typing import Any
 
 from qlora_ext import LoraConfig
 
+from .methods import METHODS, unread_by
 from .optimizer import KINDS
 from .output_folder import checkpoints, earlier_run
 
-# Options that other methods than these do not read.
-READ_BY = {
-    ("qlora", "lora"): ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
-    ("qlora",): ("quant_type", "blocksize", "no_double_quant", "skip"),
-}
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
@@ -48,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument(
         "--method",
-        choices=("qlora", "lora", "full"),
+        choices=METHODS,
         help="qlora: adapter on a 4-bit base; lora: adapter on a 16/32-bit base; full: every weight",
         **required,
     )
@@ -152,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(f"--data {options.data}: no such file")
     _check_output(command, options)
     _check_paging(command, options)
-    if unread := _reset_unread(command, options):
+    if unread := _unread(command, options):
         print(f"--method {options.method} does not read {', '.join(unread)}", file=sys.stderr)
     _check_targets(command, options)
 
@@ -173,12 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _reset_unread(command: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
-    """Options that were given, and that the method does without: to --resume they are as if they were not."""
-    others = [name for methods, names in READ_BY.items() if options.method not in methods for name in names]
-    given = [name for name in others if getattr(options, name) != command.get_default(name)]
-    for name in given:
-        setattr(options, name, command.get_default(name))
+def _unread(command: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """Options that were given, and that the method does without."""
+    given = [name for name in unread_by(options.method) if getattr(options, name) != command.get_default(name)]
     return [f"--{name.replace('_', '-')}" for name in given]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from qlora_ext.whole_files import write_files
 
 from .data import is_text
+from .methods import unread_by
 from .output_folder import REPORTS, RUN, newest_checkpoint
 from .train import saved_state
 
@@ -30,7 +31,7 @@ NOTED_AS = {
 
 def what_stays(options: argparse.Namespace) -> dict[str, str]:
     """What is noted of a run of these options."""
-    same = {name: str(getattr(options, name)) for name in SAME_RUN}
+    same = {name: str(getattr(options, name)) for name in SAME_RUN if name not in unread_by(options.method)}
     # How a step's examples are divided does not matter to it: memory may ask for another batch size.
     same["examples_of_a_step"] = str(options.batch_size * options.accumulate)
     same["data_is_text"] = str(is_text(options.data))

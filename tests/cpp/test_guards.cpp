@@ -253,7 +253,7 @@ void check_parts_of_matmul(bool transposed, DType dtype) {
   term.dense = {b.bytes.data(), dtype, J, 1};
   Values out(dtype, M * J);
   const cpu::Matmul product{M, J, &term, 1, nullptr, out.bytes.data(), dtype, dtype};
-  std::vector<float> whole(static_cast<std::size_t>(cpu::arranged_floats(product, M))), parts = whole;
+  std::vector<float> whole(static_cast<std::size_t>(cpu::arranged_floats(product, M))), parts(whole.size(), NAN);
   cpu::arrange_rows(product, {0, M, whole.data()}, 0, M);
   for (const std::int64_t begin : {24, 12, 0}) {
     cpu::arrange_rows(product, {0, M, parts.data()}, begin, std::min<std::int64_t>(begin + 12, M));

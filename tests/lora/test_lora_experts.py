@@ -36,9 +36,10 @@ def loss_of(logits: Tensor) -> Tensor:
 
 def with_all_experts(model: PreTrainedModel) -> PreTrainedModel:
     """Each token meets all four: of two that are nearly as likely, rounding may take the other."""
-    for module in model.modules():
-        if hasattr(module, "top_k"):
-            module.top_k = 4
+    routers = [module for module in model.modules() if hasattr(module, "top_k")]
+    assert routers
+    for router in routers:
+        router.top_k = 4
     return model
 
 
