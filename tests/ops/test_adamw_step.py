@@ -45,9 +45,12 @@ def torch_steps(
 def test_hundred_steps_of_torch(hyper: dict[str, Any], cpu_path: str) -> None:
     """The norm of the difference, and elementwise: at most twice as far from fp64 as torch's fused AdamW is."""
     params = parameters(sizes=(16, *SIZES[1:]))  # of one number torch's error may be small by luck
-    ours = Ours(params)
+    ours, one = Ours(params), Ours([params[0][:1]])
     for step in range(1, 101):
-        ours.step(step, gradients(step, params), **hyper)
+        grads = gradients(step, params)
+        ours.step(step, grads, **hyper)
+        one.step(step, [grads[0][:1]], **hyper)
+    assert torch.equal(one.params[0], ours.params[0][:1])  # which is what it would be among others
     fused = torch_steps(params, 100, torch.float32, hyper, fused=True)
     exact = torch_steps(params, 100, torch.float64, hyper)
     for p, q, x in zip(ours.params, fused, exact, strict=True):
