@@ -14,15 +14,16 @@ from qlora_ext.sharded import is_dtensor
 
 def conv1d_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """transformers' Conv1D, which is not imported here, if this class is it or a subclass, as fully_shard makes one."""
-    return _of_transformers(kind, "Conv1D")
+    return of_transformers(kind, "Conv1D")
 
 
 def falcon_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """transformers' FalconLinear, likewise: nn.Linear, but that it rounds the product before it adds a bias."""
-    return _of_transformers(kind, "FalconLinear")
+    return of_transformers(kind, "FalconLinear")
 
 
-def _of_transformers(kind: type[nn.Module], name: str) -> type[nn.Module] | None:
+def of_transformers(kind: type[nn.Module], name: str) -> type[nn.Module] | None:
+    """transformers' class of this name, if this class is it or a subclass."""
     return next((k for k in kind.__mro__ if k.__name__ == name and k.__module__.startswith("transformers.")), None)
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from qlora_ext.dense_linear import conv1d_class, falcon_class, is_dense_linear
+from qlora_ext.dense_linear import conv1d_class, falcon_class, is_dense_linear, of_transformers
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
@@ -93,6 +93,7 @@ def quantize_model(
         module.base_layer = layer
         return module
 
+    _tell_transformers(model)
     replace_layers(model, convert)
     for name, module, weight in experts:
         with _naming(name):
@@ -224,6 +225,14 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"quantize_model: model: expected {expected}, got modules of PEFT in it")
     check_not_merged("quantize_model", model)
     check_not_lazy("quantize_model", model)
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """Set what its own quantizers set: else Jamba multiplies by dt_proj's bytes, and flash attention looks in vain for
+    an nn.Linear, whose dtype it wants. No file has it, and in a dense model it changes no results."""
+    for module in model.modules():
+        if of_transformers(type(module), "PreTrainedModel"):
+            module.config._is_quantized = True  # type: ignore[union-attr]
 
 
 def _kept_in_fp32(module: nn.Module) -> set[str]:
