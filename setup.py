@@ -80,11 +80,13 @@ def extension(toolkit: Path | None) -> Extension:
     if toolkit is None:
         return cpp_extension.CppExtension("qlora_ext._C", names, **options)
     cpp_extension.CUDA_HOME = str(toolkit)
-    archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0+PTX"
     # Not through a ccache that torch finds: of several architectures it looks at one, and gives old code for others.
     os.environ.setdefault("PYTORCH_NVCC", shlex.quote(str(toolkit / "bin/nvcc")))
     version = subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    options["define_macros"] = [("QLORA_EXT_NVCC", f'"nvcc {re.search("V([0-9.]+)", version)[1]} for {archs}"')]
+    nvcc = re.search(r"V([0-9]+)\.([0-9]+)[0-9.]*", version)
+    default = "7.5;8.0;8.6;8.9;9.0+PTX" + (";10.0;12.0" if (int(nvcc[1]), int(nvcc[2])) >= (12, 8) else "")
+    archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    options["define_macros"] = [("QLORA_EXT_NVCC", f'"nvcc {nvcc[0][1:]} for {archs}"')]
     built = cpp_extension.CUDAExtension("qlora_ext._C", names, **options)
     # The package has the library under no other name.
     cudart = f":libcudart.so.{torch.version.cuda.split('.')[0]}"

@@ -47,6 +47,9 @@ struct Product4bit {
   DType dtype;  // of x, bias and out: BFloat16 or Float16
 };
 
+// The compute capability's major number from which the fused kernels are there: mma of 16 x 8 x 16 and cp.async.
+constexpr int kLeastFusedMajor = 8;
+
 // The most rows that the fused kernels are meant for: with more, decoding slices for a dense product is faster.
 constexpr std::int64_t kMostFusedRows = 64;
 

@@ -22,12 +22,24 @@ def built_for_cuda() -> bool:
     return not ops_without_cuda()
 
 
+def runs_on(device: str) -> bool:
+    """Whether this build has code for the device, of a type that it is built for: another GPU may need other code."""
+    try:
+        torch.ops.qlora_ext.quantize_4bit(torch.empty(64, device=device), "nf4", 64)
+    except RuntimeError as error:
+        if any(name in str(error) for name in ("cudaErrorNoKernelImageForDevice", "cudaErrorUnsupportedPtxVersion")):
+            return False
+        raise
+    return True
+
+
 def gpu() -> str:
     """The GPU that torch uses by default."""
     if not torch.cuda.is_available():
         return "none that torch can use"
     major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    name = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    return name if not built_for_cuda() or runs_on("cuda") else f"{name}, for which this build has no code"
 
 
 def describe() -> dict[str, str]:

@@ -56,6 +56,7 @@ struct Config {
 template <typename C>
 __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
     linear_4bit_kernel(const __grid_constant__ ProductArguments args) {
+#if QLORA_FUSED
   using T = typename C::T;
   extern __shared__ __align__(16) char shared[];
   auto* codebook = reinterpret_cast<float*>(shared + C::kCodebookAt);
@@ -306,6 +307,7 @@ __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
     }
     begin = min((tile + 1) * split.units, split.begin(opaque(blockIdx.x) + 1));  // begin itself would cost a register
   }
+#endif
 }
 
 template <typename C>

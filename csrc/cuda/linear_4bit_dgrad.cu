@@ -70,6 +70,7 @@ __device__ __forceinline__ std::uint32_t low_nibbles(std::uint32_t a, std::uint3
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     linear_4bit_dgrad_kernel(const __grid_constant__ ProductArguments args) {
+#if QLORA_FUSED
   using T = typename C::T;
   constexpr bool kScaleWeights = std::is_same_v<T, Half>;
   extern __shared__ __align__(16) char shared[];
@@ -286,6 +287,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     }
     begin += end_unit - first_unit;
   }
+#endif
 }
 
 template <typename C>

@@ -5,6 +5,14 @@
 
 #include "../dtype.h"
 
+// Below sm_80 there is no such mma and no cp.async: the kernels that are made of them are empty (kLeastFusedMajor).
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define QLORA_FUSED 1
+#else
+#define QLORA_FUSED 0
+#pragma nv_diag_suppress 177  // what only they refer to
+#endif
+
 namespace qlora::cuda {
 
 // d = a (16 x 16) @ b (16 x 8) in fp32, or d += a @ b. Lane 4 g + t holds, of a, the pairs of columns 2t, 2t+1 in rows

@@ -118,6 +118,8 @@ class Cuda final : public Device {
   template <typename WorkspaceBytes, typename Launch>
   static bool launch_fused(const char* op, WorkspaceBytes workspace_bytes, Launch launch, const Tensor& out,
                            LowRankList added, const cuda::Product4bit& product) {
+    const int device = out.get_device();
+    if (attribute(cudaDevAttrComputeCapabilityMajor, device) < cuda::kLeastFusedMajor) return false;
     if (!cuda::takes_fused(product)) {
       if (product.dtype != DType::Float32) {
         TORCH_WARN_ONCE(op,
@@ -129,7 +131,6 @@ class Cuda final : public Device {
       return false;
     }
     const c10::cuda::CUDAGuard guard(out.device());
-    const int device = out.get_device();
     const cuda::DeviceLimits limits = {attribute(cudaDevAttrMultiProcessorCount, device),
                                        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
     const Tensor workspace = at::empty({workspace_bytes(product, limits)}, out.options().dtype(at::kByte));

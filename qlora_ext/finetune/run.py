@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import qlora_ext
-from qlora_ext.info import built_for_cuda, describe
+from qlora_ext.info import built_for_cuda, describe, gpu, runs_on
 
 from .callbacks import check_finite
 from .compile import compile_layers
@@ -27,7 +27,7 @@ from .output_folder import OutputFolder
 from .report import composition, peak_rss, table, write
 from .same_run import check_same_run, is_reported, note, steps_so_far, what_stays
 from .targets import target_modules
-from .train import Outcome, Schedule, total_steps, train
+from .train import Outcome, Schedule, resumable, total_steps, train
 
 # Where the states were, when all steps were made by a process that ended before it could say.
 NOT_SEEN: dict[str, Any] = {field.name: None for field in dataclasses.fields(StatesReport)}
@@ -92,9 +92,12 @@ def _run(options: argparse.Namespace, folder: OutputFolder, device: torch.device
 
     if options.page_file is not None and options.page_file.parent.is_dir():
         check_page_file(options.page_file)
+    schedule = _schedule(options, steps, chunk)
+    if options.resume:
+        resumable(options.output, schedule)  # before an earlier report goes
     folder.begin(resume=options.resume, overwrite=options.overwrite)
     note(options.output, same)
-    report = _train(options, model, tokenizer, data, _schedule(options, steps, chunk), dtype)
+    report = _train(options, model, tokenizer, data, schedule, dtype)
     if report is None:
         _say("stopped: the same command with --resume goes on from here")
         return 130
@@ -219,9 +222,13 @@ def _device(options: argparse.Namespace) -> torch.device:
         raise ValueError(f"WORLD_SIZE: expected one process, got {os.environ['WORLD_SIZE']}: gradients are not shared")
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if (options.method == "qlora" or options.optimizer != "adamw") and not built_for_cuda():
-        _say("this build of qlora_ext has no CUDA kernels: training on the CPU")
-        return torch.device("cpu")
+    if options.method == "qlora" or options.optimizer != "adamw":
+        if not built_for_cuda():
+            _say("this build of qlora_ext has no CUDA kernels: training on the CPU")
+            return torch.device("cpu")
+        if not runs_on("cuda"):
+            _say(f"training on the CPU, not on {gpu()}")
+            return torch.device("cpu")
     return torch.device("cuda")
 
 

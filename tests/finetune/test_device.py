@@ -11,26 +11,59 @@ from finetune_command import data as data
 from finetune_command import model as model
 from finetune_command import words
 
+from qlora_ext import info
 from qlora_ext.finetune import __main__ as cli
 from qlora_ext.finetune import run
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer", "built", "device"),
+    ("method", "optimizer", "built", "runs", "device"),
     [
-        ("qlora", "adamw", False, "cpu"),
-        ("lora", "paged_adamw8", False, "cpu"),
-        ("lora", "adamw", False, "cuda"),
-        ("qlora", "paged_adamw32", True, "cuda"),
+        ("qlora", "adamw", False, False, "cpu"),
+        ("lora", "paged_adamw8", False, False, "cpu"),
+        ("lora", "adamw", False, False, "cuda"),
+        ("qlora", "adamw", True, False, "cpu"),
+        ("lora", "adamw", True, False, "cuda"),
+        ("qlora", "paged_adamw32", True, True, "cuda"),
     ],
 )
 def test_a_gpu_is_used_if_what_runs_is_built_for_it(
-    method: str, optimizer: str, built: bool, device: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    method: str,
+    optimizer: str,
+    built: bool,
+    runs: bool,
+    device: str,
+    arguments: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(run, "built_for_cuda", lambda: built)
+    monkeypatch.setattr(run, "runs_on", lambda _: runs)
+    monkeypatch.setattr(run, "gpu", lambda: "a GPU")
     options = cli.parser().parse_args(words({**arguments, "method": method, "optimizer": optimizer}))
     assert run._device(options) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    "name", ["cudaErrorNoKernelImageForDevice", "cudaErrorUnsupportedPtxVersion", "cudaErrorUnknown"]
+)
+def test_a_gpu_may_need_code_that_the_build_does_not_have(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: object) -> None:
+        raise RuntimeError(f"quantize_4bit([64] Float, blocksize 64): {name}: ...")
+
+    runs_on = info.runs_on
+    assert runs_on("cpu")
+    monkeypatch.setattr(torch.ops.qlora_ext, "quantize_4bit", launch)
+    monkeypatch.setattr(info, "built_for_cuda", lambda: True)
+    monkeypatch.setattr(info, "runs_on", lambda _: runs_on("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
+    if name == "cudaErrorUnknown":
+        with pytest.raises(RuntimeError, match=name):
+            info.gpu()
+    else:
+        assert info.gpu() == "V100 (sm_70), for which this build has no code"
 
 
 def test_several_processes_are_refused(

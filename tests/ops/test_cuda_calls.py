@@ -157,13 +157,19 @@ def test_no_allocation_of_weight_size(m: int, dgrad: bool) -> None:
     x = torch.randn(m, size, device=DEVICE, dtype=torch.bfloat16)
     op = ops.linear_4bit_dgrad if dgrad else partial(ops.linear_4bit, bias=None)
     last = {"in_features": size} if dgrad else {"out_features": size}
-    y = op(x, *q, **last)  # cuBLAS takes its workspace once
-    del y
+    extra = bytes_beside_result(partial(op, x, *q, **last))
+    if m > 64:  # torch's product of a slice: since 2.15 cuBLAS has a workspace for each product, of 32 MiB on an H100
+        extra -= bytes_beside_result(partial(torch.mm, x, torch.randn(size, 2048, device=DEVICE, dtype=x.dtype)))
+    assert extra <= (4 if m == 1 else 34) * MIB, f"{extra / MIB:.1f} MiB beside the result"
+
+
+def bytes_beside_result(product: Callable[[], Tensor]) -> int:
+    """The most that its second call allocates: what is kept from the first on does not count."""
+    product()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    y = op(x, *q, **last)
-    extra = torch.cuda.max_memory_allocated() - before - y.numel() * y.element_size()
-    assert extra <= (4 if m == 1 else 34) * MIB, f"{extra / MIB:.1f} MiB beside the result"
+    y = product()
+    return torch.cuda.max_memory_allocated() - before - y.numel() * y.element_size()
 
 
 @pytest.mark.parametrize("stays", ["x", "packed", "absmax", "nested_absmax", "nested_offset", "bias"])
