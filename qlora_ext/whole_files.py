@@ -23,6 +23,8 @@ def write_files(writers: dict[Path, Callable[[Path], object]]) -> None:
             with naming(path):
                 write(beside[path])
                 to_disk(beside[path])
+        for path in filter(Path.is_dir, writers):  # before the first has replaced another
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         for path in writers:
             os.replace(beside[path], path)
     finally:

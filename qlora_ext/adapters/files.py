@@ -253,7 +253,8 @@ def _check_base(key: str, layer: AnyLinear, given: Tensor, path: Path) -> None:
     if isinstance(base, Linear4bit):
         shape = stored_shape(base.dense_class, *out_and_in(base))
         fits = given.is_floating_point() and list(given.shape) == shape
-        given = base.with_weight(given.to(base.dtype)).weight if fits and given.isfinite().all() else given
+        fits = fits and bool(given.to(base.dtype).isfinite().all())
+        given = base.with_weight(given.to(base.dtype)).weight if fits else given
     if own is None or own.is_meta or not torch.equal(given.to(own), own):
         raise ValueError(f"load_adapter: {path}: {key}: expected what the model has in this place, got another")
 

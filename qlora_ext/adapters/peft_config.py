@@ -123,7 +123,7 @@ def _demands(given: dict[str, Any], saved: list[str]) -> Callable[[str], bool]:
         if not indexes or isinstance(targets, str) or name in targets:
             return True
         matches = (re.match(block, name) for block in blocks or [r".*?\.[^.]*\.(?P<index>\d+)\."])
-        return next((int(match["index"]) in indexes for match in matches if match), False)
+        return next((int(match["index"]) in indexes for match in matches if match and match["index"]), False)
 
     return demands
 

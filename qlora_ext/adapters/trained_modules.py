@@ -100,7 +100,7 @@ def fit_modules(
         if given is None or given.shape != own.shape or given.is_floating_point() != own.is_floating_point():
             got = "no tensor" if given is None else f"{given.dtype} {list(given.shape)}"
             raise ValueError(f"load_adapter: {path}: {place}: expected {own.dtype} {list(own.shape)}, got {got}{tied}")
-        if twin != place and not torch.equal(given, fitting[twin][1]):
+        if twin != place and not torch.equal(given.to(own.dtype), fitting[twin][1].to(own.dtype)):
             raise ValueError(f"load_adapter: {path}: {place}: expected the same values as {twin}, got others{tied}")
         is_given = not others or (resumes and _is_in(owner, trained))
         if not is_given and not torch.equal(given.to(own.device, own.dtype), gathered(own.detach())):

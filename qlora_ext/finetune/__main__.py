@@ -146,7 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = command.parse_args(arguments)
     if not options.data.is_file():
         command.error(f"--data {options.data}: no such file")
-    _check_output(command, options)
+    try:
+        _check_output(command, options)
+    except (OSError, RuntimeError, ValueError) as error:  # of links in a circle, and names that cannot be
+        command.error(f"--output {options.output}: {error}")
     _check_paging(command, options)
     if unread := _unread(command, options):
         print(f"--method {options.method} does not read {', '.join(unread)}", file=sys.stderr)

@@ -12,7 +12,8 @@ from .conversations import Conversation, Turn
 THINKING = re.compile(r"(</?think(ing)?>\s*)+$")
 PLAIN = "--chat plain does without the template"
 MARK = "\ue000"  # no letter of any language: in no template, and stays as it is when a template strips or folds
-REFUSED = (ValueError, TypeError, jinja2.TemplateError)  # what a template raises of turns that it does not take
+# What a template raises of turns that it does not take, or of any.
+REFUSED = (ValueError, TypeError, ArithmeticError, NameError, RuntimeError, jinja2.TemplateError)
 
 
 class Chat:

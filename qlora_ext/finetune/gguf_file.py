@@ -4,7 +4,7 @@ llama.cpp stores the rows of the query and key projections interleaved for its r
 2]; transformers expects [heads, 2, head_dim/2], so they are put back while reading.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,25 @@ GPT2_VOCABULARIES = ("default", "gpt-2")
 SINGLE_DIGIT_VOCABULARIES = ("smollm", "starcoder", "refact", "command-r")
 
 
+class _Reader(gguf.GGUFReader):
+    """gguf's own reads beyond the end: slices there are empty, and an array of 10**15 numbers takes for ever."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) != count:
+            raise IndexError(f"expected {count} values at byte {offset}, got {len(values)}")
+        return values
+
+
 class GgufFile:
     """Reads one .gguf file; ValueError when it is damaged, of another architecture, or of a kind not handled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.reader = gguf.GGUFReader(path)
-        except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+            self.reader = _Reader(path)
+            _check_places(self.reader)
+        except (ValueError, KeyError, IndexError, OverflowError, OSError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable GGUF file, or a truncated one ({error})") from error
         architecture = self._field("general.architecture")
         if architecture != "llama":
@@ -41,6 +52,10 @@ class GgufFile:
 
     def config(self) -> LlamaConfig:
         """Build the model's config from the metadata."""
+        config: LlamaConfig = self._read(self._config, "config")
+        return config
+
+    def _config(self) -> LlamaConfig:
         tensors = {tensor.name for tensor in self.reader.tensors}
         # Where there is a factor and no type, as in older files, llama.cpp scales linearly; by 0 it means not at all.
         factors = [self._field(f"llama.rope.{key}", 1) for key in ("scaling.factor", "scale_linear")]
@@ -79,12 +94,21 @@ class GgufFile:
         heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
         for tensor in self.reader.tensors:
             leaf = tensor.name.split(".", 2)[-1]
+            if leaf.endswith(".bias"):
+                raise ValueError(f"{self.path}: biases ({tensor.name}) are not handled; use the Hugging Face folder")
             shape = tuple(int(size) for size in reversed(tensor.shape))
             read = partial(_decode, tensor, shape, heads.get(leaf), str(self.path))
             yield StoredTensor(names.get(tensor.name, tensor.name), shape, read)
 
+    def generation_config(self) -> None:
+        """None: what there is in the metadata is in the config."""
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Build the tokenizer, chat template included, from the metadata."""
+        tokenizer: PreTrainedTokenizerBase = self._read(self._tokenizer, "tokenizer")
+        return tokenizer
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         split = self._field("tokenizer.ggml.pre", "default") if self._field("tokenizer.ggml.model") == "gpt2" else None
         if split not in (None, *GPT2_VOCABULARIES, *SINGLE_DIGIT_VOCABULARIES, *GGUF_PRE_TOKENIZER_SPLITS):
             raise ValueError(
@@ -99,6 +123,14 @@ class GgufFile:
             )
         return tokenizer
 
+    def _read(self, read: Callable[[], Any], what: str) -> Any:
+        try:
+            return read()
+        except Exception as error:  # of metadata of other kinds: whatever transformers' classes make of them
+            if isinstance(error, ValueError) and str(error).startswith(str(self.path)):
+                raise
+            raise ValueError(f"{self.path}: expected the metadata of a {what}, got {error!r}") from error
+
     def _field(self, key: str, *default: Any) -> Any:
         field = self.reader.fields.get(key)
         if field is not None:
@@ -106,6 +138,15 @@ class GgufFile:
         if default:
             return default[0]
         raise ValueError(f"{self.path}: expected the metadata key {key!r}, got none")
+
+
+def _check_places(reader: gguf.GGUFReader) -> None:
+    """That the tensors follow each other, in their order and aligned, as llama.cpp writes and wants them."""
+    expected, unit = reader.data_offset, int(reader.alignment)
+    for tensor in reader.tensors:
+        if tensor.data_offset != expected:
+            raise ValueError(f"tensor {tensor.name!r}: expected it at byte {expected}, got {tensor.data_offset}")
+        expected += -(-int(tensor.n_bytes) // unit) * unit
 
 
 def _decode(tensor: Any, shape: tuple[int, ...], heads: int | None, path: str, dtype: torch.dtype | None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qlora_ext
 from qlora_ext import _C, Linear4bit
@@ -118,8 +118,8 @@ def load_model(
             ) from error
     _compute_buffers(model)
     _stream(model, checkpoint, device, quantize)
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if (generation := checkpoint.generation_config()) is not None:
+        model.generation_config = generation
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
@@ -178,8 +178,8 @@ def _stream(
         owner = model.get_submodule(owner_name)
         holder = owner if leaf == "weight" else getattr(owner, leaf, None)
         layer = holder if isinstance(holder, Linear4bit | Experts4bit) else None
-        tensor = read(dtype if layer is None else None).to(device)
         try:
+            tensor = read(dtype if layer is None else None).to(device)
             if layer is None:
                 owner.load_state_dict({leaf: tensor}, strict=False, assign=True)
             else:  # in its dtype, not the file's

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -66,12 +73,17 @@ class ModelFolder:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: not a readable safetensors file, or a truncated one ({error})") from error
             for name, shape in shapes.items():
-                yield StoredTensor(name, shape, partial(_read_tensor, file, name))
+                yield StoredTensor(name, shape, partial(_read_tensor, file, f"{path}: tensor {name!r}", name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer of the folder; ValueError if there is none, or a damaged one."""
         tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer, "tokenizer")
         return tokenizer
+
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model generates by default, if the folder says so; ValueError if that is damaged."""
+        there = (self.path / "generation_config.json").is_file()
+        return self._read(GenerationConfig, "generation_config") if there else None
 
     def _read(self, kind: Any, what: str) -> Any:
         try:
@@ -102,7 +114,14 @@ def _pop_format(config: PreTrainedConfig) -> dict[str, Any]:
     return next((settings for settings in popped if settings), {})
 
 
-def _read_tensor(file: Any, name: str, dtype: torch.dtype | None) -> Tensor:
+def _read_tensor(file: Any, at: str, name: str, dtype: torch.dtype | None) -> Tensor:
     # The tensor is a view of the mapped file: with a copy, later changes of the file do not reach the model.
-    tensor: Tensor = file.get_tensor(name)
-    return tensor.to(dtype=dtype, copy=True) if dtype is not None else tensor
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except (SafetensorError, NotImplementedError) as error:  # numbers of a kind that torch does not have
+        raise ValueError(f"{at}: expected a tensor that safetensors can read, got: {error}") from error
+    if dtype is None:
+        return tensor
+    if tensor.is_floating_point() != dtype.is_floating_point:
+        raise ValueError(f"{at}: expected a {dtype}, got {tensor.dtype}")
+    return tensor.to(dtype=dtype, copy=True)

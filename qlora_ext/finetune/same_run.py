@@ -59,7 +59,7 @@ def _noted(file: Path) -> dict[str, str]:
         noted = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise ValueError(f"{file}: expected the options of the run to go on with, got no file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON, got a damaged file ({error})") from error
     if not isinstance(noted, dict):
         raise ValueError(f"{file}: expected a JSON object of a run's options, got {noted!r:.40}")

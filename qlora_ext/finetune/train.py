@@ -73,11 +73,25 @@ def saved_state(checkpoint: Path) -> TrainerState:
     file = checkpoint / TRAINER_STATE_NAME
     try:
         state: TrainerState = TrainerState.load_from_json(str(file))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: expected the state of a run, got a damaged file ({error})") from error
     if checkpoint.name != f"checkpoint-{state.global_step}":
         raise ValueError(f"{file}: expected the state of {checkpoint.name}, got global_step {state.global_step!r}")
     return state
+
+
+def resumable(output: Path, schedule: Schedule) -> tuple[Path, TrainerState]:
+    """The checkpoint in `output` that a run goes on from, and how far it was.
+
+    Raises: ValueError when there is none, or not all that is needed of it.
+    """
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is None:
+        raise ValueError(f"{output}: expected a checkpoint to resume from, got none")
+    state = saved_state(checkpoint)
+    if state.global_step < schedule.steps:
+        check_resumable(checkpoint, schedule.optimizer)
+    return checkpoint, state
 
 
 def train(
@@ -100,9 +114,7 @@ def train(
 
     Raises: ValueError when the loss is not finite, or when there is nothing to resume.
     """
-    checkpoint = newest_checkpoint(output) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"{output}: expected a checkpoint to resume from, got none")
+    checkpoint, done = resumable(output, schedule) if resume else (None, None)
     if (output / STAGING).exists():
         shutil.rmtree(output / STAGING)
 
@@ -115,14 +127,11 @@ def train(
     trainer.add_callback(interrupt)
 
     states = None
-    done = saved_state(checkpoint) if checkpoint else None
     with interrupt:
         if done is not None and done.global_step >= schedule.steps:
             trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step too many
             trainer.state = done
         else:
-            if checkpoint is not None:
-                check_resumable(checkpoint, schedule.optimizer)
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 states = where_states_are(trainer.optimizer)

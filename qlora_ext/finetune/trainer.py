@@ -6,7 +6,9 @@ A checkpoint is written beside its place and renamed, so a save cut short leaves
 import os
 import re
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,9 +42,18 @@ def check_resumable(checkpoint: Path, choice: OptimizerChoice) -> None:
     """Raise ValueError unless all that training goes on from is there: Trainer would begin anew without a word."""
     for name in (OPTIMIZER_NAME if choice.kind == "adamw" else PAGED_STATES, SCHEDULER_NAME, RANDOM_STATE):
         file = checkpoint / name
-        if not file.is_file() or (file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)):
+        if not file.is_file() or (file.suffix in (".pt", ".pth") and not _is_whole(file)):
             got = "damaged" if file.is_file() else "missing"
             raise ValueError(f"{file}: {got}; delete {checkpoint} and --resume goes on from the one before, if any")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of torch.save has the bytes that were written: torch.load does not look at their checksums."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, struct.error, ValueError, OverflowError, RuntimeError, EOFError):
+        return False
 
 
 class AnswerTrainer(Trainer):

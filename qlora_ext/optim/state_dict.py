@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -42,10 +43,19 @@ def held(state_dict: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def after_pre_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What the hooks before load_state_dict make of this one; they may remove themselves. Within, they do nothing."""
-    hooks, given = optimizer._optimizer_load_state_dict_pre_hooks, state_dict.copy()
+    hooks, given = optimizer._optimizer_load_state_dict_pre_hooks, copy(state_dict)
     for hook in list(hooks.values()):
         replaced = hook(optimizer, given)
         given = given if replaced is None else replaced
+    groups = given.get("param_groups") if isinstance(given, dict) and isinstance(given.get("state"), dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
+        got = (
+            f"a dict of {', '.join(map(repr, list(given)[:3])) or 'nothing'}"
+            if isinstance(given, dict)
+            else type(given)
+        )
+        expected = "that of an optimizer, with state and param_groups"
+        raise TypeError(f"PagedAdamW.load_state_dict: state_dict: expected {expected}, got {got}")
     called = dict(hooks)
     hooks.update(dict.fromkeys(hooks, lambda *_: None))
     try:

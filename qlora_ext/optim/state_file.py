@@ -91,8 +91,10 @@ def find_states(
             name = f"{index}.{part}"
             if forms.get(name) != form:
                 raise ValueError(f"{at}: {name}: expected {form}, got {forms.get(name)}")
-            parts[part] = offsets[name]
+            parts[part] = offsets.pop(name)
         saved[p] = Saved(steps[index], parts)
+    if offsets:
+        raise ValueError(f"{at}: {min(offsets)}: expected a parameter that has taken steps, got one that has not")
     return saved, loaded
 
 
@@ -110,7 +112,7 @@ def _read_metadata(metadata: dict[str, str]) -> _Described:
         checked_hyper(group)
     sizes, steps = described["sizes"], {int(index): taken for index, taken in described["steps"].items()}
     are_steps = all(type(taken) is int and 0 < taken < MOST_STEPS for taken in steps.values())
-    if len(groups) != len(sizes) or not are_steps or not steps.keys() <= set(range(sum(sizes))):
+    if len(groups) != len(sizes) or not are_steps or not all(0 <= index < sum(sizes) for index in steps):
         raise ValueError(f"{len(groups)} groups for {sizes} parameters, steps {steps}")
     shards = described.get("shards")
     if shards is not None:

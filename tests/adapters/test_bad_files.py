@@ -287,6 +287,11 @@ def test_a_base_on_meta_is_not_what_a_file_has(tmp_path: Path) -> None:
     weight = model.get_submodule(Q_PROJ).base_layer.weight
     save_file(load_file(tmp_path / WEIGHTS) | {BASE: weight.detach().clone()}, tmp_path / WEIGHTS)
     load_adapter(model, tmp_path)
+    save_file(
+        load_file(tmp_path / WEIGHTS) | {BASE: torch.full((64, 64), 1e300, dtype=torch.float64)}, tmp_path / WEIGHTS
+    )
+    with pytest.raises(ValueError, match=r"q_proj\.base_layer\.weight: expected what the model has in this place"):
+        load_adapter(model, tmp_path)
     model.get_submodule(Q_PROJ).base_layer.to("meta")
     with pytest.raises(ValueError, match=r"q_proj\.base_layer\.weight: expected what the model has in this place"):
         load_adapter(model, tmp_path)

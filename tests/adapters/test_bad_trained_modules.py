@@ -157,6 +157,23 @@ def test_a_head_that_another_adapter_is_used_with_may_be_in_another_dtype(tmp_pa
     load_adapter(base, tmp_path, "again")
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_tied_modules_may_be_in_dtypes_of_their_own(fits: bool, tmp_path: Path) -> None:
+    base = make(LlamaForCausalLM, tie_word_embeddings=True)
+    save_adapter(trained(base, ["lm_head"]), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    one, other = (key for key in tensors if ".lora_" not in key)
+    tensors[one] = tensors[other].to(torch.float8_e4m3fn)
+    if fits:
+        tensors[other] = tensors[one].float()
+    save_file(tensors, tmp_path / WEIGHTS)
+    if fits:
+        load_adapter(base, tmp_path)
+    else:
+        with pytest.raises(ValueError, match="expected the same values as"):
+            load_adapter(base, tmp_path)
+
+
 def test_a_head_on_meta_is_not_filled(tmp_path: Path) -> None:
     base = make(LlamaForSequenceClassification)
     save_adapter(trained(base, ["score"]), tmp_path)

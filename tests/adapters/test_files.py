@@ -282,6 +282,15 @@ def test_files_are_named_when_they_fail_and_closed_when_not(tmp_path: Path, monk
     before = len(os.listdir("/proc/self/fd"))
     save_adapter(model, tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+    (tmp_path / CONFIG).unlink()
+    (tmp_path / CONFIG).mkdir()
+    weights = (tmp_path / WEIGHTS).read_bytes()
+    nn.init.ones_(model[0].lora_B["default"])
+    with pytest.raises(IsADirectoryError, match=CONFIG):
+        save_adapter(model, tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == weights
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
+    (tmp_path / CONFIG).rmdir()
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match=r"No space.*adapter_model"):
         save_adapter(model, tmp_path)

@@ -17,7 +17,7 @@ from finetune_command import model as model
 from finetune_command import words
 from safetensors.torch import load_file
 from tiny_model import one_thread as one_thread
-from tiny_training import assert_same_tensors, interrupt_at, run, trained
+from tiny_training import assert_same_tensors, damage_one_bit, interrupt_at, run, trained
 from tiny_training import python_handles_interrupts as python_handles_interrupts
 
 from qlora_ext.finetune import __main__ as cli
@@ -52,6 +52,19 @@ def test_all_is_on_the_disk_before_it_takes_its_place(
     weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     assert weights in replaced
     assert any(name.startswith("checkpoint-") for name in replaced)
+
+
+def test_a_checkpoint_with_other_bytes_than_were_written_is_refused(tmp_path: Path) -> None:
+    """torch.load reads them: it looks at no checksum."""
+    _, outcome = run(tmp_path, steps=2, save_steps=2)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        file = tmp_path / "checkpoint-2" / name
+        content = file.read_bytes()
+        damage_one_bit(file)
+        with pytest.raises(ValueError, match=f"{name}: damaged; delete {file.parent}"):
+            run(tmp_path, steps=3, resume=True)
+        file.write_bytes(content)
+    assert len(run(tmp_path, steps=3, resume=True)[1].losses) == len(outcome.losses) + 1
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged"])

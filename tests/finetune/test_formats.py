@@ -135,3 +135,12 @@ def test_loading_a_published_mixture_never_holds_it_dense(tmp_path: Path) -> Non
     largest = 32 * 512 * 512 * 2
     assert model < 80 * 2**20, "the model under test is quantized: 260 MB in bf16"
     assert growth <= model + 5 * largest + 32 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_numbers_of_another_kind_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    save(tmp_path, Qwen3Config(**SIZES, **HEADS), torch.bfloat16)
+    name = "model.norm.weight"
+    edit(tmp_path, **{name.replace(".", "__"): load_file(tmp_path / "model.safetensors")[name].to(dtype)})
+    with pytest.raises(ValueError, match=rf"tensor 'model\.norm\.weight': expected a torch\.bfloat16, got {dtype}"):
+        load(tmp_path, torch.bfloat16)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from gguf_files import write_gguf
 from tiny_model import assert_same_model, load, save_tiny_model, tiny_tokenizer
@@ -89,4 +90,60 @@ def test_a_tensor_of_a_kind_that_gguf_cannot_decode_is_named(tmp_path: Path, mon
     write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path))
     monkeypatch.setattr(gguf, "dequantize", unknown)
     with pytest.raises(ValueError, match=r"m\.gguf: tensor 'token_embd\.weight' is stored as F32, not handled"):
+        load(tmp_path / "m.gguf")
+
+
+def edit(path: Path, field: str, part: int, value: int) -> None:
+    """Overwrite one number of a field of the metadata, or of what the file says of a tensor."""
+    reader = gguf.GGUFReader(path, "r+")
+    known = {tensor.name: tensor.field for tensor in reader.tensors} | reader.fields
+    known[field].parts[part][0] = value
+    reader.data.flush()
+
+
+LIES = {
+    "array longer than the file": ("tokenizer.ggml.tokens", 4, 10**15, "not a readable GGUF file, or a truncated one"),
+    "tensor ahead of the data": ("output_norm.weight", -1, 2**64 - 32, "'output_norm.weight': expected it at byte"),
+    "tensor on another": ("output_norm.weight", -1, 32, "'output_norm.weight': expected it at byte"),
+    "tensor of another size": ("blk.0.attn_norm.weight", -2, gguf.GGMLQuantizationType.F16, "expected it at byte"),
+    "no heads": ("llama.attention.head_count", -1, 0, r"expected the metadata of a config, got ZeroDivisionError"),
+    "heads that do not fit": ("llama.attention.head_count", -1, 7, "expected the metadata of a config, got "),
+}
+
+
+@pytest.mark.parametrize(("field", "part", "value", "message"), LIES.values(), ids=LIES)
+def test_a_file_that_says_what_cannot_be_is_refused(
+    field: str, part: int, value: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = gguf.GGUFWriter.add_vocab_size
+
+    def with_tokens(writer: gguf.GGUFWriter, size: int) -> None:
+        add(writer, size)
+        writer.add_token_list([str(i) for i in range(size)])
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_vocab_size", with_tokens)
+    write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path))
+    load(tmp_path / "m.gguf")
+    edit(tmp_path / "m.gguf", field, part, value)
+    with pytest.raises(ValueError, match=rf"m\.gguf: .*{message}"):
+        load(tmp_path / "m.gguf")
+
+
+def test_a_tokenizer_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    write_gguf(tmp_path / "alone" / "m.gguf", save_tiny_model(tmp_path), tokenizer__ggml__model="t5")
+    with pytest.raises(ValueError, match=r"m\.gguf: expected the metadata of a tokenizer, got "):
+        open_checkpoint(str(tmp_path / "alone" / "m.gguf")).tokenizer()
+
+
+def test_biases_are_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def with_bias(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("blk.1.attn_q.bias", np.ones(64, dtype=np.float32))
+        write(writer)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_bias)
+    write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path))
+    with pytest.raises(ValueError, match=r"m\.gguf: biases \(blk\.1\.attn_q\.bias\) are not handled"):
         load(tmp_path / "m.gguf")

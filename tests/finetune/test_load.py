@@ -216,13 +216,16 @@ def test_a_model_in_layers_of_another_kind(tmp_path: Path, method: str) -> None:
         ("tokenizer.json", '{"version": "1.0",'),
         ("tokenizer.json", '{"version": "1.0"}'),
         ("tokenizer_config.json", "\xff"),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", "[" * 100_000),
     ],
-    ids=["config-type", "config-half", "tokenizer-half", "tokenizer-parts", "tokenizer-config"],
+    ids=["config-type", "config-half", "tokenizer-half", "tokenizer-parts", "tokenizer-config", "list", "nested"],
 )
 def test_a_damaged_file_of_transformers_is_told_with_its_folder(tmp_path: Path, name: str, content: str) -> None:
     save_tiny_model(tmp_path)
     (tmp_path / name).write_bytes(content.encode("latin-1"))
-    checkpoint, what = open_checkpoint(str(tmp_path)), name.partition("_")[0].removesuffix(".json")
+    what = name.removesuffix(".json") if name.startswith("generation") else name.partition("_")[0].removesuffix(".json")
+    checkpoint = open_checkpoint(str(tmp_path))
     with pytest.raises(ValueError, match=f"{tmp_path}: expected a {what} that transformers can read, got: "):
         getattr(checkpoint, what)()
 

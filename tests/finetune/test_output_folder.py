@@ -20,7 +20,7 @@ from finetune_command import words
 from safetensors.torch import load_file
 from tiny_model import CHATML, tiny_tokenizer
 from tiny_model import one_thread as one_thread
-from tiny_training import DATA, SCHEDULE, build, run
+from tiny_training import DATA, SCHEDULE, build, damage_one_bit, run
 from transformers import AutoModelForCausalLM
 
 from qlora_ext.finetune import __main__ as cli
@@ -219,3 +219,29 @@ def test_two_checkpoints_stay_and_what_was_put_aside(tmp_path: Path) -> None:
     left = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert left == {"checkpoint-1-good", "checkpoint-10", "checkpoint-11"}
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-11"
+
+
+@pytest.mark.parametrize("output", ["circle", "x" * 300, "null\0"], ids=["circle", "long", "null"])
+def test_names_that_no_folder_can_have(
+    output: str, arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words({**arguments, "output": tmp_path / output}))
+    assert "error: --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_a_checkpoint_that_is_refused_costs_no_report(
+    damage: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(arguments)) == 0
+    output = arguments["output"]
+    (checkpoint,) = output.glob("checkpoint-*")
+    damage_one_bit(checkpoint / "scheduler.pt")
+    if damage == "missing":
+        (checkpoint / "scheduler.pt").unlink()
+    before = {path.name for path in output.iterdir()}
+    assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 2
+    assert f"scheduler.pt: {damage}; delete {checkpoint}" in capsys.readouterr().err
+    assert {path.name for path in output.iterdir()} == before

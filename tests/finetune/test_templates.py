@@ -135,3 +135,12 @@ def test_each_of_two_answers_that_begin_alike_has_its_own_end(tmp_path: Path) ->
     tokenizer = tiny_tokenizer(CHATML)
     example = load_one(jsonl(tmp_path / "d.jsonl", conversation(*turns)), tokenizer)
     assert labelled(tokenizer, example) == "yo<|im_end|>yo2<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "fault", ["{{ 1 / 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"], ids=["zero", "endless"]
+)
+def test_what_a_template_cannot_compute_is_told_with_its_line(fault: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", {"prompt": "q", "response": "a"})
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 1: "):
+        load_one(path, tiny_tokenizer(CHATML + fault))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,16 @@ def example(index: int) -> Example:
     prompt = [(7 * index + 3 * position) % 250 for position in range(3)]
     answer = list(range(40, 43 + index % 5))
     return Example(prompt + answer, [IGNORE] * 3 + answer, 3, "")
+
+
+def damage_one_bit(file: Path) -> None:
+    """In the midst of the largest part of a file of torch.save."""
+    with zipfile.ZipFile(file) as archive:
+        part = max(archive.infolist(), key=lambda part: part.file_size)
+    content = bytearray(file.read_bytes())
+    name, extra = (int.from_bytes(content[part.header_offset + at :][:2], "little") for at in (26, 28))
+    content[part.header_offset + 30 + name + extra + part.file_size // 2] ^= 1
+    file.write_bytes(content)
 
 
 DATA = Dataset([example(i) for i in range(21)], [example(i) for i in range(30, 35)], 0, 0, 0)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from optim_cases import GIVEN, stepped
+from reference import assert_same
 from torch.nn import Parameter
 
 from qlora_ext import PagedAdamW
@@ -169,6 +170,37 @@ def test_all_wait_for_their_turn(method: str, tmp_path: Path) -> None:
         thread.join()
     assert waited
     assert done.is_set()
+
+
+def test_what_a_file_describes_is_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer = stepped()
+    optimizer.save_states(tmp_path / "states")
+    before = optimizer.state_dict()["state"][0]
+    loads = json.loads
+    for said, message in (
+        ({"sizes": [10**15]}, r"expected groups of \[1\] parameters, got \[10{15}\]"),
+        ({"steps": {}}, r"0\.exp_avg: expected a parameter that has taken steps, got one that has not"),
+        ({"steps": {"1": 1}}, "expected a file of save_states"),
+        ({"steps": {"-1": 1}}, "expected a file of save_states"),
+    ):
+        other = SimpleNamespace(loads=lambda text, said=said: loads(text) | said)
+        with monkeypatch.context() as patch:
+            patch.setattr(state_file, "json", other)
+            with pytest.raises(ValueError, match=message):
+                optimizer.load_states(tmp_path / "states")
+        assert_same(optimizer.state_dict()["state"][0], before)
+
+
+@pytest.mark.parametrize(
+    "given", [None, [], {}, {"state": {}}, {"param_groups": []}, {"0.weight": torch.ones(1)}], ids=str
+)
+def test_what_is_no_state_dict_is_said(given: Any) -> None:
+    _, optimizer = stepped()
+    with pytest.raises(TypeError, match=r"PagedAdamW\.load_state_dict: state_dict: expected that of an optimizer"):
+        optimizer.load_state_dict(given)
+    for group in ([{}], [None], {}):
+        with pytest.raises(TypeError, match="expected that of an optimizer, with state and param_groups"):
+            optimizer.load_state_dict({"state": {}, "param_groups": group})
 
 
 def test_files_of_earlier_versions_do_not_say_their_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
