@@ -224,6 +224,10 @@ class Linear4bit(nn.Module):
         try:  # nn.Module's own lookup of four attributes takes longer than all else around the op
             return parameters["weight"], parameters["absmax"], buffers["nested_absmax"], buffers["nested_offset"]
         except KeyError:  # FSDP and parametrizations keep them elsewhere
+            if "weight_orig" in self._parameters:
+                raise TypeError(
+                    "Linear4bit: weight: expected codes, got those that torch.nn.utils.prune masks"
+                ) from None
             return self.weight, self.absmax, self.nested_absmax, self.nested_offset
 
     def _storage(self) -> dict[str, Tensor]:

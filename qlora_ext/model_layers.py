@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TypeGuard
 
 from torch import nn
@@ -139,9 +140,11 @@ def output_head(model: nn.Module) -> set[str]:
     layers = {name: base_of(layer) for name, layer in linear_layers(model).items()}
     heads = {id(layer) for name, layer in layers.items() if is_within(name, HEADS)}
     heads |= {id(base_of(module)) for name, module in placed_modules(model) if is_named(name, HEADS)}  # or once more
-    head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
-    for module in head if isinstance(head, nn.ModuleList) else [head]:  # MusicGen has several
-        heads |= {id(base_of(unwrapped(module)))} if module is not None else set()
+    for _, part in plain_modules(model):  # a model of transformers may stand in another's, as SentenceTransformers'
+        with suppress(NotImplementedError):
+            head = getattr(part, "get_output_embeddings", lambda: None)()
+            several = head if isinstance(head, nn.ModuleList) else [head]  # MusicGen has them
+            heads |= {id(base_of(unwrapped(module))) for module in several if module is not None}
     # Of parametrized layers `weight` is made anew at each look, and the next may have its id.
     weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
     tied = {id(weights[name]) for name, layer in layers.items() if id(layer) in heads and weights[name] is not None}

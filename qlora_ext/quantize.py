@@ -34,6 +34,7 @@ from qlora_ext.sharded import check_weight_is_whole, reshard
 
 Model = TypeVar("Model", bound=nn.Module)
 _FIRST = "quantize_model comes before fully_shard"
+_IF_PLAIN = "one that computes as nn.Linear does may become it: layer.__class__ = nn.Linear"
 
 
 def quantize_model(
@@ -61,7 +62,8 @@ def quantize_model(
 
     Returns:
         The same model. Warns if a name in skip is that of no linear layer or weight of experts, nor of a module around
-        one, and if most of the model's weights are left in 3-D tensors, as experts that are fused in another way.
+        one, and if most of the model's weights are left in 3-D tensors, as experts that are fused in another way, or
+        in subclasses of nn.Linear, which may compute otherwise.
 
     Raises:
         TypeError: model is no nn.Module; skip is no str and no list of them.
@@ -99,6 +101,7 @@ def quantize_model(
         with _naming(name):
             quantize_experts(module, weight, **options)
     _warn_of_experts(model)
+    _warn_of_subclasses(model, left)
     if closed:
         stay = f"layers within {', '.join(closed)} stay as they are: torch hands their weights to kernels of its own"
         warnings.warn(f"quantize_model: model: {stay}", UserWarning, stacklevel=2)
@@ -156,13 +159,14 @@ def _experts_to_replace(model: nn.Module, left: _Left) -> list[tuple[str, nn.Mod
 def _why_none(model: nn.Module, left: _Left, closed: list[str]) -> str:
     """What there is in place of a layer to quantize."""
     dense = [base for layer in linear_layers(model).values() if is_dense_linear(base := base_of(layer))]
-    others = {type(base).__name__ for base in dense if not _is_known(base)}
-    got = [f"subclasses of it ({', '.join(sorted(others))})"] if others else []
+    others = [base for base in dense if not _is_known(base)]
+    got = [f"subclasses of it ({_kinds(others)})"] if others else []
     got += [f"layers within {', '.join(closed)}"] if closed else []
     got += ["layers in 4 bits"] if any(isinstance(m, Linear4bit) for m in model.modules()) else []
     skipped = tuple(dict.fromkeys([*left.skip, *sorted(left.head)]))
     only = f"only {' and '.join(got)}" if got else "none"
-    return f"expected an nn.Linear in it that is not in skip={skipped}, got {only}"
+    hint = f" ({_IF_PLAIN})" if others else ""
+    return f"expected an nn.Linear in it that is not in skip={skipped}, got {only}{hint}"
 
 
 @contextlib.contextmanager
@@ -192,21 +196,40 @@ def _warn_of_names(model: nn.Module, skip: Iterable[str]) -> None:
 
 def _warn_of_experts(model: nn.Module) -> None:
     """Say so if 3-D tensors, as transformers fuses experts into, hold more weights than the 4-bit layers do."""
-    quantized = 0
     fused: dict[Tensor, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            quantized += module.in_features * module.out_features
-        elif not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, ParametrizationList, AdapterTable)):
+        if not isinstance(module, (Linear4bit, nn.Conv1d, nn.ConvTranspose1d, ParametrizationList, AdapterTable)):
             own = module.named_parameters(name, recurse=False)
             fused |= {p: key for key, p in own if p.dim() == 3 and p.is_floating_point()}
-    if (left := sum(p.numel() for p in fused)) > quantized:
+    if (left := sum(p.numel() for p in fused)) > (quantized := _quantized(model)):
         warnings.warn(
             f"quantize_model: model: {left:,} weights stay as they are, in tensors of 3 dimensions (as "
             f"{fused[max(fused, key=Tensor.numel)]}); in 4 bits are {quantized:,}, those of layers",
             UserWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_subclasses(model: nn.Module, left: _Left) -> None:
+    """Say so if layers of subclasses of nn.Linear, as openai-whisper's, hold more weights than the 4-bit layers do."""
+    dense = [(n, base) for n, layer in linear_layers(model).items() if is_dense_linear(base := base_of(layer))]
+    stay = [m for name, m in dense if not _is_known(m) and not left.has(name, f"{name}.weight", m.weight)]
+    if (weights := sum(m.weight.numel() for m in stay)) > (quantized := _quantized(model)):
+        warnings.warn(
+            f"quantize_model: model: {weights:,} weights stay as they are, in subclasses of nn.Linear ({_kinds(stay)}; "
+            f"{_IF_PLAIN}); in 4 bits are {quantized:,}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _kinds(layers: Iterable[nn.Module]) -> str:
+    return ", ".join(sorted({type(layer).__name__ for layer in layers}))
+
+
+def _quantized(model: nn.Module) -> int:
+    """How many weights are in 4 bits."""
+    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit))
 
 
 def _is_known(module: nn.Module) -> TypeGuard[nn.Linear]:

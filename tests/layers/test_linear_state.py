@@ -16,6 +16,7 @@ from random_layers import make_linear, make_lora, state_bytes
 from reference import assert_same
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from qlora_ext import Linear4bit, LoraConfig
 
@@ -277,3 +278,10 @@ def test_tensors_that_are_plain_attributes() -> None:
             delattr(module, name)
             setattr(module, name, tensor)
     assert_same([layer(x), adapted(x), layer.dequantize()], expected)
+
+
+def test_codes_are_not_pruned() -> None:
+    layer = make_linear(64)
+    prune.l1_unstructured(layer, "weight", 0.2)
+    with pytest.raises(TypeError, match=r"Linear4bit: weight: expected codes, got those that torch\.nn\.utils\.prune"):
+        layer(torch.ones(64))

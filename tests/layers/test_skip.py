@@ -19,7 +19,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from qlora_ext import Linear4bit, LoraConfig, add_adapter, load_adapter, quantize_model, save_adapter
+from qlora_ext import Linear4bit, LoraConfig, LoraLinear, add_adapter, load_adapter, quantize_model, save_adapter
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,29 @@ def test_output_embeddings_may_be_several_layers() -> None:
     add_adapter(model, LoraConfig(r=2))
     assert names_of(model, nn.Linear) == {"outputs.0", "outputs.1"}
     assert [type(head) for head in heads] == [nn.Linear] * 2
+
+
+def test_output_embeddings_are_those_of_any_model_within() -> None:
+    class WithoutEmbeddings(nn.Sequential):
+        def get_output_embeddings(self) -> nn.Module:
+            raise NotImplementedError
+
+    model = WithoutEmbeddings(WithHeads(), nn.Linear(64, 8))  # as SentenceTransformers holds one of transformers
+    bodies = {"0.body.proj_out", "0.body.up_proj", "1"}
+    assert names_of(quantize_model(model), Linear4bit) == bodies
+    add_adapter(model, LoraConfig(r=2))
+    assert names_of(model, LoraLinear) == bodies
+
+
+def test_subclasses_that_are_most_of_the_model_are_named() -> None:
+    class Other(nn.Linear):
+        pass
+
+    message = r"4,160 weights stay as they are, in subclasses of nn.Linear \(Other; one .* nn.Linear\); .* 4,096$"
+    with pytest.warns(UserWarning, match=message):
+        quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 64), "other": Other(64, 65)}))
+    quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 64), "other": Other(64, 65)}), skip=["other"])
+    quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 65), "other": Other(64, 65)}))
 
 
 def test_skip_may_be_one_name() -> None:
