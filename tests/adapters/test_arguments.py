@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,7 +12,7 @@ from adapted_model import base_model, everything
 from random_layers import WithAttention
 from torch import nn
 
-from qlora_ext import LoraConfig, add_adapter, quantize_model
+from qlora_ext import LoraConfig, add_adapter, load_adapter, quantize_model, save_adapter
 
 UNKNOWN = {
     "one-of-several": (["q_proj", "qkv_proj"], "'qkv_proj'"),
@@ -91,9 +92,15 @@ def test_an_adapter_that_memory_does_not_hold_is_nowhere(other: bool) -> None:
     add_adapter(model, LoraConfig(), "large")
 
 
-def test_layers_without_a_shape_yet_are_refused_before_anything_changes() -> None:
+def test_layers_without_a_shape_yet_are_refused_before_anything_changes(tmp_path: Path) -> None:
+    add_adapter(adapted := nn.Sequential(nn.Linear(64, 64)), LoraConfig())
+    save_adapter(adapted, tmp_path)
     model = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(8))
-    for call in (quantize_model, lambda m: add_adapter(m, LoraConfig(target_modules=["0"]))):
+    for call in (
+        quantize_model,
+        lambda m: add_adapter(m, LoraConfig(target_modules=["0"])),
+        lambda m: load_adapter(m, tmp_path),
+    ):
         with pytest.raises(ValueError, match=r"model: 1\.weight: expected parameters that have their shape"):
             call(model)
         assert [type(layer) for layer in model] == [nn.Linear, nn.LazyLinear]

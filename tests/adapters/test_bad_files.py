@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -251,12 +252,13 @@ def test_what_is_no_folder_of_an_adapter_is_named(got: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("fields", [{"r": 1}, {"r": 8}, {"target_modules": ["q_proj"]}], ids=str)
 def test_an_adapter_of_another_size_does_not_fit_an_existing_one(fields: dict[str, Any], tmp_path: Path) -> None:
     """Rank 1 would even broadcast."""
-    save_adapter(with_adapter(**fields), tmp_path)
-    model = with_adapter(r=4)
-    before = everything(model)
-    with pytest.raises(ValueError, match=r"load_adapter.*'default'"):
-        load_adapter(model, tmp_path)
-    assert everything(model) == before
+    for saved, existing in permutations([{"r": 4}, {"r": 4} | fields]):
+        save_adapter(with_adapter(**saved), tmp_path)
+        model = with_adapter(**existing)
+        before = everything(model)
+        with pytest.raises(ValueError, match=r"load_adapter.*'default'"):
+            load_adapter(model, tmp_path)
+        assert everything(model) == before
 
 
 def test_an_adapter_of_another_model_does_not_fit(tmp_path: Path) -> None:

@@ -13,7 +13,19 @@ from adapted_model import everything, logits
 from reference import assert_same
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from trained_models import EMBEDDINGS, MODELS, PREFIX, WEIGHTS, Model, adapted, config_of, make, others, trained
+from trained_models import (
+    EMBEDDINGS,
+    MODELS,
+    PREFIX,
+    WEIGHTS,
+    Model,
+    WithExtraState,
+    adapted,
+    config_of,
+    make,
+    others,
+    trained,
+)
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from qlora_ext import LoraConfig, add_adapter, load_adapter, quantize_model, save_adapter, set_adapter
@@ -27,6 +39,16 @@ def train_bias_in_4_bits(model: Model) -> None:
     model.frozen["block"].inner.bias.requires_grad_(True)
 
 
+def train_around_4_bits(model: Model) -> None:
+    quantize_model(model.frozen)
+    model.frozen["block"].scale.requires_grad_(True)
+
+
+def train_around_extra_state(model: Model) -> None:
+    model.block.extra = WithExtraState().requires_grad_(False)
+    model.block.scale.requires_grad_(True)
+
+
 UNSAVABLE: dict[str, tuple[Callable[[Model], object], str]] = {
     "of-the-model": (lambda model: model.offset.requires_grad_(True), "got offset in the model itself"),
     "list": (lambda model: model.list.requires_grad_(True), "got list.0 in a ParameterList"),
@@ -35,6 +57,8 @@ UNSAVABLE: dict[str, tuple[Callable[[Model], object], str]] = {
         "got proj.base_layer.bias in a layer with an adapter",
     ),
     "4-bit": (train_bias_in_4_bits, "got frozen.block.inner.bias in a layer in 4 bits"),
+    "around-4-bit": (train_around_4_bits, "got frozen.block.scale in a layer in 4 bits"),
+    "around-extra-state": (train_around_extra_state, "got block.scale in a module that saves more than tensors"),
     "extra-state": (
         lambda model: model.frozen["extra"].requires_grad_(True),
         "got frozen.extra.weight, frozen.extra.bias in a module that saves more than tensors",
@@ -194,7 +218,7 @@ def test_a_key_without_its_prefix_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_module_trained_beside_the_active_adapter_is_used_with_others(tmp_path: Path) -> None:
-    """resume_adapter, for a training that goes on, takes it; with what is in it and does not train."""
+    """resume_adapter, for a training that goes on, takes it if it trains; with what is in it and does not train."""
 
     def build() -> nn.Module:
         head = nn.Linear(64, 8)
@@ -208,9 +232,11 @@ def test_a_module_trained_beside_the_active_adapter_is_used_with_others(tmp_path
     saved, model = build(), build()
     saved["head"].norm(torch.randn(9, 8))
     save_adapter(saved, tmp_path, "b")
-    before = everything(model)
-    with pytest.raises(ValueError, match=r"expected the file's values already there, for adapters \['a'\]"):
-        load_adapter(model, tmp_path, "b")
-    assert everything(model) == before
+    for load, trains in ((resume_adapter, False), (load_adapter, True)):
+        model["head"].requires_grad_(trains)
+        before = everything(model)
+        with pytest.raises(ValueError, match=r"expected the file's values already there, for adapters \['a'\]"):
+            load(model, tmp_path, "b")
+        assert everything(model) == before
     resume_adapter(model, tmp_path, "b")
     assert_same(dict(model["head"].state_dict()), dict(saved["head"].state_dict()))

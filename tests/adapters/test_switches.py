@@ -54,6 +54,15 @@ def test_what_adapters_of_several_layers_share_trains_if_one_is_active(active: s
     assert not model[0].lora_A["a"].requires_grad
 
 
+def test_deleting_one_of_two_active_adapters_leaves_the_other_active() -> None:
+    model = two_layers()
+    for name in ("a", "b", "c"):
+        add_adapter(model, LoraConfig(r=2), name)
+    set_adapter(model, ["b", "c"])
+    delete_adapter(model, "c")
+    assert model[0].active_adapters == model[1].active_adapters == ["b"]
+
+
 def test_a_reference_model_shares_what_is_frozen() -> None:
     """By the README's recipe for TRL."""
     model = quantize_model(two_layers())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,8 +97,19 @@ def test_a_head_with_an_adapter_stays_dense(kind: type[Model]) -> None:
     )
 
 
-def test_layers_to_transform_outside_of_blocks(tmp_path: Path) -> None:
-    fields = {"peft_type": "LORA", "target_modules": ["proj"], "layers_to_transform": [1]}
+@pytest.mark.parametrize(
+    ("fields", "demanded"),
+    [
+        ({"layers_to_transform": [1]}, ["m.layers.1.proj"]),
+        # In PEFT's regular expression this is "layers" with no number, or "x" with one.
+        ({"layers_to_transform": [1], "layers_pattern": "layers|x"}, []),
+        ({"exclude_modules": "m|head.*"}, ["m.layers.1.proj", "m.layers.0.proj"]),
+        ({"modules_to_save": ["head"]}, ["m.layers.1.proj", "m.layers.0.proj"]),
+    ],
+    ids=str,
+)
+def test_of_which_layers_a_file_must_have_tensors(fields: dict[str, Any], demanded: list[str], tmp_path: Path) -> None:
+    fields = {"peft_type": "LORA", "target_modules": ["proj"]} | fields
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     demands = read_config(tmp_path)[2]
-    assert [demands(name) for name in ("head.proj", "m.layers.1.proj", "m.layers.0.proj")] == [False, True, False]
+    assert [name for name in ("head.proj", "m.layers.1.proj", "m.layers.0.proj") if demands(name)] == demanded

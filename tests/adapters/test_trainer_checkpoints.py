@@ -21,6 +21,7 @@ from transformers import (
     LlamaForSequenceClassification,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -160,21 +161,27 @@ def test_what_is_frozen_stays_frozen(tmp_path: Path, save_only_model: bool, free
     assert (state_bytes(resumed) == state_bytes(model)) != save_only_model  # a resume without its optimizer differs
 
 
-def test_dropout_stays_as_a_trainer_has_set_it(tmp_path: Path) -> None:
+def test_dropout_stays_as_a_trainer_has_set_it_and_is_the_files_in_what_is_loaded(tmp_path: Path) -> None:
     """TRL's switch it off, when they are made."""
 
-    def build() -> Any:
-        model = with_adapter(quantized())
+    def build(in_config: float) -> Any:
+        add_adapter(model := quantized(), LoraConfig(r=4, lora_dropout=in_config))
         for _, layer in lora_layers(model):
             layer.lora_dropout["default"].p = 0.0
         return model
 
-    whole, resumed = build(), build()
+    def dropouts(model: Any) -> set[tuple[float, float]]:
+        """In configs and in what drops."""
+        both = ((layer.configs["default"], layer.lora_dropout["default"]) for _, layer in lora_layers(model))
+        return {(config.lora_dropout, dropout.p) for config, dropout in both}
+
+    whole, resumed = build(0.1), build(0.3)
     trainer(tmp_path / "whole", whole).train()
     trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{SAVED}"))
     assert state_bytes(resumed) == state_bytes(whole)
-    assert {layer.lora_dropout["default"].p for _, layer in lora_layers(resumed)} == {0.0}
-    assert {layer.configs["default"].lora_dropout for _, layer in lora_layers(resumed)} == {0.1}
+    assert dropouts(resumed) == {(0.3, 0.0)}
+    load_adapter(resumed, tmp_path / "whole" / f"checkpoint-{SAVED}")
+    assert dropouts(resumed) == {(0.1, 0.1)}
 
 
 @pytest.mark.parametrize("way", ["resumed", "the best"])
@@ -227,12 +234,24 @@ def test_what_could_not_be_saved_is_not_trained(
         run.train()
 
 
-def test_the_tokenizer_may_be_the_collators(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_it", ["trainer", "collator"])
+def test_the_tokenizer_may_be_the_trainers_alone_or_the_collators(has_it: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, with_adapter(quantized()))
-    run.processing_class = None
-    run.data_collator = DataCollatorWithPadding(tiny_tokenizer())
+    run.processing_class = tiny_tokenizer() if has_it == "trainer" else None
+    run.data_collator = DataCollatorWithPadding(tiny_tokenizer()) if has_it == "collator" else default_data_collator
     run.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved/tokenizer.json").exists()
+
+
+def test_the_only_adapter_is_saved_and_loaded_active_or_not(tmp_path: Path) -> None:
+    saved, loaded = with_adapter(quantized()), with_adapter(quantized())
+    randomize_adapters(saved)
+    for model in (saved, loaded):
+        set_adapter(model, None)
+    trainer(tmp_path, saved).save_model(str(tmp_path / "saved"))
+    trainer(tmp_path, loaded)._load_from_checkpoint(str(tmp_path / "saved"))
+    assert state_bytes(loaded) == state_bytes(saved)
+    assert not any(layer.active_adapters for _, layer in lora_layers(loaded))
 
 
 def test_it_loads_into_the_model_that_it_is_given(tmp_path: Path) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 import cells
 import limits
+import optimizer_paging
+import optimizer_resident
 import options
 import record
 import report
@@ -85,6 +89,58 @@ def test_experts_are_compared_by_their_times() -> None:
     case = {"dtype": "bf16", "tokens": 1, "direction": "forward", "weight_bytes": 2**20}
     rows = [case | {"provider": name, "p50": seconds} for name, seconds in (("ours", 0.001), ("peer", 0.004))]
     assert tables.experts_table(rows)[1] == ["forward, 1 token", "1", "4 (4.00x)"]
+
+
+def test_optimizers_are_compared_with_those_of_as_many_bits() -> None:
+    times = [("qlora_ext PagedAdamW, 32-bit", 32, 2.0), ("peer", 32, 4.0), ("qlora_ext PagedAdamW, 8-bit", 8, 1.0)]
+    case: dict[str, Any] = {"offloaded": False, "moved_bytes": 8e9}
+    rows = [case | {"provider": name, "bits": bits, "p50": seconds} for name, bits, seconds in times]
+    optimizer_resident.compare(rows, [{"copy": 4e9}, {"copy": 8e9}])
+    assert [row.get("speedup_over") for row in rows] == [{"peer": 2.0}, None, {}]
+    assert [row.get("over_32_bit") for row in rows] == [1.0, None, 0.5]
+    assert [row["limit_s"] for row in rows] == [1.0] * 3
+    assert [(row["of_limit"], row["gb_per_s"]) for row in rows] == [(0.5, 4.0), (0.25, 2.0), (1.0, 8.0)]
+
+
+def test_a_step_moves_parameters_and_states_twice_and_gradients_once() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(8))]
+    row = {"state_bytes": 2**20, "elements": 8, "bits": 32}  # the last page holds more than is read
+    assert optimizer_resident.moved_bytes(row, parameters) == 3 * 32 + 2 * 64
+
+
+def test_the_times_of_a_curve_are_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {("step", 1.0): 2.0, ("step", 0.5): 6.0, ("move", 0.5): 3.0}
+    monkeypatch.setattr(optimizer_paging, "interleaved", lambda calls, **_: {call: [seconds[call]] for call in calls})
+    moved = iter([(0, 0, 0, 0.0)] * 2 + [(4, 8, 12, 2.0)] * 2)
+    points: Any = [SimpleNamespace(share=share, step=None, moved=lambda: next(moved)) for share in (1.0, 0.5)]
+    args: Any = SimpleNamespace(device=torch.device("cpu"), seconds=1, burst=1)
+    whole, half = optimizer_paging.time_points(points, {0.5: lambda: None}, args)
+    ratios = ("raw_s", "over_resident", "over_larger", "over_sum")
+    assert [whole[name] for name in ratios] == [0, 1, 1, 1]
+    assert [half[name] for name in ratios] == [3, 3, 2, 1.2]
+    of_a_step = ("read_bytes", "written_bytes", "waited_s", "compute_s")
+    assert [half[name] for name in of_a_step] == [2, 3, 0.5, 2]
+
+
+def test_the_rate_is_of_what_was_moved_and_the_limit_of_the_least() -> None:
+    row: dict[str, Any] = {"p50": 2.0, "least_bytes": 4e9, "moved_bytes": 8e9, "flops": 0, "copying": False}
+    row |= {"mode": "cold", "dtype": "float32"}
+    measured = {"read": 4e9, "fma_fp32": dict.fromkeys(("baseline", "avx2", "avx512"), 1e9), "dpbf16": 1e9}
+    suite._compare_with_limits(row, [measured])
+    assert (row["limit_s"], row["of_limit"], row["gb_per_s"]) == (1.0, 0.5, 4.0)
+
+
+def test_methods_are_compared_in_mib() -> None:
+    row = {"method": "qlora", "base_bits": 4.127, "trainable_parameters": 1000, "trainable_percent": 0.5}
+    row |= {"base_bytes": 2**21, "adapter_bytes": 2**20, "gradient_bytes": 2**20, "optimizer_bytes": 2**21}
+    row |= {"peak_rss_bytes": 2**30, "tokens_per_second": 5.0, "held_out_loss_before": 3.0, "held_out_loss_after": 2.0}
+    cells = [line[1] for line in tables.methods_table([row])]
+    assert cells == ["qlora", "4.127", "1,000 (0.50 %)", "2.0", "4.0", "1024", "5", "3.000", "2.000"]
+
+
+def test_a_part_of_a_step_is_in_milliseconds_with_its_share() -> None:
+    row = {"part": "forward", "provider": "ours", "dtype": "bf16", "p50": 0.25, "share": 0.5}
+    assert tables.train_step_profile_table([row]) == [["bf16, ms of a step", "ours"], ["forward", "250 (50%)"]]
 
 
 def test_training_takes_adapters_gradients_and_states() -> None:

@@ -156,7 +156,7 @@ def test_text_is_packed_into_windows_with_loss_on_all(tmp_path: Path, tokenizer:
 def test_a_window_counts_once_and_one_of_one_token_not(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "d.txt").write_text("a" * 32 * 4 + "b")
     data = load(tmp_path / "d.txt", tokenizer, max_length=32, held_out_fraction=0)
-    assert (len(data.train), data.duplicates, data.dropped) == (1, 3, 1)
+    assert (len(data.train), data.duplicates, data.truncated, data.dropped) == (1, 3, 0, 1)
 
 
 def test_duplicates_go_before_the_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -164,7 +164,7 @@ def test_duplicates_go_before_the_split(tmp_path: Path, tokenizer: PreTrainedTok
         "messages": [{"role": "user", "content": "question 0"}, {"role": "assistant", "content": "answer 0"}]
     }
     records = [pair(index % 20) for index in range(60)] + [as_messages]
-    data = load(jsonl(tmp_path / "d.jsonl", *records), tokenizer, held_out_fraction=0.25)
+    data = load(jsonl(tmp_path / "d.jsonl", *records), tokenizer, held_out_fraction=0.24)  # of 20, 4.8
     assert (len(data.train), len(data.held_out), data.duplicates) == (15, 5, 41)
     assert len({tuple(example.input_ids) for example in data.train + data.held_out}) == 20
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_ext.finetune import trainer
+from qlora_ext.finetune.callbacks import _tell
 from qlora_ext.finetune.data import PadToLongest
 from qlora_ext.finetune.output_folder import newest_checkpoint
 
@@ -98,6 +99,16 @@ def test_an_evaluation_that_is_interrupted_is_the_last_thing(tmp_path: Path, mon
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
     _, whole = run(tmp_path / "whole", eval_steps=3)
     assert run(tmp_path, eval_steps=3, resume=True)[1].held_out == whole.held_out
+
+
+def test_stdout_in_a_file_is_written_when_the_terminal_has_gone(capfd: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 2)  # until capfd puts back what was there
+    os.close(write)
+    _tell(b"interrupted")
+    os.write(1, b"the report")
+    assert capfd.readouterr().out == "the report"
 
 
 IN_A_TERMINAL = """

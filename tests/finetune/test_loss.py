@@ -270,6 +270,26 @@ def test_head_whose_logits_the_model_computes_itself_is_refused() -> None:
         check_head(Reading(tiny_config()))
 
 
+def test_head_whose_logits_the_model_scales_in_place_is_refused() -> None:
+    class Scaling(LlamaForCausalLM):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            output = super().forward(*args, **options)
+            output.logits.mul_(0.5)
+            return output
+
+    with pytest.raises(ValueError, match="--loss-chunk: Scaling: expected the result of lm_head as logits"):
+        check_head(Scaling(tiny_config()))
+
+
+def test_gradient_of_a_head_in_bfloat16_is_summed_in_fp32() -> None:
+    """Each token adds 0.25: in bfloat16 a sum stops growing at 64."""
+    head, labels = nn.Linear(4, 4).bfloat16(), torch.zeros(2000, dtype=torch.int64)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    chunked_cross_entropy(torch.randn(2000, 4).bfloat16(), head, labels, 1).backward()
+    assert head.bias.grad.tolist() == pytest.approx([-1500, 500, 500, 500], rel=0.01)
+
+
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_the_loss_of_a_model_in_bfloat16_is_in_fp32(chunk: int | None) -> None:
     assert answer_loss(build("qlora", dtype=torch.bfloat16), batch(), chunk)[0].dtype == torch.float32

@@ -46,8 +46,11 @@ def test_the_bar_goes_on_from_the_step_that_is_resumed(tmp_path: Path, monkeypat
     assert (bar.options["total"], bar.options["initial"], bar.updates, bar.closed) == (5, 2, 3, 1)
 
 
-def test_stdout_is_for_the_result_alone(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_is_for_the_result_alone_and_stderr_for_held_out_losses(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(words({**arguments, "eval-steps": 1, "samples": 0, "method": "lora", "dtype": "fp32"})) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("method ")
-    assert len(out.splitlines()) == 6
+    told = capsys.readouterr()
+    assert told.out.startswith("method ")
+    assert len(told.out.splitlines()) == 6
+    assert all(f"step {step}: held-out loss " in told.err for step in (1, 2))

@@ -85,15 +85,18 @@ def test_without_eval_steps_there_is_no_evaluation_in_between(arguments: dict[st
     assert run._schedule(cli.parser().parse_args(words(arguments)), 3, None).eval_steps == 0
 
 
-def test_report_counts_what_became_of_the_examples(arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_report_counts_what_became_of_the_examples_and_stderr_names_what_is_not_read(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     twice = [{"prompt": f"say {i % 10}", "response": "aaaa"} for i in range(12)]
-    cut = {"prompt": "q", "response": "a" * 100}
+    cut = {"prompt": "q", "response": "a" * 100, "id": 7}
     alike_when_cut = [{"prompt": "q" * 100 + str(i), "response": "a"} for i in range(2)]
     without_answer = [{"prompt": str(i) + "q" * 100, "response": "a"} for i in range(3)]
     path = jsonl(tmp_path / "d.jsonl", *twice, cut, *alike_when_cut, *without_answer)
     assert cli.main(words({**arguments, "data": path, "max-length": 60, "steps": 1, "samples": 0})) == 0
     examples = reported(arguments)["examples"]
     assert (examples["duplicates"], examples["truncated"], examples["dropped"]) == (3, 5, 4)
+    assert f"{path}: fields that are not read: id\n" in capsys.readouterr().err
 
 
 def test_torch_fills_memory_after_a_run_as_before_it(arguments: dict[str, Any]) -> None:

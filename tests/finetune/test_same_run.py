@@ -34,6 +34,19 @@ def test_what_is_known_to_differ_costs_no_minutes_of_reading(
     assert cli.main(words({**arguments, "seed": 3, "resume": True})) == 2
 
 
+def test_a_run_that_noted_no_optimizer_was_of_adamw(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As earlier versions' do not."""
+    assert cli.main(words({**arguments, "steps": 1, "samples": 0})) == 0
+    file = arguments["output"] / "run.json"
+    noted = json.loads(file.read_text())
+    assert noted.pop("optimizer") == "adamw"
+    file.write_text(json.dumps(noted))
+    assert cli.main(words({**arguments, "optimizer": "paged_adamw32", "resume": True})) == 2
+    assert "--resume: --optimizer: expected 'adamw' as before, got 'paged_adamw32'" in capsys.readouterr().err
+
+
 def test_examples_held_out_count_apart(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words({**arguments, "steps": 1, "samples": 0})) == 0
     file = arguments["output"] / "run.json"
