@@ -22,7 +22,7 @@ def falcon_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     return of_transformers(kind, "FalconLinear")
 
 
-def of_transformers(kind: type[nn.Module], name: str) -> type[nn.Module] | None:
+def of_transformers(kind: type, name: str) -> type | None:
     """transformers' class of this name, if this class is it or a subclass."""
     return next((k for k in kind.__mro__ if k.__name__ == name and k.__module__.startswith("transformers.")), None)
 

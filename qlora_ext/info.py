@@ -39,7 +39,10 @@ def gpu() -> str:
         return "none that torch can use"
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
-    return name if not built_for_cuda() or runs_on("cuda") else f"{name}, for which this build has no code"
+    try:
+        return name if not built_for_cuda() or runs_on("cuda") else f"{name}, for which this build has no code"
+    except RuntimeError as error:
+        return f"{name}, where an op fails: {error}"
 
 
 def describe() -> dict[str, str]:

@@ -141,10 +141,11 @@ def output_head(model: nn.Module) -> set[str]:
     heads = {id(layer) for name, layer in layers.items() if is_within(name, HEADS)}
     heads |= {id(base_of(module)) for name, module in placed_modules(model) if is_named(name, HEADS)}  # or once more
     for _, part in plain_modules(model):  # a model of transformers may stand in another's, as SentenceTransformers'
-        with suppress(NotImplementedError):
+        head = None
+        with suppress(NotImplementedError, AttributeError):  # one may be without its head by now
             head = getattr(part, "get_output_embeddings", lambda: None)()
-            several = head if isinstance(head, nn.ModuleList) else [head]  # MusicGen has them
-            heads |= {id(base_of(unwrapped(module))) for module in several if module is not None}
+        several = head if isinstance(head, nn.ModuleList) else [head]  # MusicGen has them
+        heads |= {id(base_of(unwrapped(module))) for module in several if isinstance(module, nn.Module)}
     # Of parametrized layers `weight` is made anew at each look, and the next may have its id.
     weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
     tied = {id(weights[name]) for name, layer in layers.items() if id(layer) in heads and weights[name] is not None}

@@ -252,10 +252,12 @@ def _check_model(model: nn.Module) -> None:
 
 def _tell_transformers(model: nn.Module) -> None:
     """Set what its own quantizers set: else Jamba multiplies by dt_proj's bytes, and flash attention looks in vain for
-    an nn.Linear, whose dtype it wants. No file has it, and in a dense model it changes no results."""
+    an nn.Linear, whose dtype it wants, and then takes the config's. No file has it."""
     for module in model.modules():
-        if of_transformers(type(module), "PreTrainedModel"):
-            module.config._is_quantized = True  # type: ignore[union-attr]
+        config: Any = getattr(module, "config", None)
+        if of_transformers(type(module), "PreTrainedModel") and of_transformers(type(config), "PreTrainedConfig"):
+            config._is_quantized = True
+            config.dtype = config.dtype or module.dtype
 
 
 def _kept_in_fp32(module: nn.Module) -> set[str]:

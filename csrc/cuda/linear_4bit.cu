@@ -307,6 +307,8 @@ __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
     }
     begin = min((tile + 1) * split.units, split.begin(opaque(blockIdx.x) + 1));  // begin itself would cost a register
   }
+#else
+  __trap();
 #endif
 }
 

@@ -287,6 +287,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     }
     begin += end_unit - first_unit;
   }
+#else
+  __trap();
 #endif
 }
 

@@ -5,7 +5,7 @@
 
 #include "../dtype.h"
 
-// Below sm_80 there is no such mma and no cp.async: the kernels that are made of them are empty (kLeastFusedMajor).
+// Below sm_80 there is no such mma and no cp.async: the kernels that are made of them are not there (kLeastFusedMajor).
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define QLORA_FUSED 1
 #else

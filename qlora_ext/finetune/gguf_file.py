@@ -43,7 +43,7 @@ class GgufFile:
         self.path = path
         try:
             self.reader = _Reader(path)
-            _check_places(self.reader)
+            _check_layout(self.reader)
         except (ValueError, KeyError, IndexError, OverflowError, OSError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable GGUF file, or a truncated one ({error})") from error
         architecture = self._field("general.architecture")
@@ -94,7 +94,7 @@ class GgufFile:
         heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
         for tensor in self.reader.tensors:
             leaf = tensor.name.split(".", 2)[-1]
-            if leaf.endswith(".bias"):
+            if tensor.name.endswith(".bias"):
                 raise ValueError(f"{self.path}: biases ({tensor.name}) are not handled; use the Hugging Face folder")
             shape = tuple(int(size) for size in reversed(tensor.shape))
             read = partial(_decode, tensor, shape, heads.get(leaf), str(self.path))
@@ -140,8 +140,10 @@ class GgufFile:
         raise ValueError(f"{self.path}: expected the metadata key {key!r}, got none")
 
 
-def _check_places(reader: gguf.GGUFReader) -> None:
+def _check_layout(reader: gguf.GGUFReader) -> None:
     """That the tensors follow each other, in their order and aligned, as llama.cpp writes and wants them."""
+    if reader.byte_order != "I":  # of which gguf takes tensors' bytes as they lie
+        raise ValueError("of the other byte order")
     expected, unit = reader.data_offset, int(reader.alignment)
     for tensor in reader.tensors:
         if tensor.data_offset != expected:

@@ -178,8 +178,8 @@ def _stream(
         owner = model.get_submodule(owner_name)
         holder = owner if leaf == "weight" else getattr(owner, leaf, None)
         layer = holder if isinstance(holder, Linear4bit | Experts4bit) else None
+        tensor = read(dtype if layer is None else None).to(device)
         try:
-            tensor = read(dtype if layer is None else None).to(device)
             if layer is None:
                 owner.load_state_dict({leaf: tensor}, strict=False, assign=True)
             else:  # in its dtype, not the file's

@@ -48,12 +48,14 @@ def check_resumable(checkpoint: Path, choice: OptimizerChoice) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file of torch.save has the bytes that were written: torch.load does not look at their checksums."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, struct.error, ValueError, OverflowError, RuntimeError, EOFError):
-        return False
+    """Whether what is in a file of torch.save has its checksums, which torch.load does not look at."""
+    damaged = (zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, OverflowError, RuntimeError, EOFError)
+    with file.open("rb") as content:
+        try:
+            with zipfile.ZipFile(content) as archive:
+                return archive.testzip() is None
+        except damaged:
+            return False
 
 
 class AnswerTrainer(Trainer):

@@ -37,7 +37,7 @@ def held(state_dict: dict[str, Any]) -> dict[str, Any]:
         else hold(entry)
         for key, entry in state_dict["state"].items()
     }
-    return state_dict | {"state": state}
+    return {**state_dict, "state": state}
 
 
 @contextmanager
@@ -47,21 +47,24 @@ def after_pre_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterato
     for hook in list(hooks.values()):
         replaced = hook(optimizer, given)
         given = given if replaced is None else replaced
-    groups = given.get("param_groups") if isinstance(given, dict) and isinstance(given.get("state"), dict) else None
-    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
-        got = (
-            f"a dict of {', '.join(map(repr, list(given)[:3])) or 'nothing'}"
-            if isinstance(given, dict)
-            else type(given)
-        )
-        expected = "that of an optimizer, with state and param_groups"
-        raise TypeError(f"PagedAdamW.load_state_dict: state_dict: expected {expected}, got {got}")
+    _check_is_optimizers(given)
     called = dict(hooks)
     hooks.update(dict.fromkeys(hooks, lambda *_: None))
     try:
         yield given
     finally:  # those that are registered still
         hooks.update({key: hook for key, hook in called.items() if key in hooks})
+
+
+def _check_is_optimizers(given: Any) -> None:
+    """Raise TypeError unless it is a state_dict of an optimizer by its form."""
+    parts = {key: given.get(key) for key in ("state", "param_groups")} if isinstance(given, Mapping) else {}
+    groups = parts.get("param_groups")
+    are_groups = isinstance(groups, (list, tuple)) and all(isinstance(g, Mapping) and "params" in g for g in groups)
+    if not are_groups or not isinstance(parts["state"], Mapping):
+        expected = "that of an optimizer, with a dict as state and dicts with params as param_groups"
+        got = ", ".join(f"{key} {str(value)[:40]}" for key, value in parts.items()) or type(given)
+        raise TypeError(f"PagedAdamW.load_state_dict: state_dict: expected {expected}, got {got}")
 
 
 def let_go(state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -94,7 +94,7 @@ def find_states(
             parts[part] = offsets.pop(name)
         saved[p] = Saved(steps[index], parts)
     if offsets:
-        raise ValueError(f"{at}: {min(offsets)}: expected a parameter that has taken steps, got one that has not")
+        raise ValueError(f"{at}: expected tensors of parameters that have taken steps alone, got {min(offsets)}")
     return saved, loaded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,23 @@ def test_a_tokenizer_that_cannot_be_is_refused(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "alone" / "m.gguf")).tokenizer()
 
 
-def test_biases_are_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["blk.1.attn_q.bias", "output_norm.bias"])
+def test_biases_are_not_left_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = gguf.GGUFWriter.write_header_to_file
 
     def with_bias(writer: gguf.GGUFWriter) -> None:
-        writer.add_tensor("blk.1.attn_q.bias", np.ones(64, dtype=np.float32))
+        writer.add_tensor(name, np.ones(64, dtype=np.float32))
         write(writer)
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_bias)
     write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path))
-    with pytest.raises(ValueError, match=r"m\.gguf: biases \(blk\.1\.attn_q\.bias\) are not handled"):
+    with pytest.raises(ValueError, match=rf"m\.gguf: biases \({name}\) are not handled"):
+        load(tmp_path / "m.gguf")
+
+
+def test_numbers_in_the_other_byte_order_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gguf.GGUFWriter.__init__
+    monkeypatch.setattr(gguf.GGUFWriter, "__init__", partialmethod(made, endianess=gguf.GGUFEndian.BIG))
+    write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path))
+    with pytest.raises(ValueError, match=r"m\.gguf: not a readable GGUF file.* \(of the other byte order\)"):
         load(tmp_path / "m.gguf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,8 +81,13 @@ def test_output_embeddings_are_those_of_any_model_within() -> None:
         def get_output_embeddings(self) -> nn.Module:
             raise NotImplementedError
 
-    model = WithoutEmbeddings(WithHeads(), nn.Linear(64, 8))  # as SentenceTransformers holds one of transformers
-    bodies = {"0.body.proj_out", "0.body.up_proj", "1"}
+    class WithoutHead(nn.Sequential):
+        def get_output_embeddings(self) -> Any:
+            return self[0].weight if len(self) else self.cls
+
+    # As SentenceTransformers holds a model of transformers, and as others take the head away from one.
+    model = WithoutEmbeddings(WithHeads(), WithoutHead(nn.Linear(64, 8)), WithoutHead())
+    bodies = {"0.body.proj_out", "0.body.up_proj", "1.0"}
     assert names_of(quantize_model(model), Linear4bit) == bodies
     add_adapter(model, LoraConfig(r=2))
     assert names_of(model, LoraLinear) == bodies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from random_layers import names_of, randomize_adapters
 from tiny_model import tiny_config
@@ -12,9 +13,10 @@ from transformers.integrations.flash_attention import get_target_dtype
 from qlora_ext import Linear4bit, LoraConfig, LoraLinear, add_adapter, merge_adapter, quantize_model
 
 
-def test_flash_attention_learns_its_dtype_from_the_config() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_flash_attention_learns_its_dtype_from_the_config(dtype: torch.dtype | None) -> None:
     """In place of the first nn.Linear's: of a layer of attention in 4 bits there is none."""
-    model = LlamaForCausalLM(tiny_config(dtype=torch.bfloat16))
+    model = LlamaForCausalLM(tiny_config(dtype=dtype)).bfloat16()
     attention = nn.Sequential(quantize_model(model)).get_submodule("0.model.layers.0.self_attn")
     assert not names_of(attention, nn.Linear)
     assert get_target_dtype(torch.ones(1), attention) is torch.bfloat16
@@ -26,9 +28,12 @@ def test_only_models_of_transformers_have_such_a_config() -> None:
         config = {"_is_quantized": None}  # noqa: RUF012
         _keep_in_fp32_modules = None
 
-    model = quantize_model(Diffuser(LlamaForCausalLM(tiny_config()), nn.Linear(64, 64)))
+    model = Diffuser(*(LlamaForCausalLM(tiny_config()) for _ in range(2)), nn.Linear(64, 64))
+    model[1].config = None
+    quantize_model(model)
     assert model.config == {"_is_quantized": None}
     assert model[0].config._is_quantized
+    assert model[1].config is None
 
 
 def test_jamba_calls_dt_proj_where_it_is_in_4_bits() -> None:
