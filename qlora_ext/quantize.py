@@ -165,7 +165,7 @@ def _why_none(model: nn.Module, left: _Left, closed: list[str]) -> str:
     got += ["layers in 4 bits"] if any(isinstance(m, Linear4bit) for m in model.modules()) else []
     skipped = tuple(dict.fromkeys([*left.skip, *sorted(left.head)]))
     only = f"only {' and '.join(got)}" if got else "none"
-    hint = f" ({_IF_PLAIN})" if others else ""
+    hint = f" ({_IF_PLAIN})" if any("weight" in base._parameters for base in others) else ""
     return f"expected an nn.Linear in it that is not in skip={skipped}, got {only}{hint}"
 
 
@@ -212,8 +212,10 @@ def _warn_of_experts(model: nn.Module) -> None:
 
 def _warn_of_subclasses(model: nn.Module, left: _Left) -> None:
     """Say so if layers of subclasses of nn.Linear, as openai-whisper's, hold more weights than the 4-bit layers do."""
-    dense = [(n, base) for n, layer in linear_layers(model).items() if is_dense_linear(base := base_of(layer))]
-    stay = [m for name, m in dense if not _is_known(m) and not left.has(name, f"{name}.weight", m.weight)]
+    layers = [(name, base_of(layer)) for name, layer in linear_layers(model).items()]
+    # A parametrized layer has a class of its own, too, but it computes its weight, and cannot become a plain one.
+    own = [(n, m) for n, m in layers if is_dense_linear(m) and not _is_known(m) and "weight" in m._parameters]
+    stay = [m for name, m in own if not left.has(name, f"{name}.weight", m.weight)]
     if (weights := sum(m.weight.numel() for m in stay)) > (quantized := _quantized(model)):
         warnings.warn(
             f"quantize_model: model: {weights:,} weights stay as they are, in subclasses of nn.Linear ({_kinds(stay)}; "
@@ -252,12 +254,12 @@ def _check_model(model: nn.Module) -> None:
 
 def _tell_transformers(model: nn.Module) -> None:
     """Set what its own quantizers set: else Jamba multiplies by dt_proj's bytes, and flash attention looks in vain for
-    an nn.Linear, whose dtype it wants, and then takes the config's. No file has it."""
+    an nn.Linear, whose dtype it wants, and then takes the config's."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if of_transformers(type(module), "PreTrainedModel") and of_transformers(type(config), "PreTrainedConfig"):
             config._is_quantized = True
-            config.dtype = config.dtype or module.dtype
+            config.dtype = config.dtype or next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _kept_in_fp32(module: nn.Module) -> set[str]:

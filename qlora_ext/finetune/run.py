@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_callback import TrainerState
 
 import qlora_ext
 from qlora_ext.info import built_for_cuda, describe, gpu, runs_on
@@ -93,11 +94,10 @@ def _run(options: argparse.Namespace, folder: OutputFolder, device: torch.device
     if options.page_file is not None and options.page_file.parent.is_dir():
         check_page_file(options.page_file)
     schedule = _schedule(options, steps, chunk)
-    if options.resume:
-        resumable(options.output, schedule)  # before an earlier report goes
+    resume = resumable(options.output, schedule) if options.resume else None  # before an earlier report goes
     folder.begin(resume=options.resume, overwrite=options.overwrite)
     note(options.output, same)
-    report = _train(options, model, tokenizer, data, schedule, dtype)
+    report = _train(options, model, tokenizer, data, schedule, dtype, resume)
     if report is None:
         _say("stopped: the same command with --resume goes on from here")
         return 130
@@ -132,6 +132,7 @@ def _train(
     data: Dataset,
     schedule: Schedule,
     dtype: torch.dtype,
+    resume: tuple[Path, TrainerState] | None,
 ) -> dict[str, Any] | None:
     """Train in this dtype and save, and evaluate before and after; the report, or None if a signal ended it."""
     adapter, chunk = options.method != "full", schedule.loss_chunk
@@ -149,9 +150,7 @@ def _train(
     loss_before, answers_before = evaluate()
     if loss_before is not None:
         _say(f"held-out loss before: {loss_before:.4f}")
-    outcome = train(
-        model, tokenizer, data, schedule, options.output, adapter=adapter, autocast=autocast, resume=options.resume
-    )
+    outcome = train(model, tokenizer, data, schedule, options.output, adapter=adapter, autocast=autocast, resume=resume)
     what = "adapter" if adapter else "model"
     _say(f"step {outcome.step} of {schedule.steps}: {what} saved in {options.output}")
     if outcome.interrupted:

@@ -103,18 +103,18 @@ def train(
     *,
     adapter: bool,
     autocast: bool = False,
-    resume: bool = False,
+    resume: tuple[Path, TrainerState] | None = None,
 ) -> Outcome:
     """Train the parameters that require a gradient and save them into `output`.
 
     Args:
         adapter: save and load the active adapter only; False saves the whole model.
         autocast: bfloat16 computation from float32 weights.
-        resume: go on from the newest checkpoint in `output`; without it, no checkpoint may be there.
+        resume: what `resumable` gave, to go on from there; without it, no checkpoint may be in `output`.
 
-    Raises: ValueError when the loss is not finite, or when there is nothing to resume.
+    Raises: ValueError when the loss is not finite.
     """
-    checkpoint, done = resumable(output, schedule) if resume else (None, None)
+    checkpoint, done = resume or (None, None)
     if (output / STAGING).exists():
         shutil.rmtree(output / STAGING)
 

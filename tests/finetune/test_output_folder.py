@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_ext.finetune import __main__ as cli
 from qlora_ext.finetune.output_folder import LOCK, OutputFolder, newest_checkpoint
-from qlora_ext.finetune.train import train
+from qlora_ext.finetune.train import resumable, train
 
 REPORTS = {"run.json", "report.json", "report.png"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -208,7 +208,8 @@ def test_templates_in_a_folder_are_replaced_when_a_run_goes_on(tmp_path: Path) -
     tokenizer = tiny_tokenizer({"default": CHATML, "tool_use": CHATML})  # one of them is saved in a folder
     for steps in (1, 2):
         schedule = replace(SCHEDULE, steps=steps, save_steps=1)
-        train(build("full"), tokenizer, DATA, schedule, tmp_path, adapter=False, resume=steps > 1)
+        before = resumable(tmp_path, schedule) if steps > 1 else None
+        train(build("full"), tokenizer, DATA, schedule, tmp_path, adapter=False, resume=before)
     assert [path.name for path in (tmp_path / "additional_chat_templates").iterdir()] == ["tool_use.jinja"]
 
 

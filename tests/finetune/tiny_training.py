@@ -19,7 +19,7 @@ import qlora_ext
 from qlora_ext.finetune.data import Dataset, PadToLongest
 from qlora_ext.finetune.encode import IGNORE, Example
 from qlora_ext.finetune.optimizer import OptimizerChoice
-from qlora_ext.finetune.train import Outcome, Schedule, train
+from qlora_ext.finetune.train import Outcome, Schedule, resumable, train
 
 TOKENIZER = tiny_tokenizer()
 
@@ -80,7 +80,8 @@ def run(output: Path, method: str = "lora", resume: bool = False, **changes: Any
     model = build(method)
     set_seed(123)  # a run must not depend on what happened before it
     schedule = replace(SCHEDULE, **changes)
-    return model, train(model, TOKENIZER, DATA, schedule, output, adapter=method != "full", resume=resume)
+    before = resumable(output, schedule) if resume else None
+    return model, train(model, TOKENIZER, DATA, schedule, output, adapter=method != "full", resume=before)
 
 
 def trained(model: LlamaForCausalLM) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from random_layers import names_of, randomize_adapters
 from reference import assert_same
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers import (
     AutoModelForCausalLM,
     Gemma3nTextConfig,
@@ -102,6 +103,11 @@ def test_subclasses_that_are_most_of_the_model_are_named() -> None:
         quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 64), "other": Other(64, 65)}))
     quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 64), "other": Other(64, 65)}), skip=["other"])
     quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 65), "other": Other(64, 65)}))
+    # A layer with a parametrization has a class of its own, but could not become an nn.Linear.
+    normed = [parametrizations.weight_norm(nn.Linear(64, 640)) for _ in range(20)]
+    quantize_model(nn.Sequential(nn.Linear(64, 64), *normed))
+    with pytest.raises(ValueError, match=r"got only subclasses of it \(ParametrizedLinear\)$"):
+        quantize_model(nn.Sequential(*normed))
 
 
 def test_skip_may_be_one_name() -> None:

@@ -7,7 +7,7 @@ import torch
 from random_layers import names_of, randomize_adapters
 from tiny_model import tiny_config
 from torch import nn
-from transformers import AutoModelForCausalLM, JambaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, JambaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.flash_attention import get_target_dtype
 
 from qlora_ext import Linear4bit, LoraConfig, LoraLinear, add_adapter, merge_adapter, quantize_model
@@ -28,8 +28,12 @@ def test_only_models_of_transformers_have_such_a_config() -> None:
         config = {"_is_quantized": None}  # noqa: RUF012
         _keep_in_fp32_modules = None
 
+    class WithoutParameters(PreTrainedModel):
+        pass
+
     model = Diffuser(*(LlamaForCausalLM(tiny_config()) for _ in range(2)), nn.Linear(64, 64))
     model[1].config = None
+    model.append(WithoutParameters(tiny_config(dtype=None)))
     quantize_model(model)
     assert model.config == {"_is_quantized": None}
     assert model[0].config._is_quantized
