@@ -36,7 +36,7 @@ ECOSYSTEM = {"transformers", "peft", "bitsandbytes", "accelerate", "gguf", "toke
 
 def sources(*patterns: str) -> Iterator[Path]:
     for pattern in patterns:
-        yield from ROOT.glob(pattern)
+        yield from (path for path in ROOT.glob(pattern) if path.parent.name != "__pycache__")  # x.cpython-311.pyc
 
 
 def imports(path: Path) -> set[str]:
