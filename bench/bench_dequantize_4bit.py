@@ -1,7 +1,7 @@
 """dequantize_4bit to the weight's dtype, double quantization on and off, against bitsandbytes and torchao.
 
-Into a new tensor, whose memory the system must hand out first, and into one that is given (out=). Checked first:
-values equal the reference's bit for bit. Limit: as in bench_quantize_4bit.py.
+Into a new tensor, whose memory the system hands out first where malloc has kept none, and into one that is given
+(out=). Checked first: values equal the reference's bit for bit. Limit: as in bench_quantize_4bit.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ LEAST_CALLS = 3  # or a median is what one moment of a shared machine gave
 def interleaved(
     providers: dict[Key, Callable[[], object]], *, seconds: float, burst: float = 0.05, warmup: float = 0.05
 ) -> dict[Key, list[float]]:
-    """Time each provider in turn, in bursts, until every one has had its share of `seconds`, and LEAST_CALLS.
+    """Time each provider in turn, in bursts, until every one has had `seconds`, and LEAST_CALLS.
 
     Args:
         providers: what to call, by name.

@@ -33,7 +33,7 @@ struct AdamwSlice {
   DType param_dtype, grad_dtype;
   std::int64_t count;
   std::int64_t first;        // the index of its first element in the parameter, a multiple of 256
-  std::uint64_t index;       // of the parameter, for stochastic rounding
+  std::uint64_t index;       // the parameter's and its shard's, for stochastic rounding
   void* exp_avg;             // float[count]; 8-bit: uint8_t[count], codes of kDynamicCodebook
   void* exp_avg_sq;          // likewise, of kUnsignedCodebook
   float* exp_avg_absmax;     // 8-bit: [ceil(count / 256)], what the codes of a block are multiplied by

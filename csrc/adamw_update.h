@@ -2,7 +2,7 @@
 // includes this inside its target region.
 //
 // Math has V and its operations, each rounded to nearest on its own: splat, multiply, add, subtract, divide, sqrt.
-#include "adamw.h"  // before a target region
+#include "adamw.h"  // a file of kernels has it before its target region: nothing is compiled here
 
 namespace qlora {
 namespace {

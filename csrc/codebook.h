@@ -118,6 +118,12 @@ constexpr DynamicCodebook make_dynamic_codebook(bool is_signed) {
 inline constexpr DynamicCodebook kDynamicCodebook = make_dynamic_codebook(true);
 inline constexpr DynamicCodebook kUnsignedCodebook = make_dynamic_codebook(false);
 
+template <bool kSigned>
+constexpr const DynamicCodebook& dynamic_codebook() {
+  if constexpr (kSigned) return kDynamicCodebook;
+  return kUnsignedCodebook;
+}
+
 #ifdef __CUDACC__
 // The same tables where a kernel can index them; each kernel file gets a copy (2.3 KB).
 namespace {

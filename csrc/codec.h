@@ -34,8 +34,8 @@ struct Slice {
 
 // --- 4-bit values -------------------------------------------------------------------------------------------------
 
-// The inverse of an all-zero block's absmax, and the largest. (Not the absmax for 1e-38: that is subnormal, and 0
-// where those are flushed.)
+// The largest inverse, which a block of zeros has, too: the format's 1 / max(absmax, 1e-38) is computed as the smaller
+// of 1 / absmax and this, as 1e-38 is subnormal, and 0 where those are flushed.
 constexpr float kMaxInverse = 1.0f / 1e-38f;
 
 // What a block's weights are multiplied by before encoding.

@@ -37,7 +37,8 @@ QLORA_HOST_DEVICE inline float to_float(Half x) {
   return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(value));
 }
 
-// Round to nearest, ties to even; a NaN becomes the canonical quiet NaN.
+// Round to nearest, ties to even. A NaN becomes 0x7fc0 in bf16, a quiet one of its sign in fp16, where vector kernels
+// keep its payload, too.
 template <typename T>
 QLORA_HOST_DEVICE T round_to(float x);
 

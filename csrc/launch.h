@@ -2,8 +2,8 @@
 //
 // A launcher enqueues its kernels on `stream` of the current device and returns at once: it neither allocates nor
 // waits, so it can be captured into a CUDA graph. It returns the first error of its calls, or cudaErrorInvalidValue for
-// a dtype or a product that it does not take. Sizes may be 0, except a product's: then nothing is launched
-// (quantize_absmax still writes an offset of 0).
+// a dtype or a product that it does not take. Sizes may be 0, and nothing is launched then (but quantize_absmax still
+// writes an offset of 0); a product's may not.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +15,7 @@
 
 namespace qlora::cuda {
 
-// packed[ceil(n / 2)] and absmax[ceil(n / blocksize)] of weight[n].
+// packed[ceil(n / 2)], on a 4-byte boundary, and absmax[ceil(n / blocksize)] of weight[n].
 cudaError_t launch_quantize_4bit(const void* weight, DType dtype, std::int64_t n, std::int64_t blocksize,
                                  QuantType quant_type, std::uint8_t* packed, float* absmax, cudaStream_t stream);
 
@@ -42,7 +42,7 @@ struct Product4bit {
   const void* x;     // linear_4bit: x[M, K]; linear_4bit_dgrad: grad[M, N]
   Packed4bit w;      // [N, K]
   const void* bias;  // [N] or null; linear_4bit only
-  void* out;         // linear_4bit: y[M, N]; linear_4bit_dgrad: grad_x[M, K]
+  void* out;         // linear_4bit: y[M, N]; linear_4bit_dgrad: grad_x[M, K], on a 4-byte boundary
   std::int64_t M, N, K;
   DType dtype;  // of x, bias and out: BFloat16 or Float16
 };

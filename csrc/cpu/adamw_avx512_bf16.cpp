@@ -17,7 +17,7 @@ namespace {
 struct Avx512Bf16 : Avx512 {
   using Avx512::store;
 
-  // By one instruction, in place of eight: subnormals and NaN are not what it rounds as the format does.
+  // By one instruction, in place of store16's eight, but for subnormals and NaN: it rounds those in another way.
   static void store(BFloat16* to, V x) {
     constexpr int kQuietNan = 0x01, kSubnormal = 0x20, kSignalingNan = 0x80;
     if (__builtin_expect(_mm512_fpclass_ps_mask(x, kQuietNan | kSubnormal | kSignalingNan) != 0, 0)) {

@@ -163,7 +163,8 @@ void update_blocks(const AdamwTask& task, std::int64_t begin, std::int64_t end) 
                   slice.exp_avg_absmax + block, slice.exp_avg_sq_absmax + block};
   };
   const Encoders<Isa> codes;
-  States states[2];  // a block later, so that nothing waits for the largest
+  // A block is stepped and encoded after the next one's moments are computed: nothing waits for its largest then.
+  States states[2];
   for (std::int64_t block = begin; block <= end; ++block) {
     if (block < end) update_moments<Isa>(elements(block), codes, stored(block), states[block % 2]);
     const std::int64_t last = block - 1;

@@ -59,8 +59,8 @@ constexpr Bf16Codes make_bf16_codes(const Codebook& book) {
 inline constexpr Bf16Codes kBf16Codes = make_bf16_codes(codebook(QuantType::NF4));
 
 // The largest key below each bound, as a search of four comparisons meets them: the middle one, then one of the
-// quarters, eighths and sixteenths, by a vector lookup of words. What is known of the code, 8, 4 and 2 of it, is there
-// the index in bytes.
+// quarters, eighths and sixteenths, by a vector lookup of words. The bits of the code that are known by then (8; 8 and
+// 4; 8, 4 and 2) are the place of the next bound in bytes: so quarters use each fourth word, eighths each second.
 struct alignas(16) Bf16Bounds {
   std::int16_t sixteenths[8], eighths[8], quarters[8], middle;
 };

@@ -1,3 +1,4 @@
+// The sizes of the caches, as the system tells them.
 #include "caches.h"
 
 #include <unistd.h>

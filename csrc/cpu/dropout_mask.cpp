@@ -1,3 +1,4 @@
+// dropout_mask: which numbers are kept, by a hash of the seed and their index.
 #include "dropout_mask.h"
 
 #include <cstring>

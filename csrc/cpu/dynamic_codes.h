@@ -15,14 +15,9 @@
 
 namespace qlora::cpu {
 
-// kSigned: of the first moment, in which the code of number n is 127 + n or 127 - n; else of the second, whose code is
-// n - 1, modulo 256.
-template <bool kSigned>
-constexpr const DynamicCodebook& state_codebook() {
-  if constexpr (kSigned) return kDynamicCodebook;
-  return kUnsignedCodebook;
-}
-
+// kSigned: the codebook of absmax and of the first moment, in which the code of number n is 127 + n or 127 - n; else of
+// the second moment, whose code is n - 1, modulo 256.
+//
 // Numbers of one exponent are a line: 0 has one, seven decades, and 1. A line is told by how far a mantissa on it is
 // shifted right, which is one less from line to line.
 //   shift:  (kFrom - the upper 16 bits of max(|x|, kLeast)) * kLog >> 16, a logarithm that falls by 1 a decade; one
@@ -53,7 +48,7 @@ struct Lines {
 
   constexpr Lines() : end{}, scale{} {
     constexpr int kZero = kSigned ? 127 : 0;  // the code of 0
-    const DynamicCodebook& book = state_codebook<kSigned>();
+    const DynamicCodebook& book = dynamic_codebook<kSigned>();
     for (int line = 0; line < kCount - 1; ++line) {
       const int last = kSigned ? (1 << line) - 1 : (2 << line) - 2, shift = (kZeroShift - line) % 8;
       const float bound = book.bound[kZero + last];

@@ -10,7 +10,7 @@ struct DynamicCodes {
   __m256i end;
   __m256 scale;
 
-  static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
+  static constexpr const DynamicCodebook& book() { return dynamic_codebook<kSigned>(); }
 
   DynamicCodes()
       : end(_mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLines<kSigned>.end)), kSigned)),

@@ -12,7 +12,7 @@ struct DynamicCodes {
   __m512i end;
   __m512 scale;
 
-  static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
+  static constexpr const DynamicCodebook& book() { return dynamic_codebook<kSigned>(); }
 
   // By shift modulo 8 in a register of 16.
   static __m512i twice(const void* lines) {

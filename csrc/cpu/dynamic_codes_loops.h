@@ -1,7 +1,7 @@
 // 8-bit codes of whole blocks, by the Codes of one path (dynamic_codes_portable.h, _avx2.h, _avx512.h), which encode
 // kEncoded finite values in two steps, place and encode: what comes between them in the program is done while the
 // second waits for the first. A file of kernels includes this inside its target region.
-#include "../codec.h"  // before a target region
+#include "../codec.h"  // a file of kernels has it before its target region: nothing is compiled here
 
 namespace qlora::cpu {
 namespace {
@@ -27,26 +27,6 @@ template <typename Codes>
     }
   } else {
     for (std::int64_t i = 0; i < count; ++i) out[i] = encode_dynamic(Codes::book().bound, values[i] * scale.inverse);
-  }
-}
-
-// Groups [begin, end) of absmax, whole ones: quantize_absmax.
-template <typename Codes>
-void quantize_groups(const float* absmax, float offset, std::int64_t begin, std::int64_t end, std::uint8_t* codes,
-                     float* nested_absmax) {
-  const Codes encoder;
-  for (std::int64_t group = begin; group < end; ++group) {
-    const std::int64_t first = group * kNestedBlocksize;
-    alignas(64) float differences[kNestedBlocksize];
-    std::uint32_t largest = 0;  // of |difference|, as bits: integers order floats of one sign, and NaN last
-    for (int i = 0; i < kNestedBlocksize; ++i) {
-      differences[i] = absmax[first + i] - offset;
-      const std::uint32_t magnitude = __builtin_bit_cast(std::uint32_t, differences[i]) & 0x7fffffffu;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const Scale scale(largest);
-    nested_absmax[group] = scale.absmax;
-    encode_block(encoder, differences, kNestedBlocksize, scale, codes + first);
   }
 }
 

@@ -1,7 +1,7 @@
 // The 8-bit codes of the dynamic codebooks for any machine: by lookup, and by search.
 #pragma once
 
-#include "dynamic_codes.h"
+#include "../codebook.h"
 #include "simd_portable.h"
 
 namespace qlora::cpu {
@@ -11,7 +11,7 @@ template <bool kSigned>
 struct DynamicCodes {
   static constexpr std::int64_t kDecoded = 1, kEncoded = 16;
 
-  static constexpr const DynamicCodebook& book() { return state_codebook<kSigned>(); }
+  static constexpr const DynamicCodebook& book() { return dynamic_codebook<kSigned>(); }
 
   static void decode(const std::uint8_t* codes, PortableVectors::Vector* out) {
     *out = PortableVectors::Vector{book().value[codes[0]], book().value[codes[1]], book().value[codes[2]],

@@ -57,9 +57,8 @@ struct FewRowsKernel {
 };
 
 extern const FewRowsKernel few_rows_portable;
-// For x of this dtype. / For M rows of x in all, and N of W.
-const FewRowsKernel& few_rows_avx2(DType dtype);
-const FewRowsKernel& few_rows_avx512(std::int64_t M, std::int64_t N);
+const FewRowsKernel& few_rows_avx2(DType dtype);                       // of x
+const FewRowsKernel& few_rows_avx512(std::int64_t M, std::int64_t N);  // rows of x in all, and of W
 const FewRowsKernel& few_rows_avx512_bf16(std::int64_t M, std::int64_t N);
 
 }  // namespace qlora::cpu

@@ -50,7 +50,7 @@ struct CodesBf16 {
 };
 
 template <typename Codes>
-struct Avx2 {
+struct Avx2 : AbsmaxInTurn {
   static constexpr std::int64_t kChunk = 64;
   static constexpr int kMostRows = 8;
   static constexpr int kRowsOfW = 1;
@@ -117,10 +117,6 @@ struct Avx2 {
     for (int i = 0; i < 2; ++i) halves[i] = _mm256_hadd_ps(quarters[2 * i], quarters[2 * i + 1]);
     return _mm256_add_ps(_mm256_permute2f128_ps(halves[0], halves[1], 0x20),
                          _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
-  }
-
-  static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
-    decode_absmax_in_turn(w, first, count, absmax);
   }
 };
 

@@ -14,8 +14,9 @@ struct LanesAvx2 {
       : of_pair(_mm256_set_m128i(_mm_set1_epi32(static_cast<int>(kRun / blocksize)), _mm_setzero_si128())) {}
 
   __m256 scales(const float* absmax) const {
-    const __m256d pair = _mm256_broadcast_sd(reinterpret_cast<const double*>(absmax));
-    return _mm256_permutevar_ps(_mm256_castpd_ps(pair), of_pair);
+    double pair;
+    __builtin_memcpy(&pair, absmax, sizeof pair);
+    return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(pair)), of_pair);
   }
 
   __m256 scales(const float* absmax, std::int64_t) const {  // of the one run that can be left

@@ -48,7 +48,7 @@ struct SumsAvx512 {
   }
 };
 
-// Where a chunk of 128 weights lies in a register as in memory.
+// For chunks of 128 weights that lie in the register as in memory.
 constexpr int run_of_lane(int lane) { return lane / 4; }
 
 template <int (*kRunOfLane)(int) = run_of_lane>

@@ -15,7 +15,7 @@
 namespace qlora::cpu {
 namespace {
 
-struct DgradAvx2 {
+struct DgradAvx2 : AbsmaxInTurn {
   static constexpr int kMostRows = 16;
   static constexpr std::int64_t kMostSums = 256;
   static constexpr std::int64_t kStrip = 1024;
@@ -33,10 +33,6 @@ struct DgradAvx2 {
 
   // First the bytes' high nibbles, then the low ones, each as `expand` leaves them.
   static constexpr int column(int i) { return 2 * (16 * (i / 4 % 2) + 4 * (i / 8 % 4) + i % 4) + i / 32; }
-
-  static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
-    decode_absmax_in_turn(w, first, count, absmax);
-  }
 
   void add_rows(const ChunkOfW& w, const float* grad, std::int64_t stride, std::int64_t M, Chunk* sums) const {
     Chunk weights[kRowsOfW];
@@ -75,8 +71,8 @@ struct DgradAvx2 {
     return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));  // a run of 32
   }
 
-  // Rows of grad, so far apart, times `rows` weights of each column, onto the sums, 8 of which are in registers. Loops
-  // that are not unrolled GCC 12 makes copies of memory, and keeps the sums there.
+  // Rows of grad, so far apart, times `rows` weights of each column, onto the sums, 8 of which are in registers: unless
+  // all loops are unrolled, GCC 12 copies the arrays in memory, and keeps the sums there.
   template <int kRows>
   [[gnu::noinline]] static void multiply(const Chunk* weights, std::int64_t rows, const float* grad,
                                          std::int64_t stride, Chunk* sums) {

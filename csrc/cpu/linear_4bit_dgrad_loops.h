@@ -53,8 +53,8 @@ template <typename Isa>
 void multiply_strip(const Isa& isa, const FewRowsDgrad& p, std::int64_t begin, std::int64_t width) {
   const std::int64_t before = begin % p.w.blocksize;  // columns of the first block that are left out
   const std::int64_t blocks = ceil_div(before + width, p.w.blocksize);
-  // Of the first segment, onto which those of a later one are added: in one chain from end to end, a long N's would be
-  // rounded to the size that they have come to.
+  // Sums of the first segment; a later one has its own, which are added at its end. In one chain over a long N, each
+  // product would be rounded to the size of the sum so far.
   constexpr std::int64_t kSegment = 32 * Isa::kRowsOfW;
   typename Isa::Chunk sums[Isa::kMostSums], later[Isa::kMostSums];
   const std::int64_t num_sums = ceil_div(width, Isa::kChunk) * p.M;

@@ -35,26 +35,29 @@ inline std::int64_t segment(std::int64_t bytes) {
   return weights;
 }
 
-// One number after the other: a vector of them would wait for a gather, or for scalars to reach the L1.
-inline void decode_absmax_in_turn(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
-  if (w.nested_absmax == nullptr) {
-    __builtin_memcpy(absmax, static_cast<const float*>(w.absmax) + first,
-                     static_cast<std::size_t>(count) * sizeof(float));
-    return;
-  }
-  const auto* codes = static_cast<const std::uint8_t*>(w.absmax);
-  const float offset = *w.nested_offset;
-  for (std::int64_t i = 0; i < count;) {
-    const std::int64_t group = (first + i) / kNestedBlocksize, rest = (group + 1) * kNestedBlocksize - first;
-    const float scale = w.nested_absmax[group];
-    for (const std::int64_t end = smaller(rest, count); i < end; ++i) {
-      absmax[i] = decode_dynamic(kDynamicCodebook.value[codes[first + i]], scale, offset);
+// For an Isa: decodes one number after the other. A vector of them would wait for a gather, or for scalars to reach the
+// L1.
+struct AbsmaxInTurn {
+  static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
+    if (w.nested_absmax == nullptr) {
+      __builtin_memcpy(absmax, static_cast<const float*>(w.absmax) + first,
+                       static_cast<std::size_t>(count) * sizeof(float));
+      return;
+    }
+    const auto* codes = static_cast<const std::uint8_t*>(w.absmax);
+    const float offset = *w.nested_offset;
+    for (std::int64_t i = 0; i < count;) {
+      const std::int64_t group = (first + i) / kNestedBlocksize, rest = (group + 1) * kNestedBlocksize - first;
+      const float scale = w.nested_absmax[group];
+      for (const std::int64_t end = smaller(rest, count); i < end; ++i) {
+        absmax[i] = decode_dynamic(kDynamicCodebook.value[codes[first + i]], scale, offset);
+      }
     }
   }
-}
+};
 
-// Of `count` weights from the k-th on of each row of W, one row after the other. What the next so many rows have there
-// is fetched: their weights are, too, and would come before it.
+// The absmax of `count` weights, from the k-th on, of each of so many rows of W, row after row. Those of as many next
+// rows are fetched, as their weights are, which would come before them.
 template <typename Isa>
 inline void decode_absmax_of_rows(const Packed4bit& w, std::int64_t first, std::int64_t rows, std::int64_t K,
                                   std::int64_t k, std::int64_t count, float* absmax) {
@@ -156,7 +159,7 @@ inline void multiply_segment(const Isa& isa, const typename Isa::Lanes& lanes, R
   if constexpr (Isa::kChunk > kRun) {
     if (k < count) multiply_end<Isa, kRows>(isa, lanes, at(k), x + k * kRows, count - k, sum);
   }
-  // Chains no longer than a segment: a row's would take up three times torch's error.
+  // Chains are no longer than a segment: as long as a row, they had up to three times torch's error.
   for (int r = 0; r < kRowsOfW; ++r) {
     for (int m = 0; m < kRows; ++m) sums[m][row + r] += sum[r][m];
   }

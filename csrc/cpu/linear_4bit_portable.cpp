@@ -7,7 +7,7 @@
 namespace qlora::cpu {
 namespace {
 
-struct Portable : PortableVectors {
+struct Portable : PortableVectors, AbsmaxInTurn {
   static constexpr std::int64_t kChunk = 32;  // a run, so that all lanes have one absmax
   static constexpr int kMostRows = 8;
   static constexpr int kRowsOfW = 1;
@@ -43,10 +43,6 @@ struct Portable : PortableVectors {
     Vector lanes[] = {x[0], x[1], x[2], x[3]};
     transpose(lanes);
     return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  }
-
-  static void decode_absmax(const Packed4bit& w, std::int64_t first, std::int64_t count, float* absmax) {
-    decode_absmax_in_turn(w, first, count, absmax);
   }
 };
 

@@ -20,7 +20,7 @@ constexpr int kTileRows = kFewRowsBoundary;  // of W
 constexpr int kTileChains = 2;               // of dependent additions, to keep the units busy
 constexpr int kStepsAhead = 2;               // that weights are decoded before they are multiplied
 constexpr int kMostInTile = 8;               // rows of x: with two chains each half of the registers
-constexpr int kLeastInTile = 3;              // of more than the most, groups have half of it, or more
+constexpr int kLeastInTile = 3;              // each_group, of more than the most, makes none of fewer than half
 constexpr std::int64_t kTileBlock = 64;      // weights of a row that are added up before they are scaled
 constexpr std::int64_t kTilePart = 1024;     // that all groups of rows meet, one after the other, in the L1
 
@@ -126,7 +126,7 @@ template <typename Isa, int kRows>
 [[gnu::noinline]] void multiply_tile(const Isa& isa, const typename Isa::Element* x, const TileOfW& tile,
                                      std::int64_t count, std::int64_t blocksize, const float (*scales)[kTileRows],
                                      float* sums) {
-  const TileOfW w = tile;  // what the barrier below may change is read again for each block
+  const TileOfW w = tile;  // in registers: `tile` would be read again after each barrier below
   const int shift = __builtin_ctzll(static_cast<std::uint64_t>(blocksize));
   const std::int64_t block = smaller(blocksize, kTileBlock);
   __m512i ahead[4];
@@ -139,7 +139,7 @@ template <typename Isa, int kRows>
     for (auto& of_row : products) {
       for (auto& product : of_row) product = _mm512_setzero_ps();
     }
-    // Of half of the rows, in turn: a line has two blocks (at the ends of rows perhaps those of two, and is left out).
+    // Half of the next tile's rows in turn, as a line has two blocks. (One that two rows share may be left out.)
     const std::int64_t first = at / kTileBlock % 2 * (kTileRows / 2);
     for (std::int64_t row = first; row < first + kTileRows / 2; ++row) {
       __builtin_prefetch(w.next + at / 2 + row * w.next_stride, 0, 2);

@@ -25,7 +25,8 @@ bool has_native_bf16();
 // CPU, or Arm's BF16.
 bool has_bf16_matrices();
 
-// Throws std::invalid_argument, naming what was expected, if the machine cannot run it or there is no such path.
+// Throws std::invalid_argument, naming what was expected, if the machine cannot run it or there is no such path. Not
+// while an op runs: what its kernels get was laid out for the path in use.
 void set_path(const std::string& name);
 
 }  // namespace qlora::cpu

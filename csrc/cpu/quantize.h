@@ -22,8 +22,7 @@ float absmax_offset(const double* sums, std::int64_t groups, std::int64_t n);
 void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int64_t begin, std::int64_t end,
                      std::uint8_t* codes, float* nested_absmax);
 
-// The kernels: whole blocks or groups [begin, end) only; other code does a last, shorter one, and what lies before the
-// first and after the last block boundary.
+// The kernels: whole blocks or groups [begin, end) only; the functions above see to a last, shorter one.
 void quantize_4bit_avx2(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,
                         std::int64_t begin, std::int64_t end, std::uint8_t* packed, float* absmax);
 void quantize_4bit_avx512(const void* weight, DType dtype, std::int64_t blocksize, QuantType quant_type,

@@ -39,11 +39,12 @@ void quantize_absmax(const float* absmax, std::int64_t n, float offset, std::int
                      std::uint8_t* codes, float* nested_absmax) {
   auto kernel = quantize_absmax_portable;
 #if defined(__x86_64__)
-  if (path() >= Path::Avx2) kernel = path() == Path::Avx2 ? quantize_absmax_avx2 : quantize_absmax_avx512;
+  const Path chosen = path();
+  if (chosen >= Path::Avx2) kernel = chosen == Path::Avx2 ? quantize_absmax_avx2 : quantize_absmax_avx512;
 #endif
   const std::int64_t whole = std::max(begin, std::min(end, n / kNestedBlocksize));
   kernel(absmax, offset, begin, whole, codes, nested_absmax);
-  if (whole < end) {  // the last, shorter group: as a whole one of numbers that are in it
+  if (whole < end) {  // the last, shorter group: filled up with a number of its own, which changes no code
     const std::int64_t first = whole * kNestedBlocksize;
     float last[kNestedBlocksize];
     std::uint8_t of_last[kNestedBlocksize];

@@ -8,7 +8,7 @@
 #pragma GCC target("avx2,fma,f16c")
 
 #include "dynamic_codes_avx2.h"
-#include "dynamic_codes_loops.h"
+#include "quantize_absmax_loops.h"
 
 namespace qlora::cpu {
 

@@ -10,7 +10,7 @@
 #include "dynamic_lookup_avx512.h"
 
 #include "dynamic_codes_avx512.h"
-#include "dynamic_codes_loops.h"
+#include "quantize_absmax_loops.h"
 
 namespace qlora::cpu {
 

@@ -1,7 +1,7 @@
 // quantize_absmax for any machine: whole groups.
-#include "dynamic_codes_loops.h"
 #include "dynamic_codes_portable.h"
 #include "quantize.h"
+#include "quantize_absmax_loops.h"
 
 namespace qlora::cpu {
 

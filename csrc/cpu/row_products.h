@@ -19,10 +19,10 @@ struct Rows {
 
 // out[M, N] = scale * x[M, K] @ b + addend, summed in fp32.
 struct RowProducts {
-  Rows x;             // without a mask
-  Rows b;             // [N, K], whose transpose is multiplied, or
-  bool b_as_it_lies;  // [K, N]
-  DType compute;      // Float32, or BFloat16 to multiply in pairs of bf16 where the CPU path has them
+  Rows x;  // without a mask
+  Rows b;  // [K, N] if b_as_it_lies, else [N, K], whose transpose is multiplied
+  bool b_as_it_lies;
+  DType compute;  // Float32, or BFloat16 to multiply in pairs of bf16 where the CPU path has them
   float scale;
   const float* addend;         // or null; may be an fp32 out itself, at stride N
   std::int64_t addend_stride;  // N: it is [M, N]; 0: it is [N], the same for every row

@@ -36,13 +36,13 @@ inline typename Isa::Vector first_places(const T* from, std::int64_t count) {
   }
 }
 
-// Places of x from k on, a block of all rows after the other.
+// The places of `length` numbers of x from k on, a block of all rows after the other.
 template <typename Isa>
-void arrange(const RowProducts& p, std::int64_t k, std::int64_t depth, float* to) {
+void arrange(const RowProducts& p, std::int64_t k, std::int64_t length, float* to) {
   with_type(p.x.dtype, [&](auto type) {
     const auto* x = static_cast<const decltype(type)*>(p.x.values) + k;
-    for (std::int64_t at = 0; at < depth; at += kBlock<Isa>) {
-      const std::int64_t count = smaller(depth - at, kBlock<Isa>);
+    for (std::int64_t at = 0; at < length; at += kBlock<Isa>) {
+      const std::int64_t count = smaller(length - at, kBlock<Isa>);
       for (std::int64_t m = 0; m < p.M; ++m, to += Isa::kLanes) {
         Isa::store(to, first_places<Isa>(x + m * p.x.stride + at, count));
       }
@@ -172,12 +172,12 @@ inline void add_block(const RowProducts& p, std::int64_t first, std::int64_t col
 }
 
 // In rectangles of b that fit the caches: columns that lie side by side share lines, and x is packed where it is read.
-// Each depth has sums of its own, added to those before: in one chain from end to end, a long K's would be rounded to
-// the size that they have come to.
+// Sums are those of the first segment of K; a later one has its own, which are added at its end. In one chain over a
+// long K, each product would be rounded to the size of the sum so far.
 template <typename Isa, typename T>
 void multiply(const RowProducts& p, std::int64_t begin, std::int64_t end) {
-  constexpr std::int64_t kDepth = 256, kWidth = 512;
-  alignas(64) float x[kMostRowProducts * kDepth / Isa::kPerStep];
+  constexpr std::int64_t kSegment = 256, kWidth = 512;
+  alignas(64) float x[kMostRowProducts * kSegment / Isa::kPerStep];
   alignas(64) float sums[kMostRowProducts * kWidth], later[kMostRowProducts * kWidth];
   for (std::int64_t left = begin; left < end; left += kWidth) {
     const std::int64_t right = smaller(left + kWidth, end);
@@ -186,17 +186,17 @@ void multiply(const RowProducts& p, std::int64_t begin, std::int64_t end) {
         handle(first, smaller(right - first, Isa::kLanes), of_columns);
       }
     };
-    const std::int64_t count = ceil_div(right - left, Isa::kLanes) * Isa::kLanes * p.M;  // of sums
-    const auto clear = [&](float* to) { __builtin_memset(to, 0, static_cast<std::size_t>(count) * sizeof(float)); };
+    const std::int64_t num_sums = ceil_div(right - left, Isa::kLanes) * Isa::kLanes * p.M;
+    const auto clear = [&](float* to) { __builtin_memset(to, 0, static_cast<std::size_t>(num_sums) * sizeof(float)); };
     clear(sums);
-    for (std::int64_t k = 0; k < p.K; k += kDepth) {
+    for (std::int64_t k = 0; k < p.K; k += kSegment) {
       float* const to = k == 0 ? sums : later;
       if (k > 0) clear(later);
-      const std::int64_t depth = smaller(p.K - k, kDepth);
-      arrange<Isa>(p, k, depth, x);
+      const std::int64_t length = smaller(p.K - k, kSegment);
+      arrange<Isa>(p, k, length, x);
       const auto each_block = [&](auto&& handle) {
-        for (std::int64_t at = 0; at < depth; at += kBlock<Isa>) {
-          handle(k + at, smaller(depth - at, kBlock<Isa>), x + at / Isa::kPerStep * p.M);
+        for (std::int64_t at = 0; at < length; at += kBlock<Isa>) {
+          handle(k + at, smaller(length - at, kBlock<Isa>), x + at / Isa::kPerStep * p.M);
         }
       };
       // In the order in which b lies.
@@ -213,7 +213,7 @@ void multiply(const RowProducts& p, std::int64_t begin, std::int64_t end) {
           });
         });
       }
-      for (std::int64_t i = 0; i < count && k > 0; ++i) sums[i] += later[i];
+      for (std::int64_t i = 0; i < num_sums && k > 0; ++i) sums[i] += later[i];
     }
     with_type(p.dtype, [&](auto type) {
       each_columns(sums, [&](std::int64_t first, std::int64_t columns, const float* from) {

@@ -305,7 +305,8 @@ __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
         }
       }
     }
-    begin = min((tile + 1) * split.units, split.begin(opaque(blockIdx.x) + 1));  // begin itself would cost a register
+    // end_unit anew: that one would stay in a register all through the loop.
+    begin = min((tile + 1) * split.units, split.begin(opaque(blockIdx.x) + 1));
   }
 #else
   __trap();

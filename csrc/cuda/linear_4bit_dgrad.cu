@@ -173,8 +173,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     for (int i = 0; i < C::kAhead; ++i) ahead[i] = load_weights(first_n + i * kGroup, std::false_type{});
 
     float sum[C::kLaneBytes][C::kColumnTiles][4] = {};
-    auto compute = [&](int chunk_n, unsigned unit,
-                       auto all_inside) {  // all_inside: the rows that it loads are known to exist
+    // all_inside: the rows that it loads are known to exist.
+    auto compute = [&](int chunk_n, unsigned unit, auto all_inside) {
       constexpr int kUnroll = decltype(all_inside)::value ? C::kUnroll : 1;
 #pragma unroll kUnroll
       for (unsigned i = 0; i < kUnitN / kGroup; ++i) {

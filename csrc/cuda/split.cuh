@@ -20,6 +20,7 @@ struct Split {
   int unit_steps;          // of the kernel (kStepK, kStepN), in a unit
   int run, longer_runs;    // a CTA has `run` units, the first `longer_runs` CTAs one more
 
+  bool splits_tiles() const { return units > 1 && tiles % ctas != 0; }
   __host__ __device__ int begin(int cta) const { return cta * run + (cta < longer_runs ? cta : longer_runs); }
   // The CTA that computes this one of all units.
   __host__ __device__ int cta_of(int unit) const {
@@ -43,8 +44,9 @@ struct Work {
   std::int64_t tile_values, weight_bytes;
 };
 
-// For each layer as many CTAs as the device holds at once, or as are worth it, or as may store partial sums: in all,
-// 24 MB (an H100's L2 has 50) or a quarter of the weight. The largest units that still give every CTA one, if any do.
+// For each layer as many CTAs as the device holds at once, but no more than are worth it, nor than may store partial
+// sums: in all, 24 MB (an H100's L2 has 50) or a quarter of the weight. The largest units that still give every CTA
+// one, if any do.
 //
 // What is worth it: a CTA reads weight_bytes / ctas of weights, the last to arrive ctas / tiles partial sums, from L2,
 // where it gets some 8 times as many bytes a clock. More CTAs than make both equal would finish later.
@@ -74,7 +76,7 @@ struct Meeting {
   std::int64_t arrivals_bytes, partials_bytes;
 
   Meeting(const Split& split, std::int64_t layers, std::int64_t tile_values)
-      : arrivals_bytes(split.tiles % split.ctas == 0 ? 0 : ceil_div(layers * split.tiles * 4, 16) * 16),
+      : arrivals_bytes(split.splits_tiles() ? ceil_div(layers * split.tiles * 4, 16) * 16 : 0),
         partials_bytes(arrivals_bytes == 0 ? 0 : layers * split.partial_slots() * tile_values * 4) {}
 
   std::int64_t bytes() const { return arrivals_bytes + partials_bytes; }

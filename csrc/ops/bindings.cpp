@@ -61,7 +61,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("found_inf") = py::none(), py::arg("seed") = py::none());
   m.def("cpu_path", [] { return qlora::cpu::path_name(qlora::cpu::path()); }, "The CPU path in use.");
   m.def("cpu_paths", &qlora::cpu::path_names, "The CPU paths this machine can run, ascending.");
-  m.def("set_cpu_path", &qlora::cpu::set_path, "Use this CPU path from now on; ValueError if it cannot run.");
+  m.def("set_cpu_path", &qlora::cpu::set_path,
+        "Use this CPU path from now on, and not while an op runs; ValueError if it cannot run.");
   qlora::bind_paged_adamw(m);
   m.attr("ADAMW_BLOCK") = qlora::kAdamwBlock;
   m.attr("NESTED_BLOCKSIZE") = qlora::kNestedBlocksize;

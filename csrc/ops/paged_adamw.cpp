@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <functional>
 #include <optional>
 #include <stdexcept>
@@ -150,6 +149,7 @@ class PagedStates {
   void remove(int64_t id) { states_->remove(id); }
   int64_t steps(int64_t id) const { return states_->steps(id); }
   void set_steps(int64_t id, int64_t steps) { states_->set_steps(id, steps); }
+  void prepare(const std::vector<int64_t>& ids) { states_->prepare(ids); }
 
   void step(const std::vector<int64_t>& ids, const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
             const std::vector<int64_t>& indices, const std::vector<Hyper>& hypers,
@@ -274,7 +274,6 @@ void bind_paged_adamw(py::module_& m) {
     try {
       if (error) std::rethrow_exception(error);
     } catch (const std::system_error& e) {
-      errno = e.code().value();
       const std::string text = std::string(kOp) + ": " + e.what();
       const py::tuple arguments = py::make_tuple(e.code().value(), text);
       PyErr_SetObject(PyExc_OSError, arguments.ptr());
@@ -287,6 +286,8 @@ void bind_paged_adamw(py::module_& m) {
       .def("remove", &PagedStates::remove, py::call_guard<py::gil_scoped_release>())
       .def("steps", &PagedStates::steps, "Steps that the parameter has taken.")
       .def("set_steps", &PagedStates::set_steps)
+      .def("prepare", &PagedStates::prepare, py::call_guard<py::gil_scoped_release>(),
+           "What can fail before a step of these, and their homes: for devices that step together.")
       .def("step", &PagedStates::step)
       .def("save", &PagedStates::save, "Copies (id, part, CPU tensor or None, offset in the file) out of the pages.")
       .def("load", &PagedStates::load, "Likewise into the pages.")

@@ -16,7 +16,7 @@ namespace qlora {
 
 struct PagedAdamwDevice {
   std::unique_ptr<pager::Backend> backend;
-  // The update of this run, after what the backend has been told to finish before.
+  // The update of this run. Called between the backend's before_compute and after_compute.
   std::function<void(const pager::AdamwRun& run, const AdamwOptions& options)> compute;
 };
 

@@ -92,6 +92,15 @@ AdamwStates::Plan AdamwStates::plan(std::span<const T> what) const {
   return plan;
 }
 
+void AdamwStates::prepare(std::span<const ParameterId> ids) {
+  struct Wanted {
+    ParameterId id;
+  };
+  std::vector<Wanted> wanted;
+  for (const ParameterId id : ids) wanted.push_back({id});
+  pager_->prepare(plan(std::span<const Wanted>(wanted)).pages);
+}
+
 void AdamwStates::step(std::span<Update> updates, const std::function<void(const AdamwRun&)>& compute) {
   for (Update& update : updates) update.hyper.step = steps(update.id) + 1;
   const Plan plan = this->plan(std::span<const Update>(updates));

@@ -17,10 +17,10 @@ using ParameterId = std::int64_t;
 // One parameter of a step. Its states are those of `id`.
 struct Update {
   ParameterId id;
-  void* param;       // [numel], contiguous; or null, as those of its slices are then: the caller has to find them
+  void* param;       // [numel]; null if it is not flat: those of its slices are, too, and compute gathers the elements
   const void* grad;  // likewise
   DType param_dtype, grad_dtype;
-  std::uint64_t index;  // of the parameter in its optimizer
+  std::uint64_t index;  // AdamwSlice's
   AdamwHyper hyper;     // whose step is set here
 };
 
@@ -39,7 +39,8 @@ struct AdamwRun {
 
   std::span<const AdamwSlice> slices;  // of the pages that are here
   std::span<const std::size_t> of = {};
-  // Pages that are not: pass() does the next of them, and returns false if there is none. So many threads may be in it.
+  // Pages that are not: pass() moves the next of them in, computes it and moves it out, or returns false if there is
+  // none. most_passing threads may be in it.
   std::int64_t absent = 0, most_passing = 0;
   std::function<bool(const Compute& compute)> pass = {};
   // Instead of all that: everything by the calling thread, page after page.
@@ -57,6 +58,9 @@ class AdamwStates {
 
   std::int64_t steps(ParameterId id) const { return parameters_[static_cast<std::size_t>(id)].steps; }
   void set_steps(ParameterId id, std::int64_t steps) { parameters_[static_cast<std::size_t>(id)].steps = steps; }
+
+  // For several of these, of which none is to take a step if another cannot: see Pager::prepare.
+  void prepare(std::span<const ParameterId> ids);
 
   // One step of each: compute(run) is called for all pages, run by run. Each step is then counted. See Pager::walk for
   // what throws when.

@@ -28,8 +28,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // The tier that pages are computed in, and in how many of the `room` pages there others are moved in, computed and
-  // moved out at the same time.
+  // The tier that pages are computed in; and of `room` pages there, how many are kept for those of lower tiers, which
+  // are moved in, computed and moved out.
   virtual Tier compute_tier() const = 0;
   virtual std::int64_t ring_pages(std::int64_t room) const = 0;
 
@@ -45,8 +45,9 @@ class Backend {
   virtual Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source,
                      Token after_target) = 0;
 
-  // What is computed after this call finds that work done; the token of all that has been computed so far.
+  // What is computed from now on waits for that work.
   virtual void before_compute(Token token) = 0;
+  // Stands for all that has been computed so far.
   virtual Token after_compute() = 0;
 
   // The caller waits. Throws what the work threw.

@@ -78,8 +78,8 @@ class CudaBackend final : public Backend {
   Token last_ = 0;
   PinnedPages pinned_;
   Staging staging_[kStaging];
-  int turn_ = 0;  // of staging_; the I/O thread's
-  IoThread io_;   // last: its jobs use all of the above
+  unsigned turn_ = 0;  // of staging_; the I/O thread's
+  IoThread io_;        // last: its jobs use all of the above
 };
 
 }  // namespace qlora::pager

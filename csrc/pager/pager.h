@@ -1,9 +1,10 @@
 // Pages of one size over the tiers of a machine, and the walk that computes on them one after another.
 //
-// Each page has its home in one tier. Those at home in the compute tier are computed where they are and never move. The
-// others pass through a ring of pages there. A device that computes by itself finds them there one after another: while
-// it computes one, the next is moved in and the last moved out. Of the host, each thread that computes takes one, moves
-// it in, computes it and moves it out: it remains in the core's cache, and no thread waits for another.
+// Each page has its home in one tier. Those at home in the compute tier are computed where they are, and stay while
+// walks need the same. The others pass through a ring of pages there. A device that computes by itself finds them there
+// one after another: while it computes one, the next is moved in and the last moved out. Of the host, each thread that
+// computes takes one, moves it in, computes it and moves it out: it remains in the core's cache, and no thread waits
+// for another.
 #pragma once
 
 #include <atomic>
@@ -36,7 +37,7 @@ struct TierRoom {
 struct Stats {
   std::int64_t pages[kNumTiers] = {};                                 // at home in each Tier
   std::int64_t ring_pages = 0;                                        // that exist now
-  std::int64_t visits = 0, hits = 0;                                  // pages computed; those that were there already
+  std::int64_t visits = 0, hits = 0;                                  // of pages, by all walks; those in place
   std::int64_t bytes_from[kNumTiers] = {}, bytes_to[kNumTiers] = {};  // moved, by Tier
   double seconds_waited = 0;                                          // for moves, by all threads that would compute
 };
@@ -65,8 +66,12 @@ class Pager {
   static constexpr std::size_t kMostAtOnce = 256;
   void walk(std::span<const PageId> order, bool writes, const Visit& visit);
 
-  // Calls compute(position, memory) for the next of the run's pages that are null; false: there is none left. So many
-  // threads may be in it at the same time, others wait.
+  // What walk() does before its first visit: it throws what can be known by then. For several pagers, of which none is
+  // to be walked if another cannot be.
+  void prepare(std::span<const PageId> order);
+
+  // Calls compute(position, memory) for the next of the run's pages that are null; false: there is none left.
+  // most_passing() threads may be in it at the same time, others wait.
   bool pass(const std::function<void(std::size_t position, std::byte* memory)>& compute);
   std::int64_t most_passing() const { return std::ssize(ring_); }
 
@@ -77,14 +82,14 @@ class Pager {
   struct Page {
     int level = -1;  // of its home among the tiers; -1: it has none yet
     Place home;
-    bool written = false;  // else it is zeros, and its home has anything
+    bool written = false;  // else it counts as zeros, whatever its home holds
     Token stored = 0;      // after which the home has its content
     std::uint64_t last_need = 0;
   };
   struct Slot {
     std::byte* memory = nullptr;
-    PageId page = -1;  // whose content it has, or will have when it is ready
-    Token ready = 0, idle = 0;
+    PageId page = -1;           // whose content it has, or will have when it is ready
+    Token ready = 0, idle = 0;  // after which its content has arrived; after which nothing uses that any more
   };
 
   Page& at(PageId page) { return pages_[static_cast<std::size_t>(page)]; }

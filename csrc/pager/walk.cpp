@@ -8,15 +8,19 @@
 
 namespace qlora::pager {
 
-void Pager::walk(std::span<const PageId> order, bool writes, const Visit& visit) {
+void Pager::prepare(std::span<const PageId> order) {
   if (!backend_->usable()) refuse_fork();
   if (!failure_.empty()) throw std::runtime_error("PagedAdamW: not usable since an error: " + failure_);
   backend_->check();
+  settle(order);
+}
+
+void Pager::walk(std::span<const PageId> order, bool writes, const Visit& visit) {
+  prepare(order);
   order_ = order;
   writes_ = writes;
   begun_ = false;
   try {
-    settle(order);
     if (backend_->compute_tier() == Tier::Host) {
       run_on_host(visit);
     } else {
@@ -83,8 +87,8 @@ bool Pager::pass(const std::function<void(std::size_t, std::byte*)>& compute) {
   while (next_pass_ < run_end_ && at(order_[next_pass_]).level == 0) ++next_pass_;
   if (next_pass_ == run_end_) return false;
   const std::size_t position = next_pass_++;
-  // Out of the system's memory threads read at the same time. The disk they read one after another, in the order of the
-  // file: that the system takes for one sequential reader, and reads ahead for it.
+  // What the system has in its memory, threads read at the same time. From the disk they read one after another, in the
+  // order of the file: the system sees one sequential reader, and reads ahead for it.
   if (!backend_->waits_for_disk()) lock.unlock();
   const Page& page = at(order_[position]);
   const Place here{tiers_[0].tier, borrowed.memory};

@@ -114,7 +114,8 @@ def checked_hyper(group: dict[str, Any], *, new: bool = False) -> Hyper:
     check(not missing, "param_groups", "groups of AdamW", f"one without {', '.join(missing)}")
     foreign = [name for name in _OPTIONS if name in group]
     check(not foreign, "param_groups", "options of a group", f"{', '.join(foreign)} of the whole optimizer")
-    check(not group.get("amsgrad"), "amsgrad", "False", group.get("amsgrad"))
+    for name in ("amsgrad", "differentiable"):
+        check(not group.get(name), name, "False", group.get(name))
     lr, eps, weight_decay = (_number(name, group[name]) for name in ("lr", "eps", "weight_decay"))
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         check(value >= 0 or (not new and math.isfinite(value)), name, "0 or more", value)

@@ -26,8 +26,8 @@ class PagedAdamW(Optimizer):
     For each parameter p with gradient g, in fp32 and at step t:
     `p *= 1 - lr * weight_decay; m = lerp(m, g, 1 - beta1); v = beta2 * v + (1 - beta2) * g * g;`
     `p -= lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)`.
-    Pages within the budget of the computing device stay there and never move; the others stream through a few pages of
-    it while their neighbours are computed. Parameters come out bit for bit the same however the states are paged.
+    Pages within the budget of the computing device stay there while steps need the same; the others stream through a
+    few pages of it while others are computed. Parameters come out bit for bit the same however the states are paged.
 
     Args:
         params: parameters, named parameters or groups, each parameter once: float32, float16 or bfloat16, on the CPU
@@ -131,7 +131,7 @@ class PagedAdamW(Optimizer):
 
     @in_turn
     def remove_param_group(self, index: int) -> None:
-        """Remove the group at this index of `param_groups`, and its states: else they go when any is next needed.
+        """Remove the group at this index of `param_groups`, and its states: else these go at the next step or save.
 
         Raises:
             IndexError; and as `step()` does: the group is there still, but its states may be gone.
@@ -195,7 +195,7 @@ class PagedAdamW(Optimizer):
         """
         self._follow()
         entries = self._paged.entries(parameters(self.param_groups))
-        hooked = self._optimizer_state_dict_pre_hooks or self._optimizer_state_dict_post_hooks
+        hooked = bool(self._optimizer_state_dict_pre_hooks or self._optimizer_state_dict_post_hooks)
         names, self.state = self.state, with_others_entries(entries, self.state)
         try:
             return super().state_dict()
@@ -210,8 +210,9 @@ class PagedAdamW(Optimizer):
         Raises:
             TypeError, ValueError: groups or states that are not for these parameters and this state_bits; the optimizer
                 is then as it was.
-            OSError, or ValueError for the budgets: there is no room for the states. The old ones are gone by then, and
-                nothing but to load again, or `release()`, is possible.
+            ValueError for the budgets: there is no room for the states; the optimizer is then as it was.
+            OSError: the page file cannot be made anew, or read errors. The old states are gone by then, and nothing but
+                to load again, or `release()`, is possible.
         """
         with after_pre_hooks(self, state_dict) as given:
             super().load_state_dict(held(given))
@@ -253,8 +254,8 @@ class PagedAdamW(Optimizer):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not whole, or not for these parameters and this state_bits; the optimizer is then as it
-                was. Else, and for OSError: see `load_state_dict`.
+            ValueError: it is not whole, or not for these parameters and this state_bits; the optimizer is as it was.
+            OSError: see `load_state_dict`.
         """
         with open(path, "rb") as file:
             saved, groups = find_states(file, self.param_groups, self._paged.state_bits)
@@ -276,7 +277,7 @@ class PagedAdamW(Optimizer):
             pages: how many have their home in "device", "host" and "file"; unwritten_pages: how many have no home yet;
             ring_pages: of the computing devices, that others stream through; page_bytes;
             bytes_read, bytes_written: moved from and to each of these since the start or the last loading;
-            visits, hits, hit_rate: pages computed, those at home in the computing device's memory, their quotient;
+            visits, hits, hit_rate: pages that steps, saves and loads came to, those that were in place, their quotient;
             seconds_waited: for moves, by the calling thread; on the CPU, for streamed pages, by all threads, added up.
         """
         return self._paged.stats()

@@ -48,11 +48,11 @@ def update_of(p: Tensor, grad: Tensor, index: int, hyper: Hyper) -> Update:
 
 
 class _States(NamedTuple):
-    """Those of one parameter: the store that they are in and their id there, and for how many elements they are."""
+    """Those of one parameter: the store that they are in and their id there, and the shape that they are for."""
 
     device: torch.device
     id: int
-    numel: int
+    shape: torch.Size
 
 
 class PagedParameters:
@@ -73,16 +73,22 @@ class PagedParameters:
         # The page file goes at the end of the process, too, where a thread that still runs keeps the optimizer.
         weakref.finalize(self, self._stores.clear)
         self._states: dict[Tensor, _States] = {}
-        self._followed: list[int] = []  # the parameters of the last time, by identity
+        self._followed: list[int] | None = None  # the parameters of the last time, by identity; None: not known
         self._half_restored = False
 
     def reserve(self, params: Iterable[Tensor]) -> None:
-        """Room for the states of those of these that have none yet; all or, if it raises, none on that device."""
+        """Make room for the states of parameters that have none yet; if it raises, for none of that device's."""
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
         for p in params:
+            if p in self._states and not self.steps(p) and not self._fits(p):
+                self.forget(p)  # as it was made larger, or moved, before its first step
             if p not in self._states:
                 by_device[local_shard(p).device].append(p)
-        devices = {*self._stores, *by_device}
+        if not by_device:
+            return
+        devices = {states.device for states in self._states.values()} | by_device.keys()
+        for device in self._stores.keys() - devices:
+            del self._stores[device]
         _, device_budget, _, page_file = self._paging
         if page_file and len(devices) > 1:
             raise ValueError(
@@ -94,16 +100,16 @@ class PagedParameters:
         check(torch.device("meta") not in by_device, "params", expected, "one on meta")
         for device, new in by_device.items():
             store = self._stores.get(device) or _C.PagedStates(str(device), *self._paging)
-            numels = [local_shard(p).numel() for p in new]
+            shapes = [local_shard(p).shape for p in new]
             bits = [state_width(p, self.state_bits) for p in new]
             try:
-                ids = store.add(numels, bits)
+                ids = store.add([shape.numel() for shape in shapes], bits)
             except BaseException:
                 del store  # which the exception would keep, with its page file, if it is new
                 raise
             self._stores[device] = store
-            self._followed = []  # they may go again before they are seen
-            self._states |= {p: _States(device, *states) for p, *states in zip(new, ids, numels, strict=True)}
+            self._followed = None  # they may go again before they are seen
+            self._states |= {p: _States(device, i, shape) for p, i, shape in zip(new, ids, shapes, strict=True)}
 
     def follow(self, params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
         """Bring the pages in line with the parameters of an optimizer and its `state`, which others may have changed.
@@ -160,11 +166,14 @@ class PagedParameters:
     def step(
         self, updates: Collection[Update], grad_scale: Tensor | None, stochastic_rounding: bool, seed: int
     ) -> None:
-        """Update the parameters, page by page; on each device all of them or none, unless pages are lost."""
+        """Update the parameters, page by page: all of them or none, unless pages are lost."""
         self.reserve(u.parameter for u in updates)
         by_device: dict[torch.device, list[tuple[int, Update]]] = defaultdict(list)
         for update in updates:
             by_device[update.local.device].append((self._id(update.parameter), update))
+        if len(by_device) > 1:  # what can fail before a step does so on all devices before the first takes it
+            for device, with_ids in by_device.items():
+                self._stores[device].prepare([i for i, _ in with_ids])
         for device, with_ids in by_device.items():
             scale = None if grad_scale is None else grad_scale.to(device, torch.float32)
             ids, here = [i for i, _ in with_ids], [u for _, u in with_ids]
@@ -178,6 +187,7 @@ class PagedParameters:
         for device, places in self._places(parts).items():
             self._stores[device].save(places, file)
 
+    @torch.inference_mode(False)  # of which a state_dict is no part, as torch's own is none
     def entries(self, params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
         """The states of those that have taken steps, as a state_dict has them."""
         found: dict[Tensor, dict[str, Tensor]] = {}
@@ -197,13 +207,24 @@ class PagedParameters:
     def restore(self, saved: Mapping[Tensor, Saved], reserved: Iterable[Tensor], file: int = -1) -> None:
         """Replace all states by these, and reserve room for those of further parameters.
 
-        If it raises, states are lost: nothing can be done with them until this has succeeded.
+        If it raises for want of room, without a page file all is as it was. Else states are lost: nothing can be done
+        with them until this has succeeded.
         """
-        self._half_restored = True
-        self._states.clear()
-        self._followed = []
-        self._stores.clear()  # which frees all pages: there is never a second copy of the states
-        self.reserve(dict.fromkeys([*saved, *reserved]))
+        keep = self.page_file is None and not self._half_restored
+        before, stores = self._states, dict(self._stores)
+        self._states, self._followed, self._half_restored = {}, None, True
+        self._stores.clear()
+        if not keep:
+            stores.clear()  # a page file's room and path are for the next
+        try:
+            self.reserve(dict.fromkeys([*saved, *reserved]))
+        except BaseException:
+            if keep:
+                self._states, self._half_restored = before, False
+                self._stores.clear()
+                self._stores.update(stores)
+            raise
+        stores.clear()  # which frees all pages, before others take memory: there is never a second copy of the states
         self.put(saved, file)
         self._half_restored = False
 
@@ -241,16 +262,16 @@ class PagedParameters:
     def _fits(self, p: Tensor) -> bool:
         """Whether p is as it was when its pages were made."""
         states, local = self._states[p], local_shard(p)
-        return states.numel == local.numel() and states.device == local.device
+        return states.shape == local.shape and states.device == local.device
 
     def _id(self, p: Tensor) -> int:
         states = self._states[p]
         if not self._fits(p):
             local = local_shard(p)
-            raise ValueError(
-                f"PagedAdamW: params: expected {states.numel} elements on {states.device}, as when added, "
-                f"got {local.numel()} on {local.device}"
-            )
+            expected, got = f"{states.shape.numel()} elements on {states.device}", f"{local.numel()} on {local.device}"
+            if (states.shape.numel(), states.device) == (local.numel(), local.device):
+                expected, got = f"shape {list(states.shape)}", f"{list(local.shape)}"
+            raise ValueError(f"PagedAdamW: params: expected {expected}, as when added, got {got}")
         return states.id
 
     def check_restored(self) -> None:
