@@ -181,6 +181,11 @@ def test_partial_sums_take_little_memory(op: str, mnk: tuple[int, int, int]) -> 
     assert Device(Limits(132, 228 * 1024)).workspace_bytes(op, mnk) <= max(25 << 20, n * k // 8)
 
 
+def test_tiles_of_one_unit_need_no_room_for_partial_sums() -> None:
+    """Though 264 CTAs are no divisor of 384 tiles: none is split."""
+    assert Device(Limits(132, 228 * 1024)).workspace_bytes("linear_4bit", (8, 49152, 576)) == 0
+
+
 def test_a_cta_with_two_unfinished_tiles() -> None:
     """Its first and its last: each has a place of its own for the partial sum, which others read when it is done."""
     check_exact(replace(KIND, mnk=(1, 192, 5 * 1024)), Device(Limits(3, 100 * 1024), block_order="reverse"))
