@@ -22,9 +22,18 @@ def falcon_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     return of_transformers(kind, "FalconLinear")
 
 
+def bitsandbytes_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """bitsandbytes' Linear4bit or Linear8bitLt, likewise: nn.Linear, but that it stores its weight in its own form."""
+    return _of_package(kind, "bitsandbytes", "Linear4bit", "Linear8bitLt")
+
+
 def of_transformers(kind: type, name: str) -> type | None:
     """transformers' class of this name, if this class is it or a subclass."""
-    return next((k for k in kind.__mro__ if k.__name__ == name and k.__module__.startswith("transformers.")), None)
+    return _of_package(kind, "transformers", name)
+
+
+def _of_package(kind: type, package: str, *names: str) -> type | None:
+    return next((k for k in kind.__mro__ if k.__name__ in names and k.__module__.startswith(f"{package}.")), None)
 
 
 def is_dense_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -39,7 +48,7 @@ def dense_class(layer: nn.Module) -> type[nn.Module]:
 
 def computes_otherwise(layer: nn.Module) -> bool:
     """Whether it is a subclass of nn.Linear or Conv1D that may return anything, as routers of experts do."""
-    known = dense_class(layer), falcon_class(type(layer))
+    known = dense_class(layer), falcon_class(type(layer)), bitsandbytes_class(type(layer))
     return is_dense_linear(layer) and all(type(layer).forward is not kind.forward for kind in known if kind)
 
 

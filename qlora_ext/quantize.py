@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import warnings
 from collections import Counter
@@ -12,7 +13,14 @@ from typing import Any, TypeGuard, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from qlora_ext.dense_linear import conv1d_class, falcon_class, is_dense_linear, of_transformers
+from qlora_ext.dense_linear import (
+    conv1d_class,
+    falcon_class,
+    has_float_weight,
+    is_dense_linear,
+    of_transformers,
+    out_and_in,
+)
 from qlora_ext.experts import fused_experts, quantize_experts
 from qlora_ext.layer_hooks import check_not_hooked, has_other_forward
 from qlora_ext.layer_names import is_within, plain_modules
@@ -35,6 +43,7 @@ from qlora_ext.sharded import check_weight_is_whole, reshard
 Model = TypeVar("Model", bound=nn.Module)
 _FIRST = "quantize_model comes before fully_shard"
 _IF_PLAIN = "one that computes as nn.Linear does may become it: layer.__class__ = nn.Linear"
+_IF_IN_BITS = "the weights of some are no floats: load the model without quantization_config"
 
 
 def quantize_model(
@@ -165,7 +174,8 @@ def _why_none(model: nn.Module, left: _Left, closed: list[str]) -> str:
     got += ["layers in 4 bits"] if any(isinstance(m, Linear4bit) for m in model.modules()) else []
     skipped = tuple(dict.fromkeys([*left.skip, *sorted(left.head)]))
     only = f"only {' and '.join(got)}" if got else "none"
-    hint = f" ({_IF_PLAIN})" if any("weight" in base._parameters for base in others) else ""
+    advice = _advice(base for base in others if "weight" in base._parameters)
+    hint = f" ({advice})" if advice else ""
     return f"expected an nn.Linear in it that is not in skip={skipped}, got {only}{hint}"
 
 
@@ -216,17 +226,24 @@ def _warn_of_subclasses(model: nn.Module, left: _Left) -> None:
     # A parametrized layer has a class of its own, too, but it computes its weight, and cannot become a plain one.
     own = [(n, m) for n, m in layers if is_dense_linear(m) and not _is_known(m) and "weight" in m._parameters]
     stay = [m for name, m in own if not left.has(name, f"{name}.weight", m.weight)]
-    if (weights := sum(m.weight.numel() for m in stay)) > (quantized := _quantized(model)):
+    if (weights := sum(math.prod(out_and_in(m)) for m in stay)) > (quantized := _quantized(model)):
         warnings.warn(
             f"quantize_model: model: {weights:,} weights stay as they are, in subclasses of nn.Linear ({_kinds(stay)}; "
-            f"{_IF_PLAIN}); in 4 bits are {quantized:,}",
+            f"{_advice(stay)}); in 4 bits are {quantized:,}",
             UserWarning,
             stacklevel=3,
         )
 
 
-def _kinds(layers: Iterable[nn.Module]) -> str:
-    return ", ".join(sorted({type(layer).__name__ for layer in layers}))
+def _kinds(layers: Iterable[nn.Linear]) -> str:
+    """The names of their classes; with their modules where weights are no floats, as of bitsandbytes' Linear4bit."""
+    kinds = {(type(layer).__module__, type(layer).__name__)[has_float_weight(layer) :] for layer in layers}
+    return ", ".join(sorted(map(".".join, kinds)))
+
+
+def _advice(layers: Iterable[nn.Linear]) -> str:
+    """What may be done to quantize layers of subclasses of nn.Linear."""
+    return "; ".join(sorted({_IF_PLAIN if has_float_weight(layer) else _IF_IN_BITS for layer in layers}))
 
 
 def _quantized(model: nn.Module) -> int:

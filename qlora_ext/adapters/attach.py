@@ -30,9 +30,10 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     """Attach a new adapter to what config.target_modules and target_parameters name, activate it and freeze all else.
 
     Args:
-        model: any module whose layers are nn.Linear, transformers' Conv1D, Linear4bit or, with other adapters on them,
-            LoraLinear, or whose fused experts `quantize_model` has put in 4 bits. In a model that torch.compile or data
-            parallelism wraps, whole or in parts, names are those of the plain model.
+        model: any module whose layers are nn.Linear, transformers' Conv1D, Linear4bit, bitsandbytes' Linear4bit or
+            Linear8bitLt or, with other adapters on them, LoraLinear, or whose fused experts `quantize_model` has put in
+            4 bits. In a model that torch.compile or data parallelism wraps, whole or in parts, names are those of the
+            plain model.
         config: the LoraConfig.
         name: of the adapter; no dots, and no attribute of nn.ParameterDict.
 

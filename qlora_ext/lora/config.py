@@ -19,9 +19,9 @@ class LoraConfig:
         lora_alpha: the update is scaled by lora_alpha / r. (The default is 16, PEFT's is 8.)
         lora_dropout: probability, in training, that an element of A's input is dropped.
         target_modules: names (whole, or last parts) of linear layers; or one regular expression that a whole name must
-            match; or "all-linear": every linear layer but the heads, what is tied to them, and subclasses of
-            nn.Linear with a forward of their own, which may compute anything. None within nn.MultiheadAttention or
-            nn.TransformerEncoderLayer.
+            match; or "all-linear": every linear layer, bitsandbytes' too, but the heads, what is tied to them, and
+            other subclasses of nn.Linear with a forward of their own, which may compute anything. None within
+            nn.MultiheadAttention or nn.TransformerEncoderLayer.
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
         rank_pattern, alpha_pattern: other r or lora_alpha for some layers: {name, or regular expression for its last
             dotted parts: value}.
