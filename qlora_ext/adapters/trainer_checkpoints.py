@@ -11,6 +11,7 @@ from torch import nn
 from qlora_ext.adapters.files import resume_adapter, save_adapter
 from qlora_ext.adapters.trained_modules import trained_modules
 from qlora_ext.model_layers import adapter_names, lora_layers
+from qlora_ext.sharded import is_dtensor, reshard
 
 
 class AdapterCheckpoints:
@@ -19,7 +20,8 @@ class AdapterCheckpoints:
     `class AdapterTrainer(AdapterCheckpoints, Trainer)` saves what `save_adapter` writes, with the tokenizer if it has
     one and the training arguments, and resumes from it: values, r and alpha come from the checkpoint; dropout, what
     trains and what is frozen stay as they are. A Trainer that does not know the adapter saves base and adapter as one
-    state_dict, which `from_pretrained` does not read.
+    state_dict, which `from_pretrained` does not read. Of several processes only those save that Trainer lets save;
+    of a model that FSDP2 has sharded all write the adapter, the same files.
 
     `train` raises ValueError, before the first step, if the model has no adapter or several active ones, or if
     `save_adapter` would refuse what is trained beside it.
@@ -31,8 +33,14 @@ class AdapterCheckpoints:
         return super().train(*args, **options)  # type: ignore[misc]
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        reshard(self.model)
+        is_sharded = any(map(is_dtensor, self.model.parameters()))  # then saving needs all processes
+        if not self.args.should_save and not is_sharded:
+            return
         folder = self.args.output_dir if output_dir is None else output_dir
         save_adapter(self.model, folder, _adapter(self.model))
+        if not self.args.should_save:
+            return
         tokenizer = getattr(self, "processing_class", None) or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

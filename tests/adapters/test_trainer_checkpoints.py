@@ -10,11 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from random_layers import randomize_adapters, state_bytes
 from reference import assert_same
 from tiny_model import one_thread as one_thread
 from tiny_model import tiny_config, tiny_tokenizer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     DataCollatorWithPadding,
     LlamaForCausalLM,
@@ -261,3 +264,23 @@ def test_it_loads_into_the_model_that_it_is_given(tmp_path: Path) -> None:
     run.save_model(str(tmp_path / "saved"))
     run._load_from_checkpoint(str(tmp_path / "saved"), other)
     assert state_bytes(other) == state_bytes(own)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_of_several_processes_one_saves_and_all_what_they_share(
+    is_sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_sharded and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 shards floating-point parameters only")
+    run = trainer(tmp_path, with_adapter(quantized()))
+    monkeypatch.setattr(TrainingArguments, "should_save", False)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if is_sharded:
+            fully_shard(run.model, mesh=init_device_mesh("cpu", (1,)))
+            run.model(TOKENS[:1])  # after which the outermost group has whole parameters still
+        run.save_model(str(tmp_path / "saved"))
+    finally:
+        dist.destroy_process_group()
+    written = {path.name for path in (tmp_path / "saved").glob("*")}
+    assert written == ({"adapter_config.json", "adapter_model.safetensors"} if is_sharded else set())
