@@ -31,7 +31,14 @@ def is_hooked(module: nn.Module) -> bool:
 def check_not_hooked(op: str, what: str, module: nn.Module) -> None:
     """Raise ValueError if it is_hooked."""
     if is_hooked(module):
-        raise ValueError(f"{op}: {what}: expected no hooks, and its class's forward, got a layer that has them")
+        got = f"a layer that has them{of_accelerate(module)}"
+        raise ValueError(f"{op}: {what}: expected no hooks, and its class's forward, got {got}")
+
+
+def of_accelerate(module: nn.Module) -> str:
+    """Behind the words for hooks or a forward: that they are accelerate's, if they are, and what takes them off."""
+    remedy = "accelerate.hooks.remove_hook_from_submodules(model) takes them off"
+    return f", accelerate's ({remedy})" if hasattr(module, "_hf_hook") else ""
 
 
 def check_not_offloaded(op: str, model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:

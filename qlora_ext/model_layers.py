@@ -37,8 +37,11 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def check_has_adapter(op: str, model: nn.Module, name: str) -> None:
     """Raise ValueError unless the model has an adapter of this name."""
-    if name not in adapter_names(model):
-        raise ValueError(f"{op}: name: expected one of {adapter_names(model)}, got {name!r}")
+    names = adapter_names(model)
+    if not names:
+        raise ValueError(f"{op}: model: expected one with adapters (of add_adapter, load_adapter), got one without")
+    if name not in names:
+        raise ValueError(f"{op}: name: expected one of {names}, got {name!r}")
 
 
 def check_not_merged(op: str, model: nn.Module) -> None:

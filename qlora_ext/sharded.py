@@ -87,8 +87,7 @@ def reshard(model: nn.Module) -> None:
 def check_whole(op: str, layers: Mapping[str, Any], instead: str = "add adapters before fully_shard") -> None:
     """Raise ValueError, which says what to do instead, if one of these layers has its weight, or adapters, in parts."""
     for name, layer in layers.items():
-        weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
-        for each in (weight, *layer.parameters()):
+        for each in layer.parameters():
             check_weight_is_whole(f"{op}: model: {name}", each, instead)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qlora_ext.adapters.targets import targeted
 from qlora_ext.experts import Stack4bit
-from qlora_ext.layer_hooks import check_not_offloaded, is_hooked
+from qlora_ext.layer_hooks import check_not_offloaded, is_hooked, of_accelerate
 from qlora_ext.lora.config import LoraConfig
 from qlora_ext.lora.experts import LoraExperts
 from qlora_ext.lora.linear import LoraLinear
@@ -115,7 +115,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for layer_name, layer in lora_layers(model):
         if layer.configs.keys() == {name} and is_hooked(layer):
             expected = "no hooks, and its class's forward: others would be lost"
-            raise ValueError(f"delete_adapter: {layer_name}: expected {expected}, got a layer that has them")
+            got = f"a layer that has them{of_accelerate(layer)}"
+            raise ValueError(f"delete_adapter: {layer_name}: expected {expected}, got {got}")
     was_active = any(name in layer.active_adapters for _, layer in lora_layers(model))
 
     _detach(model, name)

@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext.adapters.attach import activate, attach
 from qlora_ext.adapters.peft_config import CONFIG_FILE, describe, read_config
-from qlora_ext.adapters.peft_layout import from_file, owners, shape_in_file, to_file
+from qlora_ext.adapters.peft_layout import from_file, owners, read_tensors, shape_in_file, to_file
 from qlora_ext.adapters.trained_modules import are_weights_tied, fit_modules, trained_modules, unasked_modules
 from qlora_ext.dense_linear import dense_class, out_and_in, stored_shape
 from qlora_ext.experts import Experts4bit
@@ -143,7 +142,7 @@ def _read(model: nn.Module, folder: str | os.PathLike[str], name: str, *, resume
     folder = Path(folder)
     path = folder / WEIGHTS_FILE
     config, module_names, demands = read_config(folder)
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     given = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     modules = fit_modules(model, module_names, name, given, path, resumes=resumes)
     unasked = unasked_modules(model, given, modules)
@@ -182,7 +181,7 @@ def _read(model: nn.Module, folder: str | os.PathLike[str], name: str, *, resume
     configs = {layer_name: replace(config, lora_dropout=p) for layer_name, p in kept.items()}
     for layer_name, layer in loaded.items():
         for part, table in layer.tables.items():
-            fill(table[name], from_file(layer, part, weights[layer_name][part]))
+            fill(table[name], from_file(part, weights[layer_name][part], table[name]))
         dropout = layer.lora_dropout[name]
         layer.set_config(name, configs.get(layer_name, config), layer_name)
         if resumes:
@@ -219,17 +218,6 @@ def _to_write(name: str, tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         raise ValueError(f"save_adapter: model: {name}: expected a tensor with values, got one on meta")
     return gathered(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"load_adapter: {path}: expected a safetensors file, got no file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"load_adapter: {path}: expected a whole safetensors file, got: {error}") from error
-    return tensors
 
 
 def _parse_key(key: str, names: dict[str, str], path: Path) -> tuple[str, str]:
@@ -293,7 +281,14 @@ def _check_not_computed(model: nn.Module, name: str) -> None:
 
 def _check_ranks(name: str, existing: dict[str, int], given: dict[str, int]) -> None:
     """That the adapter of this name is on the same layers in the file, with the same ranks."""
+
+    def has(r: int | None) -> str:
+        return f"has rank {r}" if r else "is not on this layer"
+
     for layer_name in sorted(existing.keys() | given.keys()):
-        before, now = existing.get(layer_name, "none"), given.get(layer_name, "none")
-        if before != now:
-            raise ValueError(f"load_adapter: name: {layer_name}: expected {name!r} to have rank {before}, got {now}")
+        own, new = existing.get(layer_name), given.get(layer_name)
+        if own != new:
+            raise ValueError(
+                f"load_adapter: name: {layer_name}: expected the model's adapter {name!r} to be as the file's, which "
+                f"{has(new)}, got one that {has(own)} (delete_adapter it first, or load under another name)"
+            )

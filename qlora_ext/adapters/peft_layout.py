@@ -1,15 +1,33 @@
-"""Where PEFT's file has the factors of a layer, under which key and in which shape."""
+"""PEFT's file of tensors: under which key and in which shape it has the factors of a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_ext.dense_linear import out_and_in
 from qlora_ext.experts import Stack4bit
 from qlora_ext.lora.linear import base_of
 from qlora_ext.model_layers import AnyLinear
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All of the file, by key."""
+    if not path.is_file():
+        pickle = path.with_suffix(".bin")
+        got = "no file"
+        if pickle.is_file():
+            got = f"only {pickle.name}, a pickle, which is not read (PEFT's save_pretrained writes safetensors)"
+        raise FileNotFoundError(f"load_adapter: {path}: expected a safetensors file, got {got}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"load_adapter: {path}: expected a whole safetensors file, got: {error}") from error
+    return tensors
 
 
 def owners(linear: Iterable[str], experts: Iterable[str]) -> dict[str, str]:
@@ -31,11 +49,11 @@ def owners(linear: Iterable[str], experts: Iterable[str]) -> dict[str, str]:
 
 def shape_in_file(layer: AnyLinear, part: str, r: int) -> tuple[int, int]:
     """Of lora_A or lora_B: [r, in] and [out, r], or of all experts [experts * r, in] and [out, r * experts]."""
-    stack = _stack(layer)
-    if stack is None:
+    base = base_of(layer)
+    if not isinstance(base, Stack4bit):
         size_out, size_in = out_and_in(layer)
         return (r, size_in) if part == "lora_A" else (size_out, r)
-    experts, (size_in, size_out) = stack.shape[0], stack.sizes
+    experts, (size_in, size_out) = base.shape[0], base.sizes
     return (experts * r, size_in) if part == "lora_A" else (size_out, r * experts)
 
 
@@ -46,17 +64,9 @@ def to_file(part: str, factor: Tensor) -> Tensor:
     return factor.flatten(0, 1) if part == "lora_A" else factor.permute(1, 2, 0).flatten(1, 2).contiguous()
 
 
-def from_file(layer: AnyLinear, part: str, given: Tensor) -> Tensor:
-    """The inverse, of a tensor of the right shape."""
-    stack = _stack(layer)
-    if stack is None:
-        return given
-    experts, (rows, columns) = stack.shape[0], given.shape
-    if part == "lora_A":
-        return given.reshape(experts, -1, columns)
-    return given.reshape(rows, -1, experts).permute(2, 0, 1)
-
-
-def _stack(layer: AnyLinear) -> Stack4bit | None:
-    base = base_of(layer)
-    return base if isinstance(base, Stack4bit) else None
+def from_file(part: str, given: Tensor, like: Tensor) -> Tensor:
+    """The inverse, in the shape of `like`."""
+    if part == "lora_A" or like.dim() == 2:
+        return given.reshape(like.shape)
+    experts, size_out, r = like.shape
+    return given.reshape(size_out, r, experts).permute(2, 0, 1)

@@ -22,7 +22,7 @@ from qlora_ext.dense_linear import (
     stored_shape,
 )
 from qlora_ext.functional import cast_as_autocast
-from qlora_ext.layer_hooks import has_other_forward, is_hooked, with_bias_of
+from qlora_ext.layer_hooks import has_other_forward, is_hooked, of_accelerate, with_bias_of
 from qlora_ext.linear import Linear4bit, dense
 from qlora_ext.lora.adapted_weight import WeightInBits
 from qlora_ext.lora.adapter_table import AdapterTable, check_values, leaves
@@ -214,8 +214,8 @@ class LoraLinear(nn.Module):
         """
         base = self.base_layer
         if has_other_forward(base):  # of accelerate's hooks: it would go on computing with the base's weight
-            kind = type(base).__name__
-            raise TypeError(f"LoraLinear: base_layer: expected the forward of its class, {kind}, got another")
+            expected, got = f"the forward of its class, {type(base).__name__}", f"another{of_accelerate(base)}"
+            raise TypeError(f"LoraLinear: base_layer: expected {expected}, got {got}")
         computed = "weight" not in base._parameters and (
             computes_otherwise(base) or (is_parametrized(base) and is_hooked(base))
         )

@@ -52,6 +52,9 @@ def check_name(op: str, name: str, taken: Container[str] = ()) -> None:
     """Raise TypeError or ValueError unless a new adapter can have this name."""
     if not isinstance(name, str):
         raise TypeError(f"{op}: name: expected a str, got {name!r}")
-    if name in taken or not name or "." in name or hasattr(nn.ParameterDict(), name):
+    if name in taken:
+        expected = "a name that no adapter has yet (delete_adapter it first, or take another)"
+        raise ValueError(f"{op}: name: expected {expected}, got {name!r}")
+    if not name or "." in name or hasattr(nn.ParameterDict(), name):
         expected = "a new adapter name without dots that is no attribute of nn.ParameterDict"
         raise ValueError(f"{op}: name: expected {expected}, got {name!r}")
