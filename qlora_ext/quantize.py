@@ -18,7 +18,6 @@ from qlora_ext.dense_linear import (
     falcon_class,
     has_float_weight,
     is_dense_linear,
-    of_transformers,
     out_and_in,
 )
 from qlora_ext.experts import fused_experts, quantize_experts
@@ -27,6 +26,7 @@ from qlora_ext.layer_names import is_within, plain_modules
 from qlora_ext.linear import Linear4bit
 from qlora_ext.lora.adapter_table import AdapterTable
 from qlora_ext.lora.linear import LoraLinear, base_of
+from qlora_ext.model_config import mark_configs
 from qlora_ext.model_layers import (
     HEADS,
     check_not_lazy,
@@ -104,7 +104,7 @@ def quantize_model(
         module.base_layer = layer
         return module
 
-    _tell_transformers(model)
+    mark_configs(model)
     replace_layers(model, convert)
     for name, module, weight in experts:
         with _naming(name):
@@ -267,16 +267,6 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"quantize_model: model: expected {expected}, got modules of PEFT in it")
     check_not_merged("quantize_model", model)
     check_not_lazy("quantize_model", model)
-
-
-def _tell_transformers(model: nn.Module) -> None:
-    """Set what its own quantizers set: else Jamba multiplies by dt_proj's bytes, and flash attention looks in vain for
-    an nn.Linear, whose dtype it wants, and then takes the config's."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if of_transformers(type(module), "PreTrainedModel") and of_transformers(type(config), "PreTrainedConfig"):
-            config._is_quantized = True
-            config.dtype = config.dtype or next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _kept_in_fp32(module: nn.Module) -> set[str]:

@@ -25,7 +25,7 @@ LAYERS = (  # of qlora_ext without the command; a folder's own name is its __ini
     *("_C", "whole_files", "_ops", "flops", "quant_state", "functional", "quant_type", "sharded", "casts"),
     *("layer_hooks", "dense_linear", "linear", "experts_autograd", "experts", "layer_names"),
     *("lora.names", "lora.adapter_table", "lora.adapted_weight", "lora.config", "lora.linear", "lora", "lora.experts"),
-    *("model_layers", "quantize"),
+    *("model_layers", "model_config", "quantize"),
     *("adapters.targets", "adapters.attach", "adapters.merge", "adapters.peft_config", "adapters.peft_layout"),
     *("adapters.trained_modules", "adapters.files", "adapters.trainer_checkpoints", "adapters"),
     *("optim.in_turn", "optim.states", "optim.state_dict", "optim.checks", "optim.safetensors_file"),

@@ -12,6 +12,7 @@ from qlora_ext.layer_names import plain_modules
 from qlora_ext.linear import Linear4bit, dense
 from qlora_ext.lora.experts import LoraExperts
 from qlora_ext.lora.linear import LoraLinear, base_of
+from qlora_ext.model_config import unmark_configs
 from qlora_ext.model_layers import AnyLinear, check_not_merged, layers_of, lora_layers, replace_layers
 from qlora_ext.sharded import check_whole, reshard
 
@@ -74,6 +75,7 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
     replace_layers(model, to_dense)
     for module in [module for module in model.modules() if replaced_experts(module)]:
         dequantize_experts(module)
+    unmark_configs(model)
 
 
 def _check_dense(layers: dict[str, AnyLinear]) -> None:
