@@ -244,7 +244,7 @@ def quantize_experts(module: Any, name: str, **options: Any) -> None:
     experts = Experts4bit(weight, is_transposed=module.is_transposed, **options).train(module.training)
     others = replaced_experts(module)
     experts.replaced = name, next((other.replaced[1] for other in others.values()), module.config)
-    # By the weight's own name, or one that holds it as a word, transformers would take them for it when it saves.
+    # Under a name with the weight's name in it as a word, transformers would save these bytes as that weight.
     module.add_module(f"quantized_{name}_", experts)
     module._parameters[name] = None  # its place among the others, by which PEFT knows it
     for each in module._parameters:
@@ -268,6 +268,6 @@ def dequantize_experts(module: Any) -> None:
         name, config = experts.replaced
         if module.__dict__.get(name) is experts:  # else it has been given another since
             module.register_parameter(name, nn.Parameter(experts.dequantize(), requires_grad=False))
-            del module.__dict__[name]  # which stood before it
+            del module.__dict__[name]  # an instance attribute, which hides the parameter
         delattr(module, key)
     module.config = config

@@ -22,7 +22,8 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether it only runs its first child in another way, as torch.compile and data parallelism do, or Experts4bit."""
+    """Whether names skip it: a wrapper (torch.compile, data parallelism, ...), or Experts4bit, which has its weight's
+    name."""
     kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel, Experts4bit)
     within = module._modules.keys()
     return isinstance(module, kinds) or is_compiled(module) or (bool(within) and within <= _WRAPPED)

@@ -18,7 +18,8 @@ from qlora_ext.lora.experts import LoraExperts
 from qlora_ext.lora.linear import LoraLinear, base_of
 
 AnyLinear = nn.Linear | Linear4bit | LoraLinear  # and transformers' Conv1D, which is taken for an nn.Linear
-# They hand the weights of their linear layers to kernels of their own, or to products by parts.
+# torch's modules that use the weights of their linear layers without calling the layers: they hand them to kernels of
+# their own, or to products by parts.
 CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # What transformers calls the last layers of its language models and classifiers. They are small, and their errors go
 # into the result as they are; a classifier's is new and has to train.
@@ -142,7 +143,9 @@ def output_head(model: nn.Module) -> set[str]:
     """The layers that make logits, scores and the like, by name, and those that share their weight."""
     layers = {name: base_of(layer) for name, layer in linear_layers(model).items()}
     heads = {id(layer) for name, layer in layers.items() if is_within(name, HEADS)}
-    heads |= {id(base_of(module)) for name, module in placed_modules(model) if is_named(name, HEADS)}  # or once more
+    heads |= {
+        id(base_of(module)) for name, module in placed_modules(model) if is_named(name, HEADS)
+    }  # a head that also stands under another name
     for _, part in plain_modules(model):  # a model of transformers may stand in another's, as SentenceTransformers'
         head = None
         with suppress(NotImplementedError, AttributeError):  # one may be without its head by now

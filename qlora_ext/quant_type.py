@@ -9,7 +9,7 @@ from qlora_ext._ops import codebook
 from qlora_ext.functional import has_values
 
 SAMPLE = 65536  # bytes: a large weight loads as fast as without a look at it
-ENOUGH = 32  # of a code, that the lack of one as frequent is no chance
+ENOUGH = 32  # so often a code must occur for the lack of an equally likely one to mean something
 CHANCE = 16  # by which the counts of two codes that are meant equally often may differ
 
 

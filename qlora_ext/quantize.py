@@ -124,7 +124,8 @@ def quantizable(model: nn.Module) -> list[str]:
 
 
 class _Left:
-    """What stays as it is: all in `skip`, the output head, tied weights, and what transformers keeps in float32."""
+    """What stays as it is: all in `skip`, or by default the heads under any name; tied weights; and what transformers
+    keeps in float32."""
 
     def __init__(self, model: nn.Module, skip: tuple[str, ...]) -> None:
         self.skip = skip
@@ -145,7 +146,7 @@ def _linears_to_replace(model: nn.Module, left: _Left) -> set[str]:
         linear = base_of(layer)
         if is_dense_linear(linear) and not left.has(name, f"{name}.weight", linear.weight):
             check_weight_is_whole(f"quantize_model: model: {name}", linear.weight, _FIRST)
-            if _is_known(linear):  # a sharded one never is: fully_shard makes a class for it
+            if _is_known(linear):  # never of a class known here if sharded: fully_shard makes a subclass
                 check_not_hooked("quantize_model", name, linear)
                 names.add(name)
     return names

@@ -157,8 +157,8 @@ def _detach(model: nn.Module, name: str) -> None:
 
 
 def activate(op: str, model: nn.Module, name: str, beside: Collection[Tensor] = ()) -> None:
-    """Train this adapter, and what is `beside` it, and freeze all else. Warns of what was trained with another
-    adapter: it goes into the file of none from now on."""
+    """Train this adapter, and what is `beside` it, and freeze all else. Warns of parameters that were trained beside
+    another adapter: frozen now, save_adapter no longer saves them with any."""
     known = {id(tensor) for tensor in beside}
     for _, layer in lora_layers(model):
         known |= {id(tensor) for table in layer.tables.values() for tensor in table.parameters()}

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from qlora_ext.adapters.attach import activate, attach
 from qlora_ext.adapters.peft_config import CONFIG_FILE, describe, read_config
-from qlora_ext.adapters.peft_layout import from_file, owners, read_tensors, shape_in_file, to_file
+from qlora_ext.adapters.peft_layout import from_file, layers_by_key, read_tensors, shape_in_file, to_file
 from qlora_ext.adapters.trained_modules import are_weights_tied, fit_modules, trained_modules, unasked_modules
 from qlora_ext.dense_linear import dense_class, out_and_in, stored_shape
 from qlora_ext.experts import Experts4bit
@@ -75,19 +75,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     config = next(iter(layers.values())).configs[name]
     experts = [n for n, layer in layers.items() if isinstance(layer, LoraExperts)]
     linear = [n for n, layer in layers.items() if not isinstance(layer, LoraExperts)]
-    # What "all-linear" means is decided differently elsewhere; and a loaded adapter may be on fewer layers than named.
+    # PEFT's "all-linear" means other layers than ours, and a loaded adapter may be on fewer layers than its config
+    # names: write names that mean exactly these.
     if config.target_modules == "all-linear" or _meant_modules(model, config.target_modules) != set(linear):
         config = replace(config, target_modules=_short_names(model, linear))
     if _meant_parameters(model, config.target_parameters) != set(experts):
         config = replace(config, target_parameters=experts)
     modules, others = trained_modules(model)
-    tensors = {f"{_PREFIX}{place}": _to_write(place, tensor) for place, tensor in others.items()}
-    for owner, layer_name in owners(linear, experts).items():
+    tensors = {f"{_PREFIX}{own}": _to_write(own, tensor) for own, tensor in others.items()}
+    for key, layer_name in layers_by_key(linear, experts).items():
         layer = layers[layer_name]
         for part, table in layer.tables.items():
             (tensor,) = table.forward([name])  # with its values, if accelerate has offloaded it
             whole = _to_write(f"{layer_name}.{part}.{name}", tensor)
-            tensors[f"{_PREFIX}{owner}.{part}.weight"] = to_file(part, whole)
+            tensors[f"{_PREFIX}{key}.{part}.weight"] = to_file(part, whole)
     conv1d = any(dense_class(layers[layer_name].base_layer) is not nn.Linear for layer_name in linear)
     described = describe(model, config, modules, tied=are_weights_tied(model, others), conv1d=conv1d)
     folder = Path(folder)
@@ -153,12 +154,12 @@ def _read(model: nn.Module, folder: str | os.PathLike[str], name: str, *, resume
     for other in sorted(_meant_parameters(model, config.target_parameters).difference(adapted)):
         expected = "weights of fused experts in 4 bits (quantize_model, before)"
         raise ValueError(f"load_adapter: {folder / CONFIG_FILE}: target_parameters: expected {expected}, got {other}")
-    names = owners(linear, adapted)
+    by_key = layers_by_key(linear, adapted)
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(_PREFIX) and key.removeprefix(_PREFIX) in copied:
             continue
-        layer_name, part = _parse_key(key, names, path)
+        layer_name, part = _parse_key(key, by_key, path)
         if part == "base_layer":
             _check_base(key, layers[layer_name], tensor, path)
         else:
@@ -220,17 +221,17 @@ def _to_write(name: str, tensor: Tensor) -> Tensor:
     return gathered(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _parse_key(key: str, names: dict[str, str], path: Path) -> tuple[str, str]:
-    """(layer name, lora_A, lora_B or base_layer) of a key base_model.model.<owner>.lora_A.weight; `names`: by owner."""
-    place, _, kind = key.rpartition(".")
-    owner, _, part = place.removeprefix(_PREFIX).rpartition(".")
+def _parse_key(key: str, by_key: dict[str, str], path: Path) -> tuple[str, str]:
+    """(layer name, lora_A, lora_B or base_layer) of a key of the file; `by_key`: what layers_by_key gives."""
+    start, _, kind = key.rpartition(".")
+    start, _, part = start.removeprefix(_PREFIX).rpartition(".")
     if not key.startswith(_PREFIX) or kind not in _KINDS.get(part, ()):
         expected = f"keys {_PREFIX}<layer>.lora_A.weight and .lora_B.weight, or of tensors in modules_to_save"
         raise ValueError(f"load_adapter: {path}: expected {expected}, got {key!r}")
-    if owner not in names:
+    if start not in by_key:
         expected = "a linear layer, or fused experts in 4 bits, of the model"
         raise ValueError(f"load_adapter: {path}: {key}: expected {expected}, got none")
-    return names[owner], part
+    return by_key[start], part
 
 
 def _check_base(key: str, layer: AnyLinear, given: Tensor, path: Path) -> None:

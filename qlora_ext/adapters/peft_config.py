@@ -61,7 +61,7 @@ def describe(
         "use_dora": False,
         "modules_to_save": modules_to_save or None,
         **({"ensure_weight_tying": True} if tied else {}),
-        **({"fan_in_fan_out": True} if conv1d else {}),  # PEFT looks at the layer itself, and warns
+        **({"fan_in_fan_out": True} if conv1d else {}),  # PEFT goes by the layer, but warns without this
         **asdict(config),
         "target_parameters": config.target_parameters or None,
     }

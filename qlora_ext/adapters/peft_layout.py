@@ -30,7 +30,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def owners(linear: Iterable[str], experts: Iterable[str]) -> dict[str, str]:
+def layers_by_key(linear: Iterable[str], experts: Iterable[str]) -> dict[str, str]:
     """{what a key of the file names in front of lora_A: the layer's name}.
 
     Args:

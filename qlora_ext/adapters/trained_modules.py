@@ -23,8 +23,9 @@ _NOT_CALLED = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 def trained_modules(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
     """The names for modules_to_save, and all tensors of what PEFT takes them to mean, by their names.
 
-    Which are: modules that own a parameter, of no adapter, that requires a gradient; those whose names PEFT cannot tell
-    from theirs; and those with a tensor that is tied to one of these, for PEFT unties them.
+    Trained modules are those that own a parameter outside adapters that requires a gradient. PEFT saves more under
+    their names: modules whose names end the same; and what is tied to one of these is saved too, because PEFT unties
+    it.
 
     Raises:
         ValueError: PEFT could not save such a module whole.
@@ -53,11 +54,11 @@ def trained_modules(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
 def are_weights_tied(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
     """Whether PEFT can tie what is tied in these: it makes an nn.Linear of the weight alone, and drops a bias."""
     modules = dict(placed_modules(model))
-    owners = Counter(place.rpartition(".")[0] for place in tensors)
+    sizes = Counter(place.rpartition(".")[0] for place in tensors)  # of modules, in tensors
     ids = Counter(id(tensor) for tensor in tensors.values())
     tied = [place.rpartition(".")[0] for place, tensor in tensors.items() if ids[id(tensor)] > 1]
     embeddings = sum(isinstance(modules[owner], nn.Embedding) for owner in tied)  # T5 has three
-    return bool(tied) and embeddings < 2 and all(owners[owner] == 1 for owner in tied)
+    return bool(tied) and embeddings < 2 and all(sizes[owner] == 1 for owner in tied)
 
 
 def unasked_modules(model: nn.Module, tensors: Collection[str], named: Collection[str]) -> list[str]:
