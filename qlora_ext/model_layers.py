@@ -143,9 +143,8 @@ def output_head(model: nn.Module) -> set[str]:
     """The layers that make logits, scores and the like, by name, and those that share their weight."""
     layers = {name: base_of(layer) for name, layer in linear_layers(model).items()}
     heads = {id(layer) for name, layer in layers.items() if is_within(name, HEADS)}
-    heads |= {
-        id(base_of(module)) for name, module in placed_modules(model) if is_named(name, HEADS)
-    }  # a head that also stands under another name
+    # A head that also stands under another name.
+    heads |= {id(base_of(module)) for name, module in placed_modules(model) if is_named(name, HEADS)}
     for _, part in plain_modules(model):  # a model of transformers may stand in another's, as SentenceTransformers'
         head = None
         with suppress(NotImplementedError, AttributeError):  # one may be without its head by now
