@@ -41,7 +41,8 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 def generation(model: nn.Module, prompt: torch.Tensor, tokens: int) -> Callable[[], list[int]]:
     """A function that generates exactly so many tokens, greedily, and returns them."""
-    how = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    how = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    model.generation_config = GenerationConfig()  # from a folder's, generate() would take penalties, beams and ends
     generate: Any = model.eval().generate
 
     @torch.no_grad()

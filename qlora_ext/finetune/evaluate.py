@@ -49,13 +49,16 @@ def sample_answers(
     max_new_tokens: int = 40,
     autocast: bool = False,
 ) -> list[str]:
-    """Continue a prompt greedily: to a special token, `max_new_tokens` or the last position of the model, at most."""
+    """Continue a prompt greedily, whatever the model's own generation_config says.
+
+    An answer ends at a special token of the tokenizer, after `max_new_tokens` or at the model's last position.
+    """
     stops = sorted(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     generation = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=stops or None, pad_token_id=0)
     limit = position_limit(model) or sys.maxsize
     generate: Any = model.generate
     answers = []
-    with _evaluating(model, autocast):
+    with _evaluating(model, autocast), _without_own_generation_config(model):
         for example in tqdm(examples, desc="sample answers", unit="answer", leave=False):
             generation.max_new_tokens = min(max_new_tokens, limit - example.prompt_length)
             prompt = torch.tensor([example.input_ids[: example.prompt_length]], device=model.device)
@@ -94,3 +97,13 @@ def _evaluating(model: PreTrainedModel, autocast: bool) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def _without_own_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """From it generate() takes all that it is not told otherwise: penalties, beams, ends, and what it returns."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
+import bench_generate
 import compare_optimizers
 import exactness
 import limits
@@ -19,9 +20,11 @@ import options
 import plots
 import record
 import shapes
+import smollm2
 import suite
 import tables
 import timing
+from transformers import GenerationConfig
 
 from qlora_ext.finetune.load import compute_dtype
 
@@ -276,3 +279,14 @@ def test_plots_are_drawn_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names = "linear_4bit-bfloat16-avx2-family25-model17", "quantization_error", "optimizer_paging-avx2"
     assert set(drawn) == {f"{name}.png" for name in names}
     assert all(size < 100_000 for size in drawn.values())
+
+
+def test_generating_is_greedy_whatever_the_model_asks_for() -> None:
+    prompt = torch.tensor([[1, 2, 3]])
+    plain, asking = (smollm2.load(None, dtype=torch.float32, tiny=True) for _ in range(2))
+    asking.generation_config = GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=1, stop_strings=["a"])
+    expected = prompt
+    with torch.no_grad():
+        for _ in range(6):
+            expected = torch.cat([expected, plain(expected).logits[:, -1:].argmax(-1)], 1)
+    assert bench_generate.generation(asking, prompt, 6)() == expected[0, 3:].tolist()

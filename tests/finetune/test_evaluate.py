@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from tiny_model import one_thread as one_thread
 from tiny_model import tiny_config, tiny_tokenizer
 from tiny_training import DATA, build
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_ext.finetune.data import PadToLongest
 from qlora_ext.finetune.encode import Example
@@ -20,13 +24,44 @@ def test_prompt_and_reference_are_what_comes_before_an_answer_and_the_answer() -
     assert (sample["prompt"], sample["reference"]) == ("once", " upon")
 
 
-def test_a_sample_answer_without_an_end_is_of_40_tokens() -> None:
-    tokenizer = tiny_tokenizer()
+def saying(letter: str) -> LlamaForCausalLM:
+    """A model that always says this letter, unless it is kept from it: then the next, and so on."""
     model = LlamaForCausalLM(tiny_config(tie_word_embeddings=False)).eval()
     model.lm_head = torch.nn.Linear(64, 258)
     torch.nn.init.zeros_(model.lm_head.weight)
-    model.lm_head.bias.data = torch.eye(258)[tokenizer("a")["input_ids"][0]]
-    assert sample_answers(model, tokenizer, [Example([1, 2], [1, 2], 1, "")]) == ["a" * 40]
+    (token,) = tiny_tokenizer()(letter)["input_ids"]
+    model.lm_head.bias.data = torch.linspace(1, 0, 258).roll(token)
+    return model
+
+
+def test_a_sample_answer_without_an_end_is_of_40_tokens() -> None:
+    assert sample_answers(saying("a"), tiny_tokenizer(), [Example([1, 2], [1, 2], 1, "")]) == ["a" * 40]
+
+
+OWN_CONFIGS: list[dict[str, Any]] = [
+    *({"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3, "length_penalty": -9.0}),
+    *({"stop_strings": ["a"]}, {"return_dict_in_generate": True}, {"penalty_alpha": 0.6, "top_k": 4}),
+    {"suppress_tokens": [64]},
+]
+
+
+@pytest.mark.parametrize("own", OWN_CONFIGS, ids=lambda own: next(iter(own)))
+def test_samples_are_greedy_whatever_the_model_asks_for(own: dict[str, Any]) -> None:
+    """transformers fills what a GenerationConfig leaves open from the model's own."""
+    model, tokenizer = saying("a"), tiny_tokenizer()
+    assert tokenizer("a")["input_ids"] == [64]
+    model.generation_config = config = GenerationConfig(**own)
+    assert sample_answers(model, tokenizer, [Example([1, 2], [1, 2], 1, "")], max_new_tokens=8) == ["a" * 8]
+    assert model.generation_config is config
+
+
+def test_an_answer_ends_at_no_token_of_the_model_alone() -> None:
+    model = saying("a")
+    model.generation_config = GenerationConfig(eos_token_id=64)
+    letters = Tokenizer(models.BPE(vocab=tiny_tokenizer().backend_tokenizer.get_vocab(False), merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+    assert not tokenizer.added_tokens_decoder
+    assert sample_answers(model, tokenizer, [Example([1, 2], [1, 2], 1, "")], max_new_tokens=4) == ["a a a a"]
 
 
 def test_held_out_loss_holds_nothing_for_a_backward_pass() -> None:
