@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace, folder: OutputFolder, device: torch.device
         if done == steps and is_reported(options.output):
             _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
             return 0
-        if meant != steps and options.schedule != "constant":
+        if meant != steps and (options.schedule != "constant" or 0 < options.warmup < 1):  # the rate is of the total
             _say(f"{meant} steps were meant before, now {steps}: the learning rate goes on as if they had been")
     longest = max(len(example.input_ids) for example in (*data.train, *data.held_out))
     data = dataclasses.replace(data, held_out=data.held_out[: options.eval_examples])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -114,6 +115,19 @@ def test_more_steps_than_were_meant_are_all_taken(
     assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 0
     assert "3 steps were meant before, now 4: the learning rate goes on as if they had been" in capsys.readouterr().err
     assert any(not torch.equal(tensor, before[key]) for key, tensor in load_file(file).items())
+
+
+@pytest.mark.parametrize(("warmup", "changes"), [(0.5, True), (2, False), (0, False)])
+def test_a_constant_rate_depends_on_the_steps_that_are_meant_if_its_warmup_is_a_share(
+    warmup: float, changes: bool, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments |= {"schedule": "constant", "warmup": warmup, "samples": 0}
+    assert cli.main(words(arguments)) == 0
+    assert cli.main(words({**arguments, "steps": 12, "resume": True})) == 0
+    assert ("3 steps were meant before, now 12: the learning rate" in capsys.readouterr().err) == changes
+    state = json.loads((arguments["output"] / "checkpoint-12" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert (min(rates[3:]) < rates[2]) == changes
 
 
 @pytest.mark.parametrize("page_file", ["folder", "file"])
