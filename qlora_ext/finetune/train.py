@@ -186,6 +186,8 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
         report_to="none",
         **checkpointing,
     )
+    # Else as ACCELERATE_MIXED_PRECISION says, which `accelerate launch` sets.
+    arguments.mixed_precision = "bf16" if autocast else "no"
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else Trainer wraps the model in DataParallel, which its docs advise against
     return arguments

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import SCHEDULE
+from tiny_training import DATA, SCHEDULE, TOKENIZER, build
+from torch import Tensor
 from transformers import TrainingArguments
 
-from qlora_ext.finetune.train import _arguments
+from qlora_ext.finetune.train import _arguments, train
 
 
 def told(output: Path, **changes: Any) -> TrainingArguments:
@@ -29,3 +30,21 @@ def test_a_warmup_of_one_step(steps: int, warmup: float, tmp_path: Path) -> None
 
 def test_nothing_is_sent_to_a_service_that_is_installed(tmp_path: Path) -> None:
     assert told(tmp_path).report_to == []
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("launched", ["no", "fp16", "bf16"])
+def test_a_run_computes_in_its_own_precision_however_it_is_launched(
+    launched: str, autocast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch` says in an environment variable what it was told or configured to."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    model = build("full")
+    hidden: set[torch.dtype] = set()
+
+    def look(_module: object, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        hidden.add(output.dtype)
+
+    model.model.layers[0].mlp.up_proj.register_forward_hook(look)
+    train(model, TOKENIZER, DATA, replace(SCHEDULE, steps=1), tmp_path, adapter=False, autocast=autocast)
+    assert hidden == {torch.bfloat16 if autocast else torch.float32}
