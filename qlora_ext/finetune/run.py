@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace, folder: OutputFolder, device: torch.device
     if options.page_file is not None and options.host_budget is None:
         _say("--page-file: stays empty, as host memory holds all states: --host-budget limits it")
 
-    same = what_stays(options)
+    same = {**what_stays(options), "dtype": "bf16" if dtype == torch.bfloat16 else "fp32"}  # whatever auto is here
     if options.resume:
         check_same_run(options.output, same)
     checkpoint = open_checkpoint(options.model)

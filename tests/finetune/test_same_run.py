@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finetune_command import arguments as arguments
 from finetune_command import data as data
 from finetune_command import model as model
@@ -55,3 +56,23 @@ def test_examples_held_out_count_apart(arguments: dict[str, Any], capsys: pytest
     file.write_text(json.dumps(noted | {"examples": "27 + 4"}))
     assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 2
     assert "--data: examples that this version makes of it, to train on + held out" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_began_in(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments |= {"method": "lora", "samples": 0}
+    assert cli.main(words({**arguments, "steps": 1, "dtype": "bf16"})) == 0
+    file = arguments["output"] / "run.json"
+    noted = json.loads(file.read_text())
+    assert noted["dtype"] == "bf16"
+    for bf16_here, dtype, expected in ((True, "fp32", 2), (False, "auto", 2), (True, "auto", 0), (False, "bf16", 0)):
+        monkeypatch.setattr("qlora_ext.finetune.load._C.cpu_paths", lambda here=bf16_here: ["avx512_bf16"] * here)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, here=bf16_here: here)
+        assert cli.main(words({**arguments, "dtype": dtype, "resume": True})) == expected
+        if expected:
+            assert "--resume: --dtype: expected 'bf16' as before, got 'fp32'" in capsys.readouterr().err
+    del noted["dtype"]  # as of earlier versions
+    file.write_text(json.dumps(noted))
+    assert cli.main(words({**arguments, "steps": 4, "dtype": "fp32", "resume": True})) == 0
+    assert json.loads(file.read_text())["dtype"] == "fp32"
