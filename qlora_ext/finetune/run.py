@@ -26,9 +26,10 @@ from .model_checks import check_fits, check_runs
 from .optimizer import OptimizerChoice, StatesReport, check_page_file
 from .output_folder import OutputFolder
 from .report import composition, peak_rss, table, write
-from .same_run import check_same_run, is_reported, note, steps_so_far, what_stays
+from .same_run import check_same_run, is_reported, note, what_stays
 from .targets import target_modules
 from .train import Outcome, Schedule, resumable, total_steps, train
+from .trainer import check_weights
 
 # Where the states were, when all steps were made by a process that ended before it could say.
 NOT_SEEN: dict[str, Any] = {field.name: None for field in dataclasses.fields(StatesReport)}
@@ -59,12 +60,16 @@ def _run(options: argparse.Namespace, folder: OutputFolder, device: torch.device
     if options.resume:
         check_same_run(options.output, same)
     steps = options.steps or total_steps(len(data.train), options.epochs, options.batch_size, options.accumulate)
-    if options.resume:
-        done, meant = steps_so_far(options.output, steps)
-        if done == steps and is_reported(options.output):
+    schedule = _schedule(options, steps, None)
+    resume = resumable(options.output, schedule) if options.resume else None
+    if resume is not None:
+        newest, state = resume
+        if state.global_step == steps and is_reported(options.output):
             _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
             return 0
-        if meant != steps and (options.schedule != "constant" or 0 < options.warmup < 1):  # the rate is of the total
+        check_weights(newest, adapter=adapter)
+        planned = options.schedule != "constant" or 0 < options.warmup < 1  # the learning rate, for all steps
+        if planned and (meant := state.max_steps) != steps:
             _say(f"{meant} steps were meant before, now {steps}: the learning rate goes on as if they had been")
     longest = max(len(example.input_ids) for example in (*data.train, *data.held_out))
     data = dataclasses.replace(data, held_out=data.held_out[: options.eval_examples])
@@ -93,8 +98,7 @@ def _run(options: argparse.Namespace, folder: OutputFolder, device: torch.device
 
     if options.page_file is not None and options.page_file.parent.is_dir():
         check_page_file(options.page_file)
-    schedule = _schedule(options, steps, chunk)
-    resume = resumable(options.output, schedule) if options.resume else None  # before an earlier report goes
+    schedule = dataclasses.replace(schedule, loss_chunk=chunk)
     folder.begin(resume=options.resume, overwrite=options.overwrite)
     note(options.output, same)
     report = _train(options, model, tokenizer, data, schedule, dtype, resume)
@@ -151,8 +155,7 @@ def _train(
     if loss_before is not None:
         _say(f"held-out loss before: {loss_before:.4f}")
     outcome = train(model, tokenizer, data, schedule, options.output, adapter=adapter, autocast=autocast, resume=resume)
-    what = "adapter" if adapter else "model"
-    _say(f"step {outcome.step} of {schedule.steps}: {what} saved in {options.output}")
+    _say(f"step {outcome.step} of {schedule.steps}: {'adapter' if adapter else 'model'} saved in {options.output}")
     if outcome.interrupted:
         return None
 

@@ -1,4 +1,4 @@
-"""What --resume must not change, which run.json notes, and whether anything is left to do."""
+"""What --resume must not change, which run.json notes, and whether a run has been reported."""
 
 import argparse
 import hashlib
@@ -10,8 +10,7 @@ from qlora_ext.whole_files import write_files
 
 from .data import is_text
 from .methods import unread_by
-from .output_folder import REPORTS, RUN, newest_checkpoint
-from .train import saved_state
+from .output_folder import REPORTS, RUN
 
 # The base, the examples (by what the file holds, wherever it is) and their split, the adapter, the optimizer and its
 # schedule.
@@ -64,20 +63,6 @@ def _noted(file: Path) -> dict[str, str]:
     if not isinstance(noted, dict):
         raise ValueError(f"{file}: expected a JSON object of a run's options, got {noted!r:.40}")
     return noted
-
-
-def steps_so_far(output: Path, steps: int) -> tuple[int, int]:
-    """How many of these steps are done, and how many the run that made them had planned.
-
-    Raises: ValueError when more are made.
-    """
-    checkpoint = newest_checkpoint(output)
-    if checkpoint is None:
-        return 0, steps
-    state = saved_state(checkpoint)
-    if state.global_step > steps:
-        raise ValueError(f"--resume: --steps: expected at least the {state.global_step} that are done, got {steps}")
-    return state.global_step, state.max_steps
 
 
 def is_reported(output: Path) -> bool:

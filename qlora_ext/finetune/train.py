@@ -21,7 +21,7 @@ from .callbacks import Interrupt, Watch
 from .data import Dataset
 from .optimizer import OptimizerChoice, StatesReport, paged, where_states_are
 from .output_folder import STAGING, newest_checkpoint
-from .trainer import AnswerTrainer, check_resumable
+from .trainer import AnswerTrainer, check_states, unusable
 
 # Of checkpointing's names: transformers 5.23 has another one than before (Python 3.10 gets 5.20), and warns of the old.
 CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
@@ -68,11 +68,13 @@ def total_steps(examples: int, epochs: float, batch_size: int, accumulate: int) 
     return math.ceil(passes * math.ceil(math.ceil(examples / batch_size) / accumulate))
 
 
-def saved_state(checkpoint: Path) -> TrainerState:
-    """Read how far a checkpoint's run was; ValueError when its file is damaged."""
+def _saved_state(checkpoint: Path) -> TrainerState:
+    """Read how far a checkpoint's run was; ValueError when its file is missing or damaged."""
     file = checkpoint / TRAINER_STATE_NAME
     try:
         state: TrainerState = TrainerState.load_from_json(str(file))
+    except FileNotFoundError as error:
+        raise unusable(file, "missing") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: expected the state of a run, got a damaged file ({error})") from error
     if checkpoint.name != f"checkpoint-{state.global_step}":
@@ -83,14 +85,18 @@ def saved_state(checkpoint: Path) -> TrainerState:
 def resumable(output: Path, schedule: Schedule) -> tuple[Path, TrainerState]:
     """The checkpoint in `output` that a run goes on from, and how far it was.
 
-    Raises: ValueError when there is none, or not all that is needed of it.
+    Raises: ValueError when there is none, or not all that is needed of it but its weights, or more steps are done than
+    the schedule has.
     """
     checkpoint = newest_checkpoint(output)
     if checkpoint is None:
         raise ValueError(f"{output}: expected a checkpoint to resume from, got none")
-    state = saved_state(checkpoint)
-    if state.global_step < schedule.steps:
-        check_resumable(checkpoint, schedule.optimizer)
+    state = _saved_state(checkpoint)
+    done, steps = state.global_step, schedule.steps
+    if done > steps:
+        raise ValueError(f"--resume: --steps: expected at least the {done} that are done, got {steps}")
+    if done < steps:
+        check_states(checkpoint, schedule.optimizer)
     return checkpoint, state
 
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from qlora_ext import save_adapter
-from qlora_ext.adapters.files import resume_adapter
+from qlora_ext.adapters.files import WEIGHTS_FILE, resume_adapter
+from qlora_ext.adapters.peft_config import CONFIG_FILE
 from qlora_ext.whole_files import naming, to_disk
 
 from .data import Dataset, PadToLongest
@@ -38,13 +40,47 @@ RANDOM_STATE = "rng_state.pth"
 WRITER = re.compile("inline_container|PytorchStreamWriter|basic_ios")  # in every error of the file of torch.save
 
 
-def check_resumable(checkpoint: Path, choice: OptimizerChoice) -> None:
-    """Raise ValueError unless all that training goes on from is there: Trainer would begin anew without a word."""
+def check_states(checkpoint: Path, choice: OptimizerChoice) -> None:
+    """Raise ValueError unless all is there that Trainer, without a word, would begin anew with."""
     for name in (OPTIMIZER_NAME if choice.kind == "adamw" else PAGED_STATES, SCHEDULER_NAME, RANDOM_STATE):
-        file = checkpoint / name
-        if not file.is_file() or (file.suffix in (".pt", ".pth") and not _is_whole(file)):
-            got = "damaged" if file.is_file() else "missing"
-            raise ValueError(f"{file}: {got}; delete {checkpoint} and --resume goes on from the one before, if any")
+        _check_whole(checkpoint / name)
+
+
+def check_weights(checkpoint: Path, *, adapter: bool) -> None:
+    """Raise ValueError unless there is an adapter in a checkpoint, or else a model."""
+    if adapter:
+        files = [checkpoint / CONFIG_FILE, checkpoint / WEIGHTS_FILE]
+    else:
+        try:
+            files = ModelFolder(checkpoint).files
+        except ValueError as error:
+            raise ValueError(f"{error}; {_instead(checkpoint)}") from error
+    for file in files:
+        _check_whole(file)
+
+
+def unusable(file: Path, got: str) -> ValueError:
+    """The error of what is missing or damaged in a checkpoint."""
+    return ValueError(f"{file}: {got}; {_instead(file.parent)}")
+
+
+def _instead(checkpoint: Path) -> str:
+    return f"delete {checkpoint} and --resume goes on from the one before, if any"
+
+
+def _check_whole(file: Path) -> None:
+    if not file.is_file():
+        raise unusable(file, "missing")
+    if (file.suffix == ".safetensors" and not _opens(file)) or (file.suffix in (".pt", ".pth") and not _is_whole(file)):
+        raise unusable(file, "damaged")
+
+
+def _opens(file: Path) -> bool:
+    try:
+        safe_open(file, framework="pt")
+    except SafetensorError:
+        return False
+    return True
 
 
 def _is_whole(file: Path) -> bool:

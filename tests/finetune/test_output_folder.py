@@ -246,3 +246,38 @@ def test_a_checkpoint_that_is_refused_costs_no_report(
     assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 2
     assert f"scheduler.pt: {damage}; delete {checkpoint}" in capsys.readouterr().err
     assert {path.name for path in output.iterdir()} == before
+
+
+WEIGHTS = [("lora", "adapter_model.safetensors"), ("full", "model.safetensors")]
+BESIDE_WEIGHTS = [("lora", "adapter_config.json"), ("full", "config.json"), ("lora", "trainer_state.json")]
+
+
+@pytest.mark.parametrize("steps", [3, 4], ids=["none left", "one left"])
+@pytest.mark.parametrize(
+    ("method", "name", "damage"),
+    [*((*each, "missing") for each in WEIGHTS + BESIDE_WEIGHTS), *((*each, "damaged") for each in WEIGHTS)],
+)
+def test_a_checkpoint_without_weights_or_state_costs_no_report(
+    method: str, name: str, damage: str, steps: int, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments |= {"method": method, "samples": 0}
+    assert cli.main(words(arguments)) == 0
+    output = arguments["output"]
+    (output / "report.png").unlink()  # as of a run that ended while it was drawn
+    (checkpoint,) = output.glob("checkpoint-*")
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).unlink()
+    if damage == "damaged":
+        (checkpoint / name).write_bytes(content[:-9])
+    before = {path.name for path in output.iterdir()}
+    assert cli.main(words({**arguments, "steps": steps, "resume": True})) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert name in last_line
+    assert last_line.endswith(f"; delete {checkpoint} and --resume goes on from the one before, if any")
+    assert {path.name for path in output.iterdir()} == before
+
+
+def test_a_run_that_is_reported_needs_no_weights_in_its_checkpoint(arguments: dict[str, Any]) -> None:
+    assert cli.main(words(arguments)) == 0
+    (arguments["output"] / "checkpoint-3" / "adapter_model.safetensors").unlink()
+    assert cli.main(words({**arguments, "resume": True})) == 0
