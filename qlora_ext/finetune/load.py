@@ -98,20 +98,21 @@ def load_model(
     config of which no model can be built, or an attention that the model or the machine does not have.
     """
     config = checkpoint.config()
+    usual = attention in (None, "eager")  # of every model, without a package, and perhaps nobody's wish
     built: dict[str, Any] = {"dtype": dtype} | ({} if attention is None else {"attn_implementation": attention})
     # Parameters get no storage but buffers do: those that no checkpoint holds (rotary frequencies) are ready.
     with init_empty_weights(include_buffers=False):
         try:
             model: Any = AutoModelForCausalLM.from_config(config, **built)
         except ImportError as error:
-            if attention in (None, "eager"):  # which need no package
+            if usual:
                 raise
             raise ValueError(f"--attention {attention}: {error}") from error
         except Exception as error:  # whatever a model's class makes of sizes and names that do not fit
             if "Unrecognized configuration class" in str(error):  # and the names of hundreds
                 kind = getattr(config, "model_type", type(config).__name__)
                 raise ValueError(f"{checkpoint.path}: expected a causal language model, got {kind}") from error
-            how = "" if attention is None else f" with --attention {attention}"
+            how = "" if usual else f" with --attention {attention}"
             raise ValueError(
                 f"{checkpoint.path}: expected a config of a model that can be built{how}, "
                 f"got {type(error).__name__}: {error}"
