@@ -4,7 +4,8 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     length.add_argument("--epochs", type=_positive_float, default=1.0, help="passes over the training examples")
     run.add_argument("--batch-size", type=_positive, default=8, help="examples of a forward pass")
     run.add_argument("--accumulate", type=_positive, default=1, help="forward passes of an optimizer step")
-    run.add_argument("--lr", type=_positive_float, default=2e-4, help="peak learning rate; full usually wants 2e-5")
+    run.add_argument("--lr", type=_rate, default=2e-4, help="peak learning rate; full usually wants 2e-5")
     run.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="after the warmup")
     run.add_argument("--warmup", type=_not_negative, default=0.03, help="steps, or a share of all steps if below 1")
     run.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=_DTYPE_HELP)
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--loss-chunk", type=_count, metavar="TOKENS", help=_CHUNK_HELP)
     run.add_argument("--attention", choices=ATTENTIONS, help=_ATTENTION_HELP)
     run.add_argument("--compile", action="store_true", help=_COMPILE_HELP)
-    run.add_argument("--seed", type=int, default=0, help="of the split, the adapter, the order and the dropout")
+    run.add_argument("--seed", type=_seed, default=0, help="of the split, the adapter, the order and the dropout")
     run.add_argument("--save-steps", type=_positive, default=100, help="steps between checkpoints; the last 2 are kept")
 
     optimizer = top.add_argument_group("optimizer")
@@ -141,16 +142,21 @@ _CHAT_HELP = 'auto: the tokenizer\'s chat template if it has one; plain: lines o
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    """Run the command line; return the exit code.
+
+    That is 0, 2 for what one line can tell (a mistake, a loss that has diverged, a full disk), or 130 for a signal.
+    """
     command = parser()
     options = command.parse_args(arguments)
-    if not options.data.is_file():
-        command.error(f"--data {options.data}: no such file")
-    try:
-        _check_output(command, options)
-    except (OSError, RuntimeError, ValueError) as error:  # of links in a circle, and names that cannot be
-        command.error(f"--output {options.output}: {error}")
-    _check_paging(command, options)
+    with _naming(command, "data", options.data):
+        if not options.data.is_file():
+            command.error(f"--data {options.data}: no such file")
+    with _naming(command, "model", options.model):
+        model = Path(options.model).resolve() if Path(options.model).is_dir() else None
+    with _naming(command, "output", options.output):
+        _check_output(command, options, model)
+    with _naming(command, "page-file", options.page_file):
+        _check_paging(command, options)
     if unread := _unread(command, options):
         print(f"--method {options.method} does not read {', '.join(unread)}", file=sys.stderr)
     _check_targets(command, options)
@@ -178,15 +184,23 @@ def _unread(command: argparse.ArgumentParser, options: argparse.Namespace) -> li
     return [f"--{name.replace('_', '-')}" for name in given]
 
 
-def _check_output(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+@contextmanager
+def _naming(command: argparse.ArgumentParser, option: str, value: object) -> Iterator[None]:
+    """Name the option whose value is a link in a circle, or a name that cannot be."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        command.error(f"--{option} {value}: {error}")
+
+
+def _check_output(command: argparse.ArgumentParser, options: argparse.Namespace, model: Path | None) -> None:
     if options.output.exists() and not options.output.is_dir():
         command.error(f"--output {options.output}: not a folder")
     if options.resume and options.overwrite:
         command.error("--resume and --overwrite exclude each other")
     if options.resume and not checkpoints(options.output):
         command.error(f"--resume: no checkpoint in {options.output}")
-    model = Path(options.model)
-    if model.is_dir() and options.output.resolve() in (model.resolve(), *model.resolve().parents):
+    if model is not None and options.output.resolve() in (model, *model.parents):
         command.error(f"--output {options.output}: expected a folder that does not hold --model")
     if not (options.resume or options.overwrite) and (reason := earlier_run(options.output)):
         command.error(reason)
@@ -243,6 +257,8 @@ _count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
 _positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 _not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number, 0 or more")
 _fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+_rate = _number(_positive_float, lambda value: value <= 1e37, "1e37 at most")  # AdamW's first step is 10 times as large
+_seed = _number(int, lambda value: 0 <= value < 1 << 32, "a whole number from 0 to 4294967295")  # as numpy wants it
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -220,8 +220,8 @@ def _report(
 
 
 def _device(options: argparse.Namespace) -> torch.device:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE: expected one process, got {os.environ['WORLD_SIZE']}: gradients are not shared")
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"WORLD_SIZE: expected one process, got {world or repr(world)}: gradients are not shared")
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if options.method == "qlora" or options.optimizer != "adamw":

@@ -74,3 +74,12 @@ def test_several_processes_are_refused(
     assert cli.main(words(arguments)) == 2
     assert "error: WORLD_SIZE: expected one process, got 2" in capsys.readouterr().err
     assert not arguments["output"].exists()
+
+
+@pytest.mark.parametrize(("world", "got"), [("", "''"), ("one", "one")])
+def test_a_number_of_processes_that_is_none_is_named(
+    world: str, got: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert cli.main(words(arguments)) == 2
+    assert f"error: WORLD_SIZE: expected one process, got {got}: " in capsys.readouterr().err

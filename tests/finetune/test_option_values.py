@@ -13,8 +13,10 @@ from finetune_command import arguments as arguments
 from finetune_command import data as data
 from finetune_command import model as model
 from finetune_command import words
+from tiny_model import one_thread as one_thread
 
 from qlora_ext.finetune import __main__ as cli
+from qlora_ext.finetune.optimizer import KINDS
 
 DEFAULTS: dict[str, Any] = {
     **{"epochs": 1.0, "batch_size": 8, "accumulate": 1, "lr": 2e-4, "schedule": "linear", "warmup": 0.03},
@@ -51,6 +53,41 @@ def test_numbers_out_of_range_are_named(
     with pytest.raises(SystemExit, match="2"):
         cli.parser().parse_args(words({**arguments, "steps": None, name: value}))
     assert f"argument --{name}: expected a" in capsys.readouterr().err
+
+
+NUMBERS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("-1", "4294967296", "1.5"), ("seed", "a whole number from 0 to 4294967295")),
+    **dict.fromkeys(("1e38", "1e300"), ("lr", "1e37 at most")),
+}
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_numbers_that_training_would_fail_at_are_named_before(
+    value: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, wanted = NUMBERS[value]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words({**arguments, name: value}))
+    assert f"error: argument --{name}: expected {wanted}, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", KINDS)
+def test_the_largest_rate_and_seed_train_until_the_loss_is_no_number(
+    optimizer: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    largest = {"lr": "1e37", "seed": (1 << 32) - 1, "warmup": 0, "samples": 0, "optimizer": optimizer}
+    assert cli.main(words({**arguments, **largest})) == 2
+    assert ": try a lower learning rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["data", "model", "page-file"])
+def test_a_name_that_is_too_long_is_named(
+    option: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{'x' * 300}/pages"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words({**arguments, "optimizer": "paged_adamw8", option: name}))
+    assert f"error: --{option} {name}: " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("output", ["own", "link", "."])
