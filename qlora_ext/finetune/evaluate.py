@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -71,12 +72,12 @@ def sample_answers(
 def compared(
     tokenizer: PreTrainedTokenizerBase, examples: list[Example], before: list[str], after: list[str]
 ) -> list[dict[str, Any]]:
-    """Of each example its prompt and reference, and what was answered before and after the training."""
+    """Of each example its first prompt, the answer to it in the data, and those before and after the training."""
     return [
         {
             "prompt": example.question or tokenizer.decode(example.input_ids[: example.prompt_length]),
             "reference": tokenizer.decode(
-                [label for label in example.labels[example.prompt_length :] if label != IGNORE],
+                list(takewhile(lambda label: label != IGNORE, example.labels[example.prompt_length :])),
                 skip_special_tokens=True,
             ),
             "before": answer_before,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from labelled_data import jsonl, load_one
 from tiny_model import one_thread as one_thread
 from tiny_model import tiny_config, tiny_tokenizer
 from tiny_training import DATA, build
@@ -22,6 +24,15 @@ def test_prompt_and_reference_are_what_comes_before_an_answer_and_the_answer() -
     ids = tokenizer("once upon")["input_ids"]
     (sample,) = compared(tokenizer, [Example(ids, ids, 4, "")], ["b"], ["a"])
     assert (sample["prompt"], sample["reference"]) == ("once", " upon")
+
+
+def test_reference_is_the_answer_to_the_prompt_alone(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    said = ["one?", "first answer", "two?", "second answer"]
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, said, strict=True)]
+    example = load_one(jsonl(tmp_path / "d.jsonl", {"messages": turns}), tokenizer)
+    (sample,) = compared(tokenizer, [example], ["b"], ["a"])
+    assert (sample["prompt"], sample["reference"]) == ("one?", "first answer")
 
 
 def saying(letter: str) -> LlamaForCausalLM:
