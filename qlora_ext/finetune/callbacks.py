@@ -72,7 +72,10 @@ def _tell(text: bytes) -> None:
 
 
 def _look(*_: Any) -> None:
-    """Of SIGHUP, which a terminal that goes may send twice, or after Ctrl-C."""
+    """Writes a line, which finds out whether the terminal is still there (see `_tell`).
+
+    SIGHUP may come twice, or after Ctrl-C.
+    """
     _tell(b"\n")
 
 

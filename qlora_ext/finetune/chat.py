@@ -64,7 +64,10 @@ class Chat:
                 raise ValueError(f'the chat template leaves out what the role "{turn.role}" says; {PLAIN}')
 
     def _leaves_out(self, turns: Conversation, index: int) -> bool:
-        """Whether the text is without the beginning or end of a turn; a switch within it a template may take."""
+        """Whether the text is without the beginning or end of a turn.
+
+        A template may remove a switch (/no_think) from within a turn.
+        """
         turn = turns[index]._replace(content=f"{MARK}{turns[index].content}{MARK}")
         try:
             text = self.text((*turns[:index], turn, *turns[index + 1 :]))

@@ -91,8 +91,8 @@ def load_data(
 
 
 def _distinct(examples: Iterable[Example], max_length: int) -> tuple[list[Example], int, int]:
-    """Cut to max_length tokens, and of those with the same ones the first, which learns what any of them does; how
-    many more there were, and how many are cut."""
+    """One example for each sequence of tokens, cut to max_length, with a label wherever any of its duplicates has one;
+    then the numbers of duplicates and of examples cut."""
     first: dict[bytes, Example] = {}
     cut = set()
     seen = 0

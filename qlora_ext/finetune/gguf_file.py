@@ -20,8 +20,8 @@ from .model_folder import StoredTensor
 
 CHUNK = 1 << 20  # elements decoded at a time: the decoder's temporaries are several times as large
 
-# What transformers builds from a GGUF splits text as GPT-2 does unless it knows better, which it does not of those
-# that were learned on lone digits.
+# transformers splits a GGUF's text as GPT-2 does unless it knows the vocabulary; it does not know those learned on
+# single digits.
 GPT2_VOCABULARIES = ("default", "gpt-2")
 SINGLE_DIGIT_VOCABULARIES = ("smollm", "starcoder", "refact", "command-r")
 

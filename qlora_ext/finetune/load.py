@@ -152,7 +152,7 @@ def _stream(
     device: torch.device,
     quantize: dict[str, Any] | None,
 ) -> None:
-    # Of transformers 5.20: later versions build the model so.
+    # transformers 5.20 does not yet build these modules in float32.
     precise = re.compile("|".join(map(re.escape, model._keep_in_fp32_modules_strict or ())) or r"(?!)")
     expected = {
         name: (tuple(tensor.shape), torch.float32 if precise.search(name) else tensor.dtype)

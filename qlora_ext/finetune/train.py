@@ -23,7 +23,8 @@ from .optimizer import OptimizerChoice, StatesReport, paged, where_states_are
 from .output_folder import STAGING, newest_checkpoint
 from .trainer import AnswerTrainer, check_states, unusable
 
-# Of checkpointing's names: transformers 5.23 has another one than before (Python 3.10 gets 5.20), and warns of the old.
+# transformers 5.23 renamed gradient_checkpointing to activation_checkpointing and warns of the old name; Python 3.10
+# gets 5.20.
 CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
 # Resuming with other --save-steps, Trainer warns that it keeps the old ones; Watch.on_train_begin sets the new.
 DIFFERS = "do not match the ones in the `trainer_state.json`"
