@@ -39,7 +39,7 @@ class Saved(NamedTuple):
 
 
 def has_state(entry: Any) -> bool:
-    """Whether an entry of a state_dict has a part of a state, or is none at all."""
+    """Whether an entry of a state_dict has a part of a state, or is no dict, which checked_state refuses."""
     return not isinstance(entry, dict) or not NAMES.isdisjoint(entry)
 
 
