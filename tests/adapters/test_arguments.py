@@ -33,17 +33,25 @@ def test_an_unknown_target_is_named_and_changes_nothing(targets: str | list[str]
     assert everything(model) == before
 
 
+def test_each_last_part_is_told_once() -> None:
+    expected = r"last parts: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj\), got"
+    with pytest.raises(ValueError, match=expected):
+        add_adapter(base_model(), LoraConfig(target_modules=["proj"]))
+
+
 def test_what_is_inside_of_attention_or_of_an_adapted_layer_is_no_target() -> None:
     model = WithAttention()
     add_adapter(model, LoraConfig(), "first")
     for inside in ("out_proj", "base_layer"):
-        with pytest.raises(ValueError, match=rf"add_adapter: target_modules: .*got \['{inside}'\]"):
+        with pytest.raises(
+            ValueError, match=rf"add_adapter: target_modules: .*, not within MultiheadAttention, got \['{inside}'\]"
+        ):
             add_adapter(model, LoraConfig(target_modules=[inside]), "second")
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.Linear(64, 8)], ids=["none", "itself"])
 def test_all_linear_on_a_model_without_linear_layers_in_it(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"add_adapter.*target_modules.*none.*all-linear"):
+    with pytest.raises(ValueError, match=r"target_modules: expected an nn\.Linear .*none\), got 'all-linear'"):
         add_adapter(model, LoraConfig())
 
 

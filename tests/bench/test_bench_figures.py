@@ -28,11 +28,23 @@ import timing
 def test_percentiles_of_all_calls() -> None:
     times = [100.0, *map(float, range(1, 11))]
     assert timing.percentiles(times) == {"p20": 3, "p50": 6, "p80": 9, "calls": 11}
+    assert timing.percentiles([3.0, 1.0, 2.0]) == {"p20": 1, "p50": 2, "p80": 3, "calls": 3}
 
 
-def test_a_shape_of_no_rows_is_refused() -> None:
+@pytest.mark.parametrize("model", shapes.MODELS)
+def test_the_layers_of_a_model_fit_each_other(model: str) -> None:
+    """Attention goes from the hidden size to it by heads, of which k and v may have fewer, and the MLP by a larger."""
+    layers = {part: shape for parts, shape in shapes.MODELS[model].items() for part in parts.split(", ")}
+    hidden = layers["q_proj"][1]
+    assert layers["q_proj"] == layers["o_proj"] == (hidden, hidden)
+    assert layers["k_proj"] == layers["v_proj"] == (min(layers["k_proj"]), hidden)
+    assert layers["gate_proj"] == layers["up_proj"] == layers["down_proj"][::-1] == (max(layers["up_proj"]), hidden)
+
+
+@pytest.mark.parametrize("name", ["0x64", "64x128x8"])
+def test_what_is_no_shape_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="expected NxK"):
-        shapes.select(["0x64"])
+        shapes.select([name])
 
 
 @pytest.mark.parametrize(("given", "recorded"), [(["--smoke"], False), (["--no-record"], False), ([], True)], ids=str)

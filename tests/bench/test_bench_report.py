@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,22 +29,56 @@ def test_a_machine_replaces_its_own_rows_only(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("best", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_no_bench_replaces_the_rows_of_another(best: str) -> None:
-    paths = ["portable", "avx2", "avx512", "avx512_bf16"]
-    runs = report.benches(paths[: paths.index(best) + 1])
+    everything = ["portable", "avx2", "avx512", "avx512_bf16"]
+    runs = report.benches(everything[: everything.index(best) + 1])
     paths = [run[run.index("--cpu-path") + 1] if "--cpu-path" in run else best for run in runs]
     files = [(run[0], "--lora-dropout" in run) for run in runs]  # the training step has two
     assert len(set(zip(files, paths, strict=True))) == len(runs)
+    assert [path for path in paths if path != best] == everything[1 : everything.index(best)]  # those with vectors
     assert all((report.ROOT / script).exists() for script, *_ in [*runs, *report.TRAININGS, report.DEMO_DATA])
+    scripts = {f"bench/{path.name}" for path in (report.ROOT / "bench").glob("bench_*.py")}
+    assert scripts - {run[0] for run in runs} == {"bench/bench_cuda.py"}  # tools/gpu_suite.sh runs that
 
 
 def test_readme_shows_the_last_run_on_the_path_that_does_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    known = {"threads": 2, "versions": {"torch": "2.15.0"}, "commit": "abc", "date": "2026-11-27"}
+    known = {"threads": 2, "versions": {"torch": "2.15.0", "torchao": None}, "commit": "abc", "date": "2026-11-27"}
     known |= {"dtype": "bfloat16", "tokens_per_s": 1.0}
-    for cpu, path in [("old", "avx512_bf16"), ("new", "avx512_bf16"), ("small", "avx2")]:
+    for cpu, path in [("old", "avx512_bf16"), ("new", "avx512_bf16"), ("small", "avx2"), ("any", "portable")]:
         record.replace("generate", [known | {"cpu": cpu, "cpu_path": path, "provider": cpu}])
     shown = [
         [line.split()[1] for line in report.markdown("generate", document).splitlines() if line.endswith("| 1.00x |")]
         for document in (report.README, report.RESULTS)
     ]
-    assert shown == [["new"], ["small", "new", "old"]]
+    assert shown == [["new"], ["any", "small", "new", "old"]]
+    assert "; torch 2.15.0; commit abc, 2026-11-27<" in report.markdown("generate", report.README)
+
+
+def test_a_stale_table_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    document = tmp_path / "RESULTS.md"
+    document.write_text("a\n<!-- results: generate -->\n\n| stale |\n<!-- end -->\nb\n")
+    made = "a\n<!-- results: generate -->\n\n(not measured yet)\n<!-- end -->\nb\n"
+    assert report.filled(document) == made
+
+
+@pytest.mark.parametrize("what", [[], ["--run"], ["--run", "trainings"]], ids=str)
+def test_what_is_measured_is_measured_first_and_shown_everywhere(
+    what: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(sys, "argv", ["report.py", *what])
+    monkeypatch.setattr(report._C, "cpu_paths", lambda: ["portable", "avx2", "avx512", "avx512_bf16"])
+    monkeypatch.setattr(report._C, "cpu_path", lambda: "avx512")  # as where QLORA_EXT_CPU says so
+    monkeypatch.setattr(report.subprocess, "run", lambda command, *, cwd, check: done.append((command[1:], check)))
+    monkeypatch.setattr(report.plots, "draw", lambda name, rows: done.append(name))
+    monkeypatch.setattr(report, "filled", lambda document: "new")
+    documents = [tmp_path / name for name in ("README.md", "RESULTS.md")]
+    for name, path in zip(("README", "RESULTS"), documents, strict=True):
+        monkeypatch.setattr(report, name, path)
+    report.main()
+    measured = {0: [], 1: report.benches(["portable", "avx2", "avx512"]), 2: report.TRAININGS}[len(what)]
+    commands = [report.DEMO_DATA, *measured] if what else []
+    assert done[: len(commands)] == [(command, True) for command in commands]
+    assert set(done[len(commands) :]) == {name for name in report.TABLES if record.read(name)}
+    assert [path.read_text() for path in documents] == ["new", "new"]

@@ -229,7 +229,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "target regex": ({"target-modules": "(", "method": "lora"}, "target"),
     "target repeat": ({"target-modules": "q{99999999999}", "method": "lora"}, "target"),
     "no targets": ({"target-modules": "none"}, "--target-modules: expected --target-parameters with none"),
-    "target parameters": ({"target-parameters": "experts.down_proj"}, "fused experts' weights in 4 bits (here"),
+    "target parameters": ({"target-parameters": "experts.down_proj"}, "in 4 bits (here, by their last parts: none)"),
     "target parameters of lora": ({"method": "lora", "target-parameters": "x"}, "expected --method qlora with it"),
     "target parameters dropped": (
         {"target-parameters": "x", "lora-dropout": 0.1},

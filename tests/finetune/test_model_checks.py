@@ -181,6 +181,18 @@ def test_layers_that_peft_refuses_are_refused_before_training(
     assert target_modules("q_proj,out_proj", OPTForCausalLM(OPT)) == ["q_proj", "out_proj"], "in no other model"
 
 
+@pytest.mark.parametrize("layer", ["out_proj", "conv1d"])
+@pytest.mark.parametrize("kind", ["falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"])
+def test_every_layer_that_peft_refuses_is_refused(kind: str, layer: str) -> None:
+    model: Any = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in ("in_proj", layer)})
+    model.config = SimpleNamespace(model_type=kind)
+    with pytest.raises(ValueError, match=f"'{layer}' is incompatible with Mamba-based models"):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=[layer]), model)
+    with pytest.raises(ValueError, match=f"in a model of type {kind}, got {layer}$"):
+        target_modules(layer, model)
+    assert target_modules("all-linear", model) == ["in_proj"]
+
+
 @pytest.mark.parametrize("text", ["(", "q{99999999999}"])
 def test_targets_that_are_no_expression_are_named(text: str) -> None:
     mamba = MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=258, state_size=8))

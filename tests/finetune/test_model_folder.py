@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from qlora_ext.finetune.load import HUB_FILES, open_checkpoint
 
 
-@pytest.mark.parametrize("source", ["gone.gguf", "models/my/llama"])
+@pytest.mark.parametrize("source", ["gone.gguf", "models/my/llama", "/gone"])
 def test_what_can_only_be_a_path_is_not_looked_up(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_ext.finetune.load.snapshot_download", lambda *_, **__: pytest.fail("looked up"))
     with pytest.raises(FileNotFoundError, match=f"{source}: no such file or folder"):

@@ -207,6 +207,22 @@ def test_foreign_adapter_in_the_checkpoint_is_named(
     assert "adapter_model.safetensors" in last_line
 
 
+def test_a_checkpoint_that_lacks_a_part_costs_no_report(arguments: dict[str, Any]) -> None:
+    assert cli.main(words(arguments)) == 0
+    (arguments["output"] / "checkpoint-3" / "optimizer.pt").unlink()
+    assert cli.main(words({**arguments, "steps": 6, "resume": True})) == 2
+    assert (arguments["output"] / "report.json").exists()
+
+
+def test_more_steps_than_were_meant_change_no_constant_rate(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments |= {"schedule": "constant", "samples": 0}
+    assert cli.main(words(arguments)) == 0
+    assert cli.main(words({**arguments, "steps": 4, "resume": True})) == 0
+    assert "were meant before" not in capsys.readouterr().err
+
+
 def test_ctrl_c_saves_and_resume_ends_as_an_uninterrupted_run(arguments: dict[str, Any], tmp_path: Path) -> None:
     arguments |= {"steps": 150, "lora-dropout": 0.1}
     command = [sys.executable, "-m", "qlora_ext.finetune", *words({**arguments, "save-steps": 10})]
