@@ -28,7 +28,7 @@ from .output_folder import OutputFolder
 from .report import composition, peak_rss, table, write
 from .same_run import check_same_run, is_reported, note, what_stays
 from .targets import target_modules
-from .train import Outcome, Schedule, resumable, total_steps, train
+from .train import Outcome, Schedule, resumable, total_steps, train, warmup_steps
 from .trainer import check_weights
 
 # Where the states were, when all steps were made by a process that ended before it could say.
@@ -68,8 +68,8 @@ def _run(options: argparse.Namespace, folder: OutputFolder, device: torch.device
             _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
             return 0
         check_weights(newest, adapter=adapter)
-        planned = options.schedule != "constant" or 0 < options.warmup < 1  # the learning rate, for all steps
-        if planned and (meant := state.max_steps) != steps:
+        changes = options.schedule != "constant" or state.global_step < warmup_steps(schedule)
+        if changes and (meant := state.max_steps) != steps:
             _say(f"{meant} steps were meant before, now {steps}: the learning rate goes on as if they had been")
     longest = max(len(example.input_ids) for example in (*data.train, *data.held_out))
     data = dataclasses.replace(data, held_out=data.held_out[: options.eval_examples])

@@ -176,7 +176,7 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
         gradient_accumulation_steps=schedule.accumulate,
         learning_rate=schedule.lr,
         lr_scheduler_type="constant_with_warmup" if schedule.kind == "constant" else schedule.kind,
-        warmup_steps=_warmup_steps(schedule),
+        warmup_steps=warmup_steps(schedule),
         optim="adamw_torch",
         seed=schedule.seed,
         bf16=autocast,
@@ -200,7 +200,7 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
     return arguments
 
 
-def _warmup_steps(schedule: Schedule) -> int:
+def warmup_steps(schedule: Schedule) -> int:
     """A share leaves at least one step: the first of a warmup has a learning rate of 0."""
     if schedule.warmup >= 1:
         return int(schedule.warmup)
