@@ -8,25 +8,32 @@ from typing import Any
 from torch import nn
 
 from qlora_ext.dense_linear import of_transformers
-from qlora_ext.linear import Linear4bit
 
-_MARK = "qlora_ext"  # transformers asks only if there is an _is_quantized, and saves none
+_COUNTED = "_in_count_of_config"
 
 
 def mark_configs(model: nn.Module) -> None:
     """Set what transformers' own quantizers set: else Jamba multiplies by dt_proj's bytes, and flash attention looks in
-    vain for an nn.Linear, whose dtype it wants, and then takes the config's."""
+    vain for an nn.Linear, whose dtype it wants, and then takes the config's.
+
+    transformers asks only if there is an _is_quantized, and saves none. Here it is the number of models with this
+    config that are quantized, which may be several; True is another quantizer's.
+    """
     for module, config in _with_configs(model):
-        config._is_quantized = getattr(config, "_is_quantized", _MARK)
+        count = getattr(config, "_is_quantized", 0)
+        if count is not True and not vars(module).get(_COUNTED):
+            setattr(module, _COUNTED, True)
+            config._is_quantized = count + 1
         config.dtype = config.dtype or next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def unmark_configs(model: nn.Module) -> None:
-    """Take the mark off again where nothing is in 4 bits any more."""
+    """Undo it for a model of which nothing is in 4 bits any more."""
     for module, config in _with_configs(model):
-        in_bits = any(isinstance(part, Linear4bit) for part in module.modules())
-        if getattr(config, "_is_quantized", None) == _MARK and not in_bits:
-            del config._is_quantized
+        if vars(module).pop(_COUNTED, False):
+            config._is_quantized -= 1
+            if config._is_quantized == 0:
+                del config._is_quantized
 
 
 def _with_configs(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:

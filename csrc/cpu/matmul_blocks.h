@@ -40,8 +40,8 @@ struct MatmulScratch {
         packed(reinterpret_cast<std::uint8_t*>(absmax + kAbsmaxFloats)) {}
 };
 
-// The portable kernel is for machines other than x86-64, which without AVX2 has 16 registers: torch's products are
-// faster there. (Tests under sanitizers, which run on x86-64, define it.)
+// The portable kernel is not for x86-64: where that has no AVX2, torch's products are faster, as 16 registers are few.
+// (Tests under sanitizers, which run on x86-64, define it.)
 #if !defined(__x86_64__) && !defined(QLORA_EXT_PORTABLE_MATMUL)
 #define QLORA_EXT_PORTABLE_MATMUL
 #endif

@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
         }
       }
     }
-    // end_unit anew: that one would stay in a register all through the loop.
+    // Computes end_unit again: kept, it would take a register all through the loop.
     begin = min((tile + 1) * split.units, split.begin(opaque(blockIdx.x) + 1));
   }
 #else

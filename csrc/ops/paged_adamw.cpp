@@ -287,7 +287,7 @@ void bind_paged_adamw(py::module_& m) {
       .def("steps", &PagedStates::steps, "Steps that the parameter has taken.")
       .def("set_steps", &PagedStates::set_steps)
       .def("prepare", &PagedStates::prepare, py::call_guard<py::gil_scoped_release>(),
-           "What can fail before a step of these, and their homes: for devices that step together.")
+           "Finds homes for the pages of these, and throws what can be known before a step.")
       .def("step", &PagedStates::step)
       .def("save", &PagedStates::save, "Copies (id, part, CPU tensor or None, offset in the file) out of the pages.")
       .def("load", &PagedStates::load, "Likewise into the pages.")

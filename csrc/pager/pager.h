@@ -66,8 +66,8 @@ class Pager {
   static constexpr std::size_t kMostAtOnce = 256;
   void walk(std::span<const PageId> order, bool writes, const Visit& visit);
 
-  // What walk() does before its first visit: it throws what can be known by then. For several pagers, of which none is
-  // to be walked if another cannot be.
+  // Finds homes for these pages, and room to pass through, and throws what can be known before a walk over them: what
+  // walk() begins with. For several pagers, of which none is to be walked if another cannot be.
   void prepare(std::span<const PageId> order);
 
   // Calls compute(position, memory) for the next of the run's pages that are null; false: there is none left.

@@ -13,6 +13,9 @@ void Pager::prepare(std::span<const PageId> order) {
   if (!failure_.empty()) throw std::runtime_error("PagedAdamW: not usable since an error: " + failure_);
   backend_->check();
   settle(order);
+  if (std::ranges::any_of(order, [&](PageId id) { return at(id).level > 0; })) {
+    set_ring(static_cast<std::size_t>(tiers_[0].ring));
+  }
 }
 
 void Pager::walk(std::span<const PageId> order, bool writes, const Visit& visit) {
@@ -35,9 +38,6 @@ void Pager::walk(std::span<const PageId> order, bool writes, const Visit& visit)
 }
 
 void Pager::run_on_host(const Visit& visit) {
-  if (std::ranges::any_of(order_, [&](PageId id) { return at(id).level > 0; })) {
-    set_ring(static_cast<std::size_t>(tiers_[0].ring));
-  }
   idle_.clear();
   for (const Slot& slot : ring_) idle_.push_back(slot.memory);
   std::vector<std::byte*> pages;
@@ -110,7 +110,6 @@ void Pager::run_on_device(const Visit& visit) {
   for (const PageId id : order) {
     if (at(id).level > 0) streamed.push_back(id);
   }
-  if (!streamed.empty()) set_ring(static_cast<std::size_t>(tiers_[0].ring));
   const std::size_t ring = ring_.size();
   const auto slot_of = [&](std::size_t i) -> Slot& { return ring_[(turn_ + i) % ring]; };
   // The i-th page to stream from now on, if it is not in its slot already. The walk comes back to its pages: the first

@@ -220,7 +220,7 @@ def _report(
 
 
 def _device(options: argparse.Namespace) -> torch.device:
-    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if not (world := os.environ.get("WORLD_SIZE", "1")).isdigit() or int(world) > 1:
         raise ValueError(f"WORLD_SIZE: expected one process, got {world or repr(world)}: gradients are not shared")
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -173,6 +173,7 @@ class PagedAdamW(Optimizer):
         try:
             for p in fresh:
                 self.state.setdefault(p, {}).update(self._paged.names(p))
+            self._paged.reserve(fresh)
             self._paged.step(updates, getattr(self, "grad_scale", None), *self._rounding)
         except BaseException:
             for p in fresh:
@@ -211,8 +212,7 @@ class PagedAdamW(Optimizer):
             TypeError, ValueError: groups or states that are not for these parameters and this state_bits; the optimizer
                 is then as it was.
             ValueError for the budgets: there is no room for the states; the optimizer is then as it was.
-            OSError: the page file cannot be made anew, or read errors. The old states are gone by then, and nothing but
-                to load again, or `release()`, is possible.
+            OSError: the page file cannot be made anew. The old states are gone then: load again, or `release()`.
         """
         with after_pre_hooks(self, state_dict) as given:
             super().load_state_dict(held(given))
@@ -271,7 +271,7 @@ class PagedAdamW(Optimizer):
 
     @in_turn
     def stats(self) -> dict[str, Any]:
-        """Where the states are and what has moved, over all devices.
+        """Where the states are and what has moved, over all devices that have parameters.
 
         Returns:
             pages: how many have their home in "device", "host" and "file"; unwritten_pages: how many have no home yet;

@@ -77,7 +77,9 @@ class PagedParameters:
         self._half_restored = False
 
     def reserve(self, params: Iterable[Tensor]) -> None:
-        """Make room for the states of parameters that have none yet; if it raises, for none of that device's."""
+        """Make room for the states of parameters that have none yet. If it raises, none of that device's have got any,
+        nor have those that changed before their first step.
+        """
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
         for p in params:
             if p in self._states and not self.steps(p) and not self._fits(p):
@@ -89,15 +91,7 @@ class PagedParameters:
         devices = {states.device for states in self._states.values()} | by_device.keys()
         for device in self._stores.keys() - devices:
             del self._stores[device]
-        _, device_budget, _, page_file = self._paging
-        if page_file and len(devices) > 1:
-            raise ValueError(
-                f"PagedAdamW: page_file: expected parameters on one device, got {sorted(map(str, devices))}"
-            )
-        if device_budget is not None and torch.device("cpu") in devices:
-            raise ValueError("PagedAdamW: device_budget: expected None for states on the CPU, which host_budget is for")
-        expected = "parameters with values (of a model on meta, after to_empty or loading)"
-        check(torch.device("meta") not in by_device, "params", expected, "one on meta")
+        self._check_devices(devices)
         for device, new in by_device.items():
             store = self._stores.get(device) or _C.PagedStates(str(device), *self._paging)
             shapes = [local_shard(p).shape for p in new]
@@ -166,8 +160,7 @@ class PagedParameters:
     def step(
         self, updates: Collection[Update], grad_scale: Tensor | None, stochastic_rounding: bool, seed: int
     ) -> None:
-        """Update the parameters, page by page: all of them or none, unless pages are lost."""
-        self.reserve(u.parameter for u in updates)
+        """Update parameters, for which there is room, page by page: all of them or none, unless pages are lost."""
         by_device: dict[torch.device, list[tuple[int, Update]]] = defaultdict(list)
         for update in updates:
             by_device[update.local.device].append((self._id(update.parameter), update))
@@ -210,6 +203,8 @@ class PagedParameters:
         If it raises for want of room, without a page file all is as it was. Else states are lost: nothing can be done
         with them until this has succeeded.
         """
+        wanted = dict.fromkeys([*saved, *reserved])
+        self._check_devices({local_shard(p).device for p in wanted})
         keep = self.page_file is None and not self._half_restored
         before, stores = self._states, dict(self._stores)
         self._states, self._followed, self._half_restored = {}, None, True
@@ -217,7 +212,7 @@ class PagedParameters:
         if not keep:
             stores.clear()  # a page file's room and path are for the next
         try:
-            self.reserve(dict.fromkeys([*saved, *reserved]))
+            self.reserve(wanted)
         except BaseException:
             if keep:
                 self._states, self._half_restored = before, False
@@ -258,6 +253,17 @@ class PagedParameters:
                     total[name] += value
         hit_rate = total["hits"] / total["visits"] if total["visits"] else 1.0
         return total | {"page_bytes": self._paging[0], "hit_rate": hit_rate}
+
+    def _check_devices(self, devices: set[torch.device]) -> None:
+        _, device_budget, _, page_file = self._paging
+        if page_file and len(devices) > 1:
+            raise ValueError(
+                f"PagedAdamW: page_file: expected parameters on one device, got {sorted(map(str, devices))}"
+            )
+        if device_budget is not None and torch.device("cpu") in devices:
+            raise ValueError("PagedAdamW: device_budget: expected None for states on the CPU, which host_budget is for")
+        expected = "parameters with values (of a model on meta, after to_empty or loading)"
+        check(torch.device("meta") not in devices, "params", expected, "one on meta")
 
     def _fits(self, p: Tensor) -> bool:
         """Whether p is as it was when its pages were made."""

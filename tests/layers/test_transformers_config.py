@@ -120,16 +120,28 @@ def test_a_merged_model_computes_as_one_that_was_always_dense(
     assert_same(logits(model), logits(dense))
 
 
-def test_a_model_with_layers_in_4_bits_is_one_though_a_part_is_merged() -> None:
-    model = quantize_model(model_of(jamba()), skip=["lm_head", "layers.0"])
-    quantize_model(model.model.layers[0])
-    config = model.config
-    merge_adapter(model.model.layers[1], dequantize=True)
+def test_a_model_in_4_bits_is_one_though_another_of_its_config_is_merged() -> None:
+    config = jamba()
+    one, two = (adapted(model_of(config)) for _ in range(2))
+    assert one.config is two.config
+    before = logits(two)
+    merge_adapter(one, dequantize=True)
+    assert_same(logits(two), before)
+    quantize_model(one)
+    merge_adapter(two, dequantize=True)
     assert config._is_quantized
-    merge_adapter(model.model, dequantize=True)
-    merge_adapter(model, dequantize=True)
+    merge_adapter(one, dequantize=True)
     assert not hasattr(config, "_is_quantized")
-    assert model.config is model.model.config is config, "a setting of one is the other's"
+
+
+def test_a_model_quantized_part_by_part_is_unmarked_when_it_is_merged() -> None:
+    model = quantize_model(model_of(jamba()), skip=["lm_head", "layers.0"])
+    quantize_model(model.model)
+    merge_adapter(model.model.layers[1], dequantize=True)
+    assert model.config._is_quantized
+    merge_adapter(model, dequantize=True)
+    assert not hasattr(model.config, "_is_quantized")
+    assert model.config is model.model.config, "a setting of one is the other's"
 
 
 def test_the_mark_of_another_quantizer_stays() -> None:

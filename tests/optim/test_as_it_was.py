@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,27 @@ def test_states_that_find_no_room_leave_the_old_ones() -> None:
     assert optimizer.state_dict()["state"][0]["step"] == 2
 
 
+def test_states_for_another_device_leave_the_old_ones_beside_a_page_file(tmp_path: Path) -> None:
+    p, there = Parameter(torch.ones(3)), Parameter(torch.ones(3, device="meta"), requires_grad=False)
+    p.grad = torch.ones(3)
+    optimizer = PagedAdamW([p, there], page_file=tmp_path / "pages")
+    optimizer.step()
+    states, saved = state_bits(optimizer), optimizer.state_dict()
+    there.requires_grad_()
+    with pytest.raises(ValueError, match="expected parameters on one device"):
+        optimizer.load_state_dict(saved)
+    assert state_bits(optimizer) == states
+
+
+def test_what_a_step_needs_is_there_when_it_is_prepared(tmp_path: Path) -> None:
+    p = Parameter(torch.ones(10_000))
+    optimizer = PagedAdamW([p], page_bytes=4 * KIB, host_budget=0, page_file=tmp_path / "pages")
+    assert (optimizer.stats()["ring_pages"], optimizer.stats()["unwritten_pages"]) == (0, 20)
+    states = optimizer._paged._states[p]
+    optimizer._paged._stores[states.device].prepare([states.id])
+    assert (optimizer.stats()["ring_pages"], optimizer.stats()["unwritten_pages"]) == (2, 0)
+
+
 def test_another_shape_of_the_same_size_is_refused() -> None:
     p = Parameter(torch.ones(2, 3))
     p.grad = torch.ones(2, 3)
@@ -92,7 +114,7 @@ def test_a_parameter_may_change_before_its_first_step(shape: tuple[int, ...]) ->
     as_torch(run)
 
 
-def test_a_device_without_parameters_counts_no_more(tmp_path: Any) -> None:
+def test_a_device_without_parameters_counts_no_more(tmp_path: Path) -> None:
     p = Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = PagedAdamW([p], page_file=tmp_path / "pages")
