@@ -153,7 +153,7 @@ def optimizers_table(rows: list[Row]) -> Table:
 
 def train_step_table(rows: list[Row]) -> Table:
     ours = rows[0]["tokens_per_s"]
-    table = [[rows[0]["dtype"], "tokens/s", "first row's speed over it", "peak RSS of its process, MiB"]]
+    table = [[rows[0]["dtype"], "tokens/s", "first row / this row", "peak RSS of its process, MiB"]]
     for row in rows:
         peak = f"{row['peak_rss_bytes'] / MIB:.0f}" if "peak_rss_bytes" in row else "not measured"
         table.append([row["provider"], f"{row['tokens_per_s']:.0f}", f"{ours / row['tokens_per_s']:.2f}x", peak])
@@ -172,7 +172,7 @@ def train_step_profile_table(rows: list[Row]) -> Table:
 def generate_table(rows: list[Row]) -> Table:
     ours = rows[0]["tokens_per_s"]
     lines = [[r["provider"], f"{r['tokens_per_s']:.1f}", f"{ours / r['tokens_per_s']:.2f}x"] for r in rows]
-    return [[rows[0]["dtype"], "tokens/s", "first row's speed over it"], *lines]
+    return [[rows[0]["dtype"], "tokens/s", "first row / this row"], *lines]
 
 
 def experts_table(rows: list[Row]) -> Table:

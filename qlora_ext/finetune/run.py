@@ -28,7 +28,7 @@ from .output_folder import OutputFolder
 from .report import composition, peak_rss, table, write
 from .same_run import check_same_run, is_reported, note, what_stays
 from .targets import target_modules
-from .train import Outcome, Schedule, resumable, total_steps, train, warmup_steps
+from .train import Outcome, Schedule, has_other_rates, resumable, total_steps, train
 from .trainer import check_weights
 
 # Where the states were, when all steps were made by a process that ended before it could say.
@@ -68,8 +68,8 @@ def _run(options: argparse.Namespace, folder: OutputFolder, device: torch.device
             _say(f"step {steps} of {steps} was done before: report.json and report.png are in {options.output}")
             return 0
         check_weights(newest, adapter=adapter)
-        changes = options.schedule != "constant" or state.global_step < warmup_steps(schedule)
-        if changes and (meant := state.max_steps) != steps:
+        if has_other_rates(schedule, state):
+            meant = state.max_steps
             _say(f"{meant} steps were meant before, now {steps}: the learning rate goes on as if they had been")
     longest = max(len(example.input_ids) for example in (*data.train, *data.held_out))
     data = dataclasses.replace(data, held_out=data.held_out[: options.eval_examples])
@@ -220,7 +220,7 @@ def _report(
 
 
 def _device(options: argparse.Namespace) -> torch.device:
-    if not (world := os.environ.get("WORLD_SIZE", "1")).isdigit() or int(world) > 1:
+    if not (world := os.environ.get("WORLD_SIZE", "1")).isdecimal() or int(world) > 1:
         raise ValueError(f"WORLD_SIZE: expected one process, got {world or repr(world)}: gradients are not shared")
     if not torch.cuda.is_available():
         return torch.device("cpu")

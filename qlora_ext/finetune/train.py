@@ -6,7 +6,7 @@ Ctrl-C, SIGTERM or SIGHUP lets the running step end, then saves; a second Ctrl-C
 import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from pickle import UnpicklingError
@@ -101,6 +101,14 @@ def resumable(output: Path, schedule: Schedule) -> tuple[Path, TrainerState]:
     return checkpoint, state
 
 
+def has_other_rates(schedule: Schedule, state: TrainerState) -> bool:
+    """Whether the learning rates to come are others than those of the schedule that a run was in."""
+    if schedule.steps == state.max_steps:
+        return False
+    before, now = _warmup_steps(replace(schedule, steps=state.max_steps)), _warmup_steps(schedule)
+    return schedule.kind != "constant" or (before != now and state.global_step < max(before, now))
+
+
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -176,7 +184,7 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
         gradient_accumulation_steps=schedule.accumulate,
         learning_rate=schedule.lr,
         lr_scheduler_type="constant_with_warmup" if schedule.kind == "constant" else schedule.kind,
-        warmup_steps=warmup_steps(schedule),
+        warmup_steps=_warmup_steps(schedule),
         optim="adamw_torch",
         seed=schedule.seed,
         bf16=autocast,
@@ -200,7 +208,7 @@ def _arguments(schedule: Schedule, output: Path, device: torch.device, autocast:
     return arguments
 
 
-def warmup_steps(schedule: Schedule) -> int:
+def _warmup_steps(schedule: Schedule) -> int:
     """A share leaves at least one step: the first of a warmup has a learning rate of 0."""
     if schedule.warmup >= 1:
         return int(schedule.warmup)

@@ -212,7 +212,7 @@ class PagedAdamW(Optimizer):
             TypeError, ValueError: groups or states that are not for these parameters and this state_bits; the optimizer
                 is then as it was.
             ValueError for the budgets: there is no room for the states; the optimizer is then as it was.
-            OSError: the page file cannot be made anew. The old states are gone then: load again, or `release()`.
+            OSError: the page file cannot be made or written. The old states are gone then: load again, or `release()`.
         """
         with after_pre_hooks(self, state_dict) as given:
             super().load_state_dict(held(given))
@@ -255,7 +255,7 @@ class PagedAdamW(Optimizer):
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is not whole, or not for these parameters and this state_bits; the optimizer is as it was.
-            OSError: see `load_state_dict`.
+            OSError: it cannot be read to its end, or see `load_state_dict`: the old states are gone then.
         """
         with open(path, "rb") as file:
             saved, groups = find_states(file, self.param_groups, self._paged.state_bits)

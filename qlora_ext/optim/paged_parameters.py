@@ -77,8 +77,8 @@ class PagedParameters:
         self._half_restored = False
 
     def reserve(self, params: Iterable[Tensor]) -> None:
-        """Make room for the states of parameters that have none yet. If it raises, none of that device's have got any,
-        nor have those that changed before their first step.
+        """Make room for the states of parameters that have none yet. If it raises at a device, no parameter there has
+        got any, and those that changed before their first step have lost theirs.
         """
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
         for p in params:
@@ -200,8 +200,8 @@ class PagedParameters:
     def restore(self, saved: Mapping[Tensor, Saved], reserved: Iterable[Tensor], file: int = -1) -> None:
         """Replace all states by these, and reserve room for those of further parameters.
 
-        If it raises for want of room, without a page file all is as it was. Else states are lost: nothing can be done
-        with them until this has succeeded.
+        If it raises for the devices or, without a page file, for want of room, all is as it was. Else states are lost:
+        nothing can be done with them until this has succeeded.
         """
         wanted = dict.fromkeys([*saved, *reserved])
         self._check_devices({local_shard(p).device for p in wanted})

@@ -144,6 +144,13 @@ def test_a_model_quantized_part_by_part_is_unmarked_when_it_is_merged() -> None:
     assert model.config is model.model.config, "a setting of one is the other's"
 
 
+def test_a_config_that_was_exchanged_is_left_as_it_is() -> None:
+    model = adapted(model_of(jamba()))
+    model.config = jamba()
+    merge_adapter(model, dequantize=True)
+    assert not hasattr(model.config, "_is_quantized")
+
+
 def test_the_mark_of_another_quantizer_stays() -> None:
     model = model_of(jamba())
     model.config._is_quantized = True

@@ -144,7 +144,6 @@ def test_no_device_takes_a_step_that_another_cannot_take(monkeypatch: pytest.Mon
         paged._stores[there] = Full()  # type: ignore[assignment]
         paged._states[elsewhere] = type(paged._states[p])(there, 0, elsewhere.shape)
         another = updates[0]._replace(parameter=elsewhere, local=elsewhere)
-        monkeypatch.setattr(paged, "reserve", lambda params: list(params))
         step([*updates, another], *how)
 
     monkeypatch.setattr(paged, "step", with_another)
