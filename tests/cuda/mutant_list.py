@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant(SPLIT, TAIL, "? cta + tile", "? cta"),
     Mutant(SPLIT, TAIL, "ctas + std::min(ctas, tiles)", "ctas"),
     Mutant(SPLIT, TAIL, "(cta < longer_runs ? cta : longer_runs)", "longer_runs"),
-    Mutant(SPLIT, TAIL, "split.tiles % split.ctas == 0 ?", "split.tiles >= split.ctas ?"),
+    Mutant(SPLIT, TAIL, "tiles % ctas != 0", "tiles < ctas"),
     Mutant(SPLIT, TAIL, "arguments.arrivals, 0, meeting", "arguments.arrivals, 1, meeting"),
     Mutant(SPLIT, BOUND, "cta <= split.last_cta(tile)", "cta < split.last_cta(tile)"),
 
