@@ -107,7 +107,8 @@ def _merged_weight(name: str, layer: LoraLinear) -> Tensor:
         weight = layer.merged_weight()
     except (TypeError, ValueError) as error:
         raise type(error)(f"merge_adapter: {name}: {error}") from error
-    if has_values(weight) and not weight.to(layer.dtype).isfinite().all():
+    # The largest number overflows first, and a NaN is the largest and the smallest.
+    if has_values(weight) and not torch.stack(weight.aminmax()).to(layer.dtype).isfinite().all():
         adapters = ", ".join(layer.active_adapters)
         raise ValueError(f"merge_adapter: {name}: expected finite values with {adapters}, got NaN or Inf")
     return weight

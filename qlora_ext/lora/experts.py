@@ -39,9 +39,9 @@ class LoraExperts(LoraLinear):
         y: Tensor = base(input, offs, *adapters)
         return y
 
-    def _plus(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def _add(self, weight: Tensor, b: Tensor, a: Tensor, *, alpha: float) -> Tensor:
         factors = (a.mT, b.mT) if self.base_layer.is_transposed else (b, a)
-        weight.view(self.base_layer.shape).baddbmm_(*factors, alpha=scaling)  # in place: it was decoded for this
+        weight.view(self.base_layer.shape).baddbmm_(*factors, alpha=alpha)
         return weight
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

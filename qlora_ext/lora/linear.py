@@ -184,7 +184,8 @@ class LoraLinear(nn.Module):
         if not has_float_weight(base):
             return WeightInBits(self, base)  # type: ignore[return-value]
         kind, weight = dense_class(base), base.weight
-        return oriented(kind, self._updated(oriented(kind, weight).float(), names)).to(weight.dtype)
+        updated = self._updated(oriented(kind, weight).float(), names, torch.addmm)
+        return oriented(kind, updated).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -223,23 +224,27 @@ class LoraLinear(nn.Module):
             got = type(base).__name__
             raise TypeError(f"LoraLinear: base_layer: expected weight and bias without parametrizations, got {got}")
         if isinstance(base, Linear4bit):
-            return self._updated(base.dequantize(torch.float32), self.active_adapters)
-        if not has_float_weight(base):
+            weight = base.dequantize(torch.float32)
+        elif has_float_weight(base):
+            weight = oriented(dense_class(base), base.weight).to(torch.float32, copy=True)
+        else:
             got = f"{type(base).__name__}'s {type(base.weight).__name__}, {base.weight.dtype} {list(base.weight.shape)}"
             shape = stored_shape(dense_class(base), *out_and_in(base))
             raise TypeError(f"LoraLinear: base_layer: expected a float weight {shape} to merge into, got {got}")
-        return self._updated(oriented(dense_class(base), base.weight).float(), self.active_adapters)
+        return self._updated(weight, self.active_adapters, self._add)
 
-    def _updated(self, weight: Tensor, names: list[str]) -> Tensor:
+    def _updated(self, weight: Tensor, names: list[str], add: Callable[..., Tensor]) -> Tensor:
+        """`add`: of a weight, B and A; in place or not."""
         A, B = self.lora_A.forward(names), self.lora_B.forward(names)
         check_values(names, A, B, weight)
         with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # meta has none
             for name, a, b in zip(names, A, B, strict=True):
-                weight = self._plus(weight, a.float(), b.float(), self.scaling[name])
+                weight = add(weight, b.float(), a.float(), alpha=self.scaling[name])
         return weight
 
-    def _plus(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        return weight.addmm(b, a, alpha=scaling)
+    def _add(self, weight: Tensor, b: Tensor, a: Tensor, *, alpha: float) -> Tensor:
+        """Add alpha B A to the weight, in place."""
+        return weight.addmm_(b, a, alpha=alpha)
 
     @torch.inference_mode(False)
     def merge(self, weight: Tensor | None = None) -> None:

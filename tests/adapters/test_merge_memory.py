@@ -1,4 +1,4 @@
-"""What a merge into dense layers keeps alive, and what it stops at."""
+"""What a merge takes and keeps alive, and what it stops at."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from random_layers import make_lora
-from torch import nn
+from random_layers import BASES, make_base, make_lora
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_model
 from qlora_ext.adapters import merge
@@ -37,6 +39,36 @@ def test_each_base_goes_as_soon_as_it_is_merged(quantized: bool, monkeypatch: py
     monkeypatch.setattr(merge, "dense", counted)
     merge_adapter(model, dequantize=True)
     assert alive == [6, 5, 4, 3, 2, 1]
+
+
+class WholeWeights(TorchDispatchMode):
+    """Counts the tensors of at least this many elements that ops make."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made += [str(func)] * len(self._memory(result) - self._memory((args, kwargs)))
+        return result
+
+    def _memory(self, tensors: Any) -> set[int]:
+        large = [t for t in tree_leaves(tensors) if isinstance(t, Tensor) and t.numel() >= self.numel]
+        return {t.untyped_storage().data_ptr() for t in large}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_merge_makes_one_float_weight_and_what_it_is_kept_in(base: str, dtype: torch.dtype, adapters: int) -> None:
+    """A large weight's copies do not fit beside the model, and memory that nobody has written yet is slow."""
+    layer = make_lora(make_base(base, dtype=dtype), *[LoraConfig(r=2)] * adapters)
+    with WholeWeights(layer.in_features * layer.out_features) as weights:
+        merge_adapter(nn.Sequential(layer))
+    kept = 0 if base == "Linear4bit" or dtype is torch.float32 else 1  # in 4 bits it has half as many elements
+    assert len(weights.made) == 1 + kept, weights.made
 
 
 def test_layers_in_a_dtype_that_nothing_decodes_to_become_dense_in_it() -> None:
