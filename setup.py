@@ -62,7 +62,8 @@ def choose_toolkit() -> Path | None:
     elif ((toolkit := find_toolkit()) / "bin/nvcc").exists():
         return toolkit
     else:
-        missing = f"nvcc: on PATH, in CUDA_HOME/bin, or `pip install cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*`"
+        package = f"cuda-toolkit[nvcc,nvvm,crt,cccl]=={torch.version.cuda}.*"  # of CUDA 13.0, nvcc alone takes any nvvm
+        missing = f"nvcc: on PATH, in CUDA_HOME/bin, or `pip install {package}`"
     if wanted == "1":
         raise SystemExit(f"QLORA_EXT_CUDA=1 needs {missing}")
     print(f"qlora_ext: building without CUDA, which needs {missing}")

@@ -28,9 +28,10 @@ fi
 cuda=$("$python" -c "import torch; print(torch.version.cuda or '')")
 [ -n "$cuda" ] || { echo "cuda_env: the torch in $venv has no CUDA" >&2; exit 1; }
 
-# torch stands among the requirements so that the toolkit fits what it pins.
+# torch stands among the requirements so that the toolkit fits what it pins. nvcc's own of CUDA 13.0 name no versions:
+# without nvvm and crt they would be newer, and write what its assembler does not read.
 build=(torch "setuptools>=77" ninja numpy)
-[ -n "${CUDA_HOME:-}" ] || build+=("cuda-toolkit[nvcc,cccl]==$cuda.*")
+[ -n "${CUDA_HOME:-}" ] || build+=("cuda-toolkit[nvcc,nvvm,crt,cccl]==$cuda.*")
 "$python" -m pip install --quiet "${build[@]}"
 
 echo "cuda_env: qlora_ext for CUDA $cuda"

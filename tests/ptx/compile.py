@@ -35,7 +35,7 @@ def require_nvcc() -> Path:
     """nvcc, or the test is skipped; where CI is true it fails instead, so that CI cannot pass by skipping."""
     if nvcc := find_nvcc():
         return nvcc
-    message = "needs nvcc: on PATH, or `pip install cuda-toolkit[nvcc,cccl]`"
+    message = "needs nvcc: on PATH, or `pip install cuda-toolkit[nvcc,nvvm,crt,cccl]`"
     if os.environ.get("CI") == "true":
         pytest.fail(message, pytrace=False)
     pytest.skip(message)

@@ -103,5 +103,5 @@ def test_no_nvcc_skips_but_fails_in_ci(tmp_path: Path, ci: str, outcome: str) ->
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert outcome in done.stdout
-    assert "needs nvcc: on PATH, or `pip install cuda-toolkit[nvcc,cccl]`" in done.stdout
+    assert "needs nvcc: on PATH, or `pip install cuda-toolkit[nvcc,nvvm,crt,cccl]`" in done.stdout
     assert done.returncode == (1 if ci else 0)
