@@ -68,7 +68,7 @@ BAD_HEADERS: dict[str, tuple[Any, int]] = {
     "infinite": ({"a": tensor(0, 8, shape=[float("inf")])}, 8),
     "gap": ({"a": tensor(4, 12)}, 12),
     "negative": ({"a": tensor(0, 8), "b": tensor(8, 4, shape=[-1])}, 4),
-    "half a row": ({"a": tensor(0, 8, shape=[2.5])}, 8),
+    "half a row": ({"a": tensor(0, 10, shape=[2.5])}, 10),
     "a size in words": ({"a": tensor(0, 8, shape=["2"])}, 8),
     "a shape of names": ({"a": tensor(0, 4, shape={})}, 4),
     "true": ({"a": tensor(0, 4, shape=[True])}, 4),
