@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections import UserDict
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,10 +144,24 @@ def test_a_relative_page_file_is_known_from_anywhere(tmp_path: Path, monkeypatch
         optimizer.save_states(tmp_path / "pages")
 
 
-@pytest.mark.parametrize("method", ["save_states", "load_states", "release", "stats"])
+# With what each is called: the path of a file, and a state_dict.
+CALLS: dict[str, Callable[[Path, Any], list[Any]]] = {
+    "step": lambda path, saved: [],
+    "add_param_group": lambda path, saved: [{"params": [Parameter(torch.ones(3))]}],
+    "remove_param_group": lambda path, saved: [0],
+    "load_state_dict": lambda path, saved: [saved],
+    "save_states": lambda path, saved: [path],
+    "load_states": lambda path, saved: [path],
+    "release": lambda path, saved: [],
+    "stats": lambda path, saved: [],
+}
+
+
+@pytest.mark.parametrize("method", CALLS)
 def test_all_wait_for_their_turn(method: str, tmp_path: Path) -> None:
     _, optimizer = stepped()
     optimizer.save_states(path := tmp_path / "states")
+    arguments = CALLS[method](path, optimizer.state_dict())
     inside, leave, done = threading.Event(), threading.Event(), threading.Event()
 
     def hold(*_: Any) -> None:
@@ -155,10 +169,9 @@ def test_all_wait_for_their_turn(method: str, tmp_path: Path) -> None:
         leave.wait(60)
 
     optimizer.register_state_dict_pre_hook(hold)
-    call = partial(getattr(optimizer, method), *([path] if "states" in method else []))
 
     def call_it() -> None:
-        call()
+        getattr(optimizer, method)(*arguments)
         done.set()
 
     threads = [threading.Thread(target=optimizer.state_dict), threading.Thread(target=call_it)]
