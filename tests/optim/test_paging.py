@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from optim_cases import KIB, bits, paging, parameters, set_gradients, state_bits, take_steps, train
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qlora_ext import PagedAdamW
 
@@ -111,9 +112,6 @@ def test_release_frees_all_and_a_step_after_it_begins_anew(tmp_path: Path) -> No
 
 
 def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -153,10 +151,6 @@ def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
 
 def test_a_gradient_is_taken_as_its_parameter_lies() -> None:
     """On one of two processes; the other needs no word of it: what it replicates is here, too."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
         mesh, values, grad = init_device_mesh("cpu", (2,)), torch.randn(5, 7).t(), torch.randn(7, 5)
@@ -175,6 +169,18 @@ def test_a_gradient_is_taken_as_its_parameter_lies() -> None:
         optimizer.load_state_dict(saved)
         sharded.grad = DTensor.from_local(torch.ones(2, 5), mesh, [Shard(0)], shape=(7, 5), stride=(5, 1))
         with pytest.raises(ValueError, match=r"expected a local shard of shape \[3, 5\], got \[2, 5\]"):
+            optimizer.step()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_plain_gradient_of_a_dtensor_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        p = Parameter(distribute_tensor(torch.ones(8), init_device_mesh("cpu", (1,)), [Replicate()]))
+        p.grad = torch.ones(8)
+        optimizer = PagedAdamW([p])
+        with pytest.raises(TypeError, match="gradient of parameter 0: expected DTensor, got Tensor"):
             optimizer.step()
     finally:
         dist.destroy_process_group()
@@ -217,14 +223,3 @@ def test_cuda_gives_the_bytes_of_the_cpu(name: str, options: dict[str, Any], tmp
     again = PagedAdamW(params, lr=LR, **paging("resident", tmp_path), **options)
     again.load_state_dict(optimizer.state_dict())
     assert state_bits(again) == state_bits(on_cpu)
-
-
-def test_a_plain_gradient_of_a_dtensor_is_refused() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        p = Parameter(distribute_tensor(torch.ones(8), init_device_mesh("cpu", (1,)), [Replicate()]))
-        p.grad = torch.ones(8)
-        with pytest.raises(TypeError):
-            PagedAdamW([p]).step()
-    finally:
-        dist.destroy_process_group()
