@@ -122,6 +122,7 @@ def test_a_device_without_parameters_counts_no_more(tmp_path: Path) -> None:
     optimizer.remove_param_group(0)
     with pytest.raises(ValueError, match="expected parameters with values"):  # of one on meta, not of two devices
         optimizer.add_param_group({"params": [Parameter(torch.ones(3, device="meta"))]})
+    assert not (tmp_path / "pages").exists()  # it would be in the other device's way
     optimizer.add_param_group({"params": [p]})
     optimizer.step()
     assert optimizer.state_dict()["state"][0]["step"] == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import KIB, as_torch
+from optim_cases import KIB, as_torch, files_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Replicate, Shard
@@ -179,13 +178,8 @@ def test_a_failed_constructor_leaves_no_page_file(tmp_path: Path) -> None:
 def test_parameters_that_find_no_room_leave_no_page_file(tmp_path: Path) -> None:
     frozen, file = Parameter(torch.ones(9), requires_grad=False), tmp_path / "pages"
     optimizer = PagedAdamW([frozen], host_budget=0, page_file=file)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # as a full disk
-    try:
-        with pytest.raises(OSError, match="File too large") as kept:
-            optimizer.add_param_group({"params": [Parameter(torch.ones(9))]})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with files_of(10_000), pytest.raises(OSError, match="File too large") as kept:
+        optimizer.add_param_group({"params": [Parameter(torch.ones(9))]})
     assert not file.exists(), kept
 
 

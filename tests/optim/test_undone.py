@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from optim_cases import GIVEN, KIB, as_torch, stepped
+from optim_cases import GIVEN, KIB, as_torch, files_of, stepped
 from torch.nn import Parameter
 
 from qlora_ext import PagedAdamW
@@ -75,6 +76,40 @@ def test_a_load_that_fails_in_the_middle(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert optimizer.state_dict()["state"][0]["step"] == 2
 
 
+def test_a_load_that_finds_no_room_after_one_that_failed_makes_nothing_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, frozen = Parameter(torch.ones(1000)), Parameter(torch.ones(50_000), requires_grad=False)
+    p.grad = torch.ones(1000)
+    optimizer = PagedAdamW([p, frozen], page_bytes=4 * KIB, host_budget=16 * KIB)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    large = {"step": torch.tensor(1.0), "exp_avg": torch.ones(50_000), "exp_avg_sq": torch.ones(50_000)}
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer._paged, "_load", fail)
+        with pytest.raises(OSError, match="read"):
+            optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match="budgets without page_file"):
+        optimizer.load_state_dict(saved | {"state": {**saved["state"], 1: large}})
+    with pytest.raises(RuntimeError, match="could not be loaded"):
+        optimizer.step()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+def test_a_load_has_no_second_copy_of_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer = stepped()
+    saved, before = optimizer.state_dict(), weakref.ref(*optimizer._paged._stores.values())
+    load, kept = optimizer._paged._load, []
+
+    def watched(*args: Any) -> None:
+        kept.append(before())
+        load(*args)
+
+    monkeypatch.setattr(optimizer._paged, "_load", watched)
+    optimizer.load_state_dict(saved)
+    assert kept == [None]
+
+
 def test_a_group_that_cannot_be_removed_stays() -> None:
     p, q = Parameter(torch.ones(3)), Parameter(torch.ones(3))
     optimizer = PagedAdamW([{"params": [p]}, {"params": [q]}])
@@ -100,6 +135,21 @@ def test_a_new_group_gets_the_room_of_one_that_was_removed() -> None:
     del optimizer.param_groups[1]
     optimizer.add_param_group({"params": [Parameter(torch.ones(1000))]})
     assert optimizer.stats()["pages"]["host"] == optimizer.stats()["unwritten_pages"] == 2
+
+
+def test_a_new_group_gets_the_place_of_one_that_was_removed_on_a_full_disk(tmp_path: Path) -> None:
+    p, q = Parameter(torch.ones(1000)), Parameter(torch.ones(1000))
+    optimizer = PagedAdamW(
+        [{"params": [p]}, {"params": [q]}], page_bytes=4 * KIB, host_budget=0, page_file=tmp_path / "pages"
+    )
+    p.grad = q.grad = torch.ones(1000)
+    optimizer.step()
+    del optimizer.param_groups[1]
+    with files_of((tmp_path / "pages").stat().st_size):
+        optimizer.add_param_group({"params": [Parameter(torch.ones(1000))]})
+        with pytest.raises(OSError, match="File too large"):
+            optimizer.add_param_group({"params": [Parameter(torch.ones(1000))]})
+    assert optimizer.stats()["pages"]["file"] == optimizer.stats()["unwritten_pages"] == 2
 
 
 def test_a_closure_is_called_first_and_with_gradients() -> None:
