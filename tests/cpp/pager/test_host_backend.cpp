@@ -41,6 +41,16 @@ void lives(unsigned seed, std::int64_t room, const std::string& name) {
   CHECK(path.empty() || !std::filesystem::exists(path));
 }
 
+// What is added after states that found no room lies where it would without them: behind those before, in their page.
+void states_without_room_leave_no_trace() {
+  AdamwStates states(make_pager("", 2));
+  const auto add = [&](std::int64_t numel) { states.add(std::vector<std::int64_t>{numel}, std::vector<int>{32}); };
+  add(100);
+  CHECK(contains(error_of([&] { add(2000); }), "expected room for 5 pages"));
+  add(100);
+  CHECK_EQ(states.stats().pages[static_cast<int>(Tier::None)], 1);
+}
+
 // A fork may throw its copy of the pager away, and may not use it; the parent goes on.
 void fork_is_inert() {
   const std::string path = file_name("fork");
@@ -117,6 +127,7 @@ void the_ring_is_small() {
 
 int main() {
   the_ring_is_small();
+  states_without_room_leave_no_trace();
   for (unsigned seed = 0; seed < 12; ++seed) {
     for (const std::int64_t room : {std::int64_t{0}, std::int64_t{2}, std::int64_t{5}, std::int64_t{20}, kUnlimited}) {
       lives(seed, room, "lives");
