@@ -185,7 +185,7 @@ def test_a_loaded_state_without_steps_begins_anew() -> None:
 
 @pytest.mark.parametrize(("size", "dtype"), [(4095, torch.float32), (4096, torch.uint8)])
 def test_states_have_8_bits_from_4096_elements_on(size: int, dtype: torch.dtype) -> None:
-    """A file of another version has them so."""
+    """The files of earlier versions have this border."""
     p = Parameter(torch.ones(size))
     optimizer = PagedAdamW([p], state_bits=8)
     p.grad = torch.ones(size)
