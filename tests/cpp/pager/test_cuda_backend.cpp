@@ -2,6 +2,8 @@
 // events and waits allow.
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <filesystem>
 #include <set>
@@ -146,13 +148,35 @@ void pinned_pages_in_blocks() {
     const std::vector<PageId> added = pager->add(static_cast<std::int64_t>(left) / kPageBytes - 300);
     pages.insert(pages.end(), added.begin(), added.end());
     pager->walk(pages, true, touch);
-    if (!with_file) CHECK_EQ(fake_cuda::pinned().bytes, left);
+    if (with_file) continue;
+    CHECK_EQ(fake_cuda::pinned().bytes, left);
+    // Blocks are small again when few pages are left.
+    for (const PageId page : pages) pager->remove(page);
+    pager->walk(pager->add(4), true, touch);
+    CHECK_EQ(fake_cuda::pinned().bytes, 4 * kPageBytes);
   }
+}
+
+// Work that is too old to be remembered is done: a token of it needs no wait.
+void work_is_forgotten_when_it_is_done() {
+  Machine machine;
+  const std::unique_ptr<Pager> pager = machine.make_pager(3, kUnlimited, false);
+  std::atomic<bool> done = false;
+  fake_cuda::launch(machine.stream, [&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    done = true;
+  });
+  const Token first = pager->backend().after_compute();
+  for (int i = 0; i < 600; ++i) pager->backend().after_compute();  // 512 are remembered
+  pager->backend().wait(first);
+  CHECK(done);
+  cudaStreamSynchronize(machine.stream);
 }
 
 }  // namespace
 
 int main() {
+  work_is_forgotten_when_it_is_done();
   pinned_pages_in_blocks();
   a_file_cut_short_under_a_walk();
   for (unsigned seed = 0; seed < 5; ++seed) {
