@@ -198,7 +198,9 @@ def test_grad_scaler(finite: bool, name: str, tmp_path: Path) -> None:
         if step == 1 and not finite:
             params[3].grad[17] = float("inf")
         scaler.scale(torch.tensor(1.0))
+        scaled = bits([p.grad for p in params])
         scaler.step(optimizer)
+        assert bits([p.grad for p in params]) == scaled  # no pass over them beside the step's own
         scaler.update()
         if step != 1 or finite:
             plain.step()
