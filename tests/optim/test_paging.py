@@ -132,8 +132,9 @@ def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
         assert not with_other.state
         assert bits([p.to_local() for p in sharded]) == bits(plain)
         state = optimizers[1].state_dict()
-        assert isinstance(state["state"][0]["exp_avg"], DTensor)
-        assert state["state"][0]["exp_avg"].placements == (Shard(0),)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert isinstance(state["state"][0][moment], DTensor)
+            assert state["state"][0][moment].placements == (Shard(0),)
         theirs.load_state_dict(state)
         state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"].redistribute(placements=[Replicate()])
         with pytest.raises(ValueError, match=r"exp_avg of parameter 0: expected placements .*Shard.*, got .*Replicate"):
@@ -143,7 +144,8 @@ def test_dtensor_parameters_are_updated_and_saved(tmp_path: Path) -> None:
         optimizers[1].load_states(tmp_path / "states")
         expected = optimizers[0].state_dict()["state"]
         for i, entry in optimizers[1].state_dict()["state"].items():
-            assert torch.equal(entry["exp_avg"].to_local(), expected[i]["exp_avg"])
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(entry[moment].to_local(), expected[i][moment])
             assert entry["step"] == 3
     finally:
         dist.destroy_process_group()

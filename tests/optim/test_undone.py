@@ -196,8 +196,11 @@ def test_a_dimension_of_one_may_have_any_stride() -> None:
     as_torch(run)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_steps_are_float32_whatever_the_default(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_steps_have_torchs_dtype_for_each_default(dtype: torch.dtype, expected: torch.dtype) -> None:
     _, optimizer = stepped()
     saved = optimizer.state_dict()
     saved["state"][0]["step"] = torch.tensor(70001.0)
@@ -208,4 +211,4 @@ def test_steps_are_float32_whatever_the_default(dtype: torch.dtype) -> None:
         step = optimizer.state_dict()["state"][0]["step"]
     finally:
         torch.set_default_dtype(default)
-    assert (step.dtype, step.item()) == (torch.float32, 70001)
+    assert (step.dtype, step.item()) == (expected, 70001)
