@@ -27,6 +27,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 A, B = f"{PREFIX}{Q_PROJ}.lora_A.weight", f"{PREFIX}{Q_PROJ}.lora_B.weight"
 BASE = f"{PREFIX}{Q_PROJ}.base_layer.weight"
 WIDE = torch.ones(4, 64)
+BROKEN = f"{WEIGHTS}: expected a whole safetensors file, got"
 
 
 class Evil:
@@ -85,9 +86,9 @@ UNSUPPORTED = {
     "monteclora_config": VARIANT,
 }
 BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "no-config": (lambda folder: (folder / CONFIG).unlink(), FileNotFoundError, CONFIG),
-    "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), FileNotFoundError, WEIGHTS),
-    "only-a-pickle": (only_a_pickle, FileNotFoundError, WEIGHTS),
+    "no-config": (lambda folder: (folder / CONFIG).unlink(), FileNotFoundError, f"a folder with {CONFIG}"),
+    "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), FileNotFoundError, f"{WEIGHTS}: .*got no file$"),
+    "only-a-pickle": (only_a_pickle, FileNotFoundError, f"{WEIGHTS}: .*got only adapter_model.bin"),
     "config-empty": (lambda folder: (folder / CONFIG).write_text(""), ValueError, f"{CONFIG}.*JSON"),
     "config-half": (lambda folder: (folder / CONFIG).write_text('{"r": 4,'), ValueError, f"{CONFIG}.*JSON"),
     "config-binary": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x80"), ValueError, f"{CONFIG}.*JSON"),
@@ -106,16 +107,16 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
             "layers_pattern": ["(?i)q"],
         }.items()
     },
-    "weights-empty": (cut(0), ValueError, WEIGHTS),
-    "weights-without-header": (cut(5), ValueError, WEIGHTS),
-    "weights-in-header": (cut(100), ValueError, WEIGHTS),
-    "weights-half": (cut(9000), ValueError, WEIGHTS),
+    "weights-empty": (cut(0), ValueError, BROKEN),
+    "weights-without-header": (cut(5), ValueError, BROKEN),
+    "weights-in-header": (cut(100), ValueError, BROKEN),
+    "weights-half": (cut(9000), ValueError, BROKEN),
     "weights-pickled": (
         lambda folder: (folder / WEIGHTS).write_bytes(pickle.dumps(Evil(folder / "touched"))),
         ValueError,
-        WEIGHTS,
+        BROKEN,
     ),
-    "weights-torch-save": (lambda folder: torch.save({A: torch.ones(4, 64)}, folder / WEIGHTS), ValueError, WEIGHTS),
+    "weights-torch-save": (lambda folder: torch.save({A: torch.ones(4, 64)}, folder / WEIGHTS), ValueError, BROKEN),
     "weights-none": (lambda folder: save_file({}, folder / WEIGHTS), ValueError, f"{WEIGHTS}.*tensors, got none$"),
     "another-models-key": (change_tensors({"norm.weight": WIDE}), ValueError, f"{WEIGHTS}.*'norm.weight'"),
     "key-without-prefix": (
