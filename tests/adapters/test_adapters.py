@@ -271,8 +271,9 @@ def test_deleting_the_active_adapter_activates_the_first_that_is_left(two_adapte
     randomize_adapters(two_adapters)
     by_first, trained = logits(two_adapters), trainable(two_adapters)
     set_adapter(two_adapters, "b")
-    with pytest.warns(UserWarning, match="delete_adapter: 'b' was active: now 'A' is"):
+    with pytest.warns(UserWarning, match="delete_adapter: 'b' was active: now 'A' is") as told:
         delete_adapter(two_adapters, "b")
+    assert told[0].filename == __file__
     assert_same(logits(two_adapters), by_first)
     assert trainable(two_adapters) == trained
 

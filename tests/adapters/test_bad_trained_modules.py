@@ -79,6 +79,17 @@ def test_what_peft_could_not_save_is_named(train: Callable[[Model], object], mes
     assert not others(tmp_path)
 
 
+def test_of_many_trained_parameters_five_are_named(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(8, 8), "list": nn.ParameterList(torch.ones(1) for _ in range(6))})
+    add_adapter(model, LoraConfig(r=2, target_modules=["proj"]))
+    five = r"got list\.0, list\.1, list\.2, list\.3, list\.4"
+    for count, more in ((5, ""), (6, " and more")):
+        for parameter in list(model["list"])[:count]:
+            parameter.requires_grad_(True)
+        with pytest.raises(ValueError, match=f"{five}{more} in a ParameterList"):
+            save_adapter(model, tmp_path)
+
+
 def test_a_name_that_peft_would_take_to_mean_a_layer_with_an_adapter_is_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"head": nn.Linear(8, 8), "inner": nn.ModuleDict({"head": nn.Linear(8, 8)})})
     add_adapter(model, LoraConfig(r=2, target_modules=["inner.head"]))

@@ -243,14 +243,27 @@ def test_who_freezes_what_another_adapter_trained_is_told(tmp_path: Path) -> Non
     build, names = MODELS["head"]
     model = trained(build(), names)
     save_adapter(model, tmp_path)
-    with pytest.warns(UserWarning, match=r"^add_adapter: score.weight: trained beside another adapter, now frozen"):
+    with pytest.warns(
+        UserWarning, match=r"^add_adapter: score.weight: trained beside another adapter, now frozen"
+    ) as told:
         add_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]), "other")
+    assert told[0].filename == __file__
     set_adapter(model, "default")
     delete_adapter(model, "other")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_adapter(model, tmp_path)
         assert model.score.weight.requires_grad
+
+
+@pytest.mark.parametrize(("count", "more"), [(5, ""), (6, " and more")])
+def test_of_many_that_are_frozen_five_are_told(count: int, more: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), *(nn.Linear(8, 8, bias=False) for _ in range(count)))
+    add_adapter(model, LoraConfig(r=2, target_modules=["0"]), "first")
+    model[1:].requires_grad_(True)
+    told = ", ".join(f"{i}.weight" for i in range(1, 6)) + more
+    with pytest.warns(UserWarning, match=f"^add_adapter: {told}: trained beside"):
+        add_adapter(model, LoraConfig(r=2, target_modules=["0"]), "second")
 
 
 def test_one_modules_name_may_begin_as_anothers(tmp_path: Path) -> None:

@@ -53,8 +53,11 @@ def test_the_model_computes_with_the_decoded_weights() -> None:
 def test_weights_in_other_tensors_of_3_dimensions_are_named() -> None:
     model = nn.ModuleDict({"proj": nn.Linear(64, 64), "experts": nn.Module()})
     model.experts.weight = nn.Parameter(torch.randn(4, 64, 64))
-    with pytest.warns(UserWarning, match=r"16,384 weights stay as they are, .* \(as experts\.weight\); .* 4,096"):
+    with pytest.warns(
+        UserWarning, match=r"16,384 weights stay as they are, .* \(as experts\.weight\); .* 4,096"
+    ) as told:
         quantize_model(model)
+    assert told[0].filename == __file__
     assert model.experts.weight.dtype == torch.float32
 
 
@@ -110,8 +113,9 @@ def test_torchs_transformer_layer_still_runs(training: bool) -> None:
     """In eval mode without gradients it hands the weights of its linear layers to a fused kernel."""
     encoder = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
     kinds = "MultiheadAttention, TransformerEncoderLayer"
-    with pytest.warns(UserWarning, match=f"quantize_model: model: layers within {kinds} stay as they are"):
+    with pytest.warns(UserWarning, match=f"quantize_model: model: layers within {kinds} stay as they are") as told:
         model = quantize_model(nn.Sequential(encoder, nn.Linear(64, 8)))
+    assert told[0].filename == __file__
     x = torch.randn(2, 3, 64)
     expected = model(x)
     with torch.set_grad_enabled(training):

@@ -94,13 +94,19 @@ def test_output_embeddings_are_those_of_any_model_within() -> None:
     assert names_of(model, LoraLinear) == bodies
 
 
-def test_subclasses_that_are_most_of_the_model_are_named() -> None:
-    class Other(nn.Linear):
-        pass
+class Other(nn.Linear):
+    pass
 
+
+def test_subclasses_that_are_most_of_the_model_are_named() -> None:
     message = r"4,160 weights stay as they are, in subclasses of nn.Linear \(Other; one .* nn.Linear\); .* 4,096$"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message) as told:
         quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 64), "other": Other(64, 65)}))
+    assert told[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error:quantize_model")
+def test_subclasses_that_are_less_or_skipped_or_parametrized_are_not_named() -> None:
     quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 64), "other": Other(64, 65)}), skip=["other"])
     quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 65), "other": Other(64, 65)}))
     # A layer with a parametrization has a class of its own, but could not become an nn.Linear.
@@ -120,8 +126,9 @@ def test_skip_may_be_one_name() -> None:
 def test_a_name_that_nothing_has_is_told() -> None:
     model = nn.ModuleDict({"q_norm": nn.Linear(64, 8), "body": nn.Linear(64, 64), "norm": nn.LayerNorm(64)})
     for name in ("norm", ".body", "bod", "body.weight", "weight", ""):
-        with pytest.warns(UserWarning, match=rf"quantize_model: skip: expected names .*, got '{name}'"):
+        with pytest.warns(UserWarning, match=rf"quantize_model: skip: expected names .*, got '{name}'") as told:
             quantize_model(copy.deepcopy(model), skip=["lm_head", name])
+        assert [each.filename for each in told] == [__file__]
 
 
 def test_a_head_of_several_layers_is_left_and_trains_beside_the_adapter(tmp_path: Path) -> None:
