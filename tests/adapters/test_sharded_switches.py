@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from qlora_ext import LoraConfig, PagedAdamW, add_adapter, delete_adapter, merge_adapter, quantize_model, set_adapter
 
 pytestmark = pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 shards floating-point parameters only")
-X = torch.randn(3, 64)
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)

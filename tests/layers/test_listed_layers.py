@@ -12,7 +12,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerMLPP
 
 from qlora_ext import Linear4bit, LoraConfig, LoraLinear, add_adapter, merge_adapter, quantize_model
 
-X = torch.randn(4, 64)
+X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 
 
 def quantized() -> nn.Sequential:
