@@ -103,8 +103,7 @@ def test_what_fsdp2_computes_with_in_bfloat16_is_saved_in_float32(tmp_path: Path
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_mixed_precision_needs_double_quantization(double_quant: bool) -> None:
     """FSDP2 casts what is in float32, absmax without double quantization among it."""
-    layer = make_linear(256, double_quant=double_quant)
-    x = torch.randn(3, 256).bfloat16()
+    layer, x = make_linear(256, double_quant=double_quant), torch.randn(3, 256).bfloat16()
     expected = layer(x)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     fully_shard(layer, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
@@ -244,20 +243,21 @@ def test_adapters_on_experts_train_as_unsharded(accumulate: int) -> None:
 def test_experts_are_sharded_by_themselves(part: str) -> None:
     model = adapted("mixtral")
     expected = model(MIXTURE_TOKENS).logits
+    gradients = torch.autograd.grad(expected.square().mean(), [p for p in model.parameters() if p.requires_grad])
     experts = model.model.layers[0].mlp.experts.down_proj
     fully_shard(experts.get_submodule(part), mesh=init_device_mesh("cpu", (1,)))
-    assert_same(model(MIXTURE_TOKENS).logits, expected)
-    expected.square().mean().backward()
-    model(MIXTURE_TOKENS).logits.square().mean().backward()
+    y = model(MIXTURE_TOKENS).logits
+    assert_same(y, expected)
+    y.square().mean().backward()
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    assert_same([getattr(grad, "full_tensor", lambda grad=grad: grad)() for grad in trained], [*gradients])
 
 
 def test_fully_shard_keeps_the_bytes_and_the_results() -> None:
     """FSDP2 turns the parameters to DTensors, frozen uint8 ones too, and back for each forward."""
     model = nn.Sequential(make_linear(), make_linear(48, double_quant=False))
-    x = torch.randn(3, 256)
-    expected = with_gradients(model, [x])
-    before = state_bytes(model)
-    mesh = init_device_mesh("cpu", (1,))
+    x, mesh = torch.randn(3, 256), init_device_mesh("cpu", (1,))
+    expected, before = with_gradients(model, [x]), state_bytes(model)
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
