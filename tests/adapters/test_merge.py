@@ -90,6 +90,7 @@ def test_dequantized_merge_is_one_rounding_from_the_sum(dtype: torch.dtype, base
     assert type(model[0]) is nn.Linear
     assert model[0].bias is layer.base_layer.bias
     assert_same(model[0].weight.detach(), weight.to(dtype))
+    assert not model[0].weight.requires_grad
 
 
 @by_base

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from random_layers import randomize_adapters
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_model
@@ -44,6 +46,19 @@ def test_hooks_of_a_parametrized_layer_are_not_lost(dequantize: bool) -> None:
     with pytest.raises(TypeError, match=r"merge_adapter: 0: .*without parametrizations, got Parametrized"):
         merge_adapter(model, dequantize=dequantize)
     assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_pruned_layer_is_merged_with_what_is_left_of_it(dequantize: bool) -> None:
+    """Its hook does no more than put the masked weight there, which then is in the merged one."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    add_adapter(model, LoraConfig(r=2))
+    randomize_adapters(model)
+    before = model(X)
+    merge_adapter(model, dequantize=dequantize)
+    assert type(model[0] if dequantize else model[0].merged_base) is nn.Linear
+    torch.testing.assert_close(model(X), before)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -197,6 +197,14 @@ def test_the_model_computes_by_grouped_mm() -> None:
     assert isinstance(model[0].codes, nn.Parameter)
 
 
+def test_hooks_around_experts_stay() -> None:
+    """They run around the forward, which goes on to be the module's own."""
+    model = nn.Sequential(Fused())
+    model[0].register_forward_hook(print)
+    quantize_model(model)
+    assert list(model[0]._forward_hooks.values()) == [print]
+
+
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 shards floating-point parameters only")
 def test_sharded_experts_are_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

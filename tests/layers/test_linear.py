@@ -78,13 +78,15 @@ def test_from_linear_keeps_the_training_flag(training: bool) -> None:
     assert Linear4bit.from_linear(nn.Linear(64, 8).train(training)).training is training
 
 
-def test_from_linear_on_meta_makes_a_layer_on_meta() -> None:
-    layer = Linear4bit.from_linear(nn.Linear(100, 48, device="meta", dtype=torch.bfloat16))
+def test_a_layer_on_meta_has_all_its_tensors_there() -> None:
     real = make_linear(100, dtype=torch.bfloat16)
-    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
-    assert [(k, v.shape, v.dtype) for k, v in layer.state_dict().items()] == [
-        (k, v.shape, v.dtype) for k, v in real.state_dict().items()
-    ]
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in real.state_dict().items()}
+    for layer in (
+        Linear4bit(100, 48, dtype=torch.bfloat16, device="meta"),
+        Linear4bit.from_linear(nn.Linear(100, 48, dtype=torch.bfloat16, device="meta")),
+    ):
+        assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()} == expected
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -176,7 +176,8 @@ def test_loading_what_does_not_fit(
     model = nn.ModuleDict({"proj": make_linear(double_quant=double_quant)})
     before = state_bytes(model)
     state = model.state_dict() | {f"proj.{name}": tensor for name, tensor in wrong.items()}
-    with pytest.raises(error, match=rf"proj\.{next(iter(wrong))}.*{message}"):
+    named = rf"^Linear4bit: proj\.{next(iter(wrong))}: (quantize_4bit: weight: )?expected"
+    with pytest.raises(error, match=rf"{named}.*{message}"):
         model.load_state_dict(state, assign=assign)
     assert state_bytes(model) == before
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_layers import make_linear, make_lora, randomize_adapters
+from reference import assert_same
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import MobileBertConfig, MobileBertForMaskedLM
@@ -36,6 +37,13 @@ def test_it_is_what_the_layer_computes_with_and_trains_its_adapters(layer: LoraL
     layer.merge()
     assert layer.weight is layer.merged_base.weight
     layer.unmerge()
+    layer.active_adapters = []
+    assert layer.weight is layer.base_layer.weight
+
+
+def test_it_is_in_the_bases_dtype_and_rounded_once(layer: LoraLinear) -> None:
+    layer.bfloat16()
+    assert_same(layer.weight.detach(), layer.merged_weight().bfloat16())
     layer.active_adapters = []
     assert layer.weight is layer.base_layer.weight
 

@@ -117,6 +117,14 @@ def test_masks_follow_torchs_generator(base: str) -> None:
     assert_same(layer(x), first)
 
 
+@by_base
+def test_the_default_device_is_not_where_masks_are_drawn(base: str) -> None:
+    layer = make_lora(make_base(base), LoraConfig(lora_dropout=0.5))
+    x = torch.randn(3, 256)
+    with torch.device("meta"):
+        assert layer(x).device.type == "cpu"
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls an op without a rule once for each
 def test_vmap_is_told_whether_masks_differ() -> None:
     layer, x = make_lora(make_base("nn.Linear"), LoraConfig(lora_dropout=0.5)), torch.randn(1, 3, 256)
