@@ -61,7 +61,8 @@ def test_an_adapter_that_does_not_fit_that_of_its_name(
     ):
         load_adapter(model, tmp_path)
     load_adapter(model, tmp_path, "another")
-    delete_adapter(model, "another")
+    with pytest.warns(UserWarning, match="'another' was active"):
+        delete_adapter(model, "another")
     delete_adapter(model, "default")
     load_adapter(model, tmp_path)
 

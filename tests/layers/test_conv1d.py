@@ -206,7 +206,7 @@ def test_a_subclass_is_what_it_was_made_of_but_computes_as_it_wants() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) / 2  # type: ignore[no-any-return]
 
-    model = quantize_model(nn.Sequential(Halved(48, 64), nn.Linear(48, 8)))
+    model = quantize_model(nn.Sequential(Halved(48, 64), nn.Linear(48, 128)))
     assert isinstance(model[0], Halved)
     add_adapter(model, LoraConfig(r=2))
     assert isinstance(model[0], Halved)

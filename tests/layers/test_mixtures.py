@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,9 @@ def test_skip_names_experts(skip: str) -> None:
     model = mixture("mixtral")
     fused = {n for n, p in model.named_parameters() if p.dim() == 3}
     left = {n for n in fused if f".{skip}." in f".{n}." and (skip != "down_proj" or n.endswith("down_proj"))}
-    quantize_model(model, skip=["lm_head", skip])
+    most_stay = pytest.warns(UserWarning, match="196,608 weights stay as they are")
+    with most_stay if skip == "experts" else nullcontext():
+        quantize_model(model, skip=["lm_head", skip])
     assert experts_of(model).keys() == fused - left != fused
     assert {n for n, p in model.named_parameters() if p.dim() == 3} == left
     assert model(TOKENS).logits.isfinite().all()

