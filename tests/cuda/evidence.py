@@ -8,7 +8,7 @@ import library
 from ptx import Result
 
 
-def assert_weight_is_read_once(result: Result, absmax_bytes: int = 1) -> None:
+def assert_weight_is_read_once(result: Result) -> None:
     """Each packed byte and each 8-bit absmax from global memory exactly once, and hardly a sector twice."""
     packed, absmax = result.traffic["packed"].read, result.traffic["absmax"].read
     assert (packed.times == 1).all()

@@ -144,7 +144,7 @@ def test_where_there_are_no_locks_a_run_goes_on(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("change", ["", "overwrite", "resume"])
 def test_two_runs_do_not_share_a_folder(
-    change: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    change: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output: Path = arguments["output"]
     if change:
