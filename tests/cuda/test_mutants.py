@@ -44,6 +44,18 @@ def test_every_kernel_has_three_mutants_of_each_kind() -> None:
             assert count[kernel, kind] >= wanted, f"{kernel}: {count[kernel, kind]} of {kind}"
 
 
+@pytest.mark.parametrize("unseen_by", [[], ["linear_4bit"], ["linear_4bit", "linear_4bit_dgrad"]], ids=str)
+@pytest.mark.parametrize("equivalent", ["", "it computes the same"], ids=["mutant", "equivalent"])
+def test_all_tests_must_see_a_mutant_and_none_an_equivalent_one(
+    equivalent: str, unseen_by: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mutants, "why_tests_fail", lambda kernel, _: None if kernel in unseen_by else "a test fails")
+    [mutant] = [one for one in MUTANTS if (one.file, one.pattern) == ("split.cuh", "tiles % ctas != 0")]
+    assert kernels_with(mutant.file) == ["linear_4bit", "linear_4bit_dgrad"]
+    verdict = judge(mutant._replace(equivalent=equivalent))
+    assert verdict.as_expected == (len(unseen_by) == (2 if equivalent else 0)), verdict.text
+
+
 @pytest.mark.parametrize(("file", "pattern"), SEEN_QUICKLY)
 def test_quick_ones_are_seen(file: str, pattern: str) -> None:
     [mutant] = [one for one in [*deletions(), *MUTANTS] if (one.file, one.pattern) == (file, pattern)]
