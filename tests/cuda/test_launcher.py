@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import library
@@ -32,7 +33,7 @@ __global__ void toy_kernel(const float* absmax, std::int64_t n, Two two, std::ui
   __syncthreads();
   const unsigned i = threadIdx.x ^ 1;
   codes[i] = static_cast<std::uint8_t>(first_code + i);
-  nested_absmax[0] = static_cast<float>(n);
+  nested_absmax[0] = static_cast<float>(n == 12 ? i : n);
   *two.offset = shared[0] + static_cast<float>(two.sums[0]);
 }
 
@@ -71,6 +72,7 @@ cudaError_t launch_quantize_absmax(const float* absmax, std::int64_t n, double* 
       toy_kernel<<<1, threads, 16, stream>>>(absmax, n, two, codes, nested_absmax, 7);
       break;
     case 10:
+    case 12:  // different values to one address
       toy_kernel<<<1, 12, 64, stream>>>(absmax, n, two, codes, nested_absmax, 7);
       break;
     default:
@@ -144,12 +146,26 @@ def test_arguments_attributes_and_memsets_arrive(csrc: Path) -> None:
         (9, PTXError, "7 of 9 bytes of codes were never written"),
         (10, PTXError, r"OUT OF BOUNDS global load of 4 bytes .*absmax\[40 bytes\] offset 40"),
         (11, LaunchError, "quantize_absmax: CUDA error 801$"),
+        (12, PTXError, r"ERROR store-collision x11: .*st\.global"),
     ],
-    ids=["shared", "most-shared", "grid", "threads", "stream", "memset", "unwritten", "bounds", "returned"],
+    ids=[
+        *("shared", "most-shared", "grid", "threads", "stream"),
+        *("memset", "unwritten", "bounds", "returned", "collision"),
+    ],
 )
 def test_what_is_wrong_with_a_launch_is_said(csrc: Path, n: int, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Device(csrc=csrc, workspace=0).quantize_absmax(absmax(n))
+
+
+def test_the_end_of_a_grid_is_run_and_watched_as_a_whole_one(csrc: Path) -> None:
+    """As of the tensors of which only the end is there."""
+    good, bad = (Device(csrc=csrc, workspace=0) for _ in range(2))
+    good._skipped = bad._skipped = Fraction(1, 2)  # of one CTA none
+    codes, nested_absmax, _ = good.quantize_absmax(absmax(2))
+    assert (codes.tolist(), nested_absmax.tolist()) == ([7, 8], [2.0])
+    with pytest.raises(PTXError, match="ERROR store-collision"):
+        bad.quantize_absmax(absmax(12))
 
 
 def test_an_error_is_reported_once(csrc: Path) -> None:
