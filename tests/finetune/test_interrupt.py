@@ -114,18 +114,21 @@ def test_stdout_in_a_file_is_written_when_the_terminal_has_gone(capfd: pytest.Ca
 IN_A_TERMINAL = """
 import signal, sys, time
 from pathlib import Path
+folder = Path(sys.argv[1])
 sys.path.append("finetune")  # of tests/, where this runs
 from tiny_training import run
 from qlora_ext.finetune.data import PadToLongest
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, whatever runs the tests
 collate = PadToLongest.__call__
-def slowly(self, examples):
-    (Path(sys.argv[1]) / "begun").touch()
-    time.sleep(0.2)
+deadline = time.monotonic() + 120  # of a test that was killed nothing stays
+def when_the_terminal_has_gone(self, examples):
+    (folder / "begun").touch()
+    while not (folder / "gone").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     return collate(self, examples)
-PadToLongest.__call__ = slowly
-_, outcome = run(Path(sys.argv[1]), eval_steps=1)
-(Path(sys.argv[1]) / "ended").write_text(str(outcome.interrupted))
+PadToLongest.__call__ = when_the_terminal_has_gone
+_, outcome = run(folder, eval_steps=1)
+(folder / "ended").write_text(f"{outcome.interrupted} {outcome.step}")
 """
 
 
@@ -154,6 +157,7 @@ def test_a_terminal_that_goes_takes_no_step_with_it(first: signal.Signals | None
             os.kill(process, first)
             read_until(lambda: b"interrupted: " in said)
         os.close(terminal)
+        (tmp_path / "gone").touch()
         while os.waitpid(process, os.WNOHANG) == (0, 0):
             assert time.monotonic() < deadline, said
             time.sleep(0.1)
@@ -162,7 +166,7 @@ def test_a_terminal_that_goes_takes_no_step_with_it(first: signal.Signals | None
         if process:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-    assert (tmp_path / "ended").read_text() == "True", said
+    assert (tmp_path / "ended").read_text() == "True 1", said
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert (newest / "adapter_model.safetensors").exists()
