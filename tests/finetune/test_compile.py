@@ -11,7 +11,7 @@ import pytest
 import torch
 from random_layers import randomize_adapters
 from tiny_model import one_thread as one_thread
-from tiny_model import save_tiny_model, tiny_config
+from tiny_model import save_tiny_model, tiny_config, tiny_tokenizer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -23,7 +23,7 @@ from qlora_ext.finetune import __main__ as cli
 from qlora_ext.finetune.compile import compile_layers
 from qlora_ext.finetune.data import PadToLongest
 from qlora_ext.finetune.encode import IGNORE, Example
-from qlora_ext.finetune.evaluate import held_out_loss
+from qlora_ext.finetune.evaluate import held_out_loss, sample_answers
 from qlora_ext.finetune.loss import answer_loss
 from qlora_ext.finetune.train import CHECKPOINTING
 
@@ -85,9 +85,10 @@ def test_evaluation_and_generation_compile_nothing() -> None:
     backend = CompileCounterWithBackend("aot_eager")
     compile_layers(model, backend)
     examples = [Example([3, 4, 5, 6], [IGNORE] * 2 + [5, 6], 2, "")]
-    assert held_out_loss(model, examples, PadToLongest(0), 1) == held_out_loss(
-        build("qlora"), examples, PadToLongest(0), 1
-    )
+    eager, tokenizer = build("qlora"), tiny_tokenizer()
+    losses = [held_out_loss(each, examples, PadToLongest(0), 1) for each in (model, eager)]
+    answers = [sample_answers(each, tokenizer, examples, max_new_tokens=4) for each in (model, eager)]
+    assert (losses[0], answers[0]) == (losses[1], answers[1])
     assert backend.frame_count == 0
 
 
