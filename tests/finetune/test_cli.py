@@ -200,6 +200,7 @@ def test_plain_text_and_no_held_out_part(
 
 PAGED = {"optimizer": "paged_adamw32"}
 NOT_PAGED = "expected a paged --optimizer with it, got adamw"
+NO_REGEX = "error: --target-modules: expected a regular expression, got"
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no data": ({"data": "gone.jsonl"}, "--data gone.jsonl: no such file"),
     "no model": ({"model": "./gone"}, "gone: no such file or folder"),
@@ -224,10 +225,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "--device-budget: expected training on a GPU, got the CPU",
     ),
     "method": ({"method": "dora"}, "argument --method: invalid choice"),
-    "blocksize": ({"blocksize": 48}, "blocksize"),
+    "blocksize": ({"blocksize": 48}, "blocksize: expected a power of two"),
     "target modules": ({"target-modules": "q_proj,nothing"}, "'nothing'"),
-    "target regex": ({"target-modules": "(", "method": "lora"}, "target"),
-    "target repeat": ({"target-modules": "q{99999999999}", "method": "lora"}, "target"),
+    "target regex": ({"target-modules": "(", "method": "lora"}, f"{NO_REGEX} '('"),
+    "target repeat": ({"target-modules": "q{99999999999}", "method": "lora"}, f"{NO_REGEX} 'q{{99999999999}}'"),
     "no targets": ({"target-modules": "none"}, "--target-modules: expected --target-parameters with none"),
     "target parameters": ({"target-parameters": "experts.down_proj"}, "in 4 bits (here, by their last parts: none)"),
     "target parameters of lora": ({"method": "lora", "target-parameters": "x"}, "expected --method qlora with it"),

@@ -196,5 +196,5 @@ def test_every_layer_that_peft_refuses_is_refused(kind: str, layer: str) -> None
 @pytest.mark.parametrize("text", ["(", "q{99999999999}"])
 def test_targets_that_are_no_expression_are_named(text: str) -> None:
     mamba = MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=258, state_size=8))
-    with pytest.raises(ValueError, match="--target-modules"):
+    with pytest.raises(ValueError, match="--target-modules: expected a regular expression, got "):
         target_modules(text, mamba)
