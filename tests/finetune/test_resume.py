@@ -16,7 +16,7 @@ from finetune_command import arguments as arguments
 from finetune_command import data as data
 from finetune_command import model as model
 from finetune_command import words
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_model import one_thread as one_thread
 from tiny_model import tiny_tokenizer
 from tiny_training import assert_same_tensors, interrupt_at
@@ -200,18 +200,11 @@ def test_foreign_adapter_in_the_checkpoint_is_named(
 ) -> None:
     assert cli.main(words(arguments)) == 0
     adapter = arguments["output"] / "checkpoint-3" / "adapter_model.safetensors"
-    adapter.write_bytes(adapter.read_bytes()[:-50])
+    save_file({name: tensor[:1].clone() for name, tensor in load_file(adapter).items()}, adapter)
     assert cli.main(words({**arguments, "steps": 6, "resume": True})) == 2
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: " in last_line
-    assert "adapter_model.safetensors" in last_line
-
-
-def test_a_checkpoint_that_lacks_a_part_costs_no_report(arguments: dict[str, Any]) -> None:
-    assert cli.main(words(arguments)) == 0
-    (arguments["output"] / "checkpoint-3" / "optimizer.pt").unlink()
-    assert cli.main(words({**arguments, "steps": 6, "resume": True})) == 2
-    assert (arguments["output"] / "report.json").exists()
+    assert last_line.startswith(f"error: load_adapter: {adapter}: ")
+    assert "expected shape" in last_line
 
 
 def test_more_steps_than_were_meant_change_no_constant_rate(
