@@ -22,8 +22,9 @@ def test_a_copy_of_the_model_is_another_model(
     arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(words({**arguments, "steps": 1})) == 0
-    shutil.copytree(arguments["model"], tmp_path / "other")
-    assert cli.main(words({**arguments, "model": tmp_path / "other", "resume": True})) == 2
+    copy = tmp_path / "elsewhere" / arguments["model"].name
+    shutil.copytree(arguments["model"], copy)
+    assert cli.main(words({**arguments, "model": copy, "resume": True})) == 2
     assert "error: --resume: --model: expected" in capsys.readouterr().err
 
 
