@@ -15,8 +15,10 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 import cells
 import limits
 import optimizer_paging
+import optimizer_parameters
 import optimizer_resident
 import options
+import raw_transfers
 import record
 import report
 import shapes
@@ -84,6 +86,57 @@ def test_only_what_is_copied_counts_with_the_weights(copying: bool, kept: int) -
     provider = suite.Provider("p", lambda: None, lambda *_: lambda: None, weight_bytes=100)
     case = suite.Case(None, lambda *_: 0.0, other_bytes=50, copying=copying)
     assert suite._kept_bytes(provider, case) == kept
+
+
+@pytest.mark.parametrize(("patience", "calls"), [(-1, 1), (60, timing.LEAST_CALLS)])
+def test_a_call_that_takes_too_long_is_timed_once(patience: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others, here in no time, as often as a median needs."""
+    monkeypatch.setattr(suite, "PATIENCE", patience)
+    given: Any = SimpleNamespace(seconds=0, burst=0)
+    run = suite.Run(given, cache_bytes=2**20)
+    provider = suite.Provider("qlora_ext", lambda: None, lambda *_: lambda: None, weight_bytes=100)
+    run._measure_case({"mode": "cold"}, suite.Case(None, lambda *_: 0.0, other_bytes=0), [(provider, [None] * 2)])
+    (row,) = run.rows
+    assert (row["calls"], row["copies"]) == (calls, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "commit"), [("", "abc"), (" M csrc/codec.h\n", "abc+changes")], ids=["", "changes"]
+)
+def test_a_result_of_changed_sources_is_of_no_commit(
+    changes: str, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(command: list[str], **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(stdout="abc\n" if "rev-parse" in command else changes)
+
+    monkeypatch.setattr(record.shutil, "which", lambda _: "git")
+    monkeypatch.setattr(record.subprocess, "run", git)
+    assert record._commit() == commit
+
+
+def test_adapters_of_llama_7b_are_of_all_its_layers() -> None:
+    """448 matrices of rank 16, with the 39,976,960 numbers that others count, too."""
+    sizes = optimizer_parameters.sizes("lora", 0)
+    assert (len(sizes), sum(sizes)) == (448, 39_976_960)
+
+
+def test_a_folder_is_on_the_innermost_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"a {tmp_path} tmpfs rw\nb / ext4 rw\nc {tmp_path}/other xfs rw\n")
+    monkeypatch.setattr(raw_transfers, "MOUNTS", mounts)
+    folders = tmp_path / "pages", tmp_path / "other" / "pages", Path("/")
+    assert [raw_transfers.filesystem(folder) for folder in folders] == ["tmpfs", "xfs", "ext4"]
+
+
+def test_forms_are_named_with_all_in_which_they_differ() -> None:
+    case = {"provider": "qlora_ext", "p50": 0.001, "shape": [64, 128], "dtype": "bfloat16", "huge_pages": "off"}
+    rows = [
+        case | {"bench": "quantize_4bit", "double_quant": double_quant, "mode": mode}
+        for double_quant, mode in ((True, "cold"), (True, "hot"), (False, "cold"))
+    ]
+    name = "quantize_4bit, 64 x 128 bfloat16"
+    expected = [f"{name}, double quantization", f"{name}, double quantization, hot", name]
+    assert [line[0] for line in tables.format_table(rows)[1:]] == expected
 
 
 def test_digits_of_milliseconds_and_ratios() -> None:
