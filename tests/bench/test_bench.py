@@ -201,6 +201,20 @@ def check_every_cuda_bench(rows: list[dict[str, Any]]) -> None:
     assert {(row["bench"], row.get("M"), row["mode"], tuple(row["shape"])) for row in ours} == expected
     skipped = {(row["bench"], row["provider"], row["mode"]) for row in rows if "skipped" in row}
     assert skipped == {("quantize_4bit", "bitsandbytes", "graph")}
+    assert {row["copies"] for row in rows if "mode" in row and "p50" in row} == {4}, "of 4 KB, as the cache has"
+    check_cuda_limits(rows)
+
+
+def check_cuda_limits(rows: list[dict[str, Any]]) -> None:
+    """Those measured last before a row: its bytes at the rate of copying, or its flops, whichever takes longer."""
+    rates: dict[str, float] = {}
+    for row in (row for row in rows if "p50" in row):
+        if row["bench"] == "limits":
+            rates[row["provider"]] = row["gb_per_s"] * 1e9 if "gb_per_s" in row else row["tflops"] * 1e12
+        else:
+            moving = row["gb_per_s"] * 1e9 * row["p50"] / rates["device copy"]
+            computing = 2 * row.get("M", 0) * row["shape"][0] * row["shape"][1] / rates["cuBLAS matmul"]
+            assert row["of_limit"] == pytest.approx(max(moving, computing) / row["p50"])
 
 
 def test_training_steps_with_dropout_have_results_of_their_own() -> None:
