@@ -53,7 +53,7 @@ def test_gone_modules_are_not_built(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("torch", "reason"),
     [
-        ("sys.modules['torch'] = None", "torch"),
+        ("sys.modules['torch'] = None", "import of torch halted"),
         ("import torch; torch.__version__ = type(torch.__version__)('2.9.1')", "this one is 2.9.1"),
     ],
 )
