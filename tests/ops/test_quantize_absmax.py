@@ -48,10 +48,11 @@ def test_group_without_spread_is_exact(cpu_path: str) -> None:
 
 
 @pytest.mark.parametrize("n", [1024, 4096])
-def test_offset_is_summed_in_fp64_in_order(n: int, cpu_path: str) -> None:
+@pytest.mark.parametrize("places", [(300, 400), (300, 900)], ids=["one-group", "two-groups"])
+def test_offset_is_summed_in_fp64_in_order(places: tuple[int, int], n: int, cpu_path: str) -> None:
     """In fp32, or in another order, 2^60 would swallow other values than it does here."""
     absmax = torch.rand(n, dtype=torch.float32)
-    absmax[300], absmax[900] = 2.0**60, -(2.0**60)
+    absmax[list(places)] = torch.tensor([2.0**60, -(2.0**60)])
     check(absmax)
 
 
