@@ -126,6 +126,12 @@ def test_linear_under_autocast_is_in_its_dtype() -> None:
     assert_same(y, qlora_ext.linear_4bit(x.bfloat16(), packed, state, bias))
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_of_a_parameter_nothing_wants_a_gradient(double_quant: bool) -> None:
+    packed, state = qlora_ext.quantize_4bit(nn.Parameter(torch.randn(4, 64)), double_quant=double_quant)
+    assert not any(t.requires_grad for t in as_quantized(packed, state) if isinstance(t, torch.Tensor))
+
+
 def test_state_is_frozen() -> None:
     _, state = qlora_ext.quantize_4bit(torch.randn(4, 64))
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -137,7 +143,8 @@ def test_state_is_frozen() -> None:
 def test_weight_that_is_not_finite(double_quant: bool, bad: float) -> None:
     weight = normal(4, 64)
     weight[2, 3] = bad
-    with pytest.raises(ValueError, match=r"quantize_4bit.*weight.*finite"):
+    message = r"quantize_4bit: weight: expected finite .* in 1 of 4 blocks of 64, the first at element 128$"
+    with pytest.raises(ValueError, match=message):
         qlora_ext.quantize_4bit(weight, double_quant=double_quant)
 
 
