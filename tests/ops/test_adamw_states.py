@@ -110,8 +110,8 @@ def test_stochastic_rounding_depends_on_seed_step_and_parameter_alone() -> None:
     assert not torch.equal(first[0], rounded(8, 1)[0])
     assert not torch.equal(first[0], rounded(None, 1)[0])
     assert torch.equal(rounded(None, 1)[0], rounded(None, 2)[0])
-    up = [(a != b).double().mean() for a, b in zip(first, rounded(7, 2), strict=True)]
-    assert min(up) > 0.1  # another step, other bits
+    differ = [(a != b).double().mean() for a, b in zip(first, rounded(7, 2), strict=True)]
+    assert min(differ) > 0.1  # another step, other bits
 
 
 def test_seed_changes_nothing_but_bf16() -> None:

@@ -87,7 +87,7 @@ BAD = {
     "quant-type": ((torch.zeros(64), "nf5", 64), ValueError, "quant_type: .*nf5"),
     "quant-type-case": ((torch.zeros(64), "NF4", 64), ValueError, "quant_type: .*NF4"),
 } | {
-    f"blocksize{blocksize}": ((torch.zeros(64), "nf4", blocksize), ValueError, f"blocksize: .*{blocksize}")
+    f"blocksize{blocksize}": ((torch.zeros(64), "nf4", blocksize), ValueError, f"blocksize: .*, got {blocksize}$")
     for blocksize in (-64, 0, 1, 16, 48, 8192)
 }
 
