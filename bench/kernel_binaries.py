@@ -45,7 +45,7 @@ def find_tools() -> tuple[str, str]:
     """nvcc and nvdisasm; the latter on PATH, in CUDA_HOME, beside nvcc or in a package, of which triton is one."""
     nvcc = find_nvcc()
     if nvcc is None:
-        raise FileNotFoundError("needs nvcc: on PATH, or `pip install cuda-toolkit[nvcc,cccl]`")
+        raise FileNotFoundError("needs nvcc: on PATH, or `pip install cuda-toolkit[nvcc,nvvm,crt,cccl]`")
     places = [nvcc.resolve().parent]
     places += [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -213,7 +213,7 @@ class LoraLinear(nn.Module):
                 parametrized bias, or weight if its class computes in its own way.
             ValueError: an active adapter is on meta, as one that accelerate has offloaded.
         """
-        base = self.base_layer
+        base, names = self.base_layer, self.active_adapters
         if has_other_forward(base):  # of accelerate's hooks: it would go on computing with the base's weight
             expected, got = f"the forward of its class, {type(base).__name__}", f"another{of_accelerate(base)}"
             raise TypeError(f"LoraLinear: base_layer: expected {expected}, got {got}")
@@ -226,12 +226,12 @@ class LoraLinear(nn.Module):
         if isinstance(base, Linear4bit):
             weight = base.dequantize(torch.float32)
         elif has_float_weight(base):
-            weight = oriented(dense_class(base), base.weight).to(torch.float32, copy=True)
+            weight = oriented(dense_class(base), base.weight).to(torch.float32, copy=bool(names))  # updated in place
         else:
             got = f"{type(base).__name__}'s {type(base.weight).__name__}, {base.weight.dtype} {list(base.weight.shape)}"
             shape = stored_shape(dense_class(base), *out_and_in(base))
             raise TypeError(f"LoraLinear: base_layer: expected a float weight {shape} to merge into, got {got}")
-        return self._updated(weight, self.active_adapters, self._add)
+        return self._updated(weight, names, self._add)
 
     def _updated(self, weight: Tensor, names: list[str], add: Callable[..., Tensor]) -> Tensor:
         """`add`: of a weight, B and A; in place or not."""

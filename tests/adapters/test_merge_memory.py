@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_model
+from qlora_ext import LoraConfig, add_adapter, merge_adapter, quantize_model, set_adapter
 from qlora_ext.adapters import merge
 
 
@@ -69,6 +69,31 @@ def test_a_merge_makes_one_float_weight_and_what_it_is_kept_in(base: str, dtype:
         merge_adapter(nn.Sequential(layer))
     kept = 0 if base == "Linear4bit" or dtype is torch.float32 else 1  # in 4 bits it has half as many elements
     assert len(weights.made) == 1 + kept, weights.made
+
+
+def test_a_merge_that_adds_nothing_leaves_tied_weights_tied() -> None:
+    model = nn.Sequential(nn.Embedding(48, 64), nn.Linear(64, 64), nn.Linear(64, 48))
+    model[2].weight = model[0].weight
+    add_adapter(model, LoraConfig(target_modules=["1", "2"]))
+    set_adapter(model, None)
+    merge_adapter(model, dequantize=True)
+    assert model[2].weight.data_ptr() == model[0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("value", [65519.0, 65520.0, -65519.0, -65520.0, torch.nan])
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_one_number_that_fp16_does_not_hold_stops_it(dequantize: bool, value: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 48, dtype=torch.float16))
+    add_adapter(model, LoraConfig(r=1, lora_alpha=1))
+    A, B = model[0].lora_A["default"].data.zero_(), model[0].lora_B["default"].data
+    A[0, 3], B[5, 0] = 1, value
+    model[0].base_layer.weight.data.zero_()
+    if abs(value) < 65520:  # from there on it rounds to Inf
+        merge_adapter(model, dequantize=dequantize)
+        assert model[0].weight.float().abs().sum() == 65504
+    else:
+        with pytest.raises(ValueError, match="merge_adapter: 0: expected finite values with default"):
+            merge_adapter(model, dequantize=dequantize)
 
 
 def test_layers_in_a_dtype_that_nothing_decodes_to_become_dense_in_it() -> None:

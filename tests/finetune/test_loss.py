@@ -81,9 +81,10 @@ def assert_close_to_whole(model: PreTrainedModel, chunk: int, tolerance: float) 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("method", ["qlora", "full", "head"])
-def test_equals_the_whole_loss(method: str, tied: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a chunk of more than 4 rows in several parts, as where a vocabulary leaves a cache room for few rows."""
-    monkeypatch.setattr("qlora_ext.finetune.loss.CACHED", 4 * VOCABULARY)
+@pytest.mark.parametrize("rows", [100, 4], ids=["whole", "by-4-rows"])
+def test_equals_the_whole_loss(rows: int, method: str, tied: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that has room for as many rows makes of a chunk one part, or several, as with a large vocabulary."""
+    monkeypatch.setattr("qlora_ext.finetune.loss.CACHED", rows * VOCABULARY)
     assert_close_to_whole(build(method, tied=tied), chunk, tolerance=1e-5)
 
 

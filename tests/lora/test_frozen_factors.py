@@ -43,6 +43,8 @@ def test_x_is_kept_only_for_the_gradient_of_a(compiled: bool, p: float, base: st
     forward = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
     assert not is_kept(forward)
     layer.lora_A["a1"].requires_grad_(True)
+    if torch.__version__ < "2.12":
+        torch._dynamo.reset()  # which does not look at that again, nor at nn.Linear's
     assert is_kept(forward) or (p and base == "nn.Linear")  # whose dropout is torch's: it keeps x * mask
 
 

@@ -86,4 +86,6 @@ def test_torch_load_reads_one_with_weights_only() -> None:
     file.seek(0)
     packed, state = torch.load(file, weights_only=True)
     assert_same(dequantize_4bit(packed, state), dequantize_4bit(PACKED, STATE))
-    assert (type(state.shape), state.shape, state.dtype) == (torch.Size, STATE.shape, STATE.dtype)
+    assert type(state.shape) is torch.Size
+    for name in ("shape", "dtype", "quant_type", "blocksize"):
+        assert getattr(state, name) == getattr(STATE, name), name
