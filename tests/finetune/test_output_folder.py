@@ -3,10 +3,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import re
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from finetune_command import arguments as arguments
 from finetune_command import data as data
 from finetune_command import model as model
 from finetune_command import words
+from full_disk import largest_file
 from safetensors.torch import load_file
 from tiny_model import CHATML, tiny_tokenizer
 from tiny_model import one_thread as one_thread
@@ -171,17 +169,6 @@ def test_run_that_ended_meanwhile_is_not_overwritten(
     assert cli.main(words({**arguments, "seed": 3})) == 2
     assert "holds an earlier run: add --resume or --overwrite" in capsys.readouterr().err
     assert (arguments["output"] / "adapter_model.safetensors").read_bytes() == kept
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """As a disk that is full: beyond `size` bytes no file grows."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # method, the largest file that fits, what does not: the model has 360 KB, its adapter 131, AdamW's states twice that

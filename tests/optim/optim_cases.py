@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import resource
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +85,6 @@ def as_torch(run: Callable[[Callable[..., Optimizer]], Any]) -> None:
     torch.manual_seed(0)
     # Torch's fused kernel mistakes the order of strided parameters.
     torch.testing.assert_close(got, run(lambda *a, **k: AdamW(*a, foreach=False, **k)), rtol=1e-5, atol=1e-6)
-
-
-@contextmanager
-def files_of(most: int) -> Iterator[None]:
-    """Files may not grow beyond so many bytes, as if the disk were full."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def bits(params: Iterable[Tensor]) -> list[bytes]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import KIB, as_torch, files_of
+from full_disk import largest_file
+from optim_cases import KIB, as_torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Replicate, Shard
@@ -178,7 +179,7 @@ def test_a_failed_constructor_leaves_no_page_file(tmp_path: Path) -> None:
 def test_parameters_that_find_no_room_leave_no_page_file(tmp_path: Path) -> None:
     frozen, file = Parameter(torch.ones(9), requires_grad=False), tmp_path / "pages"
     optimizer = PagedAdamW([frozen], host_budget=0, page_file=file)
-    with files_of(10_000), pytest.raises(OSError, match="File too large") as kept:
+    with largest_file(10_000), pytest.raises(OSError, match="File too large") as kept:
         optimizer.add_param_group({"params": [Parameter(torch.ones(9))]})
     assert not file.exists(), kept
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import GIVEN, KIB, as_torch, files_of, stepped
+from full_disk import largest_file
+from optim_cases import GIVEN, KIB, as_torch, stepped
 from torch.nn import Parameter
 
 from qlora_ext import PagedAdamW
@@ -145,7 +146,7 @@ def test_a_new_group_gets_the_place_of_one_that_was_removed_on_a_full_disk(tmp_p
     p.grad = q.grad = torch.ones(1000)
     optimizer.step()
     del optimizer.param_groups[1]
-    with files_of((tmp_path / "pages").stat().st_size):
+    with largest_file((tmp_path / "pages").stat().st_size):
         optimizer.add_param_group({"params": [Parameter(torch.ones(1000))]})
         with pytest.raises(OSError, match="File too large"):
             optimizer.add_param_group({"params": [Parameter(torch.ones(1000))]})
