@@ -6,7 +6,6 @@
 //   store_rows  fp32 values of 16 columns of the panel, of rows r and r + 1; r is even
 #include "matmul_loops.h"
 #include "simd_avx512.h"
-#include "transpose_bytes.h"
 
 namespace qlora::cpu {
 namespace {
@@ -25,18 +24,28 @@ struct Avx512Tiles : Avx512Vectors {
     for (int q = 0; q < 32; q += 16) Isa::store_rows(load16(even + q), load16(odd + q), r, panel + q);
   }
 
-  // 16 bytes of 16 of W's rows are transposed, to get 16 columns' bytes side by side: each byte is a pair.
+  // 64 bytes of 16 of W's rows, the panel's columns, are transposed: of each dword, 8 codes, all columns lie side by
+  // side then.
   static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t depth) {
+    constexpr std::int64_t kCodes = 8;
     const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
+    const auto decode = [&](__m512i codes, int bit, __m512 absmax) {
+      return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, static_cast<unsigned>(bit)), table) * absmax;
+    };
     for (std::int64_t half = 0; half < kColumns; half += 16) {
-      for (std::int64_t r = 0; r < depth; r += 32) {
-        const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + half);
-        __m128i bytes[16];
-        transpose_bytes(s.packed + half * kStagedBytes + r / 2, kStagedBytes, bytes);
-        for (int i = 0; i < 16; ++i) {
-          const __m512i low = _mm512_cvtepu8_epi32(bytes[i]), high = _mm512_srli_epi32(low, 4);
-          Isa::store_rows(_mm512_mul_ps(_mm512_permutexvar_ps(high, table), absmax),
-                          _mm512_mul_ps(_mm512_permutexvar_ps(low, table), absmax), r + 2 * i, s.panel + half);
+      for (std::int64_t begin = 0; begin < depth; begin += kLanes * kCodes) {
+        Vector dwords[kLanes];
+        const std::uint8_t* packed = s.packed + half * kStagedBytes + begin / 2;
+        for (std::int64_t i = 0; i < kLanes; ++i) dwords[i] = _mm512_loadu_ps(packed + i * kStagedBytes);
+        transpose(dwords);
+        const std::int64_t end = smaller(depth, begin + kLanes * kCodes);
+        for (std::int64_t r = begin; r < end; r += kCodes) {
+          const __m512i codes = _mm512_castps_si512(dwords[(r - begin) / kCodes]);
+          const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + half);
+#pragma GCC unroll 4
+          for (int i = 0; i < kCodes; i += 2) {  // the even one of a byte is in its high nibble
+            Isa::store_rows(decode(codes, 4 * i + 4, absmax), decode(codes, 4 * i, absmax), r + i, s.panel + half);
+          }
         }
       }
     }
