@@ -11,10 +11,29 @@
 
 #include "matmul_loops.h"
 #include "simd_avx2.h"
-#include "transpose_bytes.h"
 
 namespace qlora::cpu {
 namespace {
+
+// 16 rows of 16 bytes to 16 columns, two in each register. Rows 0-3 and 8-11 are in the lower halves, 4-7 and 12-15 in
+// the upper ones, so that the floats of a column's bytes, expanded within the halves, are in order. Each round
+// interleaves row i with row i + 4 of a half's 8, which moves the highest bit of the row's number to the lowest of the
+// column's: after three rounds they have changed places.
+inline void transpose_bytes(const std::uint8_t* from, std::int64_t stride, __m256i (&columns)[8]) {
+  for (int i = 0; i < 8; ++i) {
+    const auto load = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + row * stride)); };
+    const int row = i < 4 ? i : i + 4;
+    columns[i] = _mm256_set_m128i(load(row + 4), load(row));
+  }
+  for (int round = 0; round < 3; ++round) {
+    __m256i next[8];
+    for (int i = 0; i < 4; ++i) {
+      next[2 * i] = _mm256_unpacklo_epi8(columns[i], columns[i + 4]);
+      next[2 * i + 1] = _mm256_unpackhi_epi8(columns[i], columns[i + 4]);
+    }
+    for (int i = 0; i < 8; ++i) columns[i] = next[i];
+  }
+}
 
 struct Avx2 : Avx2Vectors {
   static constexpr std::int64_t kColumns = 16;

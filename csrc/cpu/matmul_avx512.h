@@ -29,8 +29,8 @@ struct Avx512Tiles : Avx512Vectors {
   static void fill_weight_transposed(QuantType quant_type, const MatmulScratch& s, std::int64_t depth) {
     constexpr std::int64_t kCodes = 8;
     const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
-    const auto decode = [&](__m512i codes, int bit, __m512 absmax) {
-      return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, static_cast<unsigned>(bit)), table) * absmax;
+    const auto decode = [&](__m512i codes, int shift, __m512 absmax) {
+      return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, static_cast<unsigned>(shift)), table) * absmax;
     };
     for (std::int64_t half = 0; half < kColumns; half += 16) {
       for (std::int64_t begin = 0; begin < depth; begin += kLanes * kCodes) {
@@ -43,8 +43,9 @@ struct Avx512Tiles : Avx512Vectors {
           const __m512i codes = _mm512_castps_si512(dwords[(r - begin) / kCodes]);
           const __m512 absmax = _mm512_loadu_ps(s.absmax + r / kStep * kDepth + half);
 #pragma GCC unroll 4
-          for (int i = 0; i < kCodes; i += 2) {  // the even one of a byte is in its high nibble
-            Isa::store_rows(decode(codes, 4 * i + 4, absmax), decode(codes, 4 * i, absmax), r + i, s.panel + half);
+          for (int i = 0; i < kCodes; i += 2) {
+            Isa::store_rows(decode(codes, nibble_shift(i), absmax), decode(codes, nibble_shift(i + 1), absmax), r + i,
+                            s.panel + half);
           }
         }
       }

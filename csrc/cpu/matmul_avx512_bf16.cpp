@@ -40,6 +40,7 @@ struct Avx512Bf16 : Avx512Tiles<Avx512Bf16> {
   // Two of W's rows at a time. The 16 weights that a block may have of each are made once, and looked up by codes: a
   // column's is one of the first row's, then one of the second's. (After the last of an odd number of rows comes one
   // with an absmax of 0.) All is ready a step before it is looked up: lookups that wait would fill the units' queues.
+  // Not inlined, so that nothing of the loops around it takes registers.
   [[gnu::noinline]] static void fill_weight(QuantType quant_type, const MatmulScratch& s, std::int64_t column,
                                             std::int64_t depth) {
     const __m512 table = _mm512_loadu_ps(codebook(quant_type).value);
@@ -80,9 +81,11 @@ struct Avx512Bf16 : Avx512Tiles<Avx512Bf16> {
     return _mm512_loadu_si512(words);
   }
 
-  // How far a column's codes lie above the lowest bit of their words.
+  // How far these lie above the lowest bits of their words.
   static __m512i shifts_of_codes() {
-    return _mm512_broadcast_i32x4(_mm_setr_epi32(0x00040004, 0, 0x000c000c, 0x00080008));
+    std::uint16_t shifts[32];
+    for (int i = 0; i < 32; ++i) shifts[i] = static_cast<std::uint16_t>(nibble_shift(i / 2 % 4));
+    return _mm512_loadu_si512(shifts);
   }
 };
 

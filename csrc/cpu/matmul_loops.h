@@ -170,19 +170,10 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
 }
 
 // The absmax of `count` blocks, from the first-th on, so many apart. Not inlined: among its caller's loops GCC keeps
-// what this needs on the stack.
-[[gnu::noinline]] inline void copy_absmax(const Packed4bit& w, std::int64_t first, std::int64_t stride,
+// addresses on the stack; and of a copy, no value changes with what is stored.
+[[gnu::noinline]] inline void copy_absmax(const Packed4bit w, std::int64_t first, std::int64_t stride,
                                           std::int64_t count, float* to) {
-  if (w.nested_absmax == nullptr) {
-    const float* from = static_cast<const float*>(w.absmax) + first;
-    for (std::int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
-    return;
-  }
-  const auto* codes = static_cast<const std::uint8_t*>(w.absmax);
-  const float *nested = w.nested_absmax, offset = *w.nested_offset;
-  for (std::int64_t i = 0, block = first; i < count; ++i, block += stride) {
-    to[i] = decode_dynamic(kDynamicCodebook.value[codes[block]], nested[block / kNestedBlocksize], offset);
-  }
+  for (std::int64_t i = 0; i < count; ++i) to[i] = block_absmax(w, first + i * stride);
 }
 
 // A part of the weight [*, K] is staged: rows [row, row + rows), columns [column, column + columns). Its absmax, and
@@ -202,15 +193,15 @@ inline void stage_absmax(const Packed4bit& w, std::int64_t K, std::int64_t row, 
   }
 }
 
-// For a later stage(), to the L2.
+// For a later stage(), to the L2; nothing of an empty part.
 inline void fetch(const Packed4bit& w, std::int64_t K, std::int64_t row, std::int64_t rows, std::int64_t column,
                   std::int64_t columns) {
-  const std::uint8_t* from = w.packed + (row * K + column) / 2;
-  const std::int64_t absmax_bytes = w.nested_absmax == nullptr ? 4 : 1;
-  const char* absmax = static_cast<const char*>(w.absmax) + (row * K + column) / w.blocksize * absmax_bytes;
-  for (std::int64_t i = 0; i < rows; ++i, from += K / 2, absmax += K / w.blocksize * absmax_bytes) {
-    for (std::int64_t byte = 0; byte < columns / 2; byte += 64) __builtin_prefetch(from + byte, 0, 2);
-    __builtin_prefetch(absmax, 0, 2);
+  if (rows <= 0 || columns <= 0) return;
+  const std::int64_t absmax_bytes = w.nested_absmax == nullptr ? sizeof(float) : 1;
+  for (std::int64_t i = row; i < row + rows; ++i) {
+    const std::int64_t first = i * K + column;
+    for (std::int64_t byte = 0; byte < columns / 2; byte += 64) __builtin_prefetch(w.packed + first / 2 + byte, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(w.absmax) + first / w.blocksize * absmax_bytes, 0, 2);
   }
 }
 

@@ -223,7 +223,7 @@ void multiply(const cpu::Matmul& product, std::int64_t rows_each, std::int64_t c
 void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, DType dtype,
                   QuantType quant_type) {
   if (!cpu::has_matmul(dtype)) return;
-  const Weight w(N, K, blocksize, quant_type, true);
+  const Weight w(N, K, blocksize, quant_type, M % 3 != 0);
   const std::int64_t R = transposed ? K : N, J = transposed ? N : K, rank = M % 2 == 0 ? 5 : 300;
   const Values u(dtype, rank * M), bias(dtype, J);
   Values x(dtype, M * R), v(DType::Float32, J * rank);
