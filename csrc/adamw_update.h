@@ -7,9 +7,9 @@
 namespace qlora {
 namespace {
 
+// Of a gradient that is multiplied by its factor.
 template <typename Math, typename V>
 QLORA_HOST_DEVICE inline void adamw_moments(const AdamwFactors& f, V g, V& m, V& v) {
-  g = Math::multiply(g, Math::splat(f.gradient));
   const V change = Math::multiply(Math::subtract(g, m), Math::splat(f.average));
   m = Math::add(f.from_gradient ? g : m, change);
   const V square = Math::multiply(Math::multiply(g, Math::splat(f.square)), g);
@@ -25,7 +25,7 @@ QLORA_HOST_DEVICE inline void adamw_parameter(const AdamwFactors& f, V m, V v, V
 
 template <typename Math, typename V>
 QLORA_HOST_DEVICE inline void adamw_update(const AdamwFactors& f, V g, V& p, V& m, V& v) {
-  adamw_moments<Math>(f, g, m, v);
+  adamw_moments<Math>(f, Math::multiply(g, Math::splat(f.gradient)), m, v);
   adamw_parameter<Math>(f, m, v, p);
 }
 

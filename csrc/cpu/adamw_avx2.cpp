@@ -44,11 +44,13 @@ struct Avx2 : Arithmetic<Avx2Vectors> {
     store_words(to, _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan));
   }
 
+  template <bool kSigned>
   struct Largest {
     __m256i largest;
     Largest() : largest(_mm256_setzero_si256()) {}
     void add(V x) {
-      largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
+      const __m256i bits = _mm256_castps_si256(x);
+      largest = _mm256_max_epu32(largest, kSigned ? _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)) : bits);
     }
     std::uint32_t bits() const { return largest_lane(largest); }
   };

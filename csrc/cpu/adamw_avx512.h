@@ -39,11 +39,13 @@ struct Avx512 : Arithmetic<Avx512Vectors> {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
   }
 
+  template <bool kSigned>
   struct Largest {
     __m512i largest;
     Largest() : largest(_mm512_setzero_si512()) {}
     void add(V x) {
-      largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+      const __m512i bits = _mm512_castps_si512(x);
+      largest = _mm512_max_epu32(largest, kSigned ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)) : bits);
     }
     std::uint32_t bits() const { return _mm512_reduce_max_epu32(largest); }
   };

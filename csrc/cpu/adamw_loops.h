@@ -5,7 +5,9 @@
 //   kLanes          numbers in a V
 //   load, store     of any dtype
 //   Random, round   the random bits of a block, and bf16 rounded by those of elements i ...
-//   Largest         the largest magnitude of what it is given, by its bits: integers order floats of one sign, NaN last
+//   Largest<signed> the largest magnitude of what it is given, by its bits: integers order floats of one sign, NaN
+//   last;
+//                   not signed, of what is not negative: else, bits beyond those of Inf
 //   Codes<signed>   of the 8-bit states: decode codes to kDecoded V; encode kEncoded values (dynamic_codes_loops.h)
 #include "../adamw_update.h"
 #include "dynamic_codes_loops.h"
@@ -29,14 +31,16 @@ template <typename Isa, typename P, typename G, bool kStochastic>
 struct Block {
   P* param;
   const G* grad;
-  std::int64_t count;
   const AdamwFactors* factors;
+  bool scaled;                  // gradients have a factor other than 1
   typename Isa::Random random;  // of stochastic rounding
 
   // Of elements i ...
 
   void moments(std::int64_t i, typename Isa::V& m, typename Isa::V& v) const {
-    adamw_moments<Isa>(*factors, Isa::load(grad + i), m, v);
+    typename Isa::V g = Isa::load(grad + i);
+    if (scaled) g = Isa::multiply(g, Isa::splat(factors->gradient));
+    adamw_moments<Isa>(*factors, g, m, v);
   }
 
   void step(std::int64_t i, typename Isa::V m, typename Isa::V v) const {
@@ -52,7 +56,7 @@ struct Block {
 
 template <typename Isa, typename B>
 void update_32bit(const B& block, float* exp_avg, float* exp_avg_sq) {
-  for (std::int64_t i = 0; i < block.count; i += Isa::kLanes) {
+  for (std::int64_t i = 0; i < kAdamwBlock; i += Isa::kLanes) {
     auto m = Isa::load(exp_avg + i), v = Isa::load(exp_avg_sq + i);
     block.moments(i, m, v);
     block.step(i, m, v);
@@ -84,9 +88,10 @@ template <typename Isa, typename B>
 void update_moments(const B& block, const Encoders<Isa>& codes, const Stored& old, States& states) {
   constexpr int kDecoded = Isa::template Codes<true>::kDecoded;
   static_assert(Isa::template Codes<false>::kDecoded == kDecoded);
-  typename Isa::Largest largest_m, largest_v;
+  typename Isa::template Largest<true> largest_m;
+  typename Isa::template Largest<false> largest_v;
   const auto old_m = Isa::splat(*old.exp_avg_absmax), old_v = Isa::splat(*old.exp_avg_sq_absmax);
-  for (std::int64_t i = 0; i < block.count; i += kDecoded * Isa::kLanes) {
+  for (std::int64_t i = 0; i < kAdamwBlock; i += kDecoded * Isa::kLanes) {
     typename Isa::V m[kDecoded], v[kDecoded];
     codes.m.decode(old.exp_avg + i, m);
     codes.v.decode(old.exp_avg_sq + i, v);
@@ -106,7 +111,16 @@ void update_moments(const B& block, const Encoders<Isa>& codes, const Stored& ol
   states.largest_v = largest_v.bits();
 }
 
-// The parameters, by a unit that divides, while others encode the states.
+// What the values of a block are encoded relative to, whatever their signs.
+template <typename Isa>
+Scale scale_of(const float* values) {
+  typename Isa::template Largest<true> largest;
+  for (std::int64_t i = 0; i < kAdamwBlock; i += Isa::kLanes) largest.add(Isa::load(values + i));
+  return Scale(largest.bits());
+}
+
+// The parameters, by a unit that divides, while others encode the states, of which a group is placed before the last
+// one is encoded.
 template <typename Isa, typename B>
 void step_and_encode(const B& block, const Encoders<Isa>& codes, const States& states, const Stored& to) {
   constexpr std::int64_t kEncoded = Isa::template Codes<true>::kEncoded;
@@ -116,23 +130,25 @@ void step_and_encode(const B& block, const Encoders<Isa>& codes, const States& s
       block.step(i, Isa::load(states.m + i), Isa::load(states.v + i));
     }
   };
-  const Scale scale_m(states.largest_m), scale_v(states.largest_v);
+  Scale scale_m(states.largest_m), scale_v(states.largest_v);
   if (__builtin_expect(scale_m.is_finite() && scale_v.is_finite(), 1)) {
     const float inverse_m = scale_m.inverse, inverse_v = scale_v.inverse;
     auto placed_m = codes.m.place(states.m, inverse_m);
-    for (std::int64_t i = 0; i < block.count; i += kEncoded) {
+    auto placed_v = codes.v.place(states.v, inverse_v);
+    for (std::int64_t i = 0; i < kAdamwBlock; i += kEncoded) {
       const std::int64_t next = i + kEncoded, half = i + kEncoded / 2;
-      const auto placed_v = codes.v.place(states.v + i, inverse_v);
       codes.m.encode(placed_m, states.m + i, inverse_m, to.exp_avg + i);
       step(i, half);
-      if (next < block.count) placed_m = codes.m.place(states.m + next, inverse_m);
+      if (next < kAdamwBlock) placed_m = codes.m.place(states.m + next, inverse_m);
       codes.v.encode(placed_v, states.v + i, inverse_v, to.exp_avg_sq + i);
       step(half, next);
+      if (next < kAdamwBlock) placed_v = codes.v.place(states.v + next, inverse_v);
     }
   } else {
-    step(0, block.count);
-    encode_block(codes.m, states.m, block.count, scale_m, to.exp_avg);
-    encode_block(codes.v, states.v, block.count, scale_v, to.exp_avg_sq);
+    step(0, kAdamwBlock);
+    scale_v = scale_of<Isa>(states.v);
+    encode_block(codes.m, states.m, kAdamwBlock, scale_m, to.exp_avg);
+    encode_block(codes.v, states.v, kAdamwBlock, scale_v, to.exp_avg_sq);
   }
   *to.exp_avg_absmax = scale_m.absmax;
   *to.exp_avg_sq_absmax = scale_v.absmax;
@@ -145,8 +161,8 @@ void update_blocks(const AdamwTask& task, std::int64_t begin, std::int64_t end) 
   const auto elements = [&](std::int64_t block) {
     const std::int64_t at = block * kAdamwBlock;
     return Block<Isa, P, G, kStochastic>{
-        static_cast<P*>(slice.param) + at, static_cast<const G*>(slice.grad) + at,
-        smaller(slice.count - at, kAdamwBlock), &task.factors,
+        static_cast<P*>(slice.param) + at, static_cast<const G*>(slice.grad) + at, &task.factors,
+        task.factors.gradient != 1.0f,
         typename Isa::Random(random_block_key(task.key, (slice.first + at) / kAdamwBlock))};
   };
   if (slice.exp_avg_absmax == nullptr) {

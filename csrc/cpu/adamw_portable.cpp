@@ -25,10 +25,11 @@ struct Portable : Arithmetic<PortableVectors> {
     }
   }
 
+  template <bool kSigned>
   struct Largest {
     Bits largest{};
     void add(V x) {
-      const Bits magnitude = Portable::bits(x) & 0x7fffffff;
+      const Bits magnitude = Portable::bits(x) & (kSigned ? 0x7fffffff : 0xffffffff);
       largest = magnitude > largest ? magnitude : largest;
     }
     std::uint32_t bits() const { return std::max(std::max(largest[0], largest[1]), std::max(largest[2], largest[3])); }

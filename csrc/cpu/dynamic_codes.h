@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <limits>
 
 #include "../codebook.h"
 
@@ -44,7 +45,7 @@ struct Lines {
   // The largest bound of the line, as bits. Signed: to be compared with the bits of x, rotated left by 1, that is with
   // 2 |x|, and 1 more if x is negative, as a tie goes to the lower code: the higher number there.
   std::int32_t end[8];
-  float scale[8];
+  float scale[16];  // twice, for registers of 16
 
   constexpr Lines() : end{}, scale{} {
     constexpr int kZero = kSigned ? 127 : 0;  // the code of 0
@@ -59,6 +60,7 @@ struct Lines {
     // Signed: 1 is in the middle of its cell, and on the line of 0 y is less than 4: its number is 0. Unsigned: the
     // shift of 1 is -1, which leaves no bits, and only 0 is on the line of 0, taken for kLeast: its number is 1.
     scale[kZeroShift % 8] = kSigned ? 4 + 0x1p-6f - kOffset : (6 - kOffset) / kLeast;
+    std::copy(scale, scale + 8, scale + 8);
   }
 
   static constexpr int shift_of(float magnitude) {
@@ -89,5 +91,47 @@ constexpr bool logarithms_suffice() {
   return kLines<kSigned>.scale[(L::kZeroShift - 1) % 8] * L::kLeast + L::kOffset >= 4;
 }
 static_assert(logarithms_suffice<true>() && logarithms_suffice<false>());
+
+// In the logarithm's place, where two registers hold 32 numbers: the shift of the line on which floats of an exponent
+// begin, and that line's end, by the exponent of max(|x|, kLeast) modulo 32.
+template <bool kSigned>
+struct Octaves {
+  using L = Lines<kSigned>;
+  static constexpr int kFirst = std::bit_cast<std::int32_t>(L::kLeast) >> 23, kLast = 127;
+
+  alignas(64) std::int32_t shift[32], end[32];
+
+  constexpr Octaves() : shift{}, end{} {
+    int line = 0;
+    for (int exponent = kFirst; exponent <= kLast; ++exponent) {
+      if (exponent > kFirst && exponent << 23 > bits_of_end(line)) ++line;
+      shift[exponent % 32] = L::kZeroShift - line;
+      end[exponent % 32] = end_of(line);
+    }
+  }
+
+  static constexpr std::int32_t end_of(int line) {
+    const bool is_last = line == L::kCount - 1;
+    return is_last ? std::numeric_limits<std::int32_t>::max() : kLines<kSigned>.end[(L::kZeroShift - line) % 8];
+  }
+  static constexpr std::int32_t bits_of_end(int line) { return end_of(line) >> (kSigned ? 1 : 0); }
+};
+
+template <bool kSigned>
+inline constexpr Octaves<kSigned> kOctaves;
+
+// What begins on a line ends on it or on the next.
+template <bool kSigned>
+constexpr bool octaves_suffice() {
+  using O = Octaves<kSigned>;
+  for (int exponent = O::kFirst; exponent <= O::kLast; ++exponent) {
+    const int line = O::L::kZeroShift - kOctaves<kSigned>.shift[exponent % 32];
+    const std::int32_t least = exponent << 23, most = least | 0x7fffff;
+    if (exponent > O::kFirst && least > O::bits_of_end(line)) return false;
+    if (most > O::bits_of_end(line) && most > O::bits_of_end(line + 1)) return false;
+  }
+  return true;
+}
+static_assert(octaves_suffice<true>() && octaves_suffice<false>());
 
 }  // namespace qlora::cpu

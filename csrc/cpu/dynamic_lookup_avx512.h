@@ -43,5 +43,26 @@ inline void look_up_values(__m512i codes, __m512 (&values)[kLookedUp / 16]) {
   values[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
 }
 
+inline __m512i upper_words(__m512i a, __m512i b) {
+  alignas(64) static constexpr std::uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                         23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                         45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(a, _mm512_load_si512(kOdd), b);
+}
+
+// Of 64 dwords, whose fourth bytes are 0.
+inline __m512i third_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i packed = _mm512_packus_epi16(upper_words(a, b), upper_words(c, d));
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), packed);  // packing works in 128-bit lanes
+}
+
+// Of 64 values.
+inline __mmask64 negative(const float* values) {
+  const auto of_32 = [](const float* from) {
+    return _mm512_movepi16_mask(upper_words(_mm512_loadu_si512(from), _mm512_loadu_si512(from + 16)));
+  };
+  return of_32(values) | static_cast<__mmask64>(of_32(values + 32)) << 32;
+}
+
 }  // namespace
 }  // namespace qlora::cpu

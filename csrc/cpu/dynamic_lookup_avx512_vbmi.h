@@ -30,5 +30,28 @@ inline void look_up_values(__m512i codes, __m512 (&values)[kLookedUp / 16]) {
   }
 }
 
+struct BytesOfDwords {
+  alignas(64) std::uint8_t at[64];
+  explicit constexpr BytesOfDwords(int which) : at{} {
+    for (int i = 0; i < 64; ++i) at[i] = static_cast<std::uint8_t>(4 * (i % 32) + which);
+  }
+};
+
+// Byte kWhich of each of 64 dwords.
+template <int kWhich>
+inline __m512i pick_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  static constexpr BytesOfDwords kBytes(kWhich);
+  const __m512i at = _mm512_load_si512(kBytes.at);
+  return _mm512_mask_blend_epi8(~0ull << 32, _mm512_permutex2var_epi8(a, at, b), _mm512_permutex2var_epi8(c, at, d));
+}
+
+inline __m512i third_bytes(__m512i a, __m512i b, __m512i c, __m512i d) { return pick_bytes<2>(a, b, c, d); }
+
+// Of 64 values.
+inline __mmask64 negative(const float* values) {
+  return _mm512_movepi8_mask(pick_bytes<3>(_mm512_loadu_si512(values), _mm512_loadu_si512(values + 16),
+                                           _mm512_loadu_si512(values + 32), _mm512_loadu_si512(values + 48)));
+}
+
 }  // namespace
 }  // namespace qlora::cpu
