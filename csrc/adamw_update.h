@@ -7,7 +7,7 @@
 namespace qlora {
 namespace {
 
-// Of a gradient that is multiplied by its factor.
+// g: multiplied by f.gradient already.
 template <typename Math, typename V>
 QLORA_HOST_DEVICE inline void adamw_moments(const AdamwFactors& f, V g, V& m, V& v) {
   const V change = Math::multiply(Math::subtract(g, m), Math::splat(f.average));

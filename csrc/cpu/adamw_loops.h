@@ -6,8 +6,7 @@
 //   load, store     of any dtype
 //   Random, round   the random bits of a block, and bf16 rounded by those of elements i ...
 //   Largest<signed> the largest magnitude of what it is given, by its bits: integers order floats of one sign, NaN
-//   last;
-//                   not signed, of what is not negative: else, bits beyond those of Inf
+//                   last; not signed, of what has no sign bit: else, bits beyond those of Inf
 //   Codes<signed>   of the 8-bit states: decode codes to kDecoded V; encode kEncoded values (dynamic_codes_loops.h)
 #include "../adamw_update.h"
 #include "dynamic_codes_loops.h"
@@ -119,8 +118,8 @@ Scale scale_of(const float* values) {
   return Scale(largest.bits());
 }
 
-// The parameters, by a unit that divides, while others encode the states, of which a group is placed before the last
-// one is encoded.
+// The parameters, by a unit that divides, while others encode the states: first and second moments in turn, each group
+// of the ones placed before a group of the others is encoded.
 template <typename Isa, typename B>
 void step_and_encode(const B& block, const Encoders<Isa>& codes, const States& states, const Stored& to) {
   constexpr std::int64_t kEncoded = Isa::template Codes<true>::kEncoded;

@@ -120,7 +120,7 @@ struct Octaves {
 template <bool kSigned>
 inline constexpr Octaves<kSigned> kOctaves;
 
-// What begins on a line ends on it or on the next.
+// Floats of an exponent that begin on a line end there or on the next.
 template <bool kSigned>
 constexpr bool octaves_suffice() {
   using O = Octaves<kSigned>;

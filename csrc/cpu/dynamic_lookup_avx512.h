@@ -1,6 +1,6 @@
 // The values of 8-bit codes of a dynamic codebook, 32 at once: in halves, as registers hold tables for lookups of 64
-// words but of 32 floats only. With VBMI, dynamic_lookup_avx512_vbmi.h does the same faster. A file of kernels includes
-// one of the two inside its target region.
+// words but of 32 floats only; and 64 numbers as bytes, by words, too. With VBMI, dynamic_lookup_avx512_vbmi.h does the
+// same faster. A file of kernels includes one of the two inside its target region.
 #include "../codebook.h"  // a file of kernels has it before its target region: nothing is compiled here
 
 namespace qlora::cpu {

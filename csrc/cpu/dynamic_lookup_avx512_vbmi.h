@@ -1,5 +1,6 @@
 // The values of 8-bit codes of a dynamic codebook for AVX512 with VBMI, 64 at once: byte by byte, as two registers hold
-// a table for lookups of 128 bytes. A file of kernels includes this inside its target region.
+// a table for lookups of 128 bytes; and 64 numbers as bytes, picked out of so many. A file of kernels includes this
+// inside its target region.
 #include "../codebook.h"  // a file of kernels has it before its target region: nothing is compiled here
 #include "value_bytes.h"
 

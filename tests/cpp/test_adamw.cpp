@@ -69,8 +69,8 @@ void append_number(Bytes& bytes, DType dtype, float value) {
   with_type(dtype, [&](auto type) { append(bytes, round_to<decltype(type)>(value)); });
 }
 
-// In the midst of a training. Every seventh gradient is 0. extreme: some blocks are all zeros, subnormal or large, or
-// have a NaN or Inf.
+// In the midst of a training. Every seventh gradient is 0. extreme: some blocks are all zeros, subnormal or large, have
+// a NaN or Inf, or 8-bit states that no training leaves: a negative second moment, first ones that are not finite.
 Parameter make_parameter(DType param_dtype, DType grad_dtype, bool is_8bit, std::int64_t count, bool extreme = false) {
   Parameter p(param_dtype, grad_dtype, is_8bit, count);
   Random random;
@@ -88,11 +88,12 @@ Parameter make_parameter(DType param_dtype, DType grad_dtype, bool is_8bit, std:
     append_number(p.grad, grad_dtype, grad);
     if (is_8bit) {
       p.exp_avg.push_back(static_cast<std::uint8_t>(random.next() >> 24));
-      p.exp_avg_sq.push_back(static_cast<std::uint8_t>(random.next() >> 24));
+      const auto code = static_cast<std::uint8_t>(random.next() >> 24);
+      p.exp_avg_sq.push_back(kind != 6 ? code : i % kAdamwBlock == 5 ? 200 : 0);
       if (i % kAdamwBlock == 0) {
         const float scale = kind == 1 ? 0.0f : kind == 2 ? 0x1p-130f : kind == 3 ? 0x1p+120f : 1.0f;
-        p.exp_avg_absmax.push_back(scale * 0.01f);
-        p.exp_avg_sq_absmax.push_back(scale * 1e-4f);
+        p.exp_avg_absmax.push_back(kind == 7 ? std::numeric_limits<float>::infinity() : scale * 0.01f);
+        p.exp_avg_sq_absmax.push_back(kind == 6 ? -1e-4f : scale * 1e-4f);
       }
     } else {
       append(p.exp_avg, m);
@@ -209,14 +210,19 @@ void check_found_inf() {
 
 // With step 1, as powers are the C library's own.
 void check_digest() {
+  const float scale = 3.0f;
   std::uint64_t digest = 0xcbf29ce484222325u;  // FNV-1a
   for_all_kinds([&](DType param, DType grad, bool is_8bit) {
-    const AdamwOptions options{.stochastic_rounding = param == DType::BFloat16, .seed = 1};
-    for (std::uint8_t byte : updated(make_parameter(param, grad, is_8bit, 9 * 256 + 5, true), options)) {
+    const AdamwOptions options{.grad_scale = param == DType::Float16 ? &scale : nullptr,
+                               .stochastic_rounding = param == DType::BFloat16,
+                               .seed = 1};
+    Parameter p = make_parameter(param, grad, is_8bit, 9 * 256 + 5, true);
+    p.hyper.maximize = grad == DType::Float16;
+    for (std::uint8_t byte : updated(p, options)) {
       digest = (digest ^ byte) * 0x100000001b3u;
     }
   });
-  constexpr std::uint64_t kExpected = 0xb867a7eb828d3d88u;
+  constexpr std::uint64_t kExpected = 0x1e8723f65f948d51u;
   if (digest != kExpected)
     std::printf("%s: %#llx\n", cpu::path_name(cpu::path()), static_cast<unsigned long long>(digest));
   CHECK_EQ(digest, kExpected);
