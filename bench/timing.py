@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
-LEAST_CALLS = 3  # or a median is what one moment of a shared machine gave
+LEAST_CALLS = 9  # of fewer, a neighbour who is busy for a second changes the median
 
 
 def interleaved(

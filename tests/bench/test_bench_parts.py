@@ -103,9 +103,9 @@ def test_bursts_take_turns_and_their_first_call_does_not_count(monkeypatch: pyte
     times = timing.interleaved(calls, seconds=50, burst=10, warmup=2)
     warm_up = ["quick", "quick", "slow"]
     turn = ["quick"] * 10 + ["slow"]
-    # The slow one has had its share after two bursts, but a median is of three.
-    assert log == warm_up + turn * 3 + ["quick"] * 20
-    assert times == {"quick": [1] * 45, "slow": [30] * 3}  # 9 of each burst of 10; alone in its burst, a call counts
+    # The slow one has had its share after two bursts, but a median is of nine.
+    assert log == warm_up + turn * 5 + ["slow"] * 4
+    assert times == {"quick": [1] * 45, "slow": [30] * 9}  # 9 of each burst of 10; alone in its burst, a call counts
 
 
 def test_rotation_passes_the_cache() -> None:
