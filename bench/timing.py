@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
-LEAST_CALLS = 9  # of fewer, a neighbour who is busy for a second changes the median
+LEAST_CALLS = 5  # of fewer, a neighbour who is busy for a moment changes the median
 
 
 def interleaved(
