@@ -28,7 +28,7 @@ LAYERS = (  # of qlora_ext without the command; a folder's own name is its __ini
     *("adapters.targets", "adapters.attach", "adapters.merge", "adapters.peft_config", "adapters.peft_layout"),
     *("adapters.trained_modules", "adapters.files", "adapters.trainer_checkpoints", "adapters"),
     *("optim.in_turn", "optim.states", "optim.state_dict", "optim.checks", "optim.safetensors_file"),
-    *("optim.paged_parameters", "optim.state_file", "optim.paged_adamw", "optim", "", "info"),
+    *("optim.updates", "optim.paged_parameters", "optim.state_file", "optim.paged_adamw", "optim", "", "info"),
 )
 ECOSYSTEM = {"transformers", "peft", "bitsandbytes", "accelerate", "gguf", "tokenizers", "matplotlib", "tqdm"}
 

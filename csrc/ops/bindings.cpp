@@ -14,8 +14,9 @@
 #include "ops.h"
 
 namespace qlora {
-void bind_paged_adamw(pybind11::module_& m);  // paged_adamw.cpp
-}
+void bind_paged_adamw(pybind11::module_& m);                                     // paged_adamw.cpp
+std::vector<at::Tensor> plain_gradients(const std::vector<at::Tensor>& params);  // plain_gradients.cpp
+}  // namespace qlora
 
 namespace {
 
@@ -64,6 +65,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_path", &qlora::cpu::set_path,
         "Use this CPU path from now on, and not while an op runs; ValueError if it cannot run.");
   qlora::bind_paged_adamw(m);
+  m.def("plain_gradients", &qlora::plain_gradients,
+        "The gradient of each parameter, or None where there is none or one of both needs a closer look.");
   m.attr("ADAMW_BLOCK") = qlora::kAdamwBlock;
   m.attr("NESTED_BLOCKSIZE") = qlora::kNestedBlocksize;
 #ifdef QLORA_EXT_NVCC  // its version and architectures, from setup.py

@@ -34,11 +34,12 @@ constexpr const char* kOp = "PagedAdamW";
 MakePagedAdamwDevice make_paged_adamw_cuda = nullptr;  // unless the extension is built for CUDA
 
 // The tiers of a device, from the one that it computes in down. Budgets in bytes; null: no limit.
-std::vector<pager::TierRoom> make_tiers(const pager::Backend& backend, int64_t page_bytes,
-                                        std::optional<int64_t> device_budget, std::optional<int64_t> host_budget,
-                                        bool with_file) {
+std::vector<pager::TierRoom> make_tiers(const pager::Backend& backend, std::optional<int64_t> device_budget,
+                                        std::optional<int64_t> host_budget, bool with_file) {
   using pager::Tier;
-  const auto pages = [&](std::optional<int64_t> budget) { return budget ? *budget / page_bytes : pager::kUnlimited; };
+  const auto pages = [&](std::optional<int64_t> budget) {
+    return budget ? *budget / backend.page_bytes() : pager::kUnlimited;
+  };
   std::vector<pager::TierRoom> tiers;
   if (backend.compute_tier() == Tier::Host) {
     tiers.push_back({Tier::Host, pages(host_budget), backend.ring_pages(pages(host_budget))});
@@ -126,10 +127,11 @@ class PagedStates {
     const at::Device where(device);
     QLORA_CHECK(where.is_cpu() || (where.is_cuda() && make_paged_adamw_cuda != nullptr), kOp, "params",
                 make_paged_adamw_cuda != nullptr ? "device cpu or cuda" : "device cpu (built without CUDA)", device);
-    PagedAdamwDevice made = (where.is_cpu() ? make_paged_adamw_cpu : make_paged_adamw_cuda)(where, page_file);
+    PagedAdamwDevice made =
+        (where.is_cpu() ? make_paged_adamw_cpu : make_paged_adamw_cuda)(where, page_bytes, page_file);
     compute_ = std::move(made.compute);
-    auto tiers = make_tiers(*made.backend, page_bytes, device_budget, host_budget, !page_file.empty());
-    states_.emplace(std::make_unique<pager::Pager>(std::move(made.backend), page_bytes, std::move(tiers)));
+    auto tiers = make_tiers(*made.backend, device_budget, host_budget, !page_file.empty());
+    states_.emplace(std::make_unique<pager::Pager>(std::move(made.backend), std::move(tiers)));
   }
 
   std::vector<int64_t> add(const std::vector<int64_t>& numels, const std::vector<int>& bits) {

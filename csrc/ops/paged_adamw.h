@@ -20,10 +20,10 @@ struct PagedAdamwDevice {
   std::function<void(const pager::AdamwRun& run, const AdamwOptions& options)> compute;
 };
 
-// For a device, and the path of a page file or nothing.
-using MakePagedAdamwDevice = PagedAdamwDevice (*)(at::Device device, const std::string& page_file);
+// For a device, pages of this size, and the path of a page file or nothing.
+using MakePagedAdamwDevice = PagedAdamwDevice (*)(at::Device device, int64_t page_bytes, const std::string& page_file);
 
-PagedAdamwDevice make_paged_adamw_cpu(at::Device device, const std::string& page_file);
+PagedAdamwDevice make_paged_adamw_cpu(at::Device device, int64_t page_bytes, const std::string& page_file);
 
 // Called once by paged_adamw_cuda.cpp, if the extension is built for CUDA.
 void register_cuda_paged_adamw(MakePagedAdamwDevice make);

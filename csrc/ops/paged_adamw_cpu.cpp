@@ -52,8 +52,8 @@ void compute(const pager::AdamwRun& run, const AdamwOptions& options) {
 
 }  // namespace
 
-PagedAdamwDevice make_paged_adamw_cpu(at::Device, const std::string& page_file) {
-  return {std::make_unique<pager::HostBackend>(page_file, at::get_num_threads()), compute};
+PagedAdamwDevice make_paged_adamw_cpu(at::Device, int64_t page_bytes, const std::string& page_file) {
+  return {std::make_unique<pager::HostBackend>(page_bytes, page_file, at::get_num_threads()), compute};
 }
 
 }  // namespace qlora

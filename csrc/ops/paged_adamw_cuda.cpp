@@ -28,7 +28,7 @@ void compute(at::Device device, std::span<const AdamwSlice> slices, const AdamwO
                "PagedAdamW", c10::str(n, " slices"));
 }
 
-PagedAdamwDevice make(at::Device device, const std::string& page_file) {
+PagedAdamwDevice make(at::Device device, int64_t page_bytes, const std::string& page_file) {
   const auto stream = [device] { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); };
   pager::CudaHooks hooks{
       .allocate_device =
@@ -42,7 +42,7 @@ PagedAdamwDevice make(at::Device device, const std::string& page_file) {
       .return_to = [](int to) { c10::cuda::MaybeSetDevice(static_cast<c10::DeviceIndex>(to)); },
       .warn = [](const std::string& text) { TORCH_WARN(text); },
   };
-  return {std::make_unique<pager::CudaBackend>(device.index(), page_file, std::move(hooks)),
+  return {std::make_unique<pager::CudaBackend>(page_bytes, device.index(), page_file, std::move(hooks)),
           [device](const pager::AdamwRun& run, const AdamwOptions& options) {
             const auto launch = [&](std::span<const AdamwSlice> slices, std::span<const size_t>) {
               compute(device, slices, options);

@@ -26,7 +26,11 @@ using Token = std::uint64_t;
 
 class Backend {
  public:
+  explicit Backend(std::int64_t page_bytes) : page_bytes_(page_bytes) {}
   virtual ~Backend() = default;
+
+  // The size of a page.
+  std::int64_t page_bytes() const { return page_bytes_; }
 
   // The tier that pages are computed in; and of `room` pages there, how many are kept for those of lower tiers, which
   // are moved in, computed and moved out.
@@ -38,12 +42,11 @@ class Backend {
 
   // Memory for a page in Device or Host; zeros if it is the compute tier. The tier may have `room` more of these pages,
   // at least this one. release: once all work with it is done; does not throw.
-  virtual std::byte* allocate(Tier tier, std::int64_t bytes, std::int64_t room) = 0;
-  virtual void release(Tier tier, std::byte* memory, std::int64_t bytes) = 0;
+  virtual std::byte* allocate(Tier tier, std::int64_t room) = 0;
+  virtual void release(Tier tier, std::byte* memory) = 0;
 
   // Copies a page from one tier to another, or zeros if from is None, when both tokens' work is done.
-  virtual Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source,
-                     Token after_target) = 0;
+  virtual Token move(const Place& from, const Place& to, Token after_source, Token after_target) = 0;
 
   // What is computed from now on waits for that work.
   virtual void before_compute(Token token) = 0;
@@ -73,6 +76,9 @@ class Backend {
 
   // By the caller, for work that is asynchronous.
   virtual double seconds_waited() const { return 0; }
+
+ private:
+  std::int64_t page_bytes_;
 };
 
 }  // namespace qlora::pager

@@ -38,8 +38,12 @@ cudaEvent_t new_event() {
 
 }  // namespace
 
-CudaBackend::CudaBackend(int device, const std::string& page_file, CudaHooks hooks)
-    : device_(device), hooks_(std::move(hooks)), recent_(kRecent), pinned_(hooks_.warn) {
+CudaBackend::CudaBackend(std::int64_t page_bytes, int device, const std::string& page_file, CudaHooks hooks)
+    : Backend(page_bytes),
+      device_(device),
+      hooks_(std::move(hooks)),
+      recent_(kRecent),
+      pinned_(page_bytes, hooks_.warn) {
   const DeviceGuard guard(hooks_, device_);
   if (!page_file.empty()) file_.emplace(page_file);
   for (cudaStream_t* stream : {&in_, &out_}) {
@@ -65,18 +69,18 @@ CudaBackend::~CudaBackend() {
   }
 }
 
-std::byte* CudaBackend::allocate(Tier tier, std::int64_t bytes, std::int64_t room) {
+std::byte* CudaBackend::allocate(Tier tier, std::int64_t room) {
   const DeviceGuard guard(hooks_, device_);
-  if (tier == Tier::Host) return pinned_.allocate(bytes, room);
-  std::byte* memory = hooks_.allocate_device(bytes);
+  if (tier == Tier::Host) return pinned_.allocate(room);
+  std::byte* memory = hooks_.allocate_device(page_bytes());
   // The memory may still be in use by what this stream does; once it is zeros, any stream may have it.
   const cudaStream_t stream = hooks_.compute_stream();
-  check_cuda(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes), stream), "cudaMemsetAsync");
+  check_cuda(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(page_bytes()), stream), "cudaMemsetAsync");
   check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   return memory;
 }
 
-void CudaBackend::release(Tier tier, std::byte* memory, std::int64_t) {
+void CudaBackend::release(Tier tier, std::byte* memory) {
   if (!usable()) return;
   try {
     const DeviceGuard guard(hooks_, device_);
@@ -108,38 +112,37 @@ void CudaBackend::stream_waits(cudaStream_t stream, Token token) {
   check_cuda(cudaStreamWaitEvent(stream, before->event, 0), "cudaStreamWaitEvent");
 }
 
-Token CudaBackend::move(const Place& from, const Place& to, std::int64_t bytes, Token after_source,
-                        Token after_target) {
+Token CudaBackend::move(const Place& from, const Place& to, Token after_source, Token after_target) {
   const DeviceGuard guard(hooks_, device_);
   const Token token = new_token();
   Work& done = recent_[static_cast<std::size_t>(token % kRecent)];
   if (from.tier == Tier::File || to.tier == Tier::File) {
     if (from.tier != Tier::Host && to.tier != Tier::Host) {
       for (Staging& staging : staging_) {
-        if (staging.memory == nullptr) staging.memory = pinned_.allocate(bytes, 1);
+        if (staging.memory == nullptr) staging.memory = pinned_.allocate(1);
       }
     }
     // The jobs before this one are done when it begins: only events are left to wait for.
-    done.job = io_.submit([this, from, to, bytes, source = work(after_source), target = work(after_target),
-                           event = done.event] { move_with_file(from, to, bytes, source, target, event); });
+    done.job = io_.submit([this, from, to, source = work(after_source), target = work(after_target),
+                           event = done.event] { move_with_file(from, to, source, target, event); });
     return token;
   }
   const cudaStream_t stream = to.tier == Tier::Device ? in_ : out_;
   stream_waits(stream, after_source);
   stream_waits(stream, after_target);
   if (from.tier == Tier::None) {
-    check_cuda(cudaMemsetAsync(to.memory, 0, static_cast<std::size_t>(bytes), stream), "cudaMemsetAsync");
+    check_cuda(cudaMemsetAsync(to.memory, 0, static_cast<std::size_t>(page_bytes()), stream), "cudaMemsetAsync");
   } else {
-    copy(to.memory, from.memory, bytes, to.tier == Tier::Device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost,
-         stream);
+    copy(to.memory, from.memory, page_bytes(),
+         to.tier == Tier::Device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, stream);
   }
   check_cuda(cudaEventRecord(done.event, stream), "cudaEventRecord");
   return token;
 }
 
 // On the I/O thread, whose device it may remain.
-void CudaBackend::move_with_file(const Place& from, const Place& to, std::int64_t bytes, const Work* after_source,
-                                 const Work* after_target, cudaEvent_t done) {
+void CudaBackend::move_with_file(const Place& from, const Place& to, const Work* after_source, const Work* after_target,
+                                 cudaEvent_t done) {
   hooks_.enter_device(device_);
   const cudaStream_t stream = to.tier == Tier::Device ? in_ : out_;
   std::byte* memory = from.tier == Tier::Host ? from.memory : to.memory;
@@ -152,15 +155,15 @@ void CudaBackend::move_with_file(const Place& from, const Place& to, std::int64_
   for (const Work* before : {after_source, after_target}) {
     if (before != nullptr) check_cuda(cudaStreamWaitEvent(stream, before->event, 0), "cudaStreamWaitEvent");
   }
-  if (from.tier == Tier::Device) copy(memory, from.memory, bytes, cudaMemcpyDeviceToHost, stream);
+  if (from.tier == Tier::Device) copy(memory, from.memory, page_bytes(), cudaMemcpyDeviceToHost, stream);
   if (to.tier != Tier::Device) check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   if (from.tier == Tier::File) {
-    file_->read(from.offset, memory, bytes);
+    file_->read(from.offset, memory, page_bytes());
   } else {
-    file_->write(to.offset, memory, bytes);
+    file_->write(to.offset, memory, page_bytes());
   }
   if (to.tier == Tier::Device) {
-    copy(to.memory, memory, bytes, cudaMemcpyHostToDevice, stream);
+    copy(to.memory, memory, page_bytes(), cudaMemcpyHostToDevice, stream);
     check_cuda(cudaEventRecord(staging->copied, stream), "cudaEventRecord");
   }
   check_cuda(cudaEventRecord(done, stream), "cudaEventRecord");

@@ -31,15 +31,15 @@ struct CudaHooks {
 class CudaBackend final : public Backend {
  public:
   // An empty page_file: no file.
-  CudaBackend(int device, const std::string& page_file, CudaHooks hooks);
+  CudaBackend(std::int64_t page_bytes, int device, const std::string& page_file, CudaHooks hooks);
   ~CudaBackend() override;
 
   Tier compute_tier() const override { return Tier::Device; }
   std::int64_t ring_pages(std::int64_t) const override { return 3; }  // in, computed, out
   int staging_pages() const override { return kStaging; }
-  std::byte* allocate(Tier tier, std::int64_t bytes, std::int64_t room) override;
-  void release(Tier tier, std::byte* memory, std::int64_t bytes) override;
-  Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source, Token after_target) override;
+  std::byte* allocate(Tier tier, std::int64_t room) override;
+  void release(Tier tier, std::byte* memory) override;
+  Token move(const Place& from, const Place& to, Token after_source, Token after_target) override;
   void before_compute(Token token) override;
   Token after_compute() override;
   void wait(Token token) override;
@@ -67,8 +67,8 @@ class CudaBackend final : public Backend {
   Token new_token();
   const Work* work(Token token) const;  // null: it is done
   void stream_waits(cudaStream_t stream, Token token);
-  void move_with_file(const Place& from, const Place& to, std::int64_t bytes, const Work* after_source,
-                      const Work* after_target, cudaEvent_t done);
+  void move_with_file(const Place& from, const Place& to, const Work* after_source, const Work* after_target,
+                      cudaEvent_t done);
 
   int device_;
   CudaHooks hooks_;

@@ -6,21 +6,22 @@
 
 namespace qlora::pager {
 
-HostBackend::HostBackend(const std::string& page_file, std::int64_t threads) : threads_(threads) {
+HostBackend::HostBackend(std::int64_t page_bytes, const std::string& page_file, std::int64_t threads)
+    : Backend(page_bytes), threads_(threads) {
   if (!page_file.empty()) file_.emplace(page_file);
 }
 
-std::byte* HostBackend::allocate(Tier, std::int64_t bytes, std::int64_t) { return allocate_host(bytes); }
+std::byte* HostBackend::allocate(Tier, std::int64_t) { return allocate_host(page_bytes()); }
 
-void HostBackend::release(Tier, std::byte* memory, std::int64_t bytes) { release_host(memory, bytes); }
+void HostBackend::release(Tier, std::byte* memory) { release_host(memory, page_bytes()); }
 
-Token HostBackend::move(const Place& from, const Place& to, std::int64_t bytes, Token, Token) {
+Token HostBackend::move(const Place& from, const Place& to, Token, Token) {
   if (from.tier == Tier::None) {
-    std::memset(to.memory, 0, static_cast<std::size_t>(bytes));
+    std::memset(to.memory, 0, static_cast<std::size_t>(page_bytes()));
   } else if (from.tier == Tier::File) {
-    waits_for_disk_ = file_->read(from.offset, to.memory, bytes);
+    waits_for_disk_ = file_->read(from.offset, to.memory, page_bytes());
   } else {
-    file_->write(to.offset, from.memory, bytes);
+    file_->write(to.offset, from.memory, page_bytes());
   }
   return 0;
 }

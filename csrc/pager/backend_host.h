@@ -16,16 +16,16 @@ namespace qlora::pager {
 class HostBackend final : public Backend {
  public:
   // An empty name: no file. `threads`: that compute.
-  HostBackend(const std::string& page_file, std::int64_t threads);
+  HostBackend(std::int64_t page_bytes, const std::string& page_file, std::int64_t threads);
 
   Tier compute_tier() const override { return Tier::Host; }
   // One for each thread, but never much of the room: a page at home saves all its moves.
   std::int64_t ring_pages(std::int64_t room) const override {
     return std::max<std::int64_t>(2, std::min(threads_, room / 4));
   }
-  std::byte* allocate(Tier tier, std::int64_t bytes, std::int64_t room) override;
-  void release(Tier tier, std::byte* memory, std::int64_t bytes) override;
-  Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source, Token after_target) override;
+  std::byte* allocate(Tier tier, std::int64_t room) override;
+  void release(Tier tier, std::byte* memory) override;
+  Token move(const Place& from, const Place& to, Token after_source, Token after_target) override;
   void before_compute(Token) override {}
   Token after_compute() override { return 0; }
   void wait(Token) override {}

@@ -6,22 +6,20 @@
 #include <utility>
 
 #include "own_process.h"
-#include "residency.h"
 
 namespace qlora::pager {
 
-Pager::Pager(std::unique_ptr<Backend> backend, std::int64_t page_bytes, std::vector<TierRoom> tiers)
-    : backend_(std::move(backend)), page_bytes_(page_bytes), tiers_(std::move(tiers)), used_(tiers_.size()) {}
+Pager::Pager(std::unique_ptr<Backend> backend, std::vector<TierRoom> tiers)
+    : backend_(std::move(backend)), tiers_(std::move(tiers)), used_(tiers_.size()) {}
 
 Pager::~Pager() {
   for (Slot& slot : ring_) {
-    finish(slot.ready);
     finish(slot.idle);
-    backend_->release(tiers_[0].tier, slot.memory, page_bytes_);
+    backend_->release(tiers_[0].tier, slot.memory);
   }
   for (Page& page : pages_) {
     finish(page.stored);
-    if (page.home.memory != nullptr) backend_->release(page.home.tier, page.home.memory, page_bytes_);
+    if (page.home.memory != nullptr) backend_->release(page.home.tier, page.home.memory);
   }
 }
 
@@ -46,12 +44,12 @@ std::vector<PageId> Pager::add(std::int64_t count) {
   }
   if (tiers_.back().tier == Tier::File) {
     if (const std::int64_t wanted = 1 + left; wanted > file_pages_) {
-      backend_->reserve_file(wanted * page_bytes_);
-      for (std::int64_t page = wanted; page-- > file_pages_;) free_offsets_.push_back(page * page_bytes_);
+      backend_->reserve_file(wanted * page_bytes());
+      for (std::int64_t page = wanted; page-- > file_pages_;) free_offsets_.push_back(page * page_bytes());
       file_pages_ = wanted;
     }
   } else if (left > 0) {
-    throw std::length_error("expected room for " + std::to_string(all) + " pages of " + std::to_string(page_bytes_) +
+    throw std::length_error("expected room for " + std::to_string(all) + " pages of " + std::to_string(page_bytes()) +
                             " bytes, got room for " + std::to_string(all - left));
   }
   std::vector<PageId> added;
@@ -88,11 +86,11 @@ Place Pager::allocate(int level) {
   std::int64_t& used = used_[static_cast<std::size_t>(level)];
   Place place{.tier = room.tier};
   if (room.tier != Tier::File) {
-    place.memory = backend_->allocate(room.tier, page_bytes_, std::max<std::int64_t>(1, room.pages - room.ring - used));
+    place.memory = backend_->allocate(room.tier, std::max<std::int64_t>(1, room.pages - room.ring - used));
   } else {
     if (free_offsets_.empty()) {
-      backend_->reserve_file((file_pages_ + 1) * page_bytes_);
-      free_offsets_.push_back(file_pages_++ * page_bytes_);
+      backend_->reserve_file((file_pages_ + 1) * page_bytes());
+      free_offsets_.push_back(file_pages_++ * page_bytes());
     }
     place.offset = free_offsets_.back();
     free_offsets_.pop_back();
@@ -105,32 +103,30 @@ void Pager::free(int level, const Place& place) {
   if (place.tier == Tier::File) {
     free_offsets_.push_back(place.offset);
   } else {
-    backend_->release(place.tier, place.memory, page_bytes_);
+    backend_->release(place.tier, place.memory);
   }
   --used_[static_cast<std::size_t>(level)];
 }
 
 void Pager::count_moves(Tier from, Tier to, std::int64_t pages) {
-  stats_.bytes_from[static_cast<int>(from)] += pages * page_bytes_;
-  stats_.bytes_to[static_cast<int>(to)] += pages * page_bytes_;
+  stats_.bytes_from[static_cast<int>(from)] += pages * page_bytes();
+  stats_.bytes_to[static_cast<int>(to)] += pages * page_bytes();
 }
 
 Token Pager::move(const Place& from, const Place& to, Token after_source, Token after_target) {
   if (from.tier != Tier::None) count_moves(from.tier, to.tier, 1);
-  return backend_->move(from, to, page_bytes_, after_source, after_target);
+  return backend_->move(from, to, after_source, after_target);
 }
 
 void Pager::set_ring(std::size_t size) {
   while (ring_.size() > size) {
-    backend_->wait(ring_.back().ready);
     backend_->wait(ring_.back().idle);
-    backend_->release(tiers_[0].tier, ring_.back().memory, page_bytes_);
+    backend_->release(tiers_[0].tier, ring_.back().memory);
     ring_.pop_back();
-    turn_ = 0;
   }
   while (ring_.size() < size) {
     const auto missing = static_cast<std::int64_t>(size - ring_.size());
-    ring_.push_back({.memory = backend_->allocate(tiers_[0].tier, page_bytes_, missing)});
+    ring_.push_back({.memory = backend_->allocate(tiers_[0].tier, missing)});
   }
 }
 
@@ -162,9 +158,7 @@ void Pager::settle(std::span<const PageId> order) {
     candidates.push_back({at(id).level, -1, at(id).last_need});
     ids.push_back(id);
   }
-  std::vector<Level> levels;
-  for (const TierRoom& room : tiers_) levels.push_back({room.pages, room.ring});
-  const std::vector<int> chosen = choose_levels(candidates, levels);
+  const std::vector<int> chosen = choose_levels(candidates, tiers_);
 
   std::vector<std::pair<PageId, int>> down, up;  // last first
   for (std::size_t i = ids.size(); i-- > 0;) {

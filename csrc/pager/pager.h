@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <functional>
 #include <iterator>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -21,18 +20,11 @@
 #include <vector>
 
 #include "backend.h"
+#include "residency.h"
 
 namespace qlora::pager {
 
-constexpr std::int64_t kUnlimited = std::numeric_limits<std::int64_t>::max();
-
 using PageId = std::int64_t;
-
-struct TierRoom {
-  Tier tier;
-  std::int64_t pages;  // kUnlimited: all
-  std::int64_t ring;   // of these, what pages of lower tiers pass through
-};
 
 struct Stats {
   std::int64_t pages[kNumTiers] = {};                                 // at home in each Tier
@@ -45,7 +37,7 @@ struct Stats {
 class Pager {
  public:
   // Tiers from the compute tier down.
-  Pager(std::unique_ptr<Backend> backend, std::int64_t page_bytes, std::vector<TierRoom> tiers);
+  Pager(std::unique_ptr<Backend> backend, std::vector<TierRoom> tiers);
   ~Pager();
   Pager(const Pager&) = delete;
   Pager& operator=(const Pager&) = delete;
@@ -55,7 +47,7 @@ class Pager {
   std::vector<PageId> add(std::int64_t count);
   void remove(PageId id);
   std::int64_t count() const { return std::ssize(pages_) - std::ssize(unused_); }
-  std::int64_t page_bytes() const { return page_bytes_; }
+  std::int64_t page_bytes() const { return backend_->page_bytes(); }
 
   // Calls visit(position, pages) for all pages of `order`, none of which stands there twice, run by run: those from
   // `position` on, at most kMostAtOnce, in any order and by any threads. On the host, those at home elsewhere are null:
@@ -89,7 +81,7 @@ class Pager {
   struct Slot {
     std::byte* memory = nullptr;
     PageId page = -1;           // whose content it has, or will have when it is ready
-    Token ready = 0, idle = 0;  // after which its content has arrived; after which nothing uses that any more
+    Token ready = 0, idle = 0;  // after which its content has arrived; later: nothing uses that any more
   };
 
   Page& at(PageId page) { return pages_[static_cast<std::size_t>(page)]; }
@@ -106,7 +98,6 @@ class Pager {
   Token move(const Place& from, const Place& to, Token after_source, Token after_target);
 
   std::unique_ptr<Backend> backend_;
-  std::int64_t page_bytes_;
   std::vector<TierRoom> tiers_;
   std::vector<std::int64_t> used_;  // homes in each level
   std::vector<Page> pages_;

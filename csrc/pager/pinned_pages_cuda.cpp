@@ -14,13 +14,13 @@ constexpr std::int64_t kMostBytes = 64 << 20;  // of a block
 
 }  // namespace
 
-std::byte* PinnedPages::allocate(std::int64_t bytes, std::int64_t room) {
-  page_bytes_ = bytes;
+std::byte* PinnedPages::allocate(std::int64_t room) {
   if (unused_.empty()) {
     // An eighth of what there is, so that little is unused.
-    const std::int64_t wanted = std::clamp<std::int64_t>(std::min(pages_ / 8, kMostBytes / bytes), 1, room);
-    if (!add_pinned(wanted) && (wanted == 1 || !add_pinned(1)))
-      add(allocate_host(bytes), {.pages = 1, .pinned = false});
+    const std::int64_t wanted = std::clamp<std::int64_t>(std::min(pages_ / 8, kMostBytes / page_bytes_), 1, room);
+    if (!add_pinned(wanted) && (wanted == 1 || !add_pinned(1))) {
+      add(allocate_host(page_bytes_), {.pages = 1, .pinned = false});
+    }
   }
   std::byte* page = unused_.back();
   unused_.pop_back();

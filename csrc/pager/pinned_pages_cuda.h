@@ -16,11 +16,12 @@ namespace qlora::pager {
 class PinnedPages {
  public:
   // warn: told once if memory cannot be pinned and is pageable instead.
-  explicit PinnedPages(std::function<void(const std::string&)> warn) : warn_(std::move(warn)) {}
+  PinnedPages(std::int64_t page_bytes, std::function<void(const std::string&)> warn)
+      : page_bytes_(page_bytes), warn_(std::move(warn)) {}
 
-  // A page of `bytes`, the same each time. Takes at most `room` pages from the system, of which later ones come.
+  // Takes at most `room` pages from the system, of which later ones come.
   // Throws std::runtime_error if there is no memory.
-  std::byte* allocate(std::int64_t bytes, std::int64_t room);
+  std::byte* allocate(std::int64_t room);
   void release(std::byte* page);
 
  private:
@@ -34,9 +35,10 @@ class PinnedPages {
   void add(std::byte* memory, Block block);
   Blocks::iterator block_of(std::byte* page) { return std::prev(blocks_.upper_bound(page)); }
 
+  std::int64_t page_bytes_;
   std::function<void(const std::string&)> warn_;
   bool warned_ = false;
-  std::int64_t page_bytes_ = 0, pages_ = 0;
+  std::int64_t pages_ = 0;
   Blocks blocks_;
   std::vector<std::byte*> unused_;
 };

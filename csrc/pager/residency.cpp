@@ -20,15 +20,15 @@ Indices spread(const Indices& from, std::size_t count) {
 
 }  // namespace
 
-std::vector<int> choose_levels(std::span<const Candidate> pages, std::span<const Level> levels) {
+std::vector<int> choose_levels(std::span<const Candidate> pages, std::span<const TierRoom> tiers) {
   std::vector<int> chosen(pages.size(), -1);
   Indices left;  // those that no level above has taken
   for (std::size_t i = 0; i < pages.size(); ++i) {
     if (pages[i].level >= 0 || pages[i].position >= 0) left.push_back(i);
   }
-  for (int level = 0; level < static_cast<int>(levels.size()); ++level) {
-    const Level& room = levels[static_cast<std::size_t>(level)];
-    const bool all = level + 1 == static_cast<int>(levels.size()) || std::ssize(left) <= room.pages;
+  for (int level = 0; level < static_cast<int>(tiers.size()); ++level) {
+    const TierRoom& room = tiers[static_cast<std::size_t>(level)];
+    const bool all = level + 1 == static_cast<int>(tiers.size()) || std::ssize(left) <= room.pages;
     const auto most =
         static_cast<std::size_t>(all ? std::ssize(left) : std::max<std::int64_t>(0, room.pages - room.ring));
     Indices stay, come, idle;

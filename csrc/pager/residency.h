@@ -7,10 +7,21 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
+#include "backend.h"
+
 namespace qlora::pager {
+
+constexpr std::int64_t kUnlimited = std::numeric_limits<std::int64_t>::max();
+
+struct TierRoom {
+  Tier tier;
+  std::int64_t pages;  // kUnlimited: all
+  std::int64_t ring;   // of these, what pages of lower tiers pass through, if there are such pages
+};
 
 struct Candidate {
   int level;                // of its home, counted from the compute tier; -1: it has none yet
@@ -18,14 +29,8 @@ struct Candidate {
   std::uint64_t last_need;  // the number of the last walk that needed it
 };
 
-// A tier from the compute tier down.
-struct Level {
-  std::int64_t pages;  // it has room for
-  std::int64_t ring;   // of these, what pages of lower levels pass through, if there are such pages
-};
-
-// The level of each page's home; levels.size() - 1 at most, which takes all that is left. Pages in the order of their
-// positions; a page without home that is not needed gets none (-1).
-std::vector<int> choose_levels(std::span<const Candidate> pages, std::span<const Level> levels);
+// The level of each page's home among the tiers from the compute tier down, the last of which takes all that is left.
+// Pages in the order of their positions; a page without home that is not needed gets none (-1).
+std::vector<int> choose_levels(std::span<const Candidate> pages, std::span<const TierRoom> tiers);
 
 }  // namespace qlora::pager

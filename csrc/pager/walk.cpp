@@ -92,13 +92,13 @@ bool Pager::pass(const std::function<void(std::size_t, std::byte*)>& compute) {
   if (!backend_->waits_for_disk()) lock.unlock();
   const Page& page = at(order_[position]);
   const Place here{tiers_[0].tier, borrowed.memory};
-  backend_->move(page.written ? page.home : Place{}, here, page_bytes_, 0, 0);
+  backend_->move(page.written ? page.home : Place{}, here, 0, 0);
   if (lock) lock.unlock();
   begun_ = true;
   const auto begin = Clock::now();
   compute(position, here.memory);
   const auto end = Clock::now();
-  if (writes_) backend_->move(here, page.home, page_bytes_, 0, 0);
+  if (writes_) backend_->move(here, page.home, 0, 0);
   waited_ += std::chrono::nanoseconds(begin - start + (Clock::now() - end)).count();
   return true;
 }

@@ -1,4 +1,4 @@
-"""What a step of PagedAdamW takes from its groups and parameters, checked."""
+"""Options, groups and parameters of PagedAdamW, checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qlora_ext import _C
-from qlora_ext.sharded import is_dtensor, local_shard
+from qlora_ext.sharded import local_shard
 
 Hyper = tuple[float, float, float, float, float, bool]  # lr, beta1, beta2, eps, weight_decay, maximize
 
@@ -56,41 +56,28 @@ _OPTIONS: dict[str, _Option] = {
 def check(condition: bool, what: str, expected: object, got: object, error: type[Exception] = ValueError) -> None:
     """Raises the error if the condition does not hold."""
     if not condition:
-        raise refusal(what, expected, got, error)
-
-
-def refusal(what: str, expected: object, got: object, error: type[Exception] = ValueError) -> Exception:
-    """The error that `check` raises.
-
-    Code that runs for every parameter at every step tests first and raises this itself: the arguments of a call of
-    `check` are made even where all is well.
-    """
-    return error(f"PagedAdamW: {what}: expected {expected}, got {got!r}")
+        raise error(f"PagedAdamW: {what}: expected {expected}, got {got!r}")
 
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:
     """Raises TypeError if it is no dtype of parameters and gradients."""
-    if dtype not in _DTYPES:
-        raise refusal(what, "dtype float32, float16 or bfloat16", dtype, TypeError)
+    check(dtype in _DTYPES, what, "dtype float32, float16 or bfloat16", dtype, TypeError)
 
 
 def check_parameter(what: str, p: Tensor) -> None:
     """Raises TypeError or ValueError if it has no dtype of parameters, or its elements do not lie in memory."""
-    if is_lazy(p):
-        raise refusal(what, "parameters with values", "one of a lazy module that has not run")
+    check(not is_lazy(p), what, "parameters with values", "one of a lazy module that has not run")
     check_dtype(what, p.dtype)
     in_memory(what, local_shard(p))
 
 
 def in_memory(what: str, tensor: Any) -> Tensor:
     """The tensor itself, or what a collective that is under way gives."""
-    if isinstance(tensor, FakeTensor):
-        raise refusal(what, "a tensor with values", type(tensor).__name__, TypeError)
-    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
-        if not hasattr(tensor, "wait"):
-            raise refusal(what, "plain tensors or DTensors of them", type(tensor).__name__, TypeError)
-        tensor = tensor.wait()
-    plain: Tensor = tensor
+    kind = type(tensor).__name__
+    check(not isinstance(tensor, FakeTensor), what, "a tensor with values", kind, TypeError)
+    wrapped = is_traceable_wrapper_subclass(tensor)
+    check(not wrapped or hasattr(tensor, "wait"), what, "plain tensors or DTensors of them", kind, TypeError)
+    plain: Tensor = tensor.wait() if wrapped else tensor
     return plain
 
 
@@ -138,31 +125,4 @@ def _number(what: str, given: Any) -> float:
         return math.fsum((given,))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise refusal(what, "a number", given, kind) from error
-
-
-def checked_gradient(index: int, p: Any) -> Tensor:
-    """The gradient of p, which is parameter number `index`: of its local shard."""
-    grad: Tensor = p.grad
-    what = f"gradient of parameter {index}"
-    if grad.layout is not torch.strided:
-        raise refusal(what, "a dense tensor", grad.layout)
-    check_dtype(what, grad.dtype)
-    if grad.shape != p.shape:
-        raise refusal(what, f"shape {list(p.shape)}", list(grad.shape))
-    if not p.is_contiguous() and any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
-        raise refusal(f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
-    if is_dtensor(p) or is_dtensor(grad):
-        grad = _local_gradient(what, p, grad)
-    return in_memory(what, grad)
-
-
-def _local_gradient(what: str, p: Any, grad: Any) -> Tensor:
-    """Of the shard that this process has of p, a DTensor."""
-    if is_dtensor(p) != is_dtensor(grad):
-        raise TypeError(f"PagedAdamW: {what}: expected {type(p.data).__name__}, got {type(grad).__name__}")
-    if grad.placements != p.placements:
-        grad = grad.redistribute(placements=p.placements)
-    local, expected_shape = local_shard(grad), list(local_shard(p).shape)
-    check(list(local.shape) == expected_shape, what, f"a local shard of shape {expected_shape}", list(local.shape))
-    return local
+        raise kind(f"PagedAdamW: {what}: expected a number, got {given!r}") from error

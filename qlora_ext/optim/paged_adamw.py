@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qlora_ext.optim.checks import check, check_options, check_parameter, checked_gradient, checked_hyper, parameters
+from qlora_ext.optim.checks import check, check_options, check_parameter, checked_hyper, parameters
 from qlora_ext.optim.in_turn import in_turn
-from qlora_ext.optim.paged_parameters import PagedParameters, Update, update_of
+from qlora_ext.optim.paged_parameters import PagedParameters
 from qlora_ext.optim.state_dict import ADAMW_GROUP, after_pre_hooks, held, let_go, others_entries, with_others_entries
 from qlora_ext.optim.state_file import find_states, save_states
 from qlora_ext.optim.states import Saved, checked_states
+from qlora_ext.optim.updates import checked_updates
 
 
 class PagedAdamW(Optimizer):
@@ -168,7 +169,7 @@ class PagedAdamW(Optimizer):
     @in_turn
     def _step(self) -> None:
         self._follow()
-        updates = list(self._updates())
+        updates = list(checked_updates(self.param_groups))
         fresh = [u.parameter for u in updates if "step" not in self.state.get(u.parameter, ())]
         try:
             for p in fresh:
@@ -291,10 +292,3 @@ class PagedAdamW(Optimizer):
 
     def _follow(self) -> None:
         self._paged.follow(list(parameters(self.param_groups)), self.state)
-
-    def _updates(self) -> Iterator[Update]:
-        """What a step updates, all of it checked."""
-        hypers = (hyper for group in self.param_groups for hyper in [checked_hyper(group)] * len(group["params"]))
-        for index, (p, hyper) in enumerate(zip(parameters(self.param_groups), hypers, strict=True)):
-            if p.grad is not None:
-                yield update_of(p, checked_gradient(index, p), index, hyper)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_ext import _C
-from qlora_ext.optim.checks import Hyper, check, in_memory
+from qlora_ext.optim.checks import check, in_memory
 from qlora_ext.optim.state_dict import others_entries
 from qlora_ext.optim.states import (
     NAMES,
@@ -22,29 +22,28 @@ from qlora_ext.optim.states import (
     state_forms,
     state_width,
 )
-from qlora_ext.sharded import is_sharded, like_parameter, local_shard, shard_number
+from qlora_ext.optim.updates import Update
+from qlora_ext.sharded import is_sharded, like_parameter, local_shard
 
 _CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
+# What most entries of an optimizer's `state` are: the names of 32-bit or 8-bit states, or empty.
+_WITHOUT_VALUES: tuple[dict[str, None], ...] = (
+    dict.fromkeys(("step", *PARTS[:2])),
+    dict.fromkeys(("step", *PARTS)),
+    {},
+)
+
+
+def _gives_values(entry: Any) -> bool:
+    """Whether an entry of `state` has a part of a state itself, not only its name, or is no dict."""
+    if not isinstance(entry, dict):
+        return True
+    return entry not in _WITHOUT_VALUES and any(entry.get(name) is not None for name in NAMES)
 
 
 def _step_dtype() -> torch.dtype:
     """torch.optim.AdamW's: in 16 bits numbers from 2048, or 257, on would be others."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-
-
-class Update(NamedTuple):
-    """One parameter of a step: its local shard, the gradient of that, and its number for rounding by chance."""
-
-    parameter: Tensor
-    local: Tensor
-    grad: Tensor
-    number: int
-    hyper: Hyper
-
-
-def update_of(p: Tensor, grad: Tensor, index: int, hyper: Hyper) -> Update:
-    """The update of p, parameter number `index` of its optimizer. Each shard has a number of its own."""
-    return Update(p, local_shard(p), grad, index + (shard_number(p) << 32), hyper)
 
 
 class _States(NamedTuple):
@@ -53,6 +52,10 @@ class _States(NamedTuple):
     device: torch.device
     id: int
     shape: torch.Size
+
+    def are_for(self, local: Tensor) -> bool:
+        """Whether their parameter, or its local shard, is as it was when they were made."""
+        return self.shape == local.shape and self.device == local.device
 
 
 class PagedParameters:
@@ -82,7 +85,7 @@ class PagedParameters:
         """
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
         for p in params:
-            if p in self._states and not self.steps(p) and not self._fits(p):
+            if p in self._states and not self.steps(p) and not self._states[p].are_for(local_shard(p)):
                 self.forget(p)  # as it was made larger, or moved, before its first step
             if p not in self._states:
                 by_device[local_shard(p).device].append(p)
@@ -118,7 +121,7 @@ class PagedParameters:
         for index, p in enumerate(params):
             entry = state.get(p, {})
             named = has_state(entry)
-            if not isinstance(entry, dict) or [name for name in NAMES if entry.get(name) is not None]:  # any(): slow
+            if _gives_values(entry):
                 given[p] = checked_state("PagedAdamW.state", index, p, self.state_bits, entry)
             elif named and not self.steps(p):
                 raise ValueError(
@@ -135,7 +138,7 @@ class PagedParameters:
         for p in anew:
             self.forget(p)
         for p in given:
-            if p in self._states and not self._fits(p):
+            if p in self._states and not self._states[p].are_for(local_shard(p)):
                 self.forget(p)
         self.reserve(given)
         self._followed = now
@@ -161,19 +164,17 @@ class PagedParameters:
         self, updates: Collection[Update], grad_scale: Tensor | None, stochastic_rounding: bool, seed: int
     ) -> None:
         """Update parameters, for which there is room, page by page: all of them or none, unless pages are lost."""
-        by_device: dict[torch.device, list[tuple[int, Update]]] = defaultdict(list)
+        by_device: dict[torch.device, list[Update]] = defaultdict(list)
         for update in updates:
-            by_device[update.local.device].append((self._id(update.parameter), update))
+            by_device[update.local.device].append(update)
+        ids = {device: [self._id(u.parameter, u.local) for u in here] for device, here in by_device.items()}
         if len(by_device) > 1:  # what can fail before a step does so on all devices before the first takes it
-            for device, with_ids in by_device.items():
-                self._stores[device].prepare([i for i, _ in with_ids])
-        for device, with_ids in by_device.items():
+            for device in by_device:
+                self._stores[device].prepare(ids[device])
+        for device, here in by_device.items():
+            _, shards, grads, numbers, hypers = map(list, zip(*here, strict=True))
             scale = None if grad_scale is None else grad_scale.to(device, torch.float32)
-            ids, here = [i for i, _ in with_ids], [u for _, u in with_ids]
-            self._stores[device].step(
-                ids, [u.local for u in here], [u.grad for u in here], [u.number for u in here], [u.hyper for u in here],
-                scale, stochastic_rounding, seed,
-            )  # fmt: skip
+            self._stores[device].step(ids[device], shards, grads, numbers, hypers, scale, stochastic_rounding, seed)
 
     def save(self, parts: Iterable[tuple[Tensor, str, Tensor | int]], file: int = -1) -> None:
         """Copy parts of parameters' states into CPU tensors, or to offsets of a file."""
@@ -228,7 +229,7 @@ class PagedParameters:
         held: list[tuple[Tensor, str, Tensor | int]] = []
         converted = 0
         for p, (steps, parts) in saved.items():
-            self._stores[self._states[p].device].set_steps(self._id(p), steps)
+            self._stores[self._states[p].device].set_steps(self._id(p, local_shard(p)), steps)
             for part, form in state_forms(p, self.state_bits).items():
                 value = parts[part]
                 if isinstance(value, Tensor):
@@ -265,15 +266,9 @@ class PagedParameters:
         expected = "parameters with values (of a model on meta, after to_empty or loading)"
         check(torch.device("meta") not in devices, "params", expected, "one on meta")
 
-    def _fits(self, p: Tensor) -> bool:
-        """Whether p is as it was when its pages were made."""
-        states, local = self._states[p], local_shard(p)
-        return states.shape == local.shape and states.device == local.device
-
-    def _id(self, p: Tensor) -> int:
+    def _id(self, p: Tensor, local: Tensor) -> int:
         states = self._states[p]
-        if not self._fits(p):
-            local = local_shard(p)
+        if not states.are_for(local):
             expected, got = f"{states.shape.numel()} elements on {states.device}", f"{local.numel()} on {local.device}"
             if (states.shape.numel(), states.device) == (local.numel(), local.device):
                 expected, got = f"shape {list(states.shape)}", f"{list(local.shape)}"
@@ -291,7 +286,8 @@ class PagedParameters:
         places: dict[torch.device, list[Any]] = defaultdict(list)
         for p, part, place in parts:
             where = (in_memory(part, place), 0) if isinstance(place, Tensor) else (None, place)
-            places[local_shard(p).device].append((self._id(p), PARTS.index(part), *where))
+            local = local_shard(p)
+            places[local.device].append((self._id(p, local), PARTS.index(part), *where))
         return places
 
     def _load(self, parts: Iterable[tuple[Tensor, str, Tensor | int]], file: int) -> None:

@@ -19,7 +19,7 @@ from reference import assert_same
 from torch.nn import Parameter
 
 from qlora_ext import PagedAdamW
-from qlora_ext.optim import paged_parameters, safetensors_file, state_file
+from qlora_ext.optim import safetensors_file, state_file, updates
 
 
 def test_what_was_put_into_state_and_taken_out_is_saved_so(tmp_path: Path) -> None:
@@ -62,9 +62,9 @@ def test_no_two_parameters_and_shards_share_their_chances(monkeypatch: pytest.Mo
     numbers = set()
     hyper = (1e-3, 0.9, 0.999, 1e-8, 0.0, False)
     for shard in range(3):
-        monkeypatch.setattr(paged_parameters, "shard_number", lambda p, shard=shard: shard)
+        monkeypatch.setattr(updates, "shard_number", lambda p, shard=shard: shard)
         p = torch.ones(1)
-        numbers |= {paged_parameters.update_of(p, p, index, hyper).number for index in range(1000)}
+        numbers |= {updates.update_of(p, p, index, hyper).number for index in range(1000)}
     assert len(numbers) == 3000
 
 

@@ -24,10 +24,10 @@ inline std::string file_name(const std::string& name) {
 }
 
 inline std::unique_ptr<Pager> make_pager(const std::string& path, std::int64_t room) {
-  auto backend = std::make_unique<HostBackend>(path, kThreads);
+  auto backend = std::make_unique<HostBackend>(kPageBytes, path, kThreads);
   std::vector<TierRoom> tiers = {{Tier::Host, room, backend->ring_pages(room)}};
   if (!path.empty()) tiers.push_back({Tier::File, kUnlimited, 0});
-  return std::make_unique<Pager>(std::move(backend), kPageBytes, tiers);
+  return std::make_unique<Pager>(std::move(backend), tiers);
 }
 
 // A walk of one thread: visit(position, memory) for each page.

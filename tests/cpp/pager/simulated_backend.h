@@ -39,28 +39,29 @@ class SimulatedBackend final : public Backend {
     double end() const { return std::max({in_free, out_free, compute_free}); }
   };
 
-  SimulatedBackend(Costs costs, Trace& trace) : costs_(costs), trace_(trace), ends_(1, 0.0) {}
+  SimulatedBackend(std::int64_t page_bytes, Costs costs, Trace& trace)
+      : Backend(page_bytes), costs_(costs), trace_(trace), ends_(1, 0.0) {}
 
   Tier compute_tier() const override { return Tier::Device; }
   std::int64_t ring_pages(std::int64_t) const override { return 3; }
 
-  std::byte* allocate(Tier tier, std::int64_t bytes, std::int64_t) override {
+  std::byte* allocate(Tier tier, std::int64_t) override {
     auto& now = trace_.allocated[tier];
     trace_.most[tier] = std::max(trace_.most[tier], ++now);
-    return allocate_host(bytes);
+    return allocate_host(page_bytes());
   }
-  void release(Tier tier, std::byte* memory, std::int64_t bytes) override {
+  void release(Tier tier, std::byte* memory) override {
     --trace_.allocated[tier];
     for (const Span& span : trace_.accesses[name({.tier = tier, .memory = memory})]) {
       CHECK(span.end <= trace_.now + 1e-9);  // else it is another's while this one's still moves
     }
     trace_.accesses.erase(name({.tier = tier, .memory = memory}));
-    release_host(memory, bytes);
+    release_host(memory, page_bytes());
   }
 
-  Token move(const Place& from, const Place& to, std::int64_t bytes, Token after_source, Token after_target) override {
+  Token move(const Place& from, const Place& to, Token after_source, Token after_target) override {
     if (trace_.failing >= 0 && trace_.failing-- == 0) {
-      if (to.memory != nullptr) std::memset(to.memory, 0xcc, static_cast<std::size_t>(bytes));
+      if (to.memory != nullptr) std::memset(to.memory, 0xcc, static_cast<std::size_t>(page_bytes()));
       throw std::runtime_error("a move fails");
     }
     const bool in = to.tier == compute_tier();
@@ -75,7 +76,7 @@ class SimulatedBackend final : public Backend {
     access(from, begin, engine, false);
     access(to, begin, engine, true);
     trace_.moves.push_back(name(from) + ">" + name(to));
-    copy(from, to, bytes);
+    copy(from, to);
     ends_.push_back(engine);
     return ends_.size() - 1;
   }
@@ -132,14 +133,15 @@ class SimulatedBackend final : public Backend {
     spans.push_back({begin, end, write});
   }
 
-  void copy(const Place& from, const Place& to, std::int64_t bytes) {
+  void copy(const Place& from, const Place& to) {
+    const auto size = static_cast<std::size_t>(page_bytes());
     const auto at = [&](const Place& place) {
       return place.tier == Tier::File ? file_.data() + place.offset : place.memory;
     };
     if (from.tier == Tier::None) {
-      std::memset(at(to), 0, static_cast<std::size_t>(bytes));
+      std::memset(at(to), 0, size);
     } else {
-      std::memcpy(at(to), at(from), static_cast<std::size_t>(bytes));
+      std::memcpy(at(to), at(from), size);
     }
   }
 

@@ -81,11 +81,11 @@ struct Machine {
                           if (fake_cuda::opened().contains(device)) cudaSetDevice(device);
                         },
                     .warn = [this](const std::string&) { ++warnings; }};
-    auto backend = std::make_unique<CudaBackend>(kDevice, with_file ? page_path() : "", std::move(hooks));
+    auto backend = std::make_unique<CudaBackend>(kPageBytes, kDevice, with_file ? page_path() : "", std::move(hooks));
     std::vector<TierRoom> tiers = {{Tier::Device, device, backend->ring_pages(device)},
                                    {Tier::Host, host, with_file ? backend->staging_pages() : 0}};
     if (with_file) tiers.push_back({Tier::File, kUnlimited, 0});
-    return std::make_unique<Pager>(std::move(backend), kPageBytes, tiers);
+    return std::make_unique<Pager>(std::move(backend), tiers);
   }
 };
 

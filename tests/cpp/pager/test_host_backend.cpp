@@ -115,12 +115,12 @@ void fork_does_not_keep_its_parents_file() {
 
 // Of the room, the ring takes a quarter at most, and no more than there are threads.
 void the_ring_is_small() {
-  const HostBackend backend("", 8);
+  const HostBackend backend(kPageBytes, "", 8);
   for (const auto& [room, expected] : std::vector<std::pair<std::int64_t, std::int64_t>>{
            {0, 2}, {3, 2}, {12, 3}, {31, 7}, {32, 8}, {1000, 8}, {kUnlimited, 8}}) {
     CHECK_EQ(backend.ring_pages(room), expected);
   }
-  CHECK_EQ(HostBackend("", 1).ring_pages(kUnlimited), 2);
+  CHECK_EQ(HostBackend(kPageBytes, "", 1).ring_pages(kUnlimited), 2);
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ std::vector<Candidate> walk_over(std::int64_t needed, const std::vector<int>& le
 }
 
 void check_levels() {
-  const std::vector<Level> two = {{6, 2}, {1000, 0}};
+  const std::vector<TierRoom> two = {{Tier::Host, 6, 2}, {Tier::File, 1000, 0}};
   // All fit: all are at home above.
   CHECK(choose_levels(walk_over(6, std::vector<int>(6, -1)), two) == std::vector<int>(6, 0));
   // Else a ring is left free, and those below are spread evenly.
@@ -70,9 +70,10 @@ void check_levels() {
   // A page without home that is not needed gets none.
   CHECK(choose_levels(walk_over(1, {-1, -1}), two) == (std::vector<int>{0, -1}));
   // A tier that is smaller than its ring is the ring.
-  CHECK(choose_levels(walk_over(3, {-1, -1, -1}), std::vector<Level>{{1, 2}, {9, 0}}) == (std::vector<int>{1, 1, 1}));
+  CHECK(choose_levels(walk_over(3, {-1, -1, -1}), std::vector<TierRoom>{{Tier::Host, 1, 2}, {Tier::File, 9, 0}}) ==
+        (std::vector<int>{1, 1, 1}));
   // Three tiers: what leaves the first has its home in the second as long as there is room.
-  const std::vector<Level> three = {{4, 3}, {3, 2}, {1000, 0}};
+  const std::vector<TierRoom> three = {{Tier::Device, 4, 3}, {Tier::Host, 3, 2}, {Tier::File, 1000, 0}};
   CHECK(choose_levels(walk_over(4, {0, 0, 0, 0, -1}), three) == (std::vector<int>{0, 0, 0, 0, -1}));
   const std::vector<int> tight = choose_levels(walk_over(5, {0, 0, 0, 0, -1}), three);
   CHECK_EQ(std::ranges::count(tight, 0), 1);

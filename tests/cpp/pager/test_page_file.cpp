@@ -123,7 +123,7 @@ void full_disk_is_an_error_before() {
 // Even if nothing was reserved before: what a killed process leaves then is known for a page file.
 void full_disk_leaves_the_header() {
   const std::string path = file_name("full_at_first");
-  HostBackend backend(path, kThreads);
+  HostBackend backend(kPageBytes, path, kThreads);
   with_files_of(64 * 1024, [&] { CHECK(contains(error_of([&] { backend.reserve_file(1 << 20); }), "reserve")); });
   backend.reserve_file(kPageBytes);
   CHECK_EQ(first_word(path), "qlora_ext");
@@ -132,18 +132,18 @@ void full_disk_leaves_the_header() {
 void foreign_file_is_left_alone() {
   const std::string path = file_name("foreign");
   std::ofstream(path) << "precious";
-  CHECK(contains(error_of([&] { HostBackend backend(path, kThreads); }), "other content"));
+  CHECK(contains(error_of([&] { HostBackend backend(kPageBytes, path, kThreads); }), "other content"));
   CHECK_EQ(first_word(path), "precious");
   std::filesystem::remove(path);
-  CHECK(contains(error_of([&] { HostBackend backend("/nonexistent/pages", kThreads); }), "open"));
-  const HostBackend first(path, kThreads);
-  CHECK(contains(error_of([&] { HostBackend backend(path, kThreads); }), "another optimizer"));
+  CHECK(contains(error_of([&] { HostBackend backend(kPageBytes, "/nonexistent/pages", kThreads); }), "open"));
+  const HostBackend first(kPageBytes, path, kThreads);
+  CHECK(contains(error_of([&] { HostBackend backend(kPageBytes, path, kThreads); }), "another optimizer"));
 }
 
 // Of what is longer than one piece of the reservation, nothing is kept where the disk is full in a later one.
 void a_reservation_is_undone_whole() {
   const std::string path = file_name("pieces");
-  HostBackend backend(path, kThreads);
+  HostBackend backend(kPageBytes, path, kThreads);
   backend.reserve_file(kPageBytes);
   with_files_of((1 << 26) + (1 << 20),
                 [&] { CHECK(contains(error_of([&] { backend.reserve_file(1 << 27); }), "reserve")); });
@@ -152,7 +152,7 @@ void a_reservation_is_undone_whole() {
 
 void no_room_for_the_header_is_an_error() {
   const std::string path = file_name("header");
-  with_files_of(10, [&] { CHECK(contains(error_of([&] { HostBackend backend(path, kThreads); }), "write")); });
+  with_files_of(10, [&] { CHECK(contains(error_of([&] { HostBackend(kPageBytes, path, kThreads); }), "write")); });
   std::filesystem::remove(path);
 }
 

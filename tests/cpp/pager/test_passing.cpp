@@ -36,17 +36,17 @@ class Inside {
 // A host whose file is memory that takes its time, and has to be waited for or not.
 class SlowFile final : public Backend {
  public:
-  explicit SlowFile(bool waits) : waits_(waits) {}
+  explicit SlowFile(bool waits) : Backend(kPageBytes), waits_(waits) {}
 
   Tier compute_tier() const override { return Tier::Host; }
   std::int64_t ring_pages(std::int64_t) const override { return 2; }
-  std::byte* allocate(Tier, std::int64_t bytes, std::int64_t) override { return allocate_host(bytes); }
-  void release(Tier, std::byte* memory, std::int64_t bytes) override { release_host(memory, bytes); }
-  Token move(const Place& from, const Place& to, std::int64_t bytes, Token, Token) override {
-    const auto size = static_cast<std::size_t>(bytes);
+  std::byte* allocate(Tier, std::int64_t) override { return allocate_host(kPageBytes); }
+  void release(Tier, std::byte* memory) override { release_host(memory, kPageBytes); }
+  Token move(const Place& from, const Place& to, Token, Token) override {
+    constexpr auto size = static_cast<std::size_t>(kPageBytes);
     if (from.tier == Tier::None) std::memset(to.memory, 0, size);
     for (const Place& place : {from, to}) {
-      if (place.tier == Tier::File) CHECK(place.offset > 0 && place.offset % bytes == 0);
+      if (place.tier == Tier::File) CHECK(place.offset > 0 && place.offset % kPageBytes == 0);
     }
     if (to.tier == Tier::File) std::memcpy(&file_[static_cast<std::size_t>(to.offset)], from.memory, size);
     if (from.tier == Tier::File) {
@@ -80,7 +80,7 @@ class SlowFile final : public Backend {
 void walks(bool waits) {
   auto made = std::make_unique<SlowFile>(waits);
   const SlowFile& backend = *made;
-  Pager pager(std::move(made), kPageBytes, {{Tier::Host, 0, 2}, {Tier::File, kUnlimited, 0}});
+  Pager pager(std::move(made), {{Tier::Host, 0, 2}, {Tier::File, kUnlimited, 0}});
   const std::vector<PageId> pages = pager.add(600);
   Inside computing;
   for (std::int64_t round = 0; round < 3; ++round) {

@@ -11,15 +11,15 @@ using namespace qlora::pager;
 
 namespace {
 
-constexpr std::int64_t kBytes = 4096;
+constexpr std::int64_t kPageBytes = 4096;
 
 // A pager over simulated tiers, whose pages count their own updates.
 class Run {
  public:
   Run(Costs costs, std::vector<TierRoom> tiers) {
-    auto made = std::make_unique<SimulatedBackend>(costs, trace);
+    auto made = std::make_unique<SimulatedBackend>(kPageBytes, costs, trace);
     backend_ = made.get();
-    pager = std::make_unique<Pager>(std::move(made), kBytes, std::move(tiers));
+    pager = std::make_unique<Pager>(std::move(made), std::move(tiers));
   }
 
   void add(std::int64_t count) {
