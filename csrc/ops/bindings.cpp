@@ -14,8 +14,8 @@
 #include "ops.h"
 
 namespace qlora {
-void bind_paged_adamw(pybind11::module_& m);                                     // paged_adamw.cpp
-std::vector<at::Tensor> plain_gradients(const std::vector<at::Tensor>& params);  // plain_gradients.cpp
+void bind_paged_adamw(pybind11::module_& m);                   // paged_adamw.cpp
+pybind11::list plain_gradients(const pybind11::list& params);  // plain_gradients.cpp
 }  // namespace qlora
 
 namespace {

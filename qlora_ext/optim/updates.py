@@ -46,7 +46,7 @@ def _checked_gradient(index: int, p: Any) -> Tensor:
     check(grad.layout is torch.strided, what, "a dense tensor", grad.layout)
     check_dtype(what, grad.dtype)
     check(grad.shape == p.shape, what, f"shape {list(p.shape)}", list(grad.shape))
-    expanded = any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True))
+    expanded = p.numel() > 0 and any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True))
     check(not expanded, f"parameter {index}", "elements of their own", f"expanded ones (strides {p.stride()})")
     if is_dtensor(p) or is_dtensor(grad):
         grad = _local_gradient(what, p, grad)
