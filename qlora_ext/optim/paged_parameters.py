@@ -26,19 +26,16 @@ from qlora_ext.optim.updates import Update
 from qlora_ext.sharded import is_sharded, like_parameter, local_shard
 
 _CHUNK = 1 << 26  # bytes of converted states that restoring holds at once
-# What most entries of an optimizer's `state` are: the names of 32-bit or 8-bit states, or empty.
-_WITHOUT_VALUES: tuple[dict[str, None], ...] = (
-    dict.fromkeys(("step", *PARTS[:2])),
-    dict.fromkeys(("step", *PARTS)),
-    {},
-)
 
 
 def _gives_values(entry: Any) -> bool:
     """Whether an entry of `state` has a part of a state itself, not only its name, or is no dict."""
     if not isinstance(entry, dict):
         return True
-    return entry not in _WITHOUT_VALUES and any(entry.get(name) is not None for name in NAMES)
+    for name, value in entry.items():  # noqa: SIM110  any(): slow
+        if value is not None and name in NAMES:
+            return True
+    return False
 
 
 def _step_dtype() -> torch.dtype:

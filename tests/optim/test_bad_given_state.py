@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def fake() -> Tensor:
 
 STEPS = {
     "two": torch.ones(2),
+    "two of NumPy": np.ones(2),
     "on meta": torch.ones((), device="meta"),
     "too large": 10**400,
     "list": [1],
