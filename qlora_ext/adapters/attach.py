@@ -81,14 +81,8 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
     for wanted in names:
         check_has_adapter("set_adapter", model, wanted)
     reshard(model)
+    check_trainable("set_adapter", model, names)
     layers = list(lora_layers(model))
-    for layer_name, layer in layers:  # before any switches
-        for each in layer.configs.keys() & set(names):
-            if any(leaf.is_inference() for leaf in layer.leaves(each)):
-                expected = "an adapter made outside torch.inference_mode(), so that it can be trained"
-                raise ValueError(
-                    f"set_adapter: model: {layer_name}: expected {expected}, got inference tensors: {each}"
-                )
     for _, layer in layers:
         layer.active_adapters = [n for n in names if n in layer.configs]
     for active in (False, True):  # what two share trains if one is active
@@ -99,6 +93,15 @@ def set_adapter(model: nn.Module, name: str | list[str] | None) -> None:
                         leaf.requires_grad_(active)
 
 
+def check_trainable(op: str, model: nn.Module, names: Collection[str]) -> None:
+    """Raise ValueError if one of these adapters is made of inference tensors."""
+    for layer_name, layer in lora_layers(model):
+        for each in layer.configs.keys() & set(names):
+            if any(leaf.is_inference() for leaf in layer.leaves(each)):
+                expected = "an adapter made outside torch.inference_mode(), so that it can be trained"
+                raise ValueError(f"{op}: model: {layer_name}: expected {expected}, got inference tensors: {each}")
+
+
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter; a layer left without any becomes its base layer again.
 
@@ -107,7 +110,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: there is no adapter of this name; merged adapters; a layer that accelerate has offloaded; hooks, or
-            fully_shard, on a layer that becomes its base layer. Nothing has changed then.
+            fully_shard, on a layer that becomes its base layer; the one that would become active is made of inference
+            tensors. Nothing has changed then.
     """
     check_not_merged("delete_adapter", model)
     check_has_adapter("delete_adapter", model, name)
@@ -117,12 +121,13 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             expected = "no hooks, and its class's forward: others would be lost"
             got = f"a layer that has them{of_accelerate(layer)}"
             raise ValueError(f"delete_adapter: {layer_name}: expected {expected}, got {got}")
-    was_active = any(name in layer.active_adapters for _, layer in lora_layers(model))
+    active = {each for _, layer in lora_layers(model) for each in layer.active_adapters}
+    left = [other for other in adapter_names(model) if other != name][:1] if active == {name} else []
+    check_trainable("delete_adapter", model, left)
 
     _detach(model, name)
-    left = adapter_names(model)
-    if was_active and left and not any(layer.active_adapters for _, layer in lora_layers(model)):
-        set_adapter(model, left[0])
+    if left:
+        set_adapter(model, left)
         warnings.warn(f"delete_adapter: {name!r} was active: now {left[0]!r} is", UserWarning, stacklevel=2)
 
 

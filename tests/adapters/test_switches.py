@@ -63,6 +63,21 @@ def test_deleting_one_of_two_active_adapters_leaves_the_other_active() -> None:
     assert model[0].active_adapters == model[1].active_adapters == ["b"]
 
 
+def test_deleting_is_refused_before_it_begins_if_the_next_adapter_cannot_train() -> None:
+    model = two_layers()
+    for name in ("a", "b"):
+        add_adapter(model, LoraConfig(r=2), name)
+    with torch.inference_mode():
+        model[1].lora_A["a"] = nn.Parameter(torch.zeros(2, 64))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"^delete_adapter: model: 1: .*got inference tensors: a"):
+        delete_adapter(model, "b")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert model[0].active_adapters == model[1].active_adapters == ["b"]
+    delete_adapter(model, "a")
+    assert model[0].active_adapters == ["b"]
+
+
 def test_a_reference_model_shares_what_is_frozen() -> None:
     """By the README's recipe for TRL."""
     model = quantize_model(two_layers())
