@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from qlora_ext.adapters.attach import activate, attach
+from qlora_ext.adapters.attach import activate, attach, check_trainable
 from qlora_ext.adapters.peft_config import CONFIG_FILE, describe, read_config
 from qlora_ext.adapters.peft_layout import from_file, layers_by_key, read_tensors, shape_in_file, to_file
 from qlora_ext.adapters.trained_modules import are_weights_tied, fit_modules, trained_modules, unasked_modules
@@ -119,9 +119,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         TypeError, ValueError: no adapter can have this name.
         ValueError: a file is truncated or foreign, is no LoRA adapter, uses what is not supported here (by name), lacks
             tensors of a layer or module that its config names, or does not fit the model; it would change a module
-            that adapters of other names are used with; the adapter of this name has a parametrization; a new adapter
-            for layers that fully_shard has sharded; merged adapters; a parameter without a shape yet. The model is then
-            as it was.
+            that adapters of other names are used with; the adapter of this name has a parametrization, or is made of
+            inference tensors; a new adapter for layers that fully_shard has sharded; merged adapters; a parameter
+            without a shape yet. The model is then as it was.
 
     Source: PEFT's checkpoint format.
     """
@@ -172,6 +172,7 @@ def _read(model: nn.Module, folder: str | os.PathLike[str], name: str, *, resume
     _check_complete(targets + adapted, weights, path)
     if existing := {n: layer.lora_A[name].shape[-2] for n, layer in lora_layers(model) if name in layer.configs}:
         _check_not_computed(model, name)
+        check_trainable("load_adapter", model, [name])
         _check_ranks(name, existing, {layer_name: config.rank(layer_name) for layer_name in weights})
     else:
         check_whole("load_adapter", {layer_name: layers[layer_name] for layer_name in weights})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from random_layers import randomize_adapters
 from torch import nn
 
-from qlora_ext import LoraConfig, add_adapter, delete_adapter, quantize_model, set_adapter
+from qlora_ext import LoraConfig, add_adapter, delete_adapter, load_adapter, quantize_model, save_adapter, set_adapter
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
 
@@ -76,6 +77,20 @@ def test_deleting_is_refused_before_it_begins_if_the_next_adapter_cannot_train()
     assert model[0].active_adapters == model[1].active_adapters == ["b"]
     delete_adapter(model, "a")
     assert model[0].active_adapters == ["b"]
+
+
+def test_loading_into_inference_tensors_is_refused_before_it_begins(tmp_path: Path) -> None:
+    model = two_layers()
+    add_adapter(model, LoraConfig(r=2))
+    randomize_adapters(model)
+    save_adapter(model, tmp_path)
+    randomize_adapters(model)
+    with torch.inference_mode():
+        model[1].lora_A["default"] = nn.Parameter(torch.zeros(2, 64))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"^load_adapter: model: 1: .*got inference tensors: default"):
+        load_adapter(model, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_reference_model_shares_what_is_frozen() -> None:
