@@ -26,6 +26,12 @@ struct AdapterOptions {
   OptionalTensor seed;
 };
 
+// What the backward pass has of x; no argument of autograd's either.
+struct KeptOfX {
+  Tensor x;
+  bool has_values;
+};
+
 std::tuple<Tensor, Tensor> call_lora(const Tensor& x, const WeightArguments& w, c10::SymInt out_features,
                                      const OptionalTensor& bias, at::TensorList A, at::TensorList B,
                                      const AdapterOptions& options) {
@@ -62,32 +68,57 @@ Tensor call_dropout_mask(const Tensor& x, double keep, const Tensor& seed) {
   return op.call(x, keep, seed);
 }
 
+// One number in the shape of x, whose gradient is x's.
+struct WithoutValues : torch::autograd::Function<WithoutValues> {
+  static Tensor forward(AutogradContext*, const Tensor& x) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return at::empty({}, x.options()).expand_symint(x.sym_sizes());
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list& grads) { return grads; }
+};
+
+// A low rank x A^T that is known, of rows of x without their values; A does not train. With the mask of dropout, if
+// any.
+struct KnownLowRank : torch::autograd::Function<KnownLowRank> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& low_rank, const Tensor& a,
+                        const OptionalTensor& mask) {
+    ctx->save_for_backward({a, mask.value_or(Tensor())});
+    return low_rank.clone();
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &a = saved[0], &mask = saved[1], grad = at::matmul(grads[0], a);
+    return {mask.defined() ? at::where(mask, grad, 0) : grad, {}, {}, {}};
+  }
+};
+
 struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
-  // Of what is saved: after the weight's tensors x and xA, then A and B of all adapters, and the seed of dropout, if
-  // any.
+  // Of what is saved: after the weight's tensors what is kept of x, and xA, then A and B of all adapters, and the seed
+  // of dropout, if any.
   static constexpr size_t kX = WeightArguments::kTensors, kXA = kX + 1, kAdapters = kXA + 1;
 
-  // Returns y and xA. No one else takes xA's gradient than the gradient of B, when that is differentiated.
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, at::TensorList A,
-                               at::TensorList B, const WeightArguments& w, const c10::SymInt& out_features,
-                               const AdapterOptions& options) {
+  // Returns y. xA is no result of this node: one that saves its own keeps itself alive, where checkpointing ends its
+  // second forward pass while it saves.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, at::TensorList A,
+                        at::TensorList B, const WeightArguments& w, const c10::SymInt& out_features,
+                        const AdapterOptions& options, const KeptOfX& kept, Tensor* xA) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, xA] = call_lora(x, w, out_features, bias, A, B, options);
-    // x's values are for the gradient of A alone, and most of what a training step keeps: where no A trains (LoRA-FA,
-    // arXiv 2308.03303), one number is saved in the shape of x.
-    const bool trains_A = std::any_of(A.begin(), A.end(), [](const Tensor& a) { return a.requires_grad(); });
+    Tensor y;
+    std::tie(y, *xA) = call_lora(x, w, out_features, bias, A, B, options);
     variable_list saved = w.save(ctx);
-    saved.insert(saved.end(), {trains_A ? x : at::empty({}, x.options()).expand_symint(x.sym_sizes()), xA});
+    saved.insert(saved.end(), {kept.x, *xA});
     saved.insert(saved.end(), A.begin(), A.end());
     saved.insert(saved.end(), B.begin(), B.end());
     if (options.seed.has_value()) saved.push_back(*options.seed);
     ctx->saved_data["scaling"] = options.scaling;
     ctx->saved_data["keep"] = options.keep;
-    ctx->saved_data["trains_A"] = trains_A;
+    ctx->saved_data["trains_A"] = kept.has_values;
     save_bias(ctx, bias);
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    return {y, xA};
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -101,41 +132,35 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
     const at::TensorList B = at::TensorList(saved).slice(kAdapters + count, count);
     if (!keep.empty()) options.seed = saved.at(kAdapters + 2 * count);
     const Tensor &x = saved[kX], &xA = saved[kXA];
-    const auto &grad_y = grads[0], &grad_xA = grads[1];
+    const Tensor& grad_y = grads[0];
     const size_t first_B = 2 + count;  // of the gradients, in the order of forward's arguments: x, bias, A, B, ...
-    variable_list out(2 + 2 * count + 3);
-    for (const Tensor& grad : grads) {
-      TORCH_CHECK(!grad.defined() || !grad._fw_grad(0).defined(),
-                  "lora_linear_4bit: tangents of gradients: expected none, got one");
-    }
+    variable_list out(2 + 2 * count + 5);
+    if (!grad_y.defined()) return out;
+    TORCH_CHECK(!grad_y._fw_grad(0).defined(), "lora_linear_4bit: tangents of gradients: expected none, got one");
     const bool wants_x = ctx->needs_input_grad(0);
-    if (grad_y.defined()) out[1] = bias_grad(ctx, grad_y);
+    out[1] = bias_grad(ctx, grad_y);
 
-    if (at::GradMode::is_enabled() || grad_xA.defined()) {
-      // create_graph, and the pass after it: by products that can be differentiated again, in float32.
+    if (at::GradMode::is_enabled()) {  // create_graph: by products that can be differentiated again, in float32
       const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
       const bool trains_A = ctx->saved_data.at("trains_A").toBool();
-      const auto plus = [](const Tensor& sum, const Tensor& more) { return sum.defined() ? sum + more : more; };
-      const Tensor rows = as_rows(x), grad = grad_y.defined() ? as_rows(grad_y).to(at::kFloat) : Tensor();
-      Tensor grad_x = wants_x && grad.defined() ? call_dgrad(grad, w, x.sym_size(-1)) : Tensor();
+      const Tensor rows = as_rows(x), grad = as_rows(grad_y).to(at::kFloat);
+      Tensor grad_x = wants_x ? call_dgrad(grad, w, x.sym_size(-1)) : Tensor();
       c10::SymInt rank = 0;
       for (size_t i = 0; i < count; rank += A[i++].sym_size(0)) {
         const auto own = [&](const Tensor& all) { return all.narrow_symint(1, rank, A[i].sym_size(0)).to(at::kFloat); };
         const bool drops = !keep.empty() && keep[i] != 1;
-        const Tensor mask =
-            drops ? call_dropout_mask(rows, keep[i], seed->reshape({-1})[static_cast<int64_t>(i)]) : Tensor();
-        const auto masked = [&](const Tensor& t) { return drops ? at::where(mask, t, 0) : t; };
+        OptionalTensor mask;
+        if (drops) mask = call_dropout_mask(rows, keep[i], seed->reshape({-1})[static_cast<int64_t>(i)]);
+        const auto masked = [&](const Tensor& t) { return mask ? at::where(*mask, t, 0) : t; };
         const Tensor a = A[i].to(at::kFloat), own_x = trains_A ? masked(rows.to(at::kFloat)) : Tensor();
-        Tensor g = grad_xA.defined() ? own(grad_xA) : Tensor();
-        if (grad.defined()) g = plus(g, at::matmul(grad * scaling[i], B[i].to(at::kFloat)));
-        if (wants_x) grad_x = plus(grad_x, masked(at::matmul(g, a)));
+        const Tensor g = at::matmul(grad * scaling[i], B[i].to(at::kFloat));
+        if (wants_x) grad_x = grad_x + masked(at::matmul(g, a));
         if (trains_A) out[2 + i] = at::matmul(g.t(), own_x).to(A[i].scalar_type());
-        if (!grad.defined()) continue;
-        const Tensor low_rank = trains_A ? at::matmul(own_x, a.t()) : own(xA);
+        const Tensor low_rank = trains_A ? at::matmul(own_x, a.t()) : KnownLowRank::apply(rows, own(xA), a, mask);
         out[first_B + i] = at::matmul(grad.t() * scaling[i], low_rank).to(B[i].scalar_type());
       }
-      if (wants_x && grad_x.defined()) out[0] = grad_x.to(x.scalar_type()).view_as(x);
-    } else if (grad_y.defined()) {
+      if (wants_x) out[0] = grad_x.to(x.scalar_type()).view_as(x);
+    } else {
       at::AutoDispatchBelowADInplaceOrView below;
       const size_t first = has_bias(ctx) ? 2 : 1;
       const bool wants_A = ctx->needs_input_grad({{first, first + count}}),
@@ -166,8 +191,13 @@ std::tuple<Tensor, Tensor> lora_linear_4bit(const Tensor& x, const Tensor& packe
     at::AutoDispatchBelowADInplaceOrView below;
     return call_lora(x, w, out_features, bias, A, B, options);
   }
-  const variable_list y_and_xA = LoraLinear4bit::apply(x, bias, A, B, w, out_features, options);
-  return {y_and_xA[0], y_and_xA[1]};
+  // x's values are for the gradient of A alone, and most of what a training step keeps: they go where no A trains
+  // (LoRA-FA, arXiv 2308.03303).
+  const bool trains_A = std::any_of(A.begin(), A.end(), [](const Tensor& a) { return a.requires_grad(); });
+  const KeptOfX kept{trains_A ? x : WithoutValues::apply(x), trains_A};
+  Tensor xA;
+  const Tensor y = LoraLinear4bit::apply(x, bias, A, B, w, out_features, options, kept, &xA);
+  return {y, xA};
 }
 
 }  // namespace
