@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -68,6 +69,13 @@ Tensor call_dropout_mask(const Tensor& x, double keep, const Tensor& seed) {
   return op.call(x, keep, seed);
 }
 
+// The elements of t[rows, K] that the dropout before adapter i keeps of those rows of x; 0 for the others.
+Tensor masked(const AdapterOptions& options, size_t i, const Tensor& rows, const Tensor& t) {
+  if (options.keep.empty() || options.keep[i] == 1) return t;
+  const Tensor seed = options.seed->reshape({-1})[static_cast<int64_t>(i)];
+  return at::where(call_dropout_mask(rows, options.keep[i], seed), t, 0);
+}
+
 // One number in the shape of x, whose gradient is x's.
 struct WithoutValues : torch::autograd::Function<WithoutValues> {
   static Tensor forward(AutogradContext*, const Tensor& x) {
@@ -78,19 +86,32 @@ struct WithoutValues : torch::autograd::Function<WithoutValues> {
   static variable_list backward(AutogradContext*, const variable_list& grads) { return grads; }
 };
 
-// A low rank x A^T that is known, of rows of x without their values; A does not train. With the mask of dropout, if
-// any.
+// Where no A trains, xA as a function of rows of x that are without values.
 struct KnownLowRank : torch::autograd::Function<KnownLowRank> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& low_rank, const Tensor& a,
-                        const OptionalTensor& mask) {
-    ctx->save_for_backward({a, mask.value_or(Tensor())});
-    return low_rank.clone();
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& xA, at::TensorList A,
+                        const AdapterOptions& options) {
+    variable_list saved = {rows, options.seed.value_or(Tensor())};
+    saved.insert(saved.end(), A.begin(), A.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["keep"] = options.keep;
+    return xA.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &a = saved[0], &mask = saved[1], grad = at::matmul(grads[0], a);
-    return {mask.defined() ? at::where(mask, grad, 0) : grad, {}, {}, {}};
+    const at::TensorList A = at::TensorList(saved).slice(2);
+    const AdapterOptions options{{}, ctx->saved_data.at("keep").toDoubleVector(), saved[1]};
+    const Tensor& rows = saved[0];
+    Tensor grad_x = at::zeros_symint(rows.sym_sizes(), grads[0].options());
+    c10::SymInt rank = 0;
+    for (size_t i = 0; i < A.size(); rank += A[i++].sym_size(0)) {
+      const Tensor own = grads[0].narrow_symint(1, rank, A[i].sym_size(0));
+      grad_x = grad_x + masked(options, i, rows, at::matmul(own, A[i].to(at::kFloat)));
+    }
+    variable_list out(2 + A.size() + 1);
+    out[0] = grad_x.to(rows.scalar_type());
+    return out;
   }
 };
 
@@ -145,18 +166,15 @@ struct LoraLinear4bit : torch::autograd::Function<LoraLinear4bit> {
       const bool trains_A = ctx->saved_data.at("trains_A").toBool();
       const Tensor rows = as_rows(x), grad = as_rows(grad_y).to(at::kFloat);
       Tensor grad_x = wants_x ? call_dgrad(grad, w, x.sym_size(-1)) : Tensor();
+      const Tensor known = trains_A ? Tensor() : KnownLowRank::apply(rows, xA, A, options);
       c10::SymInt rank = 0;
       for (size_t i = 0; i < count; rank += A[i++].sym_size(0)) {
-        const auto own = [&](const Tensor& all) { return all.narrow_symint(1, rank, A[i].sym_size(0)).to(at::kFloat); };
-        const bool drops = !keep.empty() && keep[i] != 1;
-        OptionalTensor mask;
-        if (drops) mask = call_dropout_mask(rows, keep[i], seed->reshape({-1})[static_cast<int64_t>(i)]);
-        const auto masked = [&](const Tensor& t) { return mask ? at::where(*mask, t, 0) : t; };
-        const Tensor a = A[i].to(at::kFloat), own_x = trains_A ? masked(rows.to(at::kFloat)) : Tensor();
+        const Tensor a = A[i].to(at::kFloat),
+                     own_x = trains_A ? masked(options, i, rows, rows.to(at::kFloat)) : Tensor();
         const Tensor g = at::matmul(grad * scaling[i], B[i].to(at::kFloat));
-        if (wants_x) grad_x = grad_x + masked(at::matmul(g, a));
+        if (wants_x) grad_x = grad_x + masked(options, i, rows, at::matmul(g, a));
         if (trains_A) out[2 + i] = at::matmul(g.t(), own_x).to(A[i].scalar_type());
-        const Tensor low_rank = trains_A ? at::matmul(own_x, a.t()) : KnownLowRank::apply(rows, own(xA), a, mask);
+        const Tensor low_rank = trains_A ? at::matmul(own_x, a.t()) : known.narrow_symint(1, rank, A[i].sym_size(0));
         out[first_B + i] = at::matmul(grad.t() * scaling[i], low_rank).to(B[i].scalar_type());
       }
       if (wants_x) out[0] = grad_x.to(x.scalar_type()).view_as(x);
