@@ -6,16 +6,20 @@
 // read, copy: over a buffer of COLD_BYTES, shared out among the threads; a copy takes one half of it to the other and
 // counts bytes read and bytes written, as STREAM does. hot_read, hot_copy: the same over HOT_BYTES.
 // fma_fp32: a figure for each instruction set that the CPU has (the baseline, SSE2, multiplies and adds apart).
-// dpbf16: vdpbf16ps, or null. Matrix units (AMX) are not measured.
+// dpbf16: vdpbf16ps, or null. tdpbf16: AMX's tdpbf16ps, on tiles that are there already, or null.
 // Each figure is the best pass in SECONDS: what other processes take away is no limit of the machine.
+#include <cpuid.h>
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 
 namespace {
@@ -116,6 +120,42 @@ void fma_baseline() { multiply_add<Vector128>(); }
   for (__m512& sum : sums) asm volatile("" : : "v"(sum));
 }
 
+// Linux lets a process use tiles once it has asked.
+bool has_tiles() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (~edx & (kBf16 | kTiles)) != 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+constexpr double kTileFlops = 2.0 * 16 * 16 * 32;
+constexpr int kTileTurns = 1 << 15;  // of four products: their latency is that of three
+
+void dot_tiles() {
+  struct alignas(64) {
+    unsigned char palette = 1, start_row = 0, reserved[14] = {};
+    unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } configuration;
+  alignas(64) unsigned short values[16][32];
+  for (auto& row : values) std::fill(std::begin(row), std::end(row), 0x3c00);  // bf16 of 2^-7
+  asm volatile("ldtilecfg %0" : : "m"(configuration));
+  asm volatile(
+      "tileloadd (%0,%1,1), %%tmm4\n\ttileloadd (%0,%1,1), %%tmm5\n\t"
+      "tileloadd (%0,%1,1), %%tmm6\n\ttileloadd (%0,%1,1), %%tmm7\n\t"
+      "tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3"
+      :
+      : "r"(values), "r"(sizeof *values)
+      : "memory");
+  for (int turn = 0; turn < kTileTurns; turn++) {
+    asm volatile(
+        "tdpbf16ps %tmm6, %tmm4, %tmm0\n\ttdpbf16ps %tmm7, %tmm4, %tmm1\n\t"
+        "tdpbf16ps %tmm6, %tmm5, %tmm2\n\ttdpbf16ps %tmm7, %tmm5, %tmm3");
+  }
+  asm volatile("tilerelease");
+}
+
 struct InstructionSet {
   const char* name;
   bool present;
@@ -211,7 +251,12 @@ int main(int argc, char** argv) {
   if (__builtin_cpu_supports("avx512bf16")) {
     dpbf16 = std::to_string(best_rate(threads, seconds, 64.0 * kChains * kTurns * threads, [](int) { dot_bf16(); }));
   }
+  std::string tdpbf16 = "null";
+  if (has_tiles()) {
+    tdpbf16 =
+        std::to_string(best_rate(threads, seconds, 4 * kTileFlops * kTileTurns * threads, [](int) { dot_tiles(); }));
+  }
   std::printf("{\"threads\": %d, \"read\": %.0f, \"copy\": %.0f, ", threads, cold.read, cold.copy);
   std::printf("\"hot_read\": %.0f, \"hot_copy\": %.0f, ", hot.read, hot.copy);
-  std::printf("\"fma_fp32\": {%s}, \"dpbf16\": %s}\n", fma.c_str(), dpbf16.c_str());
+  std::printf("\"fma_fp32\": {%s}, \"dpbf16\": %s, \"tdpbf16\": %s}\n", fma.c_str(), dpbf16.c_str(), tdpbf16.c_str());
 }

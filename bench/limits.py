@@ -18,7 +18,8 @@ LEAST_BYTES = 2**20  # of a buffer that a bandwidth is measured on
 Limits = dict[str, Any]  # bytes/s and flops/s by the names that limits.cpp gives them
 
 # The set whose fp32 figure bounds a path of csrc/cpu.
-FMA_OF_PATH = {"portable": "baseline", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512"}
+FMA_OF_PATH = {"portable": "baseline", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512", "amx": "avx512"}
+BF16_OF_PATH = {"avx512_bf16": "dpbf16", "amx": "tdpbf16"}
 
 
 def last_level_cache() -> int:
@@ -57,9 +58,9 @@ def measure(cold_bytes: int, hot_bytes: int, *, seconds: float = 0.1) -> Limits:
 
 
 def flops_per_s(limits: Limits, dtype: torch.dtype, cpu_path: str) -> float:
-    """The peak that bounds a product in this dtype on this path: dpbf16 where the path has it, else fp32 FMA."""
-    if dtype == torch.bfloat16 and cpu_path == "avx512_bf16":
-        return float(limits["dpbf16"])
+    """The peak of a product in this dtype on this path: dpbf16 or tdpbf16 where the path has it, else fp32 FMA."""
+    if dtype == torch.bfloat16 and cpu_path in BF16_OF_PATH:
+        return float(limits[BF16_OF_PATH[cpu_path]])
     return float(limits["fma_fp32"][FMA_OF_PATH[cpu_path]])
 
 

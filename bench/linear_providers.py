@@ -141,7 +141,8 @@ def _bitsandbytes_repacked(weight: Weight) -> Any:
     packed, state = _bitsandbytes_quantized(weight)
     import bitsandbytes.functional as bnb
 
-    if _C.cpu_path() != "avx512_bf16" or not bnb.has_avx512bf16():  # a path stands for a machine that has no more
+    native = _C.cpu_path() in ("avx512_bf16", "amx")  # a path stands for a machine that has no more
+    if not native or not bnb.has_avx512bf16():
         raise MissingPeerError("without AVX512_BF16 its eval mode does what its training mode does")
     return bnb._convert_weight_packed_for_cpu(packed, state)
 

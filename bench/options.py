@@ -20,7 +20,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 # What one computes in here, as `finetune` does: without instructions for bf16, torch takes ten times as long in it.
 NATIVE = "bf16" if "avx512_bf16" in _C.cpu_paths() else "fp32"
 # oneDNN's products are held to the instructions of the path that ours is held to; MKL's, torch's of fp32, are not.
-ONEDNN_ISA = {"portable": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
+ONEDNN_ISA = {
+    "portable": "SSE41",
+    "avx2": "AVX2",
+    "avx512": "AVX512_CORE",
+    "avx512_bf16": "AVX512_CORE_BF16",
+    "amx": "AVX512_CORE_AMX",
+}
 # In huge pages, and kept between calls: the kernel fills each page with zeros that malloc asks for anew.
 MALLOC = {
     "glibc.malloc.hugetlb": "1",

@@ -21,11 +21,11 @@ import qlora_ext._C as _C
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "RESULTS.md"
-PATHS = ("portable", "avx2", "avx512", "avx512_bf16")  # of the CPU, each with the instructions of those before
+PATHS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # of the CPU, each with the instructions of those before
 DEMO_DATA = ["examples/demo_data.py", "--output", "build/demo"]
 MANY_ROWS = ["--rows", "16", "128", "512", "2048"]
 # fp32 is measured on those below the path in use, too; on that what one computes in there.
-VECTOR_PATHS = PATHS[1:-1]
+VECTOR_PATHS = ("avx2", "avx512")
 TRAININGS = (["bench/compare_methods.py"], ["bench/compare_optimizers.py"])
 
 

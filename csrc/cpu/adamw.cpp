@@ -49,7 +49,7 @@ void update(const AdamwTask& task, std::int64_t begin, std::int64_t end) {
   const Path chosen = path();
   if (chosen == Path::Avx2) kernel = adamw_avx2;
   if (chosen == Path::Avx512) kernel = adamw_avx512;
-  if (chosen == Path::Avx512Bf16) kernel = adamw_avx512_bf16;
+  if (chosen >= Path::Avx512Bf16) kernel = adamw_avx512_bf16;
 #endif
   const std::int64_t whole = std::max(begin, std::min(end, task.slice->count / kAdamwBlock));
   kernel(task, begin, whole);

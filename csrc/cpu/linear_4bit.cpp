@@ -18,6 +18,9 @@ const FewRowsKernel& kernel_for([[maybe_unused]] DType dtype, [[maybe_unused]] s
       break;
     case Path::Avx2:
       return few_rows_avx2(dtype);
+    case Path::Amx:
+      if (dtype == DType::BFloat16) return few_rows_amx(M, N);
+      return few_rows_avx512(M, N);
     case Path::Avx512Bf16:
       if (dtype == DType::BFloat16) return few_rows_avx512_bf16(M, N);
       [[fallthrough]];
@@ -35,8 +38,13 @@ std::int64_t arranged_row_bytes(const FewRowsKernel& kernel, std::int64_t K) {
 }  // namespace
 
 std::int64_t most_few_rows(DType dtype) {
-  if (dtype == DType::BFloat16 && has_bf16_matrices()) return 8;
+  if (dtype == DType::BFloat16 && torch_has_bf16_matrices()) return 8;
   return path() < Path::Avx512 ? 8 : kMostRowProducts;  // row_products, which adds the adapters, takes no more
+}
+
+std::int64_t most_rows_in_turns(DType dtype) {
+  const std::int64_t most = most_few_rows(dtype);
+  return path() == Path::Amx && dtype == DType::BFloat16 ? 2 * most : most;
 }
 
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K) {

@@ -24,6 +24,9 @@ struct FewRows {
 // faster.
 std::int64_t most_few_rows(DType dtype);
 
+// The most rows for which so many at a time are faster than matmul: with AMX it decodes weights more slowly.
+std::int64_t most_rows_in_turns(DType dtype);
+
 // x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on
 // a 64-byte boundary.
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K);
@@ -60,5 +63,6 @@ extern const FewRowsKernel few_rows_portable;
 const FewRowsKernel& few_rows_avx2(DType dtype);                       // of x
 const FewRowsKernel& few_rows_avx512(std::int64_t M, std::int64_t N);  // rows of x in all, and of W
 const FewRowsKernel& few_rows_avx512_bf16(std::int64_t M, std::int64_t N);
+const FewRowsKernel& few_rows_amx(std::int64_t M, std::int64_t N);
 
 }  // namespace qlora::cpu

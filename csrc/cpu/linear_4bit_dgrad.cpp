@@ -17,13 +17,15 @@ std::int64_t most_few_rows_of_grad(DType dtype, std::int64_t K) {
       return 6;
     case Path::Avx512Bf16:
       if (dtype != DType::BFloat16) return 6;
-      return K % kDgradBoundary == 0 && !has_bf16_matrices() ? 32 : 8;
+      return K % kDgradBoundary == 0 ? 32 : 8;
+    case Path::Amx:
+      return dtype == DType::BFloat16 ? 2 : 6;
   }
   throw std::logic_error("linear_4bit_dgrad: unknown CPU path");
 }
 
 DType dtype_of_grad(DType dtype) {
-  return dtype == DType::BFloat16 && path() == Path::Avx512Bf16 ? dtype : DType::Float32;
+  return dtype == DType::BFloat16 && path() >= Path::Avx512Bf16 ? dtype : DType::Float32;
 }
 
 void linear_4bit_dgrad(const FewRowsDgrad& product, std::int64_t begin, std::int64_t end) {

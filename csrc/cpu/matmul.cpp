@@ -15,13 +15,16 @@ namespace {
 
 // Null where torch's is faster.
 const MatmulKernel* find_kernel(DType compute) {
-  if (compute == DType::BFloat16 && has_bf16_matrices()) return nullptr;
+  if (compute == DType::BFloat16 && torch_has_bf16_matrices()) return nullptr;
 #if defined(__x86_64__)
   switch (path()) {
     case Path::Portable:
       break;
     case Path::Avx2:
       return &matmul_avx2;
+    case Path::Amx:
+      if (compute == DType::BFloat16) return &matmul_amx;
+      return &matmul_avx512;
     case Path::Avx512Bf16:
       if (compute == DType::BFloat16) return &matmul_avx512_bf16;
       [[fallthrough]];
@@ -42,12 +45,12 @@ const MatmulKernel& kernel_for(const Matmul& product) {
   return *kernel;
 }
 
-void check_rows(const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
+void check_rows(const MatmulKernel& kernel, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
   const auto is_boundary = [&](std::int64_t row) {
-    return row == rows.end || (row - rows.begin) % kMatmulRowBoundary == 0;
+    return row == rows.end || (row - rows.begin) % kernel.row_boundary == 0;
   };
   if (begin < rows.begin || end > rows.end || !is_boundary(begin) || !is_boundary(end)) {
-    throw std::logic_error("matmul: rows must be cut at multiples of kMatmulRowBoundary");
+    throw std::logic_error("matmul: rows must be cut at multiples of row_boundary");
   }
 }
 
@@ -60,27 +63,34 @@ struct Free {
 bool has_matmul(DType compute) { return find_kernel(compute) != nullptr; }
 
 std::int64_t arranged_floats(const Matmul& product, std::int64_t rows) {
-  const std::int64_t per_step = kernel_for(product).per_step;
+  const MatmulKernel& kernel = kernel_for(product);
   std::int64_t floats = 0;
-  for (int t = 0; t < product.num_terms; ++t) floats += ceil_div(product.terms[t].R, per_step);
-  return rows * floats;
+  for (int t = 0; t < product.num_terms; ++t) {
+    floats += ceil_div(product.terms[t].R, kernel.per_step * kernel.depth_step) * kernel.depth_step;
+  }
+  return ceil_div(rows, kernel.row_step) * kernel.row_step * floats;
 }
+
+std::int64_t row_boundary(const Matmul& product) { return kernel_for(product).row_boundary; }
 
 std::int64_t most_matmul_rows(const Matmul& product) {
   // Read again for each panel, they should lie in the last-level cache; but a weight must not be decoded for few rows.
   constexpr std::int64_t kMostFloats = 4 << 20;
-  const std::int64_t rows = kMostFloats / std::max<std::int64_t>(arranged_floats(product, 1), 1);
-  return std::clamp(rows / kMatmulRowBoundary * kMatmulRowBoundary, 10 * kMatmulRowBoundary, kMaxRows);
+  constexpr std::int64_t kLeastRows = 120;
+  const MatmulKernel& kernel = kernel_for(product);
+  const std::int64_t rows = kMostFloats * kernel.row_step / std::max<std::int64_t>(arranged_floats(product, 1), 1);
+  return std::clamp(rows, kLeastRows, kMaxRows) / kernel.row_boundary * kernel.row_boundary;
 }
 
 void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
-  check_rows(rows, begin, end);
-  kernel_for(product).arrange(product, rows, begin, end);
+  const MatmulKernel& kernel = kernel_for(product);
+  check_rows(kernel, rows, begin, end);
+  kernel.arrange(product, rows, begin, end);
 }
 
 void matmul(const Matmul& product, const MatmulRows& rows, const Rectangle& rectangle) {
   const MatmulKernel& kernel = kernel_for(product);
-  check_rows(rows, rectangle.row_begin, rectangle.row_end);
+  check_rows(kernel, rows, rectangle.row_begin, rectangle.row_end);
   const auto is_boundary = [&](std::int64_t column) {
     return column % kMatmulColumnBoundary == 0 || column == product.J;
   };

@@ -50,19 +50,21 @@ struct MatmulRows {
   float* x;
 };
 
-// Rows and columns of out. They must be cut at multiples of these, rows counted from MatmulRows::begin.
+// Rows and columns of out. They must be cut at multiples of row_boundary, counted from MatmulRows::begin, and of
+// kMatmulColumnBoundary.
 struct Rectangle {
   std::int64_t row_begin, row_end, column_begin, column_end;
 };
 
-constexpr std::int64_t kMatmulRowBoundary = 12;
 constexpr std::int64_t kMatmulColumnBoundary = 32;
 
-// Whether there is a kernel that computes in this: torch's are faster for bf16 where has_bf16_matrices, and on x86-64
-// without AVX2.
+// Whether there is a kernel that computes in this: torch's are faster for bf16 where torch_has_bf16_matrices, and on
+// x86-64 without AVX2.
 bool has_matmul(DType compute);
 
-// The most rows, a multiple of kMatmulRowBoundary, to be arranged at a time: a decoded weight is multiplied with all.
+std::int64_t row_boundary(const Matmul& product);
+
+// The most rows, a multiple of row_boundary, to be arranged at a time: a decoded weight is multiplied with all.
 std::int64_t most_matmul_rows(const Matmul& product);
 std::int64_t arranged_floats(const Matmul& product, std::int64_t rows);
 

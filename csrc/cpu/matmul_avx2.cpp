@@ -35,7 +35,7 @@ inline void transpose_bytes(const std::uint8_t* from, std::int64_t stride, __m25
   }
 }
 
-struct Avx2 : Avx2Vectors {
+struct Avx2 : Avx2Vectors, VectorTiles {
   static constexpr std::int64_t kColumns = 16;
   // Rounding errors of longer chains would grow beyond those of torch's kernels.
   static constexpr std::int64_t kChain = 64;

@@ -11,7 +11,7 @@ namespace qlora::cpu {
 namespace {
 
 template <typename Isa>
-struct Avx512Tiles : Avx512Vectors {
+struct Avx512Tiles : Avx512Vectors, VectorTiles {
   static constexpr std::int64_t kColumns = 32;
   static constexpr int kTileRows = 12;
 

@@ -6,9 +6,8 @@
 namespace qlora::cpu {
 
 constexpr std::int64_t kDepth = 256;       // of the reduction
-constexpr std::int64_t kMaxRows = 516;     // of x, whole tiles: what a decoded weight is used for at most
+constexpr std::int64_t kMaxRows = 528;     // of x, whole tiles: what a decoded weight is used for at most
 constexpr std::int64_t kMaxColumns = 256;  // of out, whose sums lie together
-static_assert(kMaxRows % kMatmulRowBoundary == 0);
 // In floats. No power of two: rows would meet in a few sets of the cache.
 constexpr std::int64_t kSumStride = kMaxColumns + 16;
 
@@ -48,12 +47,14 @@ struct MatmulScratch {
 
 // The kernels of one instruction set.
 struct MatmulKernel {
-  std::int64_t per_step;  // elements of the reduction that lie in a float of the arranged x
+  std::int64_t row_boundary;          // a multiple of row_step
+  std::int64_t row_step, depth_step;  // rows of the arranged x, and floats of a row, are multiples of these
+  std::int64_t per_step;              // elements of the reduction that lie in a float
   void (*arrange)(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end);
   void (*multiply)(const Matmul& product, const MatmulRows& rows, const Rectangle& rectangle,
                    const MatmulScratch& scratch);
 };
 
-extern const MatmulKernel matmul_portable, matmul_avx2, matmul_avx512, matmul_avx512_bf16;
+extern const MatmulKernel matmul_portable, matmul_avx2, matmul_avx512, matmul_avx512_bf16, matmul_amx;
 
 }  // namespace qlora::cpu

@@ -7,6 +7,11 @@
 //
 // Isa has
 //   kTileRows, kColumns    the most rows of a tile, and its columns, which are a panel's
+//   kRowBoundary           where threads' rows may be cut: whole tiles
+//   kRowStep, kDepthStep   rows of tiles, and steps of the panel, are multiples of these, zeros behind the last
+//   kMostOfPanel           of so many bytes of x at most a panel of W's rows is multiplied with the whole depth first
+//   State                  what a thread holds while it multiplies
+//   kRowsApart             whether each row of a tile has kDepthStep steps in turn, or each step all rows
 //   kChain                 the most additions, steps of the panel, before a tile's sums go to memory
 //   kPerStep               elements of the reduction in a row of the panel, and in a place of x: 1, or 2 in bf16
 //   kLanes                 places, 32 bits each, of a Vector
@@ -26,9 +31,23 @@ namespace {
 template <typename Isa>
 constexpr std::int64_t kSegment = Isa::kPerStep == 1 ? 16 * kDepth : INT64_MAX;
 
+// Tiles in vector registers, which a kernel makes of any rows and steps.
+struct VectorTiles {
+  static constexpr std::int64_t kRowBoundary = 12, kDepthStep = 1, kMostOfPanel = 0;
+  static constexpr int kRowStep = 1;
+  static constexpr bool kRowsApart = false;
+  struct State {};
+};
+
 template <typename Isa>
 inline std::int64_t steps_of(std::int64_t depth) {
-  return ceil_div(depth, Isa::kPerStep);
+  return ceil_div(depth, Isa::kPerStep * Isa::kDepthStep) * Isa::kDepthStep;
+}
+
+// With those of zeros.
+template <typename Isa>
+inline std::int64_t rows_of(std::int64_t rows) {
+  return ceil_div(rows, Isa::kRowStep) * Isa::kRowStep;
 }
 
 // Without a branch, for the compiler to vectorize.
@@ -55,8 +74,8 @@ struct MatrixLines {
 };
 
 // `depth` numbers of each of the first Isa::kLanes lines, scaled: step by step, the places of all lines side by side,
-// and zeros up to `to_stride` or Isa::kLanes places.
-template <typename Isa, typename T>
+// and zeros up to `to_stride` or Isa::kLanes places. (Where lines are to lie apart, line by line, kDepthStep steps.)
+template <typename Isa, typename T, bool kApart = false>
 void interleave(const Matrix& m, const MatrixLines& lines, float scale, std::int64_t depth, std::int64_t to_stride,
                 float* to) {
   constexpr std::int64_t kElements = Isa::kLanes * Isa::kPerStep;
@@ -81,7 +100,7 @@ void interleave(const Matrix& m, const MatrixLines& lines, float scale, std::int
     typename Isa::Vector places[Isa::kLanes];
 #pragma GCC unroll 16
     for (std::int64_t line = 0; line < Isa::kLanes; ++line) places[line] = read(line);
-    Isa::transpose(places);
+    if constexpr (!kApart) Isa::transpose(places);
     const std::int64_t steps = steps_of<Isa>(count);
     std::int64_t left = steps_of<Isa>(depth - at) * to_stride - lines.place;  // places to the end
 #pragma GCC unroll 16
@@ -104,7 +123,9 @@ void arrange_tile(const Matrix& x, std::int64_t row, std::int64_t rows, std::int
     // The last lines first: what they write into the next step, the first overwrite.
     for (std::int64_t i = (rows - 1) / Isa::kLanes * Isa::kLanes; i >= 0; i -= Isa::kLanes) {
       const std::int64_t first = (row + i) * x.row_stride + r * x.column_stride;
-      interleave<Isa, decltype(type)>(x, {first, rows - i, x.row_stride, x.column_stride, i}, 1.0f, depth, rows, to);
+      const std::int64_t place = Isa::kRowsApart ? 0 : i, stride = Isa::kRowsApart ? Isa::kLanes : rows;
+      interleave<Isa, decltype(type), Isa::kRowsApart>(x, {first, rows - i, x.row_stride, x.column_stride, place}, 1.0f,
+                                                       depth, stride, to + (i - place) * steps_of<Isa>(depth));
     }
   });
 }
@@ -118,7 +139,7 @@ void each_block(const Matmul& product, const MatmulRows& rows, Body&& body) {
     for (std::int64_t r = 0; r < term.R; r += kDepth) {
       const std::int64_t depth = smaller(kDepth, term.R - r);
       body(term, r, depth, x);
-      x += (rows.end - rows.begin) * steps_of<Isa>(depth);
+      x += rows_of<Isa>(rows.end - rows.begin) * steps_of<Isa>(depth);
     }
   }
 }
@@ -160,6 +181,8 @@ void fill_dense(const Term& term, std::int64_t r, std::int64_t depth, std::int64
         }
         Isa::store_panel_rows(copy[0], copy[1], i, panel);
       }
+      const std::int64_t rows = ceil_div(depth, 2) * 2 / Isa::kPerStep, zeros = steps_of<Isa>(depth) - rows;
+      if (zeros > 0) __builtin_memset(panel + rows * Isa::kColumns, 0, zeros * Isa::kColumns * sizeof(float));
       return;
     }
     for (std::int64_t j = 0; j < Isa::kColumns; j += Isa::kLanes) {
@@ -234,7 +257,7 @@ inline void add_part(const float* from, const bool* mask, std::int64_t mask_stri
   }
 }
 
-// All rows onto their sums, tile by tile, with a smaller one for the last rows. `steps` are rows of the panel. No chain
+// All rows onto their sums, tile by tile, with smaller ones for the last rows. `steps` are rows of the panel. No chain
 // of additions in a register is longer than Isa::kChain.
 template <typename Isa, int kRows = Isa::kTileRows>
 void multiply_panel(const float* x, std::int64_t rows, const float* panel, std::int64_t steps, float* sums) {
@@ -244,8 +267,8 @@ void multiply_panel(const float* x, std::int64_t rows, const float* panel, std::
                                          smaller(Isa::kChain, steps - step), sums);
     }
   }
-  if constexpr (kRows > 1) {
-    if (rows > 0) multiply_panel<Isa, kRows - 1>(x, rows, panel, steps, sums);
+  if constexpr (kRows > Isa::kRowStep) {
+    if (rows > 0) multiply_panel<Isa, kRows - Isa::kRowStep>(x, rows, panel, steps, sums);
   }
 }
 
@@ -287,17 +310,17 @@ void store_row(const float* sums, const T* bias, std::int64_t columns, T* out) {
 // A rectangle that has room in the scratch: its sums lie there in blocks of kMaxColumns columns.
 template <typename Isa>
 void multiply_part(const Matmul& product, const MatmulRows& all_rows, const Rectangle& part, const MatmulScratch& s) {
-  const std::int64_t rows = part.row_end - part.row_begin;
+  const std::int64_t rows = part.row_end - part.row_begin, rows_in_tiles = rows_of<Isa>(rows);
   const auto each_columns = [&](auto&& handle) {
     std::int64_t at = 0;
     for (std::int64_t column = part.column_begin; column < part.column_end; column += kMaxColumns) {
       handle(column, smaller(kMaxColumns, part.column_end - column), at);
-      at += rows * kSumStride;
+      at += rows_in_tiles * kSumStride;
     }
   };
   const std::int64_t blocks = ceil_div(part.column_end - part.column_begin, kMaxColumns);
   const auto clear = [&](float* sums) {
-    __builtin_memset(sums, 0, static_cast<std::size_t>(blocks * rows * kSumStride) * sizeof(float));
+    __builtin_memset(sums, 0, static_cast<std::size_t>(blocks * rows_in_tiles * kSumStride) * sizeof(float));
   };
   clear(s.sums);
   each_block<Isa>(product, all_rows, [&](const Term& term, std::int64_t r, std::int64_t depth, const float* x) {
@@ -310,7 +333,7 @@ void multiply_part(const Matmul& product, const MatmulRows& all_rows, const Rect
     if (beside && r % kSegment<Isa> == 0) clear(sums);
     x += (part.row_begin - all_rows.begin) * steps_of<Isa>(depth);
     each_columns([&](std::int64_t column, std::int64_t columns, std::int64_t at) {
-      multiply_columns<Isa>(product, term, r, depth, x, rows, column, columns, s, sums + at);
+      multiply_columns<Isa>(product, term, r, depth, x, rows_in_tiles, column, columns, s, sums + at);
       if (ends && (beside || masked)) {
         const bool* mask = masked ? term.out_mask + part.row_begin * product.J + column : nullptr;
         add_part(sums + at, mask, masked ? product.J : 0, rows, columns, s.sums + at);
@@ -334,15 +357,22 @@ void multiply_rectangle(const Matmul& product, const MatmulRows& rows, const Rec
                         const MatmulScratch& scratch) {
   const auto [row_begin, row_end, column_begin, column_end] = rectangle;
   if (row_begin >= row_end) return;
+  [[maybe_unused]] const typename Isa::State state;
   // Of fewer rows there is room for more columns, whose weights lie side by side.
-  const std::int64_t columns = kMaxRows / (row_end - row_begin) * kMaxColumns;
+  std::int64_t columns = kMaxRows / rows_of<Isa>(row_end - row_begin) * kMaxColumns;
+  for (int t = 0; t < product.num_terms; ++t) {
+    const Term& term = product.terms[t];
+    const std::int64_t bytes = (row_end - row_begin) * steps_of<Isa>(term.R) * 4;
+    if (term.kind == Term::Kind::WeightTransposed && bytes <= Isa::kMostOfPanel) columns = Isa::kColumns;
+  }
   for (std::int64_t column = column_begin; column < column_end; column += columns) {
     multiply_part<Isa>(product, rows, {row_begin, row_end, column, smaller(column + columns, column_end)}, scratch);
   }
 }
 
 template <typename Isa>
-constexpr MatmulKernel kMatmulKernel{Isa::kPerStep, arrange_blocks<Isa>, multiply_rectangle<Isa>};
+constexpr MatmulKernel kMatmulKernel{Isa::kRowBoundary, Isa::kRowStep,       Isa::kDepthStep,
+                                     Isa::kPerStep,     arrange_blocks<Isa>, multiply_rectangle<Isa>};
 
 }  // namespace
 }  // namespace qlora::cpu

@@ -8,7 +8,7 @@
 namespace qlora::cpu {
 namespace {
 
-struct Portable : PortableVectors {
+struct Portable : PortableVectors, VectorTiles {
   static constexpr std::int64_t kColumns = 2 * kLanes;
   static constexpr std::int64_t kChain = 64;  // as for AVX2
   static constexpr std::int64_t kPerStep = 1;

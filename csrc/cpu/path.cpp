@@ -3,6 +3,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -14,9 +16,20 @@
 namespace qlora::cpu {
 namespace {
 
-Path best_path() {
+#if defined(__x86_64__) && !defined(QLORA_EXT_EMULATED)
+// Linux lets a process use tiles once it has asked.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (~edx & (kBf16 | kTiles)) != 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+Path find_best_path() {
 #if defined(QLORA_EXT_EMULATED)  // the vector kernels are made of plain C++: cmake/emulated.cmake
-  return Path::Avx512Bf16;
+  return Path::Amx;
 #elif defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
@@ -26,10 +39,16 @@ Path best_path() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return Path::Avx2;
   }
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") ? Path::Avx512Bf16 : Path::Avx512;
+  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi")) return Path::Avx512;
+  return has_amx() ? Path::Amx : Path::Avx512Bf16;
 #else
   return Path::Portable;
 #endif
+}
+
+Path best_path() {
+  static const Path path = find_best_path();
+  return path;
 }
 
 Path parse(const std::string& name) {
@@ -55,7 +74,7 @@ std::atomic<Path>& current() {
 Path path() { return current().load(std::memory_order_relaxed); }
 
 const char* path_name(Path path) {
-  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
   return kNames[static_cast<int>(path)];
 }
 
@@ -79,18 +98,11 @@ bool has_native_bf16() {
 #endif
 }
 
-bool has_bf16_matrices() {
-#if defined(QLORA_EXT_EMULATED)
-  return false;
-#elif defined(__x86_64__)
-  static const bool has_amx = [] {  // once: in a virtual machine CPUID takes microseconds
-    unsigned eax, ebx, ecx, edx;
-    constexpr unsigned kAmxBf16 = 1u << 22;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0;
-  }();
-  return has_amx && path() == Path::Avx512Bf16;
-#else
+bool torch_has_bf16_matrices() {
+#if defined(__aarch64__)
   return has_native_bf16();
+#else
+  return false;
 #endif
 }
 

@@ -10,7 +10,7 @@ namespace qlora::cpu {
 void row_products(const RowProducts& product, std::int64_t begin, std::int64_t end) {
   if (product.M > kMostRowProducts) throw std::logic_error("row_products: more rows than kMostRowProducts");
 #if defined(__x86_64__)
-  if (path() == Path::Avx512Bf16 && product.compute == DType::BFloat16) {
+  if (path() >= Path::Avx512Bf16 && product.compute == DType::BFloat16) {
     return row_products_avx512_bf16(product, begin, end);
   }
   if (path() >= Path::Avx512) return row_products_avx512(product, begin, end);

@@ -108,7 +108,7 @@ class Cpu final : public Device {
     const int64_t M = x.size(0), K = x.size(1);
     const DType dtype = dtype_of(x.scalar_type());
     if (K % w.blocksize != 0) return false;
-    if (M <= cpu::most_few_rows(dtype)) {
+    if (M <= cpu::most_rows_in_turns(dtype)) {
       linear_4bit_few_rows(x, w, bias, added, y);
       return true;
     }
@@ -227,7 +227,7 @@ class Cpu final : public Device {
                               .dtype = dtype_of(out.scalar_type()),
                               .compute = compute};
     const int64_t chunks = ceil_div(M, cpu::most_matmul_rows(product));
-    const int64_t chunk = ceil_div(ceil_div(M, chunks), cpu::kMatmulRowBoundary) * cpu::kMatmulRowBoundary;
+    const int64_t boundary = cpu::row_boundary(product), chunk = ceil_div(ceil_div(M, chunks), boundary) * boundary;
     float* const x = workspace(cpu::arranged_floats(product, std::min(chunk, M)));
     for (int64_t row = 0; row < M; row += chunk) {
       multiply_rectangles(product, {row, std::min(row + chunk, M), x});
@@ -244,7 +244,7 @@ class Cpu final : public Device {
 
   // Cut into as many rectangles as there are threads.
   static void multiply_rectangles(const cpu::Matmul& product, const cpu::MatmulRows& rows) {
-    const int64_t M = rows.end - rows.begin, bands = ceil_div(M, cpu::kMatmulRowBoundary);
+    const int64_t boundary = cpu::row_boundary(product), M = rows.end - rows.begin, bands = ceil_div(M, boundary);
     const int64_t panels = ceil_div(product.J, cpu::kMatmulColumnBoundary);
     int64_t width = 0;  // of x
     for (int t = 0; t < product.num_terms; ++t) width += product.terms[t].R;
@@ -259,9 +259,9 @@ class Cpu final : public Device {
     }
     const int64_t columns = ceil_div(panels, column_parts) * cpu::kMatmulColumnBoundary;
     const int64_t bands_each = ceil_div(bands, row_parts);
-    const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * cpu::kMatmulRowBoundary, rows.end); };
+    const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * boundary, rows.end); };
     // At least kGrain elements for a thread.
-    const int64_t bands_worth = kGrain / (cpu::kMatmulRowBoundary * std::max<int64_t>(width, 1)) + 1;
+    const int64_t bands_worth = kGrain / (boundary * std::max<int64_t>(width, 1)) + 1;
     parallel_for(0, bands, std::max(ceil_div(bands, threads), bands_worth),
                  [&](int64_t begin, int64_t end) { cpu::arrange_rows(product, rows, row_at(begin), row_at(end)); });
     parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {

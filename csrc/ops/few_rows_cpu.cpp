@@ -75,8 +75,10 @@ cpu::Rows cpu_rows(const Tensor& m, const Tensor& mask) {
           mask.defined() ? mask.const_data_ptr<bool>() : nullptr, mask.defined() ? mask.stride(0) : 0};
 }
 
-void linear_4bit_few_rows(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias, LowRankList added,
-                          const Tensor& y) {
+namespace {
+
+// So many rows as a kernel takes.
+void multiply_rows(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias, LowRankList added, const Tensor& y) {
   const Tensor x = x_arg.contiguous();
   const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
   const DType dtype = dtype_of(x.scalar_type());
@@ -94,6 +96,19 @@ void linear_4bit_few_rows(const Tensor& x_arg, const Packed4bit& w, const Tensor
                              .dtype = dtype};
   each_part(N, cpu::kFewRowsBoundary, K, addend,
             [&](int64_t begin, int64_t end) { cpu::linear_4bit(product, begin, end); });
+}
+
+}  // namespace
+
+void linear_4bit_few_rows(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added,
+                          const Tensor& y) {
+  const int64_t M = x.size(0), most = cpu::most_few_rows(dtype_of(x.scalar_type()));
+  if (M <= most) return multiply_rows(x, w, bias, added, y);
+  cpu::each_group(M, most, [&](int64_t row, int64_t rows) {
+    std::vector<LowRank> of_rows(added.begin(), added.end());
+    for (LowRank& one : of_rows) one.x = one.x.narrow(0, row, rows);
+    multiply_rows(x.narrow(0, row, rows), w, bias, of_rows, y.narrow(0, row, rows));
+  });
 }
 
 void linear_4bit_dgrad_few_rows(const Tensor& grad, const Packed4bit& w, LowRankList added, const Tensor& grad_x) {

@@ -26,6 +26,7 @@ import tables
 import timing
 from transformers import GenerationConfig
 
+import qlora_ext._C as _C
 from qlora_ext.finetune.load import compute_dtype
 
 
@@ -34,10 +35,11 @@ def test_limits_of_this_machine() -> None:
     measured = limits.measure(2**22, 2**20, seconds=0.01)
     flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     sets = {"baseline"} | {name for name, flag in (("avx2", "avx2"), ("avx512", "avx512f")) if flag in flags}
-    assert set(measured) == {"threads", "read", "copy", "hot_read", "hot_copy", "fma_fp32", "dpbf16"}
+    assert set(measured) == {"threads", "read", "copy", "hot_read", "hot_copy", "fma_fp32", "dpbf16", "tdpbf16"}
     assert measured["threads"] == threads
     assert set(measured["fma_fp32"]) == sets
     assert (measured["dpbf16"] is not None) == ("avx512_bf16" in flags)
+    assert (measured["tdpbf16"] is not None) == ("amx" in _C.cpu_paths())
     rates = [rate for rate in measured.values() if isinstance(rate, float)] + [*measured["fma_fp32"].values()]
     assert all(1e6 < rate < 1e15 for rate in rates)
 
@@ -59,6 +61,7 @@ MEASURED = [
         "hot_copy": 100.0,
         "fma_fp32": {"avx2": 10.0, "avx512": 20.0},
         "dpbf16": 40.0,
+        "tdpbf16": 400.0,
     },
     {
         "read": 80.0,
@@ -67,6 +70,7 @@ MEASURED = [
         "hot_copy": 50.0,
         "fma_fp32": {"avx2": 5.0, "avx512": 10.0},
         "dpbf16": 20.0,
+        "tdpbf16": 500.0,
     },
 ]
 
@@ -80,6 +84,8 @@ MEASURED = [
         (400 / 100, {"mode": "hot", "copying": True}),
         (4000 / 40, {"flops": 4000}),
         (4000 / 20, {"flops": 4000, "dtype": torch.float32}),
+        (4000 / 500, {"flops": 4000, "cpu_path": "amx"}),
+        (4000 / 20, {"flops": 4000, "cpu_path": "amx", "dtype": torch.float32}),
         (4000 / 20, {"flops": 4000, "cpu_path": "avx512"}),
         (4000 / 10, {"flops": 4000, "cpu_path": "avx2"}),
     ],

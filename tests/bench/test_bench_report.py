@@ -27,14 +27,14 @@ def test_a_machine_replaces_its_own_rows_only(tmp_path: Path, monkeypatch: pytes
     assert record.read("op") == [second]
 
 
-@pytest.mark.parametrize("best", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("best", report.PATHS)
 def test_no_bench_replaces_the_rows_of_another(best: str) -> None:
-    everything = ["portable", "avx2", "avx512", "avx512_bf16"]
-    runs = report.benches(everything[: everything.index(best) + 1])
+    runnable = list(report.PATHS[: report.PATHS.index(best) + 1])
+    runs = report.benches(runnable)
     paths = [run[run.index("--cpu-path") + 1] if "--cpu-path" in run else best for run in runs]
     files = [(run[0], "--lora-dropout" in run) for run in runs]  # the training step has two
     assert len(set(zip(files, paths, strict=True))) == len(runs)
-    assert [path for path in paths if path != best] == everything[1 : everything.index(best)]  # those with vectors
+    assert [path for path in paths if path != best] == [path for path in ("avx2", "avx512") if path in runnable[:-1]]
     assert all((report.ROOT / script).exists() for script, *_ in [*runs, *report.TRAININGS, report.DEMO_DATA])
     scripts = {f"bench/{path.name}" for path in (report.ROOT / "bench").glob("bench_*.py")}
     assert scripts - {run[0] for run in runs} == {"bench/bench_cuda.py"}  # tools/gpu_suite.sh runs that
@@ -44,13 +44,13 @@ def test_readme_shows_the_last_run_on_the_path_that_does_most(tmp_path: Path, mo
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     known = {"threads": 2, "versions": {"torch": "2.15.0", "torchao": None}, "commit": "abc", "date": "2026-11-27"}
     known |= {"dtype": "bfloat16", "tokens_per_s": 1.0}
-    for cpu, path in [("old", "avx512_bf16"), ("new", "avx512_bf16"), ("small", "avx2"), ("any", "portable")]:
+    for cpu, path in [("old", "amx"), ("new", "amx"), ("mid", "avx512_bf16"), ("small", "avx2"), ("any", "portable")]:
         record.replace("generate", [known | {"cpu": cpu, "cpu_path": path, "provider": cpu}])
     shown = [
         [line.split()[1] for line in report.markdown("generate", document).splitlines() if line.endswith("| 1.00x |")]
         for document in (report.README, report.RESULTS)
     ]
-    assert shown == [["new"], ["any", "small", "new", "old"]]
+    assert shown == [["new"], ["any", "small", "mid", "new", "old"]]
     assert "; torch 2.15.0; commit abc, 2026-11-27<" in report.markdown("generate", report.README)
 
 

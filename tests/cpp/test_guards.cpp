@@ -244,7 +244,7 @@ void check_parts(std::int64_t M, DType dtype) {
 // Parts of the rows are arranged as all are, in any order; so are rectangles of a product.
 void check_parts_of_matmul(bool transposed, DType dtype) {
   if (!cpu::has_matmul(dtype)) return;
-  constexpr std::int64_t M = 31, R = 45, J = 75;  // unfinished tiles, steps and panels
+  constexpr std::int64_t M = 43, R = 45, J = 75;  // unfinished tiles, steps and panels
   const Values x(dtype, M * R), b(dtype, R * J);
   cpu::Term term{};
   term.R = R;
@@ -255,8 +255,9 @@ void check_parts_of_matmul(bool transposed, DType dtype) {
   const cpu::Matmul product{M, J, &term, 1, nullptr, out.bytes.data(), dtype, dtype};
   std::vector<float> whole(static_cast<std::size_t>(cpu::arranged_floats(product, M))), parts(whole.size(), NAN);
   cpu::arrange_rows(product, {0, M, whole.data()}, 0, M);
-  for (const std::int64_t begin : {24, 12, 0}) {
-    cpu::arrange_rows(product, {0, M, parts.data()}, begin, std::min<std::int64_t>(begin + 12, M));
+  const std::int64_t step = cpu::row_boundary(product);
+  for (std::int64_t begin = (M - 1) / step * step; begin >= 0; begin -= step) {
+    cpu::arrange_rows(product, {0, M, parts.data()}, begin, std::min(begin + step, M));
   }
   CHECK(std::memcmp(whole.data(), parts.data(), whole.size() * sizeof(float)) == 0);
   for (const auto& [begin, end] : {std::pair{0, 32}, {32, 64}, {64, 75}}) {

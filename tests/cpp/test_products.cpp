@@ -30,7 +30,7 @@ double allowed(bool in_bf16, DType out, double magnitude, double exact) {
   return magnitude * (in_bf16 ? 0x1p-8 : 0x1p-21) + std::fabs(exact) * of_out + 1e-7;
 }
 
-bool matmul_in_bf16(DType compute) { return compute == DType::BFloat16 && cpu::path() == cpu::Path::Avx512Bf16; }
+bool matmul_in_bf16(DType compute) { return compute == DType::BFloat16 && cpu::path() >= cpu::Path::Avx512Bf16; }
 
 // Without instructions for bf16 AVX2 rounds the codes, as that halves their lookups, and AVX512 nothing.
 bool few_rows_in_bf16(DType dtype) {
@@ -251,9 +251,9 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
   Values out(dtype, M * J), in_parts(dtype, M * J);
   const DType compute = dtype == DType::BFloat16 ? dtype : DType::Float32;
   cpu::Matmul product{M, J, terms, 3, bias.bytes.data(), out.bytes.data(), dtype, compute};
-  multiply(product, 504, J);
+  multiply(product, cpu::most_matmul_rows(product), J);
   product.out = in_parts.bytes.data();
-  multiply(product, cpu::kMatmulRowBoundary, cpu::kMatmulColumnBoundary);
+  multiply(product, cpu::row_boundary(product), cpu::kMatmulColumnBoundary);
   CHECK(out.bytes == in_parts.bytes);
   for (std::int64_t m = 0; m < M; ++m) {
     for (std::int64_t j = 0; j < J; ++j) {
@@ -296,7 +296,8 @@ void check_dense(std::int64_t M, std::int64_t R, std::int64_t J, bool columns_li
   term.kind = cpu::Term::Kind::Dense;
   term.dense = {b.bytes.data(), DType::BFloat16, row_stride, column_stride, mask};
   Values out(DType::Float32, M * J);
-  multiply({M, J, &term, 1, nullptr, out.bytes.data(), DType::Float32, compute}, 504, J);
+  const cpu::Matmul product{M, J, &term, 1, nullptr, out.bytes.data(), DType::Float32, compute};
+  multiply(product, cpu::most_matmul_rows(product), J);
   for (std::int64_t m = 0; m < M; ++m) {
     for (std::int64_t j = 0; j < J; ++j) {
       double exact = 0, magnitude = 0;
@@ -319,7 +320,7 @@ int main() {
   for (const auto& path : cpu::path_names()) {
     cpu::set_path(path);
     CHECK_EQ(cpu::has_matmul(DType::Float32), path != "portable" || kPortableMatmul);
-    CHECK_EQ(cpu::has_matmul(DType::BFloat16), cpu::has_matmul(DType::Float32) && !cpu::has_bf16_matrices());
+    CHECK_EQ(cpu::has_matmul(DType::BFloat16), cpu::has_matmul(DType::Float32) && !cpu::torch_has_bf16_matrices());
     for (DType dtype : {DType::Float32, DType::Float16, DType::BFloat16}) {
       CHECK(cpu::most_few_rows(dtype) >= 8);
       const QuantType quant_type = dtype == DType::Float16 ? QuantType::FP4 : QuantType::NF4;

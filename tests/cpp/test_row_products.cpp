@@ -68,7 +68,7 @@ void check_case(const Case& c, bool b_as_it_lies, bool masked) {
                         n, std::min(n + part, c.N));
     }
   };
-  const bool pairs = c.compute == DType::BFloat16 && cpu::path() == cpu::Path::Avx512Bf16;
+  const bool pairs = c.compute == DType::BFloat16 && cpu::path() >= cpu::Path::Avx512Bf16;
   const auto operand = [&](const Values& of, std::int64_t i) {
     return rounded(of.exact[static_cast<std::size_t>(i)], pairs ? DType::BFloat16 : DType::Float32);
   };
