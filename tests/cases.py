@@ -141,7 +141,7 @@ LINEAR_CASES = [
     )
 ] + [
     LinearCase((1, 512, 11008), "bf16", "nf4", 64, double_quant=True, bias=False),
-    # rows of several chunks (of at most 516)
+    # rows of several chunks (of at most 528)
     LinearCase((1100, 96, 320), "bf16", "nf4", 64, double_quant=True, bias=True),
     LinearCase((1100, 96, 320), "fp32", "nf4", 64, double_quant=True, bias=False),
 ]

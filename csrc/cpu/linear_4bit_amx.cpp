@@ -2,7 +2,8 @@
 //
 // A run of 32 weights is one row of such a tile. Its 16 bytes are 8 words of 4 codes; four copies of them, each shifted
 // to another code, are the indices of a lookup among the 16 weights that the block may have, rounded once as
-// dequantize_4bit does. So weights lie in the order in which shifts bring them, and so do the pairs of x.
+// dequantize_4bit does (but for subnormals, which are 0 here). So weights lie in the order in which shifts bring them,
+// and so do the pairs of x.
 #include "linear_4bit.h"
 
 #if defined(__x86_64__)
@@ -152,7 +153,7 @@ void multiply_groups(const FewRows& p, const Groups& groups, std::int64_t begin,
   const auto* x = static_cast<const char*>(p.x);
   const amx::Tiles tiles(groups.tiles());
   for (std::int64_t row = begin; row < end; row += kTileRows) {
-    const std::int64_t first = row + kTileRows <= p.N ? row : p.N - kTileRows;  // the last tile may overlap another
+    const TileOfY y(p, row, end);
     amx::clear<4>();
     amx::clear<6>();
     if constexpr (kGroups == 2) {
@@ -162,31 +163,20 @@ void multiply_groups(const FewRows& p, const Groups& groups, std::int64_t begin,
     for (std::int64_t k = 0; k < p.K; k += kMaxSegment) {
       const std::int64_t count = smaller(p.K - k, kMaxSegment);
       TileScales scales;
-      scales.decode(p.w, first, p.K, k, count);
-      const std::uint8_t* packed = p.w.packed + (first * p.K + k) / 2;
+      scales.decode(p.w, y.first, p.K, k, count);
+      const std::uint8_t* packed = p.w.packed + (y.first * p.K + k) / 2;
       each_part_of_tile(packed, p.K / 2, count, kMaxSegment, [&](const TileOfW& w, std::int64_t at, std::int64_t part) {
         const char* const of_groups[] = {x + 2 * groups.rows[0] * (k + at),
                                          x + 2 * (groups.rows[0] * p.K + groups.rows[1] * (k + at))};
         multiply_part<kGroups>(table, w, part, p.w.blocksize, scales.value + at / p.w.blocksize, groups, of_groups);
       });
     }
-    const std::int64_t behind = first + kTileRows < end ? 0 : first + kTileRows - end;
-    const auto lanes = static_cast<__mmask16>(0xffffu >> behind & 0xffffu << (row - first));
-    const auto finish = [&](const __m512(&sums)[kRowsOfX], std::int64_t m, std::int64_t rows) {
-      with_type(p.dtype, [&](auto type) {
-        for (std::int64_t i = 0; i < rows; ++i, ++m) {
-          __m512 sum = sums[i];
-          if (p.addend != nullptr) sum += _mm512_maskz_loadu_ps(lanes, p.addend + m * p.addend_stride + first);
-          store_lanes(static_cast<decltype(type)*>(p.y) + m * p.N + first, sum, lanes);
-        }
-      });
-    };
     __m512 sums[kRowsOfX];
     take_sums<4, 6>(sums);
-    finish(sums, 0, groups.rows[0]);
+    for (std::int64_t m = 0; m < groups.rows[0]; ++m) y.store(p, m, sums[m]);
     if constexpr (kGroups == 2) {
       take_sums<5, 7>(sums);
-      finish(sums, groups.rows[0], groups.rows[1]);
+      for (std::int64_t m = 0; m < groups.rows[1]; ++m) y.store(p, groups.rows[0] + m, sums[m]);
     }
   }
 }

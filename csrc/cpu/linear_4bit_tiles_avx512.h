@@ -203,6 +203,25 @@ inline void store_lanes(T* to, __m512 x, __mmask16 lanes) {
   }
 }
 
+// The columns of y that a tile of W makes, from `row` on: of those before `end` that are there. The last tile may
+// overlap another.
+struct TileOfY {
+  std::int64_t first;
+  __mmask16 lanes;
+
+  TileOfY(const FewRows& p, std::int64_t row, std::int64_t end)
+      : first(row + kTileRows <= p.N ? row : p.N - kTileRows) {
+    const std::int64_t behind = first + kTileRows < end ? 0 : first + kTileRows - end;
+    lanes = static_cast<__mmask16>(0xffffu >> behind & 0xffffu << (row - first));
+  }
+
+  void store(const FewRows& p, std::int64_t m, __m512 sum) const {
+    if (p.addend != nullptr) sum += _mm512_maskz_loadu_ps(lanes, p.addend + m * p.addend_stride + first);
+    with_type(p.dtype,
+              [&](auto type) { store_lanes(static_cast<decltype(type)*>(p.y) + m * p.N + first, sum, lanes); });
+  }
+};
+
 inline bool pays_in_tiles(std::int64_t M, std::int64_t N) { return M >= kLeastInTile && N >= kTileRows; }
 
 template <typename Isa>
@@ -216,7 +235,7 @@ void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
   const auto* x = static_cast<const typename Isa::Element*>(p.x);
   const std::int64_t longest = p.M > kMostInTile ? kTilePart : kMaxSegment;
   for (std::int64_t row = begin; row < end; row += kTileRows) {
-    const std::int64_t first = row + kTileRows <= p.N ? row : p.N - kTileRows;  // the last tile may overlap another
+    const TileOfY y(p, row, end);
     // Of the first segment, onto which those of a later one are added: chains as long as K would be less exact.
     alignas(64) float sums[kMostRowProducts][kTileRows], later[kMostRowProducts][kTileRows];
     for (std::int64_t m = 0; m < p.M; ++m) _mm512_store_ps(sums[m], _mm512_setzero_ps());
@@ -225,8 +244,8 @@ void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
       for (std::int64_t m = 0; m < p.M && k > 0; ++m) _mm512_store_ps(later[m], _mm512_setzero_ps());
       const std::int64_t count = smaller(p.K - k, kMaxSegment);
       TileScales scales;
-      scales.decode(p.w, first, p.K, k, count);
-      const std::uint8_t* packed = p.w.packed + (first * p.K + k) / 2;
+      scales.decode(p.w, y.first, p.K, k, count);
+      const std::uint8_t* packed = p.w.packed + (y.first * p.K + k) / 2;
       each_part_of_tile(packed, p.K / 2, count, longest, [&](const TileOfW& w, std::int64_t at, std::int64_t part) {
         each_group(p.M, kMostInTile, [&](std::int64_t m, std::int64_t rows) {
           kKernels[rows - kLeastInTile](isa, x + m * p.K + (k + at) * rows, w, part, p.w.blocksize,
@@ -237,15 +256,7 @@ void multiply_in_tiles(const FewRows& p, std::int64_t begin, std::int64_t end) {
         _mm512_store_ps(sums[m], _mm512_add_ps(_mm512_load_ps(sums[m]), _mm512_load_ps(later[m])));
       }
     }
-    const std::int64_t behind = first + kTileRows < end ? 0 : first + kTileRows - end;
-    const auto lanes = static_cast<__mmask16>(0xffffu >> behind & 0xffffu << (row - first));
-    with_type(p.dtype, [&](auto type) {
-      for (std::int64_t m = 0; m < p.M; ++m) {
-        __m512 sum = _mm512_load_ps(sums[m]);
-        if (p.addend != nullptr) sum += _mm512_maskz_loadu_ps(lanes, p.addend + m * p.addend_stride + first);
-        store_lanes(static_cast<decltype(type)*>(p.y) + m * p.N + first, sum, lanes);
-      }
-    });
+    for (std::int64_t m = 0; m < p.M; ++m) y.store(p, m, _mm512_load_ps(sums[m]));
   }
 }
 

@@ -6,7 +6,7 @@
 namespace qlora::cpu {
 
 constexpr std::int64_t kDepth = 256;       // of the reduction
-constexpr std::int64_t kMaxRows = 528;     // of x, whole tiles: what a decoded weight is used for at most
+constexpr std::int64_t kMaxRows = 528;     // of x, multiples of row_step: what a decoded weight is used for at most
 constexpr std::int64_t kMaxColumns = 256;  // of out, whose sums lie together
 // In floats. No power of two: rows would meet in a few sets of the cache.
 constexpr std::int64_t kSumStride = kMaxColumns + 16;

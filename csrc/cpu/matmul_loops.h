@@ -319,8 +319,13 @@ void multiply_part(const Matmul& product, const MatmulRows& all_rows, const Rect
     }
   };
   const std::int64_t blocks = ceil_div(part.column_end - part.column_begin, kMaxColumns);
+  const std::int64_t panels = ceil_div(part.column_end - part.column_begin, Isa::kColumns);
   const auto clear = [&](float* sums) {
-    __builtin_memset(sums, 0, static_cast<std::size_t>(blocks * rows_in_tiles * kSumStride) * sizeof(float));
+    const std::int64_t lines = panels == 1 ? rows_in_tiles : 1;  // of one panel only what it has
+    const std::int64_t each = panels == 1 ? Isa::kColumns : blocks * rows_in_tiles * kSumStride;
+    for (std::int64_t i = 0; i < lines; ++i, sums += kSumStride) {
+      __builtin_memset(sums, 0, static_cast<std::size_t>(each) * sizeof(float));
+    }
   };
   clear(s.sums);
   each_block<Isa>(product, all_rows, [&](const Term& term, std::int64_t r, std::int64_t depth, const float* x) {
@@ -363,6 +368,7 @@ void multiply_rectangle(const Matmul& product, const MatmulRows& rows, const Rec
   for (int t = 0; t < product.num_terms; ++t) {
     const Term& term = product.terms[t];
     const std::int64_t bytes = (row_end - row_begin) * steps_of<Isa>(term.R) * 4;
+    // Then a panel's rows of W are read in one go, while x, which each panel meets, stays in the L2.
     if (term.kind == Term::Kind::WeightTransposed && bytes <= Isa::kMostOfPanel) columns = Isa::kColumns;
   }
   for (std::int64_t column = column_begin; column < column_end; column += columns) {
@@ -371,6 +377,16 @@ void multiply_rectangle(const Matmul& product, const MatmulRows& rows, const Rec
 }
 
 template <typename Isa>
+constexpr bool fits_the_loops() {
+  // The rows of a part have room in the scratch; a block of rows that lie apart is one chain, of whole vectors.
+  static_assert(kMaxRows % Isa::kRowStep == 0 && Isa::kRowBoundary % Isa::kRowStep == 0);
+  static_assert(!Isa::kRowsApart || (Isa::kDepthStep == Isa::kLanes && Isa::kRowStep == Isa::kLanes));
+  static_assert(!Isa::kRowsApart || Isa::kChain * Isa::kPerStep >= kDepth);
+  return true;
+}
+
+template <typename Isa>
+  requires(fits_the_loops<Isa>())
 constexpr MatmulKernel kMatmulKernel{Isa::kRowBoundary, Isa::kRowStep,       Isa::kDepthStep,
                                      Isa::kPerStep,     arrange_blocks<Isa>, multiply_rectangle<Isa>};
 

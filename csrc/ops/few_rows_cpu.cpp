@@ -26,8 +26,9 @@ class Addend {
     float* const sums = kept_.emplace_back(at::empty({M, J}, options.dtype(at::kFloat))).data_ptr<float>();
     for (const LowRank& one : added) {
       const bool as_it_lies = one.factor.stride(1) == 1 && one.factor.size(0) > 1;
-      const Tensor& factor = kept_.emplace_back((as_it_lies ? one.factor : one.factor.t()).contiguous());
-      products_.push_back({.x = cpu_rows(one.x),
+      const Tensor x = kept_.emplace_back(one.x.stride(1) == 1 ? one.x : one.x.contiguous());  // mm() may transpose it
+      const Tensor factor = kept_.emplace_back((as_it_lies ? one.factor : one.factor.t()).contiguous());
+      products_.push_back({.x = cpu_rows(x),
                            .b = cpu_rows(factor),
                            .b_as_it_lies = as_it_lies,
                            .compute = DType::Float32,

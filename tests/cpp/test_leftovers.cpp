@@ -59,9 +59,9 @@ void check_few_rows(std::int64_t M, std::int64_t N, std::int64_t K, DType dtype,
   }
 }
 
-void check_matmul(cpu::Term::Kind kind, bool x_as_it_lies, float scale, std::int64_t R, std::int64_t J, DType dtype) {
+void check_matmul(cpu::Term::Kind kind, bool x_as_it_lies, float scale, std::int64_t M, std::int64_t R, std::int64_t J,
+                  DType dtype) {
   if (!cpu::has_matmul(dtype)) return;
-  constexpr std::int64_t M = 13;
   const bool transposed = kind == cpu::Term::Kind::WeightTransposed, of_weight = kind != cpu::Term::Kind::Dense;
   const Weight w(transposed ? J : R, of_weight ? transposed ? R : J : 32, 32, QuantType::NF4, false);
   const Values x(dtype, M * R), dense(dtype, R * J);
@@ -113,11 +113,13 @@ void check_all(DType dtype) {
   }
   for (const float scale : {1.0f, 0.5f}) {
     for (const bool x_as_it_lies : {true, false}) {
-      for (const std::int64_t R : {1, 45, 257}) {
-        check_matmul(cpu::Term::Kind::Dense, x_as_it_lies, scale, R, 75, dtype);
-        check_matmul(cpu::Term::Kind::Weight, x_as_it_lies, scale, R, 96, dtype);
+      for (const std::int64_t M : {13, 20}) {  // less than a tile of 16 rows, and more
+        for (const std::int64_t R : {1, 45, 257}) {
+          check_matmul(cpu::Term::Kind::Dense, x_as_it_lies, scale, M, R, 75, dtype);
+          check_matmul(cpu::Term::Kind::Weight, x_as_it_lies, scale, M, R, 96, dtype);
+        }
+        check_matmul(cpu::Term::Kind::WeightTransposed, x_as_it_lies, scale, M, 288, 75, dtype);
       }
-      check_matmul(cpu::Term::Kind::WeightTransposed, x_as_it_lies, scale, 288, 75, dtype);
     }
   }
   for (const auto& [N, K] : {std::pair{5, 33}, {16, 17}, {17, 31}}) {

@@ -26,7 +26,7 @@ CALLS: dict[str, Callable[[torch.dtype], Tensor | tuple[Tensor, ...]]] = {
     "dequantize_4bit": lambda dtype: ops.dequantize_4bit(*Q, (N, K), dtype),
     "dropout_mask": lambda dtype: ops.dropout_mask(X.to(dtype), 0.9, DROPOUT[1]),
 }
-for m in (1, 4, M):
+for m in (1, 4, 40, M):
     CALLS |= {
         f"linear_4bit-M{m}": lambda dtype, m=m: ops.linear_4bit(X[:m].to(dtype), *Q, N, None),
         f"linear_4bit-flat-M{m}": lambda dtype, m=m: ops.linear_4bit(X[:m, :FLAT_K].to(dtype), *FLAT_Q, N, None),
