@@ -13,8 +13,7 @@ namespace qlora::cpu {
 namespace {
 
 struct Amx : PairsAvx512<Amx> {
-  static constexpr std::int64_t kSide =
-      amx::kRows;  // of a tile of sums; a row of x, or 16 of the panel, has as many pairs
+  static constexpr std::int64_t kSide = amx::kRows;  // of a tile of sums, and pairs of a row of x
   static constexpr std::int64_t kRowBoundary = 2 * kSide, kDepthStep = kSide;
   static constexpr std::int64_t kMostOfPanel = 1 << 20;  // half of the L2 that CPUs with AMX have
   static constexpr int kTileRows = 2 * kSide, kRowStep = kSide;
