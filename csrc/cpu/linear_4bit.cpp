@@ -42,11 +42,6 @@ std::int64_t most_few_rows(DType dtype) {
   return path() < Path::Avx512 ? 8 : kMostRowProducts;  // row_products, which adds the adapters, takes no more
 }
 
-std::int64_t most_rows_in_turns(DType dtype, std::int64_t N) {
-  const std::int64_t most = most_few_rows(dtype);
-  return path() == Path::Amx && dtype == DType::BFloat16 && N >= kFewRowsBoundary ? 2 * most : most;
-}
-
 std::int64_t arranged_bytes(DType dtype, std::int64_t M, std::int64_t N, std::int64_t K) {
   return M * arranged_row_bytes(kernel_for(dtype, M, N), K);
 }

@@ -20,12 +20,9 @@ struct FewRows {
   DType dtype;  // of y, and of x before arrange_x
 };
 
-// The most rows of x (of this dtype, on the CPU path in use) that are multiplied here at a time.
+// The most rows of x (of this dtype, on the CPU path in use) that are multiplied here; beyond, matmul or torch is
+// faster.
 std::int64_t most_few_rows(DType dtype);
-
-// The most rows for which so many at a time, times N rows of W, are faster than matmul or torch: with AMX matmul
-// decodes weights more slowly.
-std::int64_t most_rows_in_turns(DType dtype, std::int64_t N);
 
 // x[M, K] in the type that is multiplied and in the order that the kernel decodes weights in: arranged_bytes of it, on
 // a 64-byte boundary.

@@ -1,9 +1,5 @@
-// linear_4bit for few rows of bf16, AMX: 16 rows of W are a tile as they lie in memory, up to 16 rows of x another.
-//
-// A run of 32 weights is one row of such a tile. Its 16 bytes are 8 words of 4 codes; four copies of them, each shifted
-// to another code, are the indices of a lookup among the 16 weights that the block may have, rounded once as
-// dequantize_4bit does (but for subnormals, which are 0 here). So weights lie in the order in which shifts bring them,
-// and so do the pairs of x.
+// linear_4bit for few rows of bf16, AMX: 16 rows of W are a tile as they lie in memory, up to 16 rows of x another. A
+// run of 32 weights is one row of such a tile.
 #include "linear_4bit.h"
 
 #if defined(__x86_64__)
@@ -14,21 +10,14 @@
 #include "amx.h"
 #include "dynamic_lookup_avx512_vbmi.h"
 #include "linear_4bit_tiles_avx512.h"
+#include "weight_runs_avx512.h"
 
 namespace qlora::cpu {
 namespace {
 
 constexpr std::int64_t kRowsOfX = 16;  // of a tile
 constexpr std::int64_t kMostGroups = kMostRowProducts / kRowsOfX;
-static_assert(kMostGroups == 2 && kTileRows == amx::kRows && 2 * kRun == amx::kRowBytes);
-
-// The element of a run at each place: words in turn, of each the codes at bits 0, 4, 8 and 12.
-inline __m512i order_of_run() {
-  std::uint16_t element[kRun];
-  constexpr int kOfShift[] = {1, 0, 3, 2};  // the high nibble is the even element
-  for (int i = 0; i < kRun; ++i) element[i] = static_cast<std::uint16_t>(i % 8 * 4 + kOfShift[i / 8]);
-  return _mm512_loadu_si512(element);
-}
+static_assert(kMostGroups == 2 && kTileRows == amx::kRows && kRun == kWeightRun && 2 * kRun == amx::kRowBytes);
 
 // Run by run: 16 pairs, of each all rows.
 void arrange_pairs(const void* x, DType, std::int64_t rows, std::int64_t K, void* arranged) {
@@ -76,28 +65,14 @@ struct WeightTiles {
   // With absmax of the rows, of the first run and of the second, if there is one.
   void decode(__m512 table, const std::uint8_t* packed, std::int64_t stride, const float* first, const float* second) {
     const __m512i shifts = shifts_of_run();
-    const auto weights = [&](float absmax) {
-      const __m512 values = table * _mm512_set1_ps(absmax);
-      return (__m512i)_mm512_cvtne2ps_pbh(values, values);
-    };
-    const auto lookup = [&](const std::uint8_t* bytes, __m512i among) {
-      const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-      return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts), among);
-    };
 #pragma GCC unroll 4
     for (int row = 0; row < kTileRows; ++row, packed += stride) {
-      const __m512i among = weights(first[row]);
-      _mm512_store_si512(run[0] + amx::kRowBytes * row, lookup(packed, among));
+      __m512i weights = weights_of_block(table, first[row]);
+      _mm512_store_si512(run[0] + amx::kRowBytes * row, look_up_run(packed, shifts, weights));
       if (second == nullptr) continue;
-      _mm512_store_si512(run[1] + amx::kRowBytes * row,
-                         lookup(packed + kRun / 2, second == first ? among : weights(second[row])));
+      if (second != first) weights = weights_of_block(table, second[row]);
+      _mm512_store_si512(run[1] + amx::kRowBytes * row, look_up_run(packed + kRun / 2, shifts, weights));
     }
-  }
-
-  static __m512i shifts_of_run() {
-    std::uint16_t shifts[kRun];
-    for (int i = 0; i < kRun; ++i) shifts[i] = static_cast<std::uint16_t>(i / 8 * 4);
-    return _mm512_loadu_si512(shifts);
   }
 };
 

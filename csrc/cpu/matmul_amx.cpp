@@ -1,4 +1,6 @@
 // matmul for AMX: tiles of 32 rows x 32 columns, as 2 x 2 of the machine's, whose sums go to memory after each block.
+// Of the two factors of a product of tiles one lies row by row, the other in pairs of rows. The gradient, x @ W, takes
+// rows of x, and pairs of W's rows; what multiplies with W^T takes W's rows as they lie, and out^T = W x^T.
 #include "matmul_blocks.h"
 
 #if defined(__x86_64__)
@@ -8,17 +10,23 @@
 
 #include "amx.h"
 #include "matmul_avx512_bf16.h"
+#include "weight_runs_avx512.h"
 
 namespace qlora::cpu {
 namespace {
 
-struct Amx : PairsAvx512<Amx> {
-  static constexpr std::int64_t kSide = amx::kRows;  // of a tile of sums, and pairs of a row of x
+constexpr std::int64_t kSide = amx::kRows;  // of a tile of sums, and pairs of a row
+constexpr std::int64_t kTile = kSide * kSide;
+
+template <typename Isa>
+struct AmxTiles : PairsAvx512<Isa> {
   static constexpr std::int64_t kRowBoundary = 2 * kSide, kDepthStep = kSide;
-  static constexpr std::int64_t kMostOfPanel = 1 << 20;  // half of the L2 that CPUs with AMX have
   static constexpr int kTileRows = 2 * kSide, kRowStep = kSide;
-  static constexpr bool kRowsApart = true;
   using State = amx::Tiles;
+};
+
+struct Amx : AmxTiles<Amx> {
+  static constexpr Layout kLayoutOfX = Layout::LanesInLines;
 
   // Rows beyond an unfinished depth have an absmax of 0, as stage_absmax leaves it.
   static void fill_weight(QuantType quant_type, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
@@ -28,9 +36,9 @@ struct Amx : PairsAvx512<Amx> {
   // Tiles 0 to 3 are sums, 4 and 5 of x, 6 and 7 of the panel.
   template <int kRows>
   [[gnu::noinline]] static void multiply_tile(const float* x, const float* panel, std::int64_t steps, float* sums) {
-    constexpr std::int64_t kStride = kSumStride * sizeof(float), kPanelStride = kColumns * sizeof(float);
+    constexpr std::int64_t kStride = kColumns * sizeof(float);
     constexpr bool kBoth = kRows == kTileRows;
-    float* const below = sums + kSide * kSumStride;
+    float* const below = sums + kSide * kColumns;
     amx::load<0>(sums, kStride);
     amx::load<1>(sums + kSide, kStride);
     if constexpr (kBoth) {
@@ -38,10 +46,10 @@ struct Amx : PairsAvx512<Amx> {
       amx::load<3>(below + kSide, kStride);
     }
     const float *x_below = x + kSide * steps, *const end = x_below;
-    for (; x < end; x += kSide * kSide, x_below += kSide * kSide, panel += kSide * kColumns) {
+    for (; x < end; x += kTile, x_below += kTile, panel += kSide * kColumns) {
       amx::load<4>(x, amx::kRowBytes);
-      amx::load<6>(panel, kPanelStride);
-      amx::load<7>(panel + kSide, kPanelStride);
+      amx::load<6>(panel, kStride);
+      amx::load<7>(panel + kSide, kStride);
       amx::multiply_add<0, 4, 6>();
       amx::multiply_add<1, 4, 7>();
       if constexpr (kBoth) {
@@ -59,9 +67,111 @@ struct Amx : PairsAvx512<Amx> {
   }
 };
 
+// The reduction goes in the order of runs of weights, in x and dense factors, too.
+struct AmxTransposed : AmxTiles<AmxTransposed> {
+  static constexpr std::int64_t kMostBytesOfX = 1 << 19;  // a quarter of the L2 that CPUs with AMX have
+  static constexpr Layout kLayoutOfX = Layout::LanesInSteps, kLayoutOfPanel = Layout::LanesInLines;
+  static constexpr bool kTransposed = true;
+  static_assert(kPerStep * kSide == kWeightRun);
+
+  template <typename T>
+  static Vector places(const T* from) {
+    const __m512i run = _mm512_castps_si512(PairsAvx512::places(from));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order_of_run(), run));
+  }
+
+  // Rows beyond those there are, whose sums nobody reads, are copies of the last.
+  static void fill_weight_rows(const Packed4bit& w, std::int64_t K, std::int64_t row, std::int64_t rows, std::int64_t k,
+                               std::int64_t depth, float* panel) {
+    constexpr int kAtOnce = 4;
+    const __m512 table = _mm512_loadu_ps(codebook(w.quant_type).value);
+    const __m512i shifts = shifts_of_run();
+    const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
+    for (std::int64_t i = 0; i < kColumns; i += kAtOnce) {
+      float* to = panel + i / kSide * kSide * (depth / kPerStep) + i % kSide * kSide;
+      std::int64_t first[kAtOnce];
+      for (int q = 0; q < kAtOnce; ++q) first[q] = (row + smaller(i + q, rows - 1)) * K + k;
+      __m512i weights[kAtOnce] = {};
+      for (std::int64_t at = 0; at < depth; at += kWeightRun, to += kTile) {
+        const bool begins = at == 0 || ((first[0] + at) & (w.blocksize - 1)) == 0;
+#pragma GCC unroll 4
+        for (int q = 0; q < kAtOnce; ++q) {
+          if (begins) weights[q] = weights_of_block(table, block_absmax(w, (first[q] + at) >> shift));
+          _mm512_storeu_si512(to + q * kSide, look_up_run(w.packed + (first[q] + at) / 2, shifts, weights[q]));
+        }
+      }
+    }
+  }
+
+  // Tiles 0 to 3 are sums, 4 and 5 of the panel, 6 and 7 of x.
+  template <int kRows>
+  [[gnu::noinline]] static void multiply_tile(const float* x, const float* panel, std::int64_t steps, float* sums) {
+    constexpr bool kBoth = kRows == kTileRows;
+    amx::load<0>(sums, amx::kRowBytes);
+    amx::load<1>(sums + kTile, amx::kRowBytes);
+    if constexpr (kBoth) {
+      amx::load<2>(sums + 2 * kTile, amx::kRowBytes);
+      amx::load<3>(sums + 3 * kTile, amx::kRowBytes);
+    }
+    const float *x_below = x + kSide * steps, *panel_below = panel + kSide * steps, *const end = x_below;
+    for (; x < end; x += kTile, x_below += kTile, panel += kTile, panel_below += kTile) {
+      amx::load<4>(panel, amx::kRowBytes);
+      amx::load<5>(panel_below, amx::kRowBytes);
+      amx::load<6>(x, amx::kRowBytes);
+      amx::multiply_add<0, 4, 6>();
+      amx::multiply_add<1, 5, 6>();
+      if constexpr (kBoth) {
+        amx::load<7>(x_below, amx::kRowBytes);
+        amx::multiply_add<2, 4, 7>();
+        amx::multiply_add<3, 5, 7>();
+      }
+    }
+    amx::store<0>(sums, amx::kRowBytes);
+    amx::store<1>(sums + kTile, amx::kRowBytes);
+    if constexpr (kBoth) {
+      amx::store<2>(sums + 2 * kTile, amx::kRowBytes);
+      amx::store<3>(sums + 3 * kTile, amx::kRowBytes);
+    }
+  }
+
+  // Two tiles of sums, of 16 columns of the panel each, to 16 rows of 32 columns.
+  static void transpose_sums(const float* sums, float* to) {
+    static_assert(kColumns == 2 * kSide && kLanes == kSide);
+    for (std::int64_t column = 0; column < kColumns; column += kSide, sums += kTile) {
+      Vector tile[kLanes];
+#pragma GCC unroll 16
+      for (std::int64_t i = 0; i < kLanes; ++i) tile[i] = load(sums + i * kSide);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (std::int64_t i = 0; i < kLanes; ++i) store(to + i * kColumns + column, tile[i]);
+    }
+  }
+};
+
+// Where a term counts in part only, sums must lie as its mask does.
+bool goes_transposed(const Matmul& product) {
+  bool any = false, all = true;
+  for (int t = 0; t < product.num_terms; ++t) {
+    const Term& term = product.terms[t];
+    any |= term.kind == Term::Kind::WeightTransposed;
+    all &= term.kind != Term::Kind::Weight && term.out_mask == nullptr;
+  }
+  return any && all;
+}
+
+void arrange(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
+  (goes_transposed(product) ? arrange_blocks<AmxTransposed> : arrange_blocks<Amx>)(product, rows, begin, end);
+}
+
+void multiply(const Matmul& product, const MatmulRows& rows, const Rectangle& rectangle, const MatmulScratch& scratch) {
+  (goes_transposed(product) ? multiply_rectangle<AmxTransposed> : multiply_rectangle<Amx>)(product, rows, rectangle,
+                                                                                           scratch);
+}
+
 }  // namespace
 
-const MatmulKernel matmul_amx = kMatmulKernel<Amx>;
+static_assert(fits_the_loops<Amx>() && fits_the_loops<AmxTransposed>());
+const MatmulKernel matmul_amx{Amx::kRowBoundary, Amx::kRowStep, Amx::kDepthStep, Amx::kPerStep, arrange, multiply};
 
 }  // namespace qlora::cpu
 

@@ -124,7 +124,7 @@ struct Avx2 : Avx2Vectors, VectorTiles {
         sum[i][1] = _mm256_fmadd_ps(a, b1, sum[i][1]);
       }
     }
-    for (int i = 0; i < kRows; ++i, sums += kSumStride) {
+    for (int i = 0; i < kRows; ++i, sums += kColumns) {
       _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), sum[i][0]));
       _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), sum[i][1]));
     }

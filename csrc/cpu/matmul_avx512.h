@@ -66,7 +66,7 @@ struct Avx512Tiles : Avx512Vectors, VectorTiles {
         sum[i][1] = Isa::product(a, b1, sum[i][1]);
       }
     }
-    for (int i = 0; i < kRows; ++i, sums += kSumStride) {
+    for (int i = 0; i < kRows; ++i, sums += kColumns) {
       _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sum[i][0]));
       _mm512_storeu_ps(sums + 16, _mm512_add_ps(_mm512_loadu_ps(sums + 16), sum[i][1]));
     }

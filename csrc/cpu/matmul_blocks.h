@@ -8,8 +8,6 @@ namespace qlora::cpu {
 constexpr std::int64_t kDepth = 256;       // of the reduction
 constexpr std::int64_t kMaxRows = 528;     // of x, multiples of row_step: what a decoded weight is used for at most
 constexpr std::int64_t kMaxColumns = 256;  // of out, whose sums lie together
-// In floats. No power of two: rows would meet in a few sets of the cache.
-constexpr std::int64_t kSumStride = kMaxColumns + 16;
 
 // A block of the 4-bit weight, copied to one place: its rows are so far apart that they would push each other out of
 // the cache. Bytes are as in the weight, [W's rows][kStagedBytes], again at a stride that is no power of two; absmax is
@@ -21,21 +19,20 @@ constexpr std::int64_t kStep = kMinBlocksize;
 // The memory of one thread.
 struct MatmulScratch {
   float* panel;          // [kDepth][panel's width]
-  float* sums;           // [blocks of kMaxColumns][rows][kSumStride], kMaxRows * kSumStride in all
+  float* sums;           // [panels][rows][panel's width], kSums in all
   float* beside;         // likewise: what is added to them later
   float* absmax;         // staged [W's columns / kStep][W's rows], of which there are at most kDepth
   std::uint8_t* packed;  // staged
 
-  static constexpr std::int64_t kPanelFloats = kDepth * kMatmulColumnBoundary;
+  static constexpr std::int64_t kPanelFloats = kDepth * kMatmulColumnBoundary, kSums = kMaxRows * kMaxColumns;
   static constexpr std::int64_t kAbsmaxFloats = kDepth / kStep * kDepth;
-  static constexpr std::int64_t kFloats =
-      kPanelFloats + 2 * kMaxRows * kSumStride + kAbsmaxFloats + kDepth * kStagedBytes / 4;
+  static constexpr std::int64_t kFloats = kPanelFloats + 2 * kSums + kAbsmaxFloats + kDepth * kStagedBytes / 4;
 
   explicit MatmulScratch(float* memory)
       : panel(memory),
         sums(panel + kPanelFloats),
-        beside(sums + kMaxRows * kSumStride),
-        absmax(beside + kMaxRows * kSumStride),
+        beside(sums + kSums),
+        absmax(beside + kSums),
         packed(reinterpret_cast<std::uint8_t*>(absmax + kAbsmaxFloats)) {}
 };
 

@@ -71,7 +71,7 @@ struct Portable : PortableVectors, VectorTiles {
         sum[i][1] = multiply_add(splat(x[i]), right, sum[i][1]);
       }
     }
-    for (int i = 0; i < kRows; ++i, sums += kSumStride) {
+    for (int i = 0; i < kRows; ++i, sums += kColumns) {
       for (int q = 0; q < 2; ++q) store(sums + q * kLanes, load(sums + q * kLanes) + sum[i][q]);
     }
   }

@@ -108,7 +108,7 @@ class Cpu final : public Device {
     const int64_t M = x.size(0), K = x.size(1);
     const DType dtype = dtype_of(x.scalar_type());
     if (K % w.blocksize != 0) return false;
-    if (M <= cpu::most_rows_in_turns(dtype, y.size(1))) {
+    if (M <= cpu::most_few_rows(dtype)) {
       linear_4bit_few_rows(x, w, bias, added, y);
       return true;
     }

@@ -26,9 +26,8 @@ class Addend {
     float* const sums = kept_.emplace_back(at::empty({M, J}, options.dtype(at::kFloat))).data_ptr<float>();
     for (const LowRank& one : added) {
       const bool as_it_lies = one.factor.stride(1) == 1 && one.factor.size(0) > 1;
-      const Tensor x = kept_.emplace_back(one.x.stride(1) == 1 ? one.x : one.x.contiguous());  // mm() may transpose it
-      const Tensor factor = kept_.emplace_back((as_it_lies ? one.factor : one.factor.t()).contiguous());
-      products_.push_back({.x = cpu_rows(x),
+      const Tensor& factor = kept_.emplace_back((as_it_lies ? one.factor : one.factor.t()).contiguous());
+      products_.push_back({.x = cpu_rows(one.x),
                            .b = cpu_rows(factor),
                            .b_as_it_lies = as_it_lies,
                            .compute = DType::Float32,
@@ -76,10 +75,8 @@ cpu::Rows cpu_rows(const Tensor& m, const Tensor& mask) {
           mask.defined() ? mask.const_data_ptr<bool>() : nullptr, mask.defined() ? mask.stride(0) : 0};
 }
 
-namespace {
-
-// So many rows as a kernel takes.
-void multiply_rows(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias, LowRankList added, const Tensor& y) {
+void linear_4bit_few_rows(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias, LowRankList added,
+                          const Tensor& y) {
   const Tensor x = x_arg.contiguous();
   const int64_t M = x.size(0), K = x.size(1), N = y.size(1);
   const DType dtype = dtype_of(x.scalar_type());
@@ -97,19 +94,6 @@ void multiply_rows(const Tensor& x_arg, const Packed4bit& w, const Tensor& bias,
                              .dtype = dtype};
   each_part(N, cpu::kFewRowsBoundary, K, addend,
             [&](int64_t begin, int64_t end) { cpu::linear_4bit(product, begin, end); });
-}
-
-}  // namespace
-
-void linear_4bit_few_rows(const Tensor& x, const Packed4bit& w, const Tensor& bias, LowRankList added,
-                          const Tensor& y) {
-  const int64_t M = x.size(0), most = cpu::most_few_rows(dtype_of(x.scalar_type()));
-  if (M <= most) return multiply_rows(x, w, bias, added, y);
-  cpu::each_group(M, most, [&](int64_t row, int64_t rows) {
-    std::vector<LowRank> of_rows(added.begin(), added.end());
-    for (LowRank& one : of_rows) one.x = one.x.narrow(0, row, rows);
-    multiply_rows(x.narrow(0, row, rows), w, bias, of_rows, y.narrow(0, row, rows));
-  });
 }
 
 void linear_4bit_dgrad_few_rows(const Tensor& grad, const Packed4bit& w, LowRankList added, const Tensor& grad_x) {

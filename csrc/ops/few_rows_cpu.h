@@ -8,7 +8,7 @@
 
 namespace qlora {
 
-// y = x @ W^T + bias + added, for cpu::most_rows_in_turns of x at most; none of `added` has a mask.
+// y = x @ W^T + bias + added, for cpu::most_few_rows of x at most; none of `added` has a mask.
 void linear_4bit_few_rows(const at::Tensor& x, const Packed4bit& w, const at::Tensor& bias, LowRankList added,
                           const at::Tensor& y);
 

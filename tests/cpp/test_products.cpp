@@ -218,16 +218,19 @@ void multiply(const cpu::Matmul& product, std::int64_t rows_each, std::int64_t c
   }
 }
 
-// out = mask * (u @ v) + other_mask * (u @ v) + x @ W^T (or x @ W) + bias, where u and v are strided and x has a mask.
-// Where a mask is false there may be NaN.
+// out = mask * (u @ v) + other_mask * (u @ v) + x @ W^T (or x @ W) + bias, where u and v are strided, v once by columns
+// and once by rows, and x has a mask. Where a mask is false there may be NaN. Not masked, u @ v counts everywhere.
 void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, DType dtype,
-                  QuantType quant_type) {
+                  QuantType quant_type, bool masked) {
   if (!cpu::has_matmul(dtype)) return;
   const Weight w(N, K, blocksize, quant_type, M % 3 != 0);
   const std::int64_t R = transposed ? K : N, J = transposed ? N : K, rank = M % 2 == 0 ? 5 : 300;
   const Values u(dtype, rank * M), bias(dtype, J);
-  Values x(dtype, M * R), v(DType::Float32, J * rank);
-  for (std::int64_t r = 0; r < rank; ++r) v.set(r, NAN);  // column 0
+  Values x(dtype, M * R), v(DType::Float32, J * rank), v_by_rows(DType::Float32, rank * J);
+  for (std::int64_t r = 0; r < rank; ++r) {
+    if (masked) v.set(r, NAN);  // column 0
+    for (std::int64_t j = 0; j < J; ++j) v_by_rows.set(r * J + j, static_cast<float>(v.read(j * rank + r)));
+  }
   std::vector<std::uint8_t> coins(static_cast<std::size_t>(M * (R + 2 * J)));
   for (auto& coin : coins) coin = generator() % 3 != 0;
   for (std::int64_t row = 0; row < 2 * M; ++row) coins[static_cast<std::size_t>(M * R + row * J)] = 0;
@@ -241,9 +244,10 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
   terms[0].kind = cpu::Term::Kind::Dense;
   terms[0].dense = {v.bytes.data(), DType::Float32, 1, rank};
   terms[0].scale = 0.5f;
-  terms[0].out_mask = x_mask + M * R;
+  if (masked) terms[0].out_mask = x_mask + M * R;
   terms[1] = terms[0];
-  terms[1].out_mask = terms[0].out_mask + M * J;
+  terms[1].dense = {v_by_rows.bytes.data(), DType::Float32, J, 1};
+  if (masked) terms[1].out_mask = terms[0].out_mask + M * J;
   terms[2].R = R;
   terms[2].x = {x.bytes.data(), dtype, R, 1, x_mask};
   terms[2].kind = transposed ? cpu::Term::Kind::WeightTransposed : cpu::Term::Kind::Weight;
@@ -265,7 +269,8 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
         exact += term;
         magnitude += std::fabs(term);
       }
-      const double times = (terms[0].out_mask[m * J + j] ? 0.5 : 0) + (terms[1].out_mask[m * J + j] ? 0.5 : 0);
+      const auto part = [&](const cpu::Term& term) { return !masked || term.out_mask[m * J + j] ? 0.5 : 0; };
+      const double times = part(terms[0]) + part(terms[1]);
       for (std::int64_t r = 0; r < rank && times != 0; ++r) {
         const double term =
             times * u.exact[static_cast<std::size_t>(r * M + m)] * v.exact[static_cast<std::size_t>(j * rank + r)];
@@ -355,16 +360,21 @@ int main() {
         for (std::int64_t M : {3, 8}) check_absmax(M, 67, dtype);
       }
       // N of unfinished panels and odd; K of unfinished depths (of 256); M of every unfinished tile.
-      for (std::int64_t M = 1; M <= 13; ++M) {
-        check_matmul(true, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 576, 64, dtype, quant_type);
-        check_matmul(false, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 352, 32, dtype, quant_type);
+      for (const bool masked : {true, false}) {
+        for (std::int64_t M = 1; M <= 13; ++M) {
+          check_matmul(true, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 576, 64, dtype, quant_type, masked);
+          check_matmul(false, M, 16 * (M % 4) + M, M % 2 == 0 ? 64 : 352, 32, dtype, quant_type, masked);
+        }
+        check_matmul(true, 37, 300, 512, 512, dtype, quant_type, masked);
+        check_matmul(false, 37, 301, 512, 512, dtype, quant_type, masked);
       }
-      check_matmul(true, 37, 300, 512, 512, dtype, quant_type);
-      check_matmul(false, 37, 301, 512, 512, dtype, quant_type);
-      check_matmul(false, 14, 545, 64, 32, dtype, quant_type);
+      check_matmul(true, 14, 35, 608, 32, dtype, quant_type, false);
+      check_matmul(false, 14, 545, 64, 32, dtype, quant_type, true);
     }
-    check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4);  // more rows than are kept at a time
-    check_matmul(true, 300, 290, 64, 64, DType::Float32, QuantType::NF4);  // of so many, room for 256 columns at a time
+    // More rows than are kept at a time; then of so many, blocks by two; then room for 256 columns at a time.
+    check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4, true);
+    check_matmul(true, 530, 33, 832, 64, DType::BFloat16, QuantType::NF4, false);
+    check_matmul(true, 300, 290, 64, 64, DType::Float32, QuantType::NF4, true);
     check_mean();
     for (std::int64_t M : {1, 2, 3, 4, 7}) {
       for (DType dtype : {DType::Float32, DType::BFloat16}) check_columns(M, dtype);

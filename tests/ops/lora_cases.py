@@ -13,7 +13,7 @@ from torch import Tensor
 SHAPES = {
     "gemv": (1, 48, 256),
     "few-rows": (5, 33, 128),
-    "turns": (40, 33, 128),
+    "few-panels": (40, 33, 128),
     "many-rows": (130, 64, 192),
     "flat": (9, 24, 100),
     "no-rows": (0, 8, 64),
