@@ -18,7 +18,7 @@ constexpr std::int64_t kStep = kMinBlocksize;
 
 // The memory of one thread.
 struct MatmulScratch {
-  float* panel;          // [kDepth][panel's width]
+  float* panel;          // [kDepth][panel's width], or as many in the kernel's order
   float* sums;           // [panels][rows][panel's width], kSums in all
   float* beside;         // likewise: what is added to them later
   float* absmax;         // staged [W's columns / kStep][W's rows], of which there are at most kDepth

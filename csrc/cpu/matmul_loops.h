@@ -297,6 +297,7 @@ constexpr bool fits_the_loops() {
   constexpr bool kApart = Isa::kLayoutOfX != Layout::Steps;
   static_assert(!kApart || (Isa::kDepthStep == Isa::kLanes && Isa::kRowStep == Isa::kLanes));
   static_assert(!kApart || Isa::kChain * Isa::kPerStep >= kDepth);
+  static_assert(Isa::kMostBytesOfX == 0 || Isa::kLayoutOfPanel == Layout::LanesInLines);  // one block can be staged
   return true;
 }
 

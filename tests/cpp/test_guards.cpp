@@ -62,7 +62,7 @@ void check_few_rows_of_grad(std::int64_t M, const Weight& weight, std::int64_t N
   cpu::linear_4bit_dgrad({grad.data(), stride, w.view, addend.as<float>(), grad_x.data(), M, N, K, dtype}, 0, K);
 }
 
-// x @ W^T or x @ W, and a masked dense product of few columns in the reduction.
+// x @ W^T or x @ W, and a dense product of few columns in the reduction, which counts everywhere or where a mask is.
 void check_matmul(std::int64_t M, const Weight& weight, std::int64_t N, std::int64_t K, bool transposed, DType dtype,
                   Guard guard) {
   if (!cpu::has_matmul(dtype)) return;
@@ -74,7 +74,7 @@ void check_matmul(std::int64_t M, const Weight& weight, std::int64_t N, std::int
   const Guarded u = guarded(Values(dtype, M * rank), guard), v = guarded(Values(dtype, rank * J), guard);
   const Guarded out = guarded(Values(dtype, M * J), guard), out_mask(coins, guard), mask(of_dense, guard);
   for (const auto& [row_stride, column_stride] : {std::pair{J, std::int64_t{1}}, std::pair{std::int64_t{1}, rank}}) {
-    for (const bool* dense_mask : {static_cast<const bool*>(nullptr), static_cast<const bool*>(mask.as<bool>())}) {
+    for (const int masks : {0, 1, 2, 3}) {
       cpu::Term terms[2] = {};
       terms[0].R = R;
       terms[0].x = {x.data(), dtype, R, 1};
@@ -83,8 +83,8 @@ void check_matmul(std::int64_t M, const Weight& weight, std::int64_t N, std::int
       terms[1].R = rank;
       terms[1].x = {u.data(), dtype, rank, 1};
       terms[1].kind = cpu::Term::Kind::Dense;
-      terms[1].dense = {v.data(), dtype, row_stride, column_stride, dense_mask};
-      terms[1].out_mask = out_mask.as<bool>();
+      terms[1].dense = {v.data(), dtype, row_stride, column_stride, masks & 1 ? mask.as<bool>() : nullptr};
+      terms[1].out_mask = masks & 2 ? out_mask.as<bool>() : nullptr;
       const DType compute = dtype == DType::BFloat16 ? dtype : DType::Float32;
       const cpu::Matmul product{M, J, terms, 2, bias.data(), out.data(), dtype, compute};
       const Guarded arranged(std::vector<float>(static_cast<std::size_t>(cpu::arranged_floats(product, M))), guard);

@@ -375,6 +375,7 @@ int main() {
     check_matmul(true, 530, 33, 64, 64, DType::BFloat16, QuantType::NF4, true);
     check_matmul(true, 530, 33, 832, 64, DType::BFloat16, QuantType::NF4, false);
     check_matmul(true, 300, 290, 64, 64, DType::Float32, QuantType::NF4, true);
+    check_matmul(true, 260, 512, 64, 64, DType::BFloat16, QuantType::NF4, true);
     check_mean();
     for (std::int64_t M : {1, 2, 3, 4, 7}) {
       for (DType dtype : {DType::Float32, DType::BFloat16}) check_columns(M, dtype);
