@@ -7,7 +7,7 @@ namespace qlora::cpu {
 
 constexpr std::int64_t kDepth = 256;       // of the reduction
 constexpr std::int64_t kMaxRows = 528;     // of x, multiples of row_step: what a decoded weight is used for at most
-constexpr std::int64_t kMaxColumns = 256;  // of out, whose sums lie together
+constexpr std::int64_t kMaxColumns = 256;  // of out, for which a block is staged at a time
 
 // A block of the 4-bit weight, copied to one place: its rows are so far apart that they would push each other out of
 // the cache. Bytes are as in the weight, [W's rows][kStagedBytes], again at a stride that is no power of two; absmax is

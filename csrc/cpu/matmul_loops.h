@@ -12,8 +12,7 @@
 //   kMostBytesOfX          so much of x stays in the cache; 0 to take one block at a time
 //   State                  what a thread holds while it multiplies
 //   kLayoutOfX, kLayoutOfPanel  how a tile's rows of x lie, and the panel's columns
-//   kTransposed            whether sums are those of out^T, kRowStep rows at a time, which `transpose_sums` brings in
-//                          order
+//   kTransposed            whether sums are those of out^T, of which `transpose_sums` makes kRowStep rows at a time
 //   kChain                 the most additions, steps of the panel, before a tile's sums go to memory
 //   kPerStep               elements of the reduction in a row of the panel, and in a place of x: 1, or 2 in bf16
 //   kLanes                 places, 32 bits each, of a Vector
@@ -160,7 +159,7 @@ void multiply_panel(const float* x, std::int64_t rows, const float* panel, std::
   }
 }
 
-// x as arranged, of blocks of `all_rows` each: rows [first, first + rows) of all blocks. In whole tiles.
+// Rows [first, first + rows) of x as arranged, of one block or of several, which have `all_rows` each.
 struct RowsOfBlocks {
   const float* x;
   std::int64_t all_rows, first, rows;
