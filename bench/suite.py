@@ -2,13 +2,15 @@
 
 Every result is checked before anything is timed; a wrong one of ours is a failure, a wrong one of a peer is a row that
 says so, as is a peer that is missing. Two modes: hot (one weight, at most half the last-level cache) and cold (weights
-in rotation, 4 times the cache). The machine's limits are measured before and after each shape, in limits.py.
-A run consists of two processes, with and without huge pages for malloc: they decide what a temporary costs.
+in rotation, 4 times the cache, or what half the memory holds). The machine's limits are measured before and after each
+shape, in limits.py. A run consists of two processes, with and without huge pages for malloc: they decide what a
+temporary costs.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import time
 import traceback
@@ -21,7 +23,7 @@ import options
 import record
 import torch
 from shapes import Shape
-from timing import cold_copies, fits_hot, interleaved, percentiles, rotated
+from timing import cold_bytes, fits_hot, interleaved, percentiles, rotated
 from weight import BLOCKSIZE, QUANT_TYPE, Weight
 
 import qlora_ext._C as _C
@@ -127,9 +129,11 @@ class Run:
         same |= {"quant_type": QUANT_TYPE, "blocksize": BLOCKSIZE, "double_quant": weight.double_quant}
         same |= {"huge_pages": self.options.huge_pages}
         forms: list[tuple[Provider, list[Any]]] = []
-        for provider in bench.providers(weight):
+        providers = bench.providers(weight)
+        cold = cold_bytes(self.cache_bytes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), len(providers))
+        for provider in providers:
             try:
-                forms.append((provider, self._copies(provider)))
+                forms.append((provider, self._copies(provider, cold)))
             except Exception as reason:
                 self._cannot(same, provider, reason)
         for M in self.options.rows if bench.by_rows else [None]:
@@ -143,11 +147,11 @@ class Run:
                 else:
                     self._measure_case(of_rows | {"mode": mode}, case, forms)
 
-    def _copies(self, provider: Provider) -> list[Any]:
+    def _copies(self, provider: Provider, cold: int) -> list[Any]:
         form = provider.make()
         if "cold" not in self.options.modes or not provider.copied:
             return [form]
-        return [form, *(copy.deepcopy(form) for _ in range(cold_copies(provider.weight_bytes, self.cache_bytes) - 1))]
+        return [form, *(copy.deepcopy(form) for _ in range(-(-cold // provider.weight_bytes) - 1))]
 
     def _measure_case(self, same: Row, case: Case, forms: list[tuple[Provider, list[Any]]]) -> None:
         calls: dict[str, Callable[[], object]] = {}

@@ -53,9 +53,12 @@ def _burst(call: Callable[[], object], seconds: float) -> list[float]:
         start = end
 
 
-def cold_copies(size: int, cache_bytes: int) -> int:
-    """How many things of so many bytes must be used in rotation to find none of them in the cache: 4 times its size."""
-    return max(1, -(-4 * cache_bytes // size))
+def cold_bytes(cache_bytes: int, memory_bytes: int, providers: int) -> int:
+    """So much must be used in rotation, by each provider, to find nothing of it in the cache: 4 times its size.
+
+    Less where it is so large, as some servers', that this would take more than half the memory.
+    """
+    return min(4 * cache_bytes, memory_bytes // 2 // providers)
 
 
 def fits_hot(size: int, cache_bytes: int) -> bool:
