@@ -27,10 +27,54 @@ struct AmxTiles : PairsAvx512<Isa> {
 
 struct Amx : AmxTiles<Amx> {
   static constexpr Layout kLayoutOfX = Layout::LanesInLines;
+  static constexpr int kPanelsAtOnce = 4;  // a line of W's rows
 
-  // Rows beyond an unfinished depth have an absmax of 0, as stage_absmax leaves it.
-  static void fill_weight(QuantType quant_type, const MatmulScratch& s, std::int64_t column, std::int64_t depth) {
-    PairsAvx512::fill_weight(quant_type, s, column, steps_of<Amx>(depth) * kPerStep);
+  // A line of two of W's rows at a time. The 16 weights that a block may have of each are made once, and looked up by
+  // codes: of a pair, one is the first row's, one the second's. Rows beyond the depth are zeros.
+  static void fill_weight_lines(const Packed4bit& w, std::int64_t J, std::int64_t row, std::int64_t depth,
+                                std::int64_t column, std::int64_t width, float* panel) {
+    const __m512 table = _mm512_loadu_ps(codebook(w.quant_type).value);
+    const __m512i shifts = shifts_of_codes();
+    const __m512i quarter = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i code = _mm512_set1_epi16(0xf), second_row = _mm512_set1_epi32(0x100000);
+    const __mmask64 bytes = ~0ull >> (64 - width / 2);
+    const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
+    const std::int64_t steps = steps_of<Amx>(depth);
+    for (std::int64_t step = 0; step < steps; ++step, panel += kColumns) {
+      struct Line {
+        std::int64_t first;
+        bool counts;
+      } lines[2];
+      __m512i words[2];
+      for (int i = 0; i < 2; ++i) {
+        const std::int64_t r = 2 * step + i;
+        lines[i] = {(row + smaller(r, depth - 1)) * J + column, r < depth};
+        const std::uint8_t* packed = w.packed + lines[i].first / 2;
+        words[i] = _mm512_maskz_loadu_epi8(bytes, packed);
+        __builtin_prefetch(packed + 64, 0, 2);
+      }
+      // Pairs of words, of 4 codes each, of 16 columns in turn: of a panel the first 16, and the others.
+      const __m512i low = _mm512_unpacklo_epi16(words[0], words[1]), high = _mm512_unpackhi_epi16(words[0], words[1]);
+      __m512i weights{};
+#pragma GCC unroll 4
+      for (int q = 0; q < kPanelsAtOnce; ++q) {
+        const std::int64_t at = kColumns * q;
+        if (at >= width) break;
+        if (q == 0 || ((column + at) & (w.blocksize - 1)) == 0) {
+          const auto of_block = [&](const Line& line) __attribute__((always_inline)) {
+            return table * _mm512_set1_ps(line.counts ? block_absmax(w, (line.first + at) >> shift) : 0.0f);
+          };
+          weights = (__m512i)_mm512_cvtne2ps_pbh(of_block(lines[1]), of_block(lines[0]));
+        }
+        const __m512i pair_of_column = _mm512_add_epi32(quarter, _mm512_set1_epi32(4 * q));
+        const auto look_up = [&](__m512i pairs) __attribute__((always_inline)) {
+          const __m512i moved = _mm512_srlv_epi16(_mm512_permutexvar_epi32(pair_of_column, pairs), shifts);
+          return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(moved, code, second_row, 0xea), weights);
+        };
+        _mm512_storeu_si512(panel + at * steps, look_up(low));
+        _mm512_storeu_si512(panel + at * steps + kSide, look_up(high));
+      }
+    }
   }
 
   // Tiles 0 to 3 are sums, 4 and 5 of x, 6 and 7 of the panel.

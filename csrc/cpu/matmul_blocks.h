@@ -18,13 +18,13 @@ constexpr std::int64_t kStep = kMinBlocksize;
 
 // The memory of one thread.
 struct MatmulScratch {
-  float* panel;          // [kDepth][panel's width], or as many in the kernel's order
+  float* panel;          // [kDepth][panel's width], or as many in the kernel's order; or some panels of bf16
   float* sums;           // [panels][rows][panel's width], kSums in all
   float* beside;         // likewise: what is added to them later
   float* absmax;         // staged [W's columns / kStep][W's rows], of which there are at most kDepth
   std::uint8_t* packed;  // staged
 
-  static constexpr std::int64_t kPanelFloats = kDepth * kMatmulColumnBoundary, kSums = kMaxRows * kMaxColumns;
+  static constexpr std::int64_t kPanelFloats = 2 * kDepth * kMatmulColumnBoundary, kSums = kMaxRows * kMaxColumns;
   static constexpr std::int64_t kAbsmaxFloats = kDepth / kStep * kDepth;
   static constexpr std::int64_t kFloats = kPanelFloats + 2 * kSums + kAbsmaxFloats + kDepth * kStagedBytes / 4;
 

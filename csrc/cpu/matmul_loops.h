@@ -23,6 +23,8 @@
 //   store_panel_rows       dense values, two rows of the panel
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
 //   fill_weight_transposed the panel, from W[J, R], of which a panel is staged: W's rows are the panel's columns
+//   kPanelsAtOnce          if more than 1, so many panels of W[R, J] at a time, by
+//   fill_weight_lines      instead of fill_weight: from W[R, J] where it lies
 //   fill_weight_rows       instead of both, where the panel's columns lie apart: from W[J, R] where it lies
 //   multiply_tile<rows>    so many rows of x @ panel, some steps, onto their sums
 #include "matmul_dense.h"
@@ -38,7 +40,7 @@ constexpr std::int64_t kSegment = Isa::kPerStep == 1 ? 16 * kDepth : INT64_MAX;
 // Tiles in vector registers, which a kernel makes of any rows and steps.
 struct VectorTiles {
   static constexpr std::int64_t kRowBoundary = 12, kDepthStep = 1, kMostBytesOfX = 0;
-  static constexpr int kRowStep = 1;
+  static constexpr int kRowStep = 1, kPanelsAtOnce = 1;
   static constexpr Layout kLayoutOfX = Layout::Steps, kLayoutOfPanel = Layout::Steps;
   static constexpr bool kTransposed = false;
   struct State {};
@@ -171,9 +173,11 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t begi
                       const RowsOfBlocks& x, std::int64_t column, std::int64_t columns, const MatmulScratch& s,
                       float* sums) {
   const std::int64_t end = begin + depth_of_all;
-  if (term.kind == Term::Kind::Weight) stage(term.w, product.J, begin, depth_of_all, column, columns, s);
-  for (std::int64_t j = 0; j < columns; j += Isa::kColumns) {
-    const std::int64_t width = smaller(Isa::kColumns, columns - j);
+  const bool lines = term.kind == Term::Kind::Weight && Isa::kPanelsAtOnce > 1;
+  const std::int64_t at_once = (lines ? Isa::kPanelsAtOnce : 1) * Isa::kColumns;
+  if (term.kind == Term::Kind::Weight && !lines) stage(term.w, product.J, begin, depth_of_all, column, columns, s);
+  for (std::int64_t j = 0; j < columns; j += at_once) {
+    const std::int64_t width = smaller(at_once, columns - j);
     for (std::int64_t r = begin; r < end; r += kDepth) {
       const std::int64_t depth = smaller(kDepth, end - r);
       if (term.kind == Term::Kind::Dense) {
@@ -181,9 +185,13 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t begi
       } else if constexpr (Isa::kLayoutOfPanel == Layout::LanesInLines) {
         Isa::fill_weight_rows(term.w, term.R, column + j, width, r, depth, s.panel);
       } else if (term.kind == Term::Kind::Weight) {
-        Isa::fill_weight(term.w.quant_type, s, j, depth);
-        fetch(term.w, product.J, r + j, smaller(Isa::kColumns, depth - j), column + columns,
-              smaller(kMaxColumns, product.J - column - columns));
+        if constexpr (Isa::kPanelsAtOnce > 1) {
+          Isa::fill_weight_lines(term.w, product.J, r, depth, column + j, width, s.panel);
+        } else {
+          Isa::fill_weight(term.w.quant_type, s, j, depth);
+          fetch(term.w, product.J, r + j, smaller(Isa::kColumns, depth - j), column + columns,
+                smaller(kMaxColumns, product.J - column - columns));
+        }
       } else {
         // A panel's rows at a time: of so few, copies stay in the L1.
         stage(term.w, term.R, column + j, width, r, depth, s);
@@ -192,8 +200,10 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t begi
         fetch(term.w, term.R, next, smaller(Isa::kColumns, product.J - next), r, depth);
       }
       const std::int64_t steps = steps_of<Isa>(depth);
-      multiply_panel<Isa>(x.x + x.all_rows * steps_of<Isa>(r - begin) + x.first * steps, x.rows, s.panel, steps,
-                          sums + j * x.rows);
+      const float* const rows = x.x + x.all_rows * steps_of<Isa>(r - begin) + x.first * steps;
+      for (std::int64_t i = 0; i < width; i += Isa::kColumns) {
+        multiply_panel<Isa>(rows, x.rows, s.panel + i * steps, steps, sums + (j + i) * x.rows);
+      }
     }
   }
 }
@@ -296,6 +306,7 @@ constexpr bool fits_the_loops() {
   constexpr bool kApart = Isa::kLayoutOfX != Layout::Steps;
   static_assert(!kApart || (Isa::kDepthStep == Isa::kLanes && Isa::kRowStep == Isa::kLanes));
   static_assert(!kApart || Isa::kChain * Isa::kPerStep >= kDepth);
+  static_assert(kDepth / Isa::kPerStep * Isa::kColumns * Isa::kPanelsAtOnce <= MatmulScratch::kPanelFloats);
   static_assert(Isa::kMostBytesOfX == 0 || Isa::kLayoutOfPanel == Layout::LanesInLines);  // one block can be staged
   return true;
 }
