@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -16,6 +17,8 @@ def interleaved(
     providers: dict[Key, Callable[[], object]], *, seconds: float, burst: float = 0.05, warmup: float = 0.05
 ) -> dict[Key, list[float]]:
     """Time each provider in turn, in bursts, until every one has had `seconds`, and LEAST_CALLS.
+
+    Each round is in another order: who always came after the same one would find memory always as that left it.
 
     Args:
         providers: what to call, by name.
@@ -31,7 +34,9 @@ def interleaved(
         _burst(call, warmup)
     times: dict[Key, list[float]] = {name: [] for name in providers}
     spent = dict.fromkeys(providers, 0.0)
+    order = random.Random(0)
     while waiting := [name for name in providers if spent[name] < seconds or len(times[name]) < LEAST_CALLS]:
+        order.shuffle(waiting)
         for name in waiting:
             calls = _burst(providers[name], burst)
             spent[name] += sum(calls)
