@@ -61,7 +61,7 @@ def _burst(call: Callable[[], object], seconds: float) -> list[float]:
 def cold_bytes(cache_bytes: int, memory_bytes: int, providers: int) -> int:
     """So much must be used in rotation, by each provider, to find nothing of it in the cache: 4 times its size.
 
-    Less where it is so large, as some servers', that this would take more than half the memory.
+    Less where all providers' would take more than half the memory, as with the caches of some servers.
     """
     return min(4 * cache_bytes, memory_bytes // 2 // providers)
 

@@ -41,15 +41,11 @@ struct Amx : AmxTiles<Amx> {
     const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
     const std::int64_t steps = steps_of<Amx>(depth);
     for (std::int64_t step = 0; step < steps; ++step, panel += kColumns) {
-      struct Line {
-        std::int64_t first;
-        bool counts;
-      } lines[2];
+      std::int64_t first[2];
       __m512i words[2];
       for (int i = 0; i < 2; ++i) {
-        const std::int64_t r = 2 * step + i;
-        lines[i] = {(row + smaller(r, depth - 1)) * J + column, r < depth};
-        const std::uint8_t* packed = w.packed + lines[i].first / 2;
+        first[i] = (row + smaller(2 * step + i, depth - 1)) * J + column;
+        const std::uint8_t* packed = w.packed + first[i] / 2;
         words[i] = _mm512_maskz_loadu_epi8(bytes, packed);
         __builtin_prefetch(packed + 64, 0, 2);
       }
@@ -61,15 +57,16 @@ struct Amx : AmxTiles<Amx> {
         const std::int64_t at = kColumns * q;
         if (at >= width) break;
         if (q == 0 || ((column + at) & (w.blocksize - 1)) == 0) {
-          const auto of_block = [&](const Line& line) __attribute__((always_inline)) {
-            return table * _mm512_set1_ps(line.counts ? block_absmax(w, (line.first + at) >> shift) : 0.0f);
+          const auto of_block = [&](int i) __attribute__((always_inline)) {
+            return table * _mm512_set1_ps(2 * step + i < depth ? block_absmax(w, (first[i] + at) >> shift) : 0.0f);
           };
-          weights = (__m512i)_mm512_cvtne2ps_pbh(of_block(lines[1]), of_block(lines[0]));
+          weights = (__m512i)_mm512_cvtne2ps_pbh(of_block(1), of_block(0));
         }
         const __m512i pair_of_column = _mm512_add_epi32(quarter, _mm512_set1_epi32(4 * q));
         const auto look_up = [&](__m512i pairs) __attribute__((always_inline)) {
           const __m512i moved = _mm512_srlv_epi16(_mm512_permutexvar_epi32(pair_of_column, pairs), shifts);
-          return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(moved, code, second_row, 0xea), weights);
+          const __m512i codes = _mm512_ternarylogic_epi32(moved, code, second_row, 0xea);  // moved & code | second_row
+          return _mm512_permutexvar_epi16(codes, weights);
         };
         _mm512_storeu_si512(panel + at * steps, look_up(low));
         _mm512_storeu_si512(panel + at * steps + kSide, look_up(high));

@@ -7,7 +7,7 @@ namespace qlora::cpu {
 
 constexpr std::int64_t kDepth = 256;       // of the reduction
 constexpr std::int64_t kMaxRows = 528;     // of x, multiples of row_step: what a decoded weight is used for at most
-constexpr std::int64_t kMaxColumns = 256;  // of out, for which a block is staged at a time
+constexpr std::int64_t kMaxColumns = 256;  // of out, for which a block is staged at a time, if it is
 
 // A block of the 4-bit weight, copied to one place: its rows are so far apart that they would push each other out of
 // the cache. Bytes are as in the weight, [W's rows][kStagedBytes], again at a stride that is no power of two; absmax is
@@ -18,7 +18,7 @@ constexpr std::int64_t kStep = kMinBlocksize;
 
 // The memory of one thread.
 struct MatmulScratch {
-  float* panel;          // [kDepth][panel's width], or as many in the kernel's order; or some panels of bf16
+  float* panel;          // [kDepth][panel's width], or as many in the kernel's order; or 4 of bf16
   float* sums;           // [panels][rows][panel's width], kSums in all
   float* beside;         // likewise: what is added to them later
   float* absmax;         // staged [W's columns / kStep][W's rows], of which there are at most kDepth

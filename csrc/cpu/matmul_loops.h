@@ -2,7 +2,7 @@
 // region, so that everything here is compiled for it.
 //
 // Rows of x are arranged tile by tile, in the type that is multiplied, so that a tile reads one stream. Then, a panel
-// of columns of b at a time, b is decoded to the panel, and multiplied with all rows, tile by tile in registers, onto
+// of columns of b at a time, or some, b is decoded to it, and multiplied with all rows, tile by tile in registers, onto
 // fp32 sums. A weight is decoded once for all rows that are arranged, and never stored beyond the panel.
 //
 // Isa has
@@ -23,9 +23,9 @@
 //   store_panel_rows       dense values, two rows of the panel
 //   fill_weight            the panel, from the staged weight W[R, J]: W's rows are the panel's rows
 //   fill_weight_transposed the panel, from W[J, R], of which a panel is staged: W's rows are the panel's columns
-//   kPanelsAtOnce          if more than 1, so many panels of W[R, J] at a time, by
-//   fill_weight_lines      instead of fill_weight: from W[R, J] where it lies
 //   fill_weight_rows       instead of both, where the panel's columns lie apart: from W[J, R] where it lies
+//   fill_weight_lines      instead of fill_weight, if kPanelsAtOnce, panels that are filled at a time, is more than 1:
+//                          from W[R, J] where it lies
 //   multiply_tile<rows>    so many rows of x @ panel, some steps, onto their sums
 #include "matmul_dense.h"
 
@@ -200,9 +200,9 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t begi
         fetch(term.w, term.R, next, smaller(Isa::kColumns, product.J - next), r, depth);
       }
       const std::int64_t steps = steps_of<Isa>(depth);
-      const float* const rows = x.x + x.all_rows * steps_of<Isa>(r - begin) + x.first * steps;
+      const float* const of_block = x.x + x.all_rows * steps_of<Isa>(r - begin) + x.first * steps;
       for (std::int64_t i = 0; i < width; i += Isa::kColumns) {
-        multiply_panel<Isa>(rows, x.rows, s.panel + i * steps, steps, sums + (j + i) * x.rows);
+        multiply_panel<Isa>(of_block, x.rows, s.panel + i * steps, steps, sums + (j + i) * x.rows);
       }
     }
   }
@@ -301,7 +301,8 @@ void multiply_rectangle(const Matmul& product, const MatmulRows& rows, const Rec
 
 template <typename Isa>
 constexpr bool fits_the_loops() {
-  // The rows of a part have room in the scratch; a block of rows that lie apart is one chain, of whole vectors.
+  // The rows of a part have room in the scratch, as panels; a block of rows that lie apart is one chain, of whole
+  // vectors.
   static_assert(kMaxRows % Isa::kRowStep == 0 && Isa::kRowBoundary % Isa::kRowStep == 0);
   constexpr bool kApart = Isa::kLayoutOfX != Layout::Steps;
   static_assert(!kApart || (Isa::kDepthStep == Isa::kLanes && Isa::kRowStep == Isa::kLanes));

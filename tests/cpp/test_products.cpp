@@ -257,8 +257,11 @@ void check_matmul(bool transposed, std::int64_t M, std::int64_t N, std::int64_t 
   cpu::Matmul product{M, J, terms, 3, bias.bytes.data(), out.bytes.data(), dtype, compute};
   multiply(product, cpu::most_matmul_rows(product), J);
   product.out = in_parts.bytes.data();
-  multiply(product, cpu::row_boundary(product), cpu::kMatmulColumnBoundary);
-  CHECK(out.bytes == in_parts.bytes);
+  for (const std::int64_t panels : {1, 3}) {
+    multiply(product, cpu::row_boundary(product), panels * cpu::kMatmulColumnBoundary);
+    CHECK(out.bytes == in_parts.bytes);
+    std::fill(in_parts.bytes.begin(), in_parts.bytes.end(), std::uint8_t{0});
+  }
   for (std::int64_t m = 0; m < M; ++m) {
     for (std::int64_t j = 0; j < J; ++j) {
       double exact = bias.exact[static_cast<std::size_t>(j)], magnitude = std::fabs(exact);
@@ -367,6 +370,7 @@ int main() {
         }
         check_matmul(true, 37, 300, 512, 512, dtype, quant_type, masked);
         check_matmul(false, 37, 301, 512, 512, dtype, quant_type, masked);
+        for (std::int64_t blocksize : {64, 128}) check_matmul(false, 5, 40, 384, blocksize, dtype, quant_type, masked);
       }
       check_matmul(true, 14, 35, 608, 32, dtype, quant_type, false);
       check_matmul(false, 14, 545, 64, 32, dtype, quant_type, true);
