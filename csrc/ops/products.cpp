@@ -100,14 +100,14 @@ void multiply_dgrad(const Tensor& grad, const Packed4bit& w, LowRankList added, 
 
 Tensor multiply(const LinearArguments& arguments, const Tensor& bias, LowRankList added) {
   const auto& [N, K, w, x] = arguments;
-  Tensor y = new_result({x.size(0), N}, x.options());
+  Tensor y = at::empty({x.size(0), N}, x.options());
   multiply(x, w.view, bias, added, y);
   return y;
 }
 
 Tensor multiply_dgrad(const LinearArguments& arguments, LowRankList added) {
   const auto& [N, K, w, grad] = arguments;
-  Tensor grad_x = new_result({grad.size(0), K}, grad.options());
+  Tensor grad_x = at::empty({grad.size(0), K}, grad.options());
   multiply_dgrad(grad, w.view, added, grad_x);
   return grad_x;
 }

@@ -271,7 +271,7 @@ def mapping_flags(address: int) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages")
-def test_large_results_ask_for_huge_pages() -> None:
+def test_large_weights_ask_for_huge_pages() -> None:
     """ "hg": madvise(MADV_HUGEPAGE), whatever the system then does."""
     packed, state = qlora_ext.quantize_4bit(torch.randn(4096, 4096))
     weight = qlora_ext.dequantize_4bit(packed, state)
