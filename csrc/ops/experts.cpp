@@ -57,7 +57,7 @@ class Experts {
 
   // Results, of which those of no expert are 0.
   Tensor new_results(const Tensor& x, int64_t size) const {
-    Tensor results = at::empty({x.size(0), size}, x.options());
+    Tensor results = new_result({x.size(0), size}, x.options());
     results.narrow(0, rows_, x.size(0) - rows_).zero_();
     return results;
   }
@@ -188,7 +188,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_experts_4bit_b
   const auto new_gradients = [](bool wanted, at::TensorList factors) {
     std::vector<Tensor> gradients;
     for (size_t i = 0; wanted && i < factors.size(); ++i)
-      gradients.push_back(at::empty(factors[i].sizes(), factors[i].options().dtype(at::kFloat)));
+      gradients.push_back(new_result(factors[i].sizes(), factors[i].options().dtype(at::kFloat)));
     return gradients;
   };
   std::vector<Tensor> grad_A = new_gradients(with_grad_A, A), grad_B = new_gradients(with_grad_B, B);

@@ -20,15 +20,6 @@ using at::Tensor;
 
 // --- quantize_4bit, quantize_absmax, dequantize_4bit --------------------------------------------------------------
 
-// A weight to be filled: at::empty, on the CPU in huge pages if large, as with torch's THP_MEM_ALLOC_ENABLE=1. The
-// system needs longer to hand out that many small pages than the kernels need to fill them.
-Tensor new_weight(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor weight = at::empty(sizes, options);
-  const auto bytes = static_cast<int64_t>(weight.nbytes());
-  if (weight.is_cpu() && bytes >= kHugePage) advise_huge_pages(weight.data_ptr(), weight.nbytes());
-  return weight;
-}
-
 // Row layout [..., K / per] where whole blocks fill a row, else flat [ceil(n / per)]: the bytes are the same.
 std::vector<int64_t> layout(const Tensor& weight, int64_t blocksize, int64_t per) {
   if (weight.dim() == 0 || weight.size(-1) % blocksize != 0) return {ceil_div(weight.numel(), per)};
@@ -44,8 +35,8 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight_arg, std::string q
   const QuantType type = checked_quant_type(kOp, quant_type);
   check_blocksize(kOp, blocksize);
   const Tensor weight = weight_arg.contiguous();
-  Tensor packed = new_weight(layout(weight, blocksize, 2), weight.options().dtype(at::kByte));
-  Tensor absmax = new_weight(layout(weight, blocksize, blocksize), weight.options().dtype(at::kFloat));
+  Tensor packed = new_result(layout(weight, blocksize, 2), weight.options().dtype(at::kByte));
+  Tensor absmax = new_result(layout(weight, blocksize, blocksize), weight.options().dtype(at::kFloat));
   device_for(weight).quantize_4bit(weight, type, blocksize, packed, absmax);
   return {packed, absmax};
 }
@@ -54,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg) {
   QLORA_CHECK_TYPE(absmax_arg.scalar_type() == at::kFloat, "quantize_absmax", "absmax", "dtype float32",
                    absmax_arg.scalar_type());
   const Tensor absmax = absmax_arg.contiguous();
-  Tensor codes = new_weight(absmax.sizes(), absmax.options().dtype(at::kByte));
+  Tensor codes = new_result(absmax.sizes(), absmax.options().dtype(at::kByte));
   Tensor nested_absmax = at::empty({ceil_div(absmax.numel(), kNestedBlocksize)}, absmax.options());
   Tensor nested_offset = at::empty({}, absmax.options());
   device_for(absmax).quantize_absmax(absmax, codes, nested_absmax, nested_offset);
@@ -84,7 +75,7 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTens
     }
     out.unsafeGetTensorImpl()->bump_version();  // for the backward pass of those who saved what it was
   } else {
-    out = new_weight(shape, packed.options().dtype(dtype));
+    out = new_result(shape, packed.options().dtype(dtype));
   }
   device_for(out).dequantize_4bit(w.view, n, {0, 1, 0, n}, out);
   return out;
@@ -168,6 +159,13 @@ Tensor check_bias(const char* op, const OptionalTensor& bias, const Tensor& x, i
   QLORA_CHECK(bias->dim() == 1 && bias->size(0) == N, op, "bias", "shape [" + std::to_string(N) + "]", bias->sizes());
   checked_dtype(op, "bias", bias->scalar_type());
   return bias->to(x.scalar_type());
+}
+
+Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor result = at::empty(sizes, options);
+  const auto bytes = static_cast<int64_t>(result.nbytes());
+  if (result.is_cpu() && bytes >= kHugePage) advise_huge_pages(result.data_ptr(), result.nbytes());
+  return result;
 }
 
 Tensor as_rows(const Tensor& x) {

@@ -43,6 +43,11 @@ inline int64_t total_rank(at::TensorList A) {
   return total;
 }
 
+// A result to be filled: at::empty, on the CPU in huge pages if large, as with torch's THP_MEM_ALLOC_ENABLE=1. The
+// system needs longer to hand out that many small pages than most kernels need to fill them; not for a product, which
+// is malloc's: where a virtual machine's host takes freed memory away, huge pages of it would take the longer.
+at::Tensor new_result(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 // y = x @ W^T + bias + added: [M, N]; grad_x = grad @ W + added: [M, K].
 void multiply(const at::Tensor& x, const Packed4bit& w, const at::Tensor& bias, LowRankList added, const at::Tensor& y);
 void multiply_dgrad(const at::Tensor& grad, const Packed4bit& w, LowRankList added, const at::Tensor& grad_x);

@@ -271,11 +271,13 @@ def mapping_flags(address: int) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages")
-def test_large_weights_ask_for_huge_pages() -> None:
+def test_large_results_but_of_products_ask_for_huge_pages() -> None:
     """ "hg": madvise(MADV_HUGEPAGE), whatever the system then does."""
     packed, state = qlora_ext.quantize_4bit(torch.randn(4096, 4096))
     weight = qlora_ext.dequantize_4bit(packed, state)
     assert all("hg" in mapping_flags(tensor.data_ptr() + 2**22) for tensor in (packed, weight))
+    product = qlora_ext.linear_4bit(torch.ones(1024, 64), *qlora_ext.quantize_4bit(torch.randn(2**14, 64)))
+    assert "hg" not in mapping_flags(product.data_ptr() + 2**22), "64 MB: a mapping of its own"
 
 
 def test_what_is_no_tensor_is_named() -> None:
