@@ -84,7 +84,8 @@ def backward_case(weight: Weight, M: int) -> Case:
 
     # Read: x, grad, A, B; written: dx (as large as x), dA, dB. x @ A.T is kept from the forward pass.
     moved = bytes_of(step.x, step.x, step.grad, A, A, B, B)
-    return Case(step, check, moved, flops=_flops(weight, M, low_rank_products=4))
+    held = bytes_of(step.grad) + 4 * step.x.numel()  # y, and what the forward pass made of x, fp32 at most
+    return Case(step, check, moved, flops=_flops(weight, M, low_rank_products=4), held_bytes=held)
 
 
 def _step(weight: Weight, M: int) -> Step:

@@ -70,6 +70,7 @@ class Case:
         other_bytes: that a call moves beside the weight: its inputs and results, each once.
         flops: of a call.
         copying: its limit is the bandwidth of copying, not of reading.
+        held_bytes: that a bound call holds for itself, at most: of copies that are not cached, so many fewer are bound.
     """
 
     inputs: Any
@@ -77,6 +78,7 @@ class Case:
     other_bytes: int
     flops: int = 0
     copying: bool = False
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,10 @@ class Run:
         rows: dict[str, Row] = {}
         times: dict[str, list[float]] = {}
         for provider, copies in forms:
+            size = provider.weight_bytes
+            count = 1 if same["mode"] == "hot" else max(1, len(copies) * size // (size + case.held_bytes))
             try:
-                bound = [provider.bind(form, case.inputs) for form in (copies[:1] if same["mode"] == "hot" else copies)]
+                bound = [provider.bind(form, case.inputs) for form in copies[:count]]
                 start = time.perf_counter()
                 result = bound[0]()
                 spent = time.perf_counter() - start

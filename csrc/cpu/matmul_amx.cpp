@@ -32,7 +32,8 @@ struct Amx : AmxTiles<Amx> {
   // A line of two of W's rows at a time. The 16 weights that a block may have of each are made once, and looked up by
   // codes: of a pair, one is the first row's, one the second's. Rows beyond the depth are zeros.
   static void fill_weight_lines(const Packed4bit& w, std::int64_t J, std::int64_t row, std::int64_t depth,
-                                std::int64_t column, std::int64_t width, float* panel) {
+                                std::int64_t column, std::int64_t width, const Ahead& next, float* panel) {
+    constexpr std::int64_t kRowsAhead = 8;
     const __m512 table = _mm512_loadu_ps(codebook(w.quant_type).value);
     const __m512i shifts = shifts_of_codes();
     const __m512i quarter = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -41,13 +42,14 @@ struct Amx : AmxTiles<Amx> {
     const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
     const std::int64_t steps = steps_of<Amx>(depth);
     for (std::int64_t step = 0; step < steps; ++step, panel += kColumns) {
+      next.fetch(step);
       std::int64_t first[2];
       __m512i words[2];
       for (int i = 0; i < 2; ++i) {
         first[i] = (row + smaller(2 * step + i, depth - 1)) * J + column;
         const std::uint8_t* packed = w.packed + first[i] / 2;
         words[i] = _mm512_maskz_loadu_epi8(bytes, packed);
-        __builtin_prefetch(packed + 64, 0, 2);
+        __builtin_prefetch(packed + kRowsAhead * J / 2);
       }
       // Pairs of words, of 4 codes each, of 16 columns in turn: of a panel the first 16, and the others.
       const __m512i low = _mm512_unpacklo_epi16(words[0], words[1]), high = _mm512_unpackhi_epi16(words[0], words[1]);

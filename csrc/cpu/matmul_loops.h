@@ -25,7 +25,7 @@
 //   fill_weight_transposed the panel, from W[J, R], of which a panel is staged: W's rows are the panel's columns
 //   fill_weight_rows       instead of both, where the panel's columns lie apart: from W[J, R] where it lies
 //   fill_weight_lines      instead of fill_weight, if kPanelsAtOnce, panels that are filled at a time, is more than 1:
-//                          from W[R, J] where it lies
+//                          from W[R, J] where it lies, of which it fetches what is next
 //   multiply_tile<rows>    so many rows of x @ panel, some steps, onto their sums
 #include "matmul_dense.h"
 
@@ -130,6 +130,18 @@ inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::in
   stage_absmax(w, K, row, rows, column, columns, s);
 }
 
+// Rows of a weight that are read later, where they lie, so many bytes apart: two lines of each, to the L2 row by row,
+// as few reads are in flight.
+struct Ahead {
+  const std::uint8_t* first;
+  std::int64_t stride, rows;
+
+  void fetch(std::int64_t row) const {
+    if (row >= rows) return;
+    for (std::int64_t byte = 0; byte < 128; byte += 64) __builtin_prefetch(first + row * stride + byte, 0, 2);
+  }
+};
+
 // Of a panel, sums += from, where the mask, if there is one, is true; from may be the sums, which are kept there then,
 // and cleared elsewhere.
 template <typename Isa>
@@ -186,7 +198,11 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t begi
         Isa::fill_weight_rows(term.w, term.R, column + j, width, r, depth, s.panel);
       } else if (term.kind == Term::Kind::Weight) {
         if constexpr (Isa::kPanelsAtOnce > 1) {
-          Isa::fill_weight_lines(term.w, product.J, r, depth, column + j, width, s.panel);
+          // In all these columns, as many of the next block's rows as there are columns at once.
+          const std::int64_t next = end + j;
+          const Ahead ahead{term.w.packed + (next * product.J + column) / 2, product.J / 2,
+                            smaller(at_once, term.R - next)};
+          Isa::fill_weight_lines(term.w, product.J, r, depth, column + j, width, ahead, s.panel);
         } else {
           Isa::fill_weight(term.w.quant_type, s, j, depth);
           fetch(term.w, product.J, r + j, smaller(Isa::kColumns, depth - j), column + columns,

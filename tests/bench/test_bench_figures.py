@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -98,6 +98,17 @@ def test_a_call_that_takes_too_long_is_timed_once(patience: float, calls: int, m
     run._measure_case({"mode": "cold"}, suite.Case(None, lambda *_: 0.0, other_bytes=0), [(provider, [None] * 2)])
     (row,) = run.rows
     assert (row["calls"], row["copies"]) == (calls, 2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "held", "copies"), [("cold", 0, 6), ("cold", 100, 3), ("cold", 10**6, 1), ("hot", 0, 1)], ids=str
+)
+def test_what_calls_hold_counts_with_the_copies(mode: str, held: int, copies: int) -> None:
+    run = suite.Run(cast(Any, SimpleNamespace(seconds=0, burst=0)), cache_bytes=2**20)
+    provider = suite.Provider("qlora_ext", lambda: None, lambda *_: lambda: None, weight_bytes=100)
+    case = suite.Case(None, lambda *_: 0.0, other_bytes=0, held_bytes=held)
+    run._measure_case({"mode": mode}, case, [(provider, [None] * 6)])
+    assert [row["copies"] for row in run.rows] == [copies]
 
 
 @pytest.mark.parametrize(
