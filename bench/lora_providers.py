@@ -13,6 +13,7 @@ from exactness import checked_rows
 from linear_providers import checked_error
 from suite import OURS, Case, MissingPeerError, Provider
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from weight import BLOCKSIZE, QUANT_TYPE, Weight, bytes_of
 
 import qlora_ext
@@ -44,8 +45,8 @@ def backward(weight: Weight) -> list[Provider]:
 
     def bind(layer: nn.Module, step: Step) -> Callable[[], tuple[Tensor, ...]]:
         x = step.x.detach().requires_grad_()
-        y = layer(x)
-        return lambda: torch.autograd.grad(y, (x, *_adapter_of(layer)), step.grad, retain_graph=True)
+        y = get_gradient_edge(layer(x))  # not y itself, which would stay in memory for each copy
+        return lambda: torch.autograd.grad([y], (x, *_adapter_of(layer)), [step.grad], retain_graph=True)
 
     return _providers(weight, bind)
 
@@ -84,8 +85,8 @@ def backward_case(weight: Weight, M: int) -> Case:
 
     # Read: x, grad, A, B; written: dx (as large as x), dA, dB. x @ A.T is kept from the forward pass.
     moved = bytes_of(step.x, step.x, step.grad, A, A, B, B)
-    held = bytes_of(step.grad) + 4 * step.x.numel()  # y, and what the forward pass made of x, fp32 at most
-    return Case(step, check, moved, flops=_flops(weight, M, low_rank_products=4), held_bytes=held)
+    x_in_fp32 = 4 * step.x.numel()  # PEFT keeps it, where its adapters are fp32
+    return Case(step, check, moved, flops=_flops(weight, M, low_rank_products=4), held_bytes=x_in_fp32)
 
 
 def _step(weight: Weight, M: int) -> Step:

@@ -30,6 +30,7 @@ import qlora_ext._C as _C
 
 OURS = "qlora_ext"
 PATIENCE = 3  # seconds: a call that takes longer is timed once, when it is checked
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 Row = dict[str, Any]
 
 
@@ -70,7 +71,7 @@ class Case:
         other_bytes: that a call moves beside the weight: its inputs and results, each once.
         flops: of a call.
         copying: its limit is the bandwidth of copying, not of reading.
-        held_bytes: that a bound call holds for itself, at most: of copies that are not cached, so many fewer are bound.
+        held_bytes: that a bound call holds for itself, at most: of no more copies than memory has room for.
     """
 
     inputs: Any
@@ -132,7 +133,7 @@ class Run:
         same |= {"huge_pages": self.options.huge_pages}
         forms: list[tuple[Provider, list[Any]]] = []
         providers = bench.providers(weight)
-        cold = cold_bytes(self.cache_bytes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), len(providers))
+        cold = cold_bytes(self.cache_bytes, MEMORY, len(providers))
         for provider in providers:
             try:
                 forms.append((provider, self._copies(provider, cold)))
@@ -161,7 +162,8 @@ class Run:
         times: dict[str, list[float]] = {}
         for provider, copies in forms:
             size = provider.weight_bytes
-            count = 1 if same["mode"] == "hot" else max(1, len(copies) * size // (size + case.held_bytes))
+            room = max(1, MEMORY // 2 // len(forms) // (size + case.held_bytes))
+            count = 1 if same["mode"] == "hot" else min(len(copies), room)
             try:
                 bound = [provider.bind(form, case.inputs) for form in copies[:count]]
                 start = time.perf_counter()

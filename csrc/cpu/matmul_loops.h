@@ -25,7 +25,7 @@
 //   fill_weight_transposed the panel, from W[J, R], of which a panel is staged: W's rows are the panel's columns
 //   fill_weight_rows       instead of both, where the panel's columns lie apart: from W[J, R] where it lies
 //   fill_weight_lines      instead of fill_weight, if kPanelsAtOnce, panels that are filled at a time, is more than 1:
-//                          from W[R, J] where it lies, of which it fetches what is next
+//                          from W[R, J] where it lies; meanwhile it fetches a row a step of what is read later
 //   multiply_tile<rows>    so many rows of x @ panel, some steps, onto their sums
 #include "matmul_dense.h"
 
@@ -130,15 +130,17 @@ inline void stage(const Packed4bit& w, std::int64_t K, std::int64_t row, std::in
   stage_absmax(w, K, row, rows, column, columns, s);
 }
 
-// Rows of a weight that are read later, where they lie, so many bytes apart: two lines of each, to the L2 row by row,
-// as few reads are in flight.
+// Rows of a weight that are read later where they lie, `stride` bytes apart: of each the lines of kMaxColumns, to the
+// L2. Row by row, beside other work, as a core has few reads in flight.
 struct Ahead {
   const std::uint8_t* first;
   std::int64_t stride, rows;
 
   void fetch(std::int64_t row) const {
     if (row >= rows) return;
-    for (std::int64_t byte = 0; byte < 128; byte += 64) __builtin_prefetch(first + row * stride + byte, 0, 2);
+    for (std::int64_t byte = 0; byte < kMaxColumns / 2; byte += 64) {
+      __builtin_prefetch(first + row * stride + byte, 0, 2);
+    }
   }
 };
 
@@ -198,7 +200,7 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t begi
         Isa::fill_weight_rows(term.w, term.R, column + j, width, r, depth, s.panel);
       } else if (term.kind == Term::Kind::Weight) {
         if constexpr (Isa::kPanelsAtOnce > 1) {
-          // In all these columns, as many of the next block's rows as there are columns at once.
+          // The two fills of these columns share the rows that the next block has there.
           const std::int64_t next = end + j;
           const Ahead ahead{term.w.packed + (next * product.J + column) / 2, product.J / 2,
                             smaller(at_once, term.R - next)};
@@ -324,6 +326,8 @@ constexpr bool fits_the_loops() {
   static_assert(!kApart || (Isa::kDepthStep == Isa::kLanes && Isa::kRowStep == Isa::kLanes));
   static_assert(!kApart || Isa::kChain * Isa::kPerStep >= kDepth);
   static_assert(kDepth / Isa::kPerStep * Isa::kColumns * Isa::kPanelsAtOnce <= MatmulScratch::kPanelFloats);
+  constexpr std::int64_t kBlock = Isa::kPanelsAtOnce == 1 ? kDepth : 2 * Isa::kPanelsAtOnce * Isa::kColumns;
+  static_assert(kBlock == kDepth);                                                        // two fills fetch its rows
   static_assert(Isa::kMostBytesOfX == 0 || Isa::kLayoutOfPanel == Layout::LanesInLines);  // one block can be staged
   return true;
 }

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 import cells
 import limits
+import lora_providers
 import optimizer_paging
 import optimizer_parameters
 import optimizer_resident
@@ -25,6 +26,7 @@ import shapes
 import suite
 import tables
 import timing
+import weight
 
 
 def test_percentiles_of_all_calls() -> None:
@@ -101,14 +103,25 @@ def test_a_call_that_takes_too_long_is_timed_once(patience: float, calls: int, m
 
 
 @pytest.mark.parametrize(
-    ("mode", "held", "copies"), [("cold", 0, 6), ("cold", 100, 3), ("cold", 10**6, 1), ("hot", 0, 1)], ids=str
+    ("mode", "held", "copies"),
+    [("cold", 0, 6), ("cold", 300, 6), ("cold", 400, 5), ("cold", 10**6, 1), ("hot", 0, 1)],
+    ids=str,
 )
-def test_what_calls_hold_counts_with_the_copies(mode: str, held: int, copies: int) -> None:
-    run = suite.Run(cast(Any, SimpleNamespace(seconds=0, burst=0)), cache_bytes=2**20)
+def test_no_more_copies_are_bound_than_memory_has_room_for(
+    mode: str, held: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "MEMORY", 5000)
+    given: Any = SimpleNamespace(seconds=0, burst=0)
+    run = suite.Run(given, cache_bytes=2**20)
     provider = suite.Provider("qlora_ext", lambda: None, lambda *_: lambda: None, weight_bytes=100)
     case = suite.Case(None, lambda *_: 0.0, other_bytes=0, held_bytes=held)
     run._measure_case({"mode": mode}, case, [(provider, [None] * 6)])
     assert [row["copies"] for row in run.rows] == [copies]
+
+
+def test_backward_through_lora_holds_x_in_fp32_at_most() -> None:
+    case = lora_providers.backward_case(weight.Weight(64, 128, torch.bfloat16), 8)
+    assert case.held_bytes == 8 * 128 * 4
 
 
 @pytest.mark.parametrize(
