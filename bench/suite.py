@@ -71,7 +71,8 @@ class Case:
         other_bytes: that a call moves beside the weight: its inputs and results, each once.
         flops: of a call.
         copying: its limit is the bandwidth of copying, not of reading.
-        held_bytes: that a bound call holds for itself, at most: of no more copies than memory has room for.
+        held_bytes: that a bound call holds beside the weight, at most: no more copies are bound than half the memory,
+            shared by the providers, has room for.
     """
 
     inputs: Any

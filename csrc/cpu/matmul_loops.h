@@ -200,7 +200,7 @@ void multiply_columns(const Matmul& product, const Term& term, std::int64_t begi
         Isa::fill_weight_rows(term.w, term.R, column + j, width, r, depth, s.panel);
       } else if (term.kind == Term::Kind::Weight) {
         if constexpr (Isa::kPanelsAtOnce > 1) {
-          // The two fills of these columns share the rows that the next block has there.
+          // The fills of these columns share the next block's rows.
           const std::int64_t next = end + j;
           const Ahead ahead{term.w.packed + (next * product.J + column) / 2, product.J / 2,
                             smaller(at_once, term.R - next)};
@@ -326,8 +326,8 @@ constexpr bool fits_the_loops() {
   static_assert(!kApart || (Isa::kDepthStep == Isa::kLanes && Isa::kRowStep == Isa::kLanes));
   static_assert(!kApart || Isa::kChain * Isa::kPerStep >= kDepth);
   static_assert(kDepth / Isa::kPerStep * Isa::kColumns * Isa::kPanelsAtOnce <= MatmulScratch::kPanelFloats);
-  constexpr std::int64_t kBlock = Isa::kPanelsAtOnce == 1 ? kDepth : 2 * Isa::kPanelsAtOnce * Isa::kColumns;
-  static_assert(kBlock == kDepth);                                                        // two fills fetch its rows
+  // A fill has a step for each row that it fetches.
+  static_assert(Isa::kPanelsAtOnce == 1 || Isa::kPanelsAtOnce * Isa::kColumns <= kDepth / Isa::kPerStep);
   static_assert(Isa::kMostBytesOfX == 0 || Isa::kLayoutOfPanel == Layout::LanesInLines);  // one block can be staged
   return true;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,25 +104,43 @@ def test_a_call_that_takes_too_long_is_timed_once(patience: float, calls: int, m
 
 
 @pytest.mark.parametrize(
-    ("mode", "held", "copies"),
-    [("cold", 0, 6), ("cold", 300, 6), ("cold", 400, 5), ("cold", 10**6, 1), ("hot", 0, 1)],
+    ("mode", "held", "providers", "copies"),
+    [
+        ("cold", 0, 1, 6),
+        ("cold", 300, 1, 6),
+        ("cold", 400, 1, 5),
+        ("cold", 400, 2, 2),
+        ("cold", 10**6, 1, 1),
+        ("hot", 0, 1, 1),
+    ],
     ids=str,
 )
 def test_no_more_copies_are_bound_than_memory_has_room_for(
-    mode: str, held: int, copies: int, monkeypatch: pytest.MonkeyPatch
+    mode: str, held: int, providers: int, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite, "MEMORY", 5000)
     given: Any = SimpleNamespace(seconds=0, burst=0)
     run = suite.Run(given, cache_bytes=2**20)
-    provider = suite.Provider("qlora_ext", lambda: None, lambda *_: lambda: None, weight_bytes=100)
     case = suite.Case(None, lambda *_: 0.0, other_bytes=0, held_bytes=held)
-    run._measure_case({"mode": mode}, case, [(provider, [None] * 6)])
-    assert [row["copies"] for row in run.rows] == [copies]
+    forms: list[tuple[suite.Provider, list[Any]]] = [
+        (suite.Provider(f"p{i}", lambda: None, lambda *_: lambda: None, weight_bytes=100), [None] * 6)
+        for i in range(providers)
+    ]
+    run._measure_case({"mode": mode}, case, forms)
+    assert [row["copies"] for row in run.rows] == [copies] * providers
 
 
 def test_backward_through_lora_holds_x_in_fp32_at_most() -> None:
-    case = lora_providers.backward_case(weight.Weight(64, 128, torch.bfloat16), 8)
+    """And no result of the forward pass."""
+    of = weight.Weight(64, 128, torch.bfloat16)
+    case = lora_providers.backward_case(of, 8)
     assert case.held_bytes == 8 * 128 * 4
+    ours = lora_providers.backward(of)[0]
+    layer, results = ours.make(), []
+    layer.register_forward_hook(lambda *args: results.append(weakref.ref(args[-1])))
+    call = ours.bind(layer, case.inputs)
+    assert [result() for result in results] == [None]
+    assert [tuple(gradient.shape) for gradient in call()] == [(8, 128), (16, 128), (64, 16)]
 
 
 @pytest.mark.parametrize(
