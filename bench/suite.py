@@ -2,9 +2,9 @@
 
 Every result is checked before anything is timed; a wrong one of ours is a failure, a wrong one of a peer is a row that
 says so, as is a peer that is missing. Two modes: hot (one weight, at most half the last-level cache) and cold (weights
-in rotation, 4 times the cache, or what half the memory holds). The machine's limits are measured before and after each
-shape, in limits.py. A run consists of two processes, with and without huge pages for malloc: they decide what a
-temporary costs.
+in rotation, 4 times the cache, or what half the memory has room for, with what their calls hold). The machine's limits
+are measured before and after each shape, in limits.py. A run consists of two processes, with and without huge pages for
+malloc: they decide what a temporary costs.
 """
 
 from __future__ import annotations
