@@ -1,5 +1,5 @@
 // linear_4bit for few rows of bf16, AMX: 16 rows of W are a tile as they lie in memory, up to 16 rows of x another. A
-// run of 32 weights is one row of such a tile.
+// run of 32 weights is one row of such a tile. A line of each of the 16 rows is multiplied, then the next is decoded.
 #include "linear_4bit.h"
 
 #if defined(__x86_64__)
@@ -17,17 +17,19 @@ namespace {
 
 constexpr std::int64_t kRowsOfX = 16;  // of a tile
 constexpr std::int64_t kMostGroups = kMostRowProducts / kRowsOfX;
+constexpr std::int64_t kLineWeights = 2 * kLine;
+constexpr int kRunsOfLine = kLineWeights / kRun;
 static_assert(kMostGroups == 2 && kTileRows == amx::kRows && kRun == kWeightRun && 2 * kRun == amx::kRowBytes);
 
-// Run by run: 16 pairs, of each all rows.
+// Run by run: 16 pairs, of each all rows. Zeros fill up the last line.
 void arrange_pairs(const void* x, DType, std::int64_t rows, std::int64_t K, void* arranged) {
   const __m512i order = order_of_run();
   const auto lanes = static_cast<__mmask16>((1u << rows) - 1);
   auto* to = static_cast<float*>(arranged);
-  for (std::int64_t k = 0; k < K; k += kRun) {
+  for (std::int64_t k = 0; k < ceil_div(K, kLineWeights) * kLineWeights; k += kRun) {
     __m512 pairs[kRowsOfX];
     for (std::int64_t row = 0; row < kRowsOfX; ++row) {
-      if (row >= rows) {
+      if (row >= rows || k >= K) {
         pairs[row] = _mm512_setzero_ps();
         continue;
       }
@@ -39,8 +41,8 @@ void arrange_pairs(const void* x, DType, std::int64_t rows, std::int64_t K, void
   }
 }
 
-// The rows of x. Tiles 0 and 1 are of W; 2 and 3 of x, a group of rows each; 4 and 5 their sums, and 6 and 7 of every
-// other run, so that additions need not wait for one another.
+// The rows of x. Tiles 0 and 1 are of W, 2 and 3 of x, the others of sums; where there are two groups, even ones are of
+// the first and odd ones of the second.
 struct Groups {
   std::int64_t rows[kMostGroups] = {};
   int count = 0;
@@ -51,122 +53,240 @@ struct Groups {
 
   amx::Configuration tiles() const {
     amx::Configuration tiles;
-    for (int i = 0; i < count; ++i) {
-      for (int tile = 2 + i; tile < 8; tile += 2) tiles.row_bytes[tile] = static_cast<std::uint16_t>(4 * rows[i]);
-    }
+    for (int tile = 2; tile < 8; ++tile) tiles.row_bytes[tile] = static_cast<std::uint16_t>(4 * rows[tile % count]);
     return tiles;
   }
 };
 
-// The weights of 16 rows, of one run or two.
-struct WeightTiles {
-  alignas(64) std::uint8_t run[2][amx::kTileBytes];
+// A segment of 16 rows of W, line by line; a line has so many blocks, or is a part of one.
+template <int kBlocks>
+struct SegmentOfW {
+  const std::uint8_t* packed;
+  std::int64_t stride, count;
+  int shift;
+  TileScales scales;
+  alignas(64) std::uint8_t end[kTileRows][kLine];  // the last line of each row, if it is not whole
 
-  // With absmax of the rows, of the first run and of the second, if there is one.
-  void decode(__m512 table, const std::uint8_t* packed, std::int64_t stride, const float* first, const float* second) {
-    const __m512i shifts = shifts_of_run();
+  SegmentOfW(const Packed4bit& w, std::int64_t row, std::int64_t K, std::int64_t k)
+      : packed(w.packed + (row * K + k) / 2),
+        stride(K / 2),
+        count(smaller(K - k, kMaxSegment)),
+        shift(__builtin_ctzll(static_cast<std::uint64_t>(w.blocksize))) {
+    scales.decode(w, row, K, k, count);
+    const std::int64_t rest = count % kLineWeights;
+    if (rest == 0) return;
+    for (int i = 0; i < kTileRows; ++i) {
+      _mm512_store_si512(end[i], load_bytes(packed + (count - rest) / 2 + i * stride, rest / 2));
+    }
+    for (std::int64_t block = count >> shift; block < kBlocks * lines(); ++block) {
+      _mm512_store_ps(scales.value[block], _mm512_setzero_ps());
+    }
+  }
+
+  std::int64_t lines() const { return ceil_div(count, kLineWeights); }
+
+  TileOfW line(std::int64_t i) const {
+    const std::uint8_t *at = packed + kLine * i, *next = at + kTileRows * stride;
+    if ((i + 1) * kLineWeights > count) return {end[0], sizeof end[0], next, stride};
+    return {at, stride, next, stride};
+  }
+
+  const float (*scales_of(std::int64_t line) const)[kTileRows] {
+    return scales.value + (kBlocks == 1 ? line * kLineWeights >> shift : kBlocks * line);
+  }
+};
+
+struct alignas(64) WeightTiles {
+  std::uint8_t run[kRunsOfLine][amx::kTileBytes];
+
+  // weights_of(block, row): the 16 weights, twice, that a block of the line may have. The next tile's line is fetched.
+  template <int kBlocks, typename WeightsOf>
+  [[gnu::always_inline]] void decode(const TileOfW& w, WeightsOf&& weights_of) {
+    constexpr int kRuns = kRunsOfLine / kBlocks;  // of each
+    const __m512i bits = bits_of_run();
+    const std::uint8_t *packed = w.packed, *next = w.next;
+#pragma GCC unroll 16
+    for (int row = 0; row < kTileRows; ++row, packed += w.stride, next += w.next_stride) {
+      __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 4
-    for (int row = 0; row < kTileRows; ++row, packed += stride) {
-      __m512i weights = weights_of_block(table, first[row]);
-      _mm512_store_si512(run[0] + amx::kRowBytes * row, look_up_run(packed, shifts, weights));
-      if (second == nullptr) continue;
-      if (second != first) weights = weights_of_block(table, second[row]);
-      _mm512_store_si512(run[1] + amx::kRowBytes * row, look_up_run(packed + kRun / 2, shifts, weights));
+      for (int block = 0; block < kBlocks; ++block) {
+        const __m512i weights = weights_of(block, row);
+#pragma GCC unroll 4
+        for (int i = kRuns * block; i < kRuns * (block + 1); ++i) {
+          _mm512_store_si512(run[i] + amx::kRowBytes * row, look_up_run(packed + kRun / 2 * i, bits, weights));
+        }
+      }
     }
   }
 };
 
-// Onto the sums: `count` weights of each of W's rows times the same part of each group of x.
-template <int kGroups>
-[[gnu::noinline]] void multiply_part(__m512 table, const TileOfW& w, std::int64_t count, std::int64_t blocksize,
-                                     const float (*scales)[kTileRows], const Groups& groups,
-                                     const char* const (&x)[kMostGroups]) {
-  const int shift = __builtin_ctzll(static_cast<std::uint64_t>(blocksize));
-  const char *first = x[0], *second = x[1];
-  const std::int64_t first_row = 4 * groups.rows[0], second_row = 4 * groups.rows[1];
-  WeightTiles weights;
-  for (std::int64_t at = 0; at < count; at += 2 * kRun) {
-    const bool both = at + kRun < count;
-    // Half of the next tile's rows in turn, as a line has two blocks.
-    for (std::int64_t row = at / kTileBlock % 2 * (kTileRows / 2), i = 0; i < kTileRows / 2; ++i, ++row) {
-      __builtin_prefetch(w.next + at / 2 + row * w.next_stride, 0, 2);
-    }
-    weights.decode(table, w.packed + at / 2, w.stride, scales[at >> shift],
-                   both ? scales[(at + kRun) >> shift] : nullptr);
-    amx::load<0>(weights.run[0], amx::kRowBytes);
-    amx::load<2>(first, first_row);
-    amx::multiply_add<4, 0, 2>();
-    if constexpr (kGroups == 2) {
-      amx::load<3>(second, second_row);
-      amx::multiply_add<5, 0, 3>();
-    }
-    if (!both) break;
-    amx::load<1>(weights.run[1], amx::kRowBytes);
-    amx::load<2>(first + 16 * first_row, first_row);
-    amx::multiply_add<6, 1, 2>();
-    if constexpr (kGroups == 2) {
-      amx::load<3>(second + 16 * second_row, second_row);
-      amx::multiply_add<7, 1, 3>();
-    }
-    first += 32 * first_row, second += 32 * second_row;
+// Two rows of x and more: weights are rounded as dequantize_4bit's, and sums stay in their tiles: 4 and 5, and 6 and 7
+// of every other run, so that additions need not wait for one another.
+template <int kGroups, int kBlocks>
+struct Rows {
+  static constexpr int kBlocksOfLine = kBlocks;
+  const Groups& groups;
+  const __m512 codes;
+
+  Rows(QuantType quant_type, const Groups& groups)
+      : groups(groups), codes(_mm512_loadu_ps(codebook(quant_type).value)) {}
+
+  void clear() {
+    amx::clear<4>(), amx::clear<5>();
+    amx::clear<6>(), amx::clear<7>();
   }
-}
 
-// Both tiles of sums, [rows of W][rows of x], added up, and as [rows of x][rows of W].
-template <int kEven, int kOdd>
-void take_sums(__m512 (&sums)[kRowsOfX]) {
-  alignas(64) float even[kTileRows][kRowsOfX] = {}, odd[kTileRows][kRowsOfX] = {};
-  amx::store<kEven>(even, sizeof *even);
-  amx::store<kOdd>(odd, sizeof *odd);
-  for (int row = 0; row < kTileRows; ++row) sums[row] = _mm512_load_ps(even[row]) + _mm512_load_ps(odd[row]);
-  transpose(sums);
-}
+  void decode(const SegmentOfW<kBlocks>& w, std::int64_t line, WeightTiles& tiles) const {
+    const auto* scales = w.scales_of(line);
+    tiles.decode<kBlocks>(w.line(line), [&](int block, int row) __attribute__((always_inline)) {
+      return weights_of_block(codes, scales[block][row]);
+    });
+  }
 
-template <int kGroups>
-void multiply_groups(const FewRows& p, const Groups& groups, std::int64_t begin, std::int64_t end) {
-  const __m512 table = _mm512_loadu_ps(codebook(p.w.quant_type).value);
-  const auto* x = static_cast<const char*>(p.x);
+  template <int kOfLine>
+  [[gnu::always_inline]] void multiply_run(const WeightTiles& w, const char* const (&x)[kMostGroups]) const {
+    constexpr int kW = kOfLine % 2, kX = kGroups == 2 ? 2 : 2 + kW;
+    amx::load<kW>(w.run[kOfLine], amx::kRowBytes);
+    amx::load<kX>(x[0] + amx::kRowBytes * kOfLine * groups.rows[0], 4 * groups.rows[0]);
+    amx::multiply_add<4 + 2 * kW, kW, kX>();
+    if constexpr (kGroups == 2) {
+      amx::load<3>(x[1] + amx::kRowBytes * kOfLine * groups.rows[1], 4 * groups.rows[1]);
+      amx::multiply_add<5 + 2 * kW, kW, 3>();
+    }
+  }
+
+  [[gnu::noinline]] void multiply(const SegmentOfW<kBlocks>& w, const FewRows& p, std::int64_t k) {
+    const std::int64_t lines = w.lines(), second = groups.rows[0] * ceil_div(p.K, kLineWeights) * kLineWeights;
+    const char* x = static_cast<const char*>(p.x);
+    const char* of_groups[] = {x + 2 * groups.rows[0] * k, x + 2 * (second + groups.rows[1] * k)};
+    WeightTiles tiles[2];
+    decode(w, 0, tiles[0]);
+    for (std::int64_t line = 0; line < lines; ++line) {
+      multiply_run<0>(tiles[line % 2], of_groups);
+      multiply_run<1>(tiles[line % 2], of_groups);
+      multiply_run<2>(tiles[line % 2], of_groups);
+      multiply_run<3>(tiles[line % 2], of_groups);
+      for (int g = 0; g < kGroups; ++g) of_groups[g] += amx::kRowBytes * kRunsOfLine * groups.rows[g];
+      if (line + 1 < lines) decode(w, line + 1, tiles[(line + 1) % 2]);
+    }
+  }
+
+  // Both tiles of a group's sums, [rows of W][rows of x], added up.
+  template <int kGroup>
+  void store_group(const FewRows& p, const TileOfY& y, std::int64_t first) const {
+    alignas(64) float even[kTileRows][kRowsOfX] = {}, odd[kTileRows][kRowsOfX] = {};
+    amx::store<4 + kGroup>(even, sizeof *even);
+    amx::store<6 + kGroup>(odd, sizeof *odd);
+    __m512 sums[kTileRows];
+    for (int row = 0; row < kTileRows; ++row) sums[row] = _mm512_load_ps(even[row]) + _mm512_load_ps(odd[row]);
+    transpose(sums);
+    for (std::int64_t m = 0; m < groups.rows[kGroup]; ++m) y.store(p, first + m, sums[m]);
+  }
+
+  void store(const FewRows& p, const TileOfY& y) const {
+    store_group<0>(p, y, 0);
+    if constexpr (kGroups == 2) store_group<1>(p, y, groups.rows[0]);
+  }
+};
+
+// One row of x: codes are multiplied, and the 16 sums of a block, a column of a tile, by absmax: less to do, as for
+// more rows it would not be. Each of a line's blocks has a tile of its own, 4 to 7, which is stored when the next line
+// comes, and added one line later still: nothing waits for it.
+template <int kBlocks>
+struct OneRow {
+  static constexpr int kBlocksOfLine = kBlocks;
+  struct alignas(64) Sums {
+    float block[kBlocks][kTileRows];
+  };
+  __m512i codes;
+  __m512 total;
+
+  OneRow(QuantType quant_type, const Groups&) : codes(codes_in_bf16(quant_type)) {}
+
+  void clear() { total = _mm512_setzero_ps(); }
+
+  void decode(const SegmentOfW<kBlocks>& w, std::int64_t line, WeightTiles& tiles) const {
+    tiles.decode<kBlocks>(w.line(line), [&](int, int) __attribute__((always_inline)) { return codes; });
+  }
+
+  template <int kOfLine>
+  [[gnu::always_inline]] static void multiply_run(const WeightTiles& w, const char* x, Sums& before) {
+    constexpr int kBlock = kOfLine * kBlocks / kRunsOfLine, kW = kOfLine % 2;
+    if constexpr (kOfLine % (kRunsOfLine / kBlocks) == 0) {
+      amx::store<4 + kBlock>(before.block[kBlock], sizeof(float));
+      amx::clear<4 + kBlock>();
+    }
+    amx::load<kW>(w.run[kOfLine], amx::kRowBytes);
+    amx::load<2 + kW>(x + amx::kRowBytes * kOfLine, 4);
+    amx::multiply_add<4 + kBlock, kW, 2 + kW>();
+  }
+
+  void add(const Sums& sums, const float (*scales)[kTileRows]) {
+    for (int block = 0; block < kBlocks; ++block) {
+      total = _mm512_fmadd_ps(_mm512_load_ps(sums.block[block]), _mm512_load_ps(scales[block]), total);
+    }
+  }
+
+  [[gnu::noinline]] void multiply(const SegmentOfW<kBlocks>& w, const FewRows& p, std::int64_t k) {
+    const std::int64_t lines = w.lines();
+    const char* x = static_cast<const char*>(p.x) + 2 * k;
+    WeightTiles tiles[2];
+    Sums sums[3];  // of this line and the two before it
+    decode(w, 0, tiles[0]);
+    for (std::int64_t line = 0; line < lines; ++line, x += 2 * kLineWeights) {
+      Sums& before = sums[(line + 2) % 3];
+      multiply_run<0>(tiles[line % 2], x, before);
+      multiply_run<1>(tiles[line % 2], x, before);
+      multiply_run<2>(tiles[line % 2], x, before);
+      multiply_run<3>(tiles[line % 2], x, before);
+      if (line + 1 < lines) decode(w, line + 1, tiles[(line + 1) % 2]);
+      if (line > 1) add(sums[(line + 1) % 3], w.scales_of(line - 2));
+    }
+    if (lines > 1) add(sums[(lines + 1) % 3], w.scales_of(lines - 2));
+    Sums& last = sums[(lines + 2) % 3];
+    amx::store<4>(last.block[0], sizeof(float));
+    if constexpr (kBlocks > 1) amx::store<5>(last.block[1], sizeof(float));
+    if constexpr (kBlocks > 2) amx::store<6>(last.block[2], sizeof(float)), amx::store<7>(last.block[3], sizeof(float));
+    add(last, w.scales_of(lines - 1));
+  }
+
+  void store(const FewRows& p, const TileOfY& y) const { y.store(p, 0, total); }
+};
+
+template <typename Kernel>
+void multiply_with(const FewRows& p, const Groups& groups, std::int64_t begin, std::int64_t end) {
+  Kernel kernel(p.w.quant_type, groups);
   const amx::Tiles tiles(groups.tiles());
   for (std::int64_t row = begin; row < end; row += kTileRows) {
     const TileOfY y(p, row, end);
-    amx::clear<4>();
-    amx::clear<6>();
-    if constexpr (kGroups == 2) {
-      amx::clear<5>();
-      amx::clear<7>();
-    }
+    kernel.clear();
     for (std::int64_t k = 0; k < p.K; k += kMaxSegment) {
-      const std::int64_t count = smaller(p.K - k, kMaxSegment);
-      TileScales scales;
-      scales.decode(p.w, y.first, p.K, k, count);
-      const std::uint8_t* packed = p.w.packed + (y.first * p.K + k) / 2;
-      each_part_of_tile(packed, p.K / 2, count, kMaxSegment, [&](const TileOfW& w, std::int64_t at, std::int64_t part) {
-        const char* const of_groups[] = {x + 2 * groups.rows[0] * (k + at),
-                                         x + 2 * (groups.rows[0] * p.K + groups.rows[1] * (k + at))};
-        multiply_part<kGroups>(table, w, part, p.w.blocksize, scales.value + at / p.w.blocksize, groups, of_groups);
-      });
+      kernel.multiply(SegmentOfW<Kernel::kBlocksOfLine>(p.w, y.first, p.K, k), p, k);
     }
-    __m512 sums[kRowsOfX];
-    take_sums<4, 6>(sums);
-    for (std::int64_t m = 0; m < groups.rows[0]; ++m) y.store(p, m, sums[m]);
-    if constexpr (kGroups == 2) {
-      take_sums<5, 7>(sums);
-      for (std::int64_t m = 0; m < groups.rows[1]; ++m) y.store(p, groups.rows[0] + m, sums[m]);
-    }
+    kernel.store(p, y);
   }
 }
 
-void multiply(const FewRows& p, std::int64_t begin, std::int64_t end) {
+template <int kBlocks>
+void multiply_blocks(const FewRows& p, std::int64_t begin, std::int64_t end) {
   const Groups groups(p.M);
-  (groups.count == 2 ? multiply_groups<2> : multiply_groups<1>)(p, groups, begin, end);
+  if (p.M == 1) return multiply_with<OneRow<kBlocks>>(p, groups, begin, end);
+  if (groups.count == 1) return multiply_with<Rows<1, kBlocks>>(p, groups, begin, end);
+  multiply_with<Rows<2, kBlocks>>(p, groups, begin, end);
 }
 
-constexpr FewRowsKernel kAmx{kRun, sizeof(BFloat16), kRowsOfX, arrange_pairs, multiply};
+void multiply(const FewRows& p, std::int64_t begin, std::int64_t end) {
+  if (p.w.blocksize == kRun) return multiply_blocks<4>(p, begin, end);
+  if (p.w.blocksize == 2 * kRun) return multiply_blocks<2>(p, begin, end);
+  multiply_blocks<1>(p, begin, end);
+}
+
+constexpr FewRowsKernel kAmx{kLineWeights, sizeof(BFloat16), kRowsOfX, arrange_pairs, multiply};
 
 }  // namespace
 
 const FewRowsKernel& few_rows_amx(std::int64_t M, std::int64_t N) {
-  return M > 1 && N >= kTileRows ? kAmx : few_rows_avx512_bf16(M, N);
+  return N >= kTileRows ? kAmx : few_rows_avx512_bf16(M, N);
 }
 
 }  // namespace qlora::cpu

@@ -48,6 +48,16 @@ struct SumsAvx512 {
   }
 };
 
+// The codes in 16 bits, twice: of an index of 5 bits the highest does not count.
+inline __m512i codes_in_bf16(QuantType quant_type) {
+  std::uint16_t words[2 * kNumCodes];
+  for (int i = 0; i < 2 * kNumCodes; ++i) {
+    const int code = i % kNumCodes;
+    words[i] = round_code<BFloat16>(quant_type, code, codebook(quant_type).value[code]).bits;
+  }
+  return _mm512_loadu_si512(words);
+}
+
 // For chunks of 128 weights that lie in the register as in memory.
 constexpr int run_of_lane(int lane) { return lane / 4; }
 

@@ -20,14 +20,7 @@ struct CodesBf16 {
 
   __m512i table;
 
-  explicit CodesBf16(QuantType quant_type) {
-    std::uint16_t words[2 * kNumCodes];
-    for (int i = 0; i < 2 * kNumCodes; ++i) {
-      const int code = i % kNumCodes;
-      words[i] = round_code<BFloat16>(quant_type, code, codebook(quant_type).value[code]).bits;
-    }
-    table = _mm512_loadu_si512(words);
-  }
+  explicit CodesBf16(QuantType quant_type) : table(codes_in_bf16(quant_type)) {}
 
   // The i-th code of each word.
   __m512bh decode(__m512i words, int i) const {

@@ -6,7 +6,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")
 
 #include "amx.h"
 #include "matmul_avx512_bf16.h"
@@ -128,7 +128,7 @@ struct AmxTransposed : AmxTiles<AmxTransposed> {
                                std::int64_t depth, float* panel) {
     constexpr int kAtOnce = 4;
     const __m512 table = _mm512_loadu_ps(codebook(w.quant_type).value);
-    const __m512i shifts = shifts_of_run();
+    const __m512i bits = bits_of_run();
     const int shift = __builtin_ctzll(static_cast<std::uint64_t>(w.blocksize));
     for (std::int64_t i = 0; i < kColumns; i += kAtOnce) {
       float* to = panel + i / kSide * kSide * (depth / kPerStep) + i % kSide * kSide;
@@ -140,7 +140,7 @@ struct AmxTransposed : AmxTiles<AmxTransposed> {
 #pragma GCC unroll 4
         for (int q = 0; q < kAtOnce; ++q) {
           if (begins) weights[q] = weights_of_block(table, block_absmax(w, (first[q] + at) >> shift));
-          _mm512_storeu_si512(to + q * kSide, look_up_run(w.packed + (first[q] + at) / 2, shifts, weights[q]));
+          _mm512_storeu_si512(to + q * kSide, look_up_run(w.packed + (first[q] + at) / 2, bits, weights[q]));
         }
       }
     }

@@ -19,10 +19,11 @@ inline __m512i order_of_run() {
   return _mm512_loadu_si512(element);
 }
 
-inline __m512i shifts_of_run() {
-  std::uint16_t shifts[kWeightRun];
-  for (int i = 0; i < kWeightRun; ++i) shifts[i] = static_cast<std::uint16_t>(i / 8 * 4);
-  return _mm512_loadu_si512(shifts);
+// Of each byte of a run: from which bit of its 8 bytes on it is taken. A word's upper byte does not count.
+inline __m512i bits_of_run() {
+  std::uint8_t bits[2 * kWeightRun];
+  for (int i = 0; i < 2 * kWeightRun; ++i) bits[i] = static_cast<std::uint8_t>(i / 16 * 4 + i % 8 * 8);
+  return _mm512_loadu_si512(bits);
 }
 
 // Those that a block may have, twice: of an index of 5 bits the highest does not count.
@@ -31,9 +32,10 @@ inline __m512i weights_of_block(__m512 table, float absmax) {
   return (__m512i)_mm512_cvtne2ps_pbh(values, values);
 }
 
-inline __m512i look_up_run(const std::uint8_t* packed, __m512i shifts, __m512i weights) {
+// vpsrlvw would shift likewise, but in the unit that makes the weights of a block.
+inline __m512i look_up_run(const std::uint8_t* packed, __m512i bits, __m512i weights) {
   const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts), weights);
+  return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(bits, words), weights);
 }
 
 }  // namespace
