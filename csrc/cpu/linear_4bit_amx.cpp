@@ -1,5 +1,5 @@
 // linear_4bit for few rows of bf16, AMX: 16 rows of W are a tile as they lie in memory, up to 16 rows of x another. A
-// run of 32 weights is one row of such a tile. A line of each of the 16 rows is multiplied, then the next is decoded.
+// run of 32 weights is one row of such a tile. A line of each of the 16 rows is multiplied while the next is decoded.
 #include "linear_4bit.h"
 
 #if defined(__x86_64__)
@@ -21,12 +21,14 @@ constexpr std::int64_t kLineWeights = 2 * kLine;
 constexpr int kRunsOfLine = kLineWeights / kRun;
 static_assert(kMostGroups == 2 && kTileRows == amx::kRows && kRun == kWeightRun && 2 * kRun == amx::kRowBytes);
 
+inline std::int64_t whole_lines(std::int64_t weights) { return ceil_div(weights, kLineWeights) * kLineWeights; }
+
 // Run by run: 16 pairs, of each all rows. Zeros fill up the last line.
 void arrange_pairs(const void* x, DType, std::int64_t rows, std::int64_t K, void* arranged) {
   const __m512i order = order_of_run();
   const auto lanes = static_cast<__mmask16>((1u << rows) - 1);
   auto* to = static_cast<float*>(arranged);
-  for (std::int64_t k = 0; k < ceil_div(K, kLineWeights) * kLineWeights; k += kRun) {
+  for (std::int64_t k = 0; k < whole_lines(K); k += kRun) {
     __m512 pairs[kRowsOfX];
     for (std::int64_t row = 0; row < kRowsOfX; ++row) {
       if (row >= rows || k >= K) {
@@ -78,6 +80,7 @@ struct SegmentOfW {
     for (int i = 0; i < kTileRows; ++i) {
       _mm512_store_si512(end[i], load_bytes(packed + (count - rest) / 2 + i * stride, rest / 2));
     }
+    // Rows are whole blocks, and so these are shorter than a line.
     for (std::int64_t block = count >> shift; block < kBlocks * lines(); ++block) {
       _mm512_store_ps(scales.value[block], _mm512_setzero_ps());
     }
@@ -91,7 +94,9 @@ struct SegmentOfW {
     return {at, stride, next, stride};
   }
 
-  const float (*scales_of(std::int64_t line) const)[kTileRows] {
+  using Scales = const float (*)[kTileRows];  // of a block each
+
+  Scales scales_of(std::int64_t line) const {
     return scales.value + (kBlocks == 1 ? line * kLineWeights >> shift : kBlocks * line);
   }
 };
@@ -123,13 +128,13 @@ struct alignas(64) WeightTiles {
 // Two rows of x and more: weights are rounded as dequantize_4bit's, and sums stay in their tiles: 4 and 5, and 6 and 7
 // of every other run, so that additions need not wait for one another.
 template <int kGroups, int kBlocks>
-struct Rows {
+struct SeveralRows {
   static constexpr int kBlocksOfLine = kBlocks;
   const Groups& groups;
-  const __m512 codes;
+  const __m512 table;
 
-  Rows(QuantType quant_type, const Groups& groups)
-      : groups(groups), codes(_mm512_loadu_ps(codebook(quant_type).value)) {}
+  SeveralRows(QuantType quant_type, const Groups& groups)
+      : groups(groups), table(_mm512_loadu_ps(codebook(quant_type).value)) {}
 
   void clear() {
     amx::clear<4>(), amx::clear<5>();
@@ -139,24 +144,24 @@ struct Rows {
   void decode(const SegmentOfW<kBlocks>& w, std::int64_t line, WeightTiles& tiles) const {
     const auto* scales = w.scales_of(line);
     tiles.decode<kBlocks>(w.line(line), [&](int block, int row) __attribute__((always_inline)) {
-      return weights_of_block(codes, scales[block][row]);
+      return weights_of_block(table, scales[block][row]);
     });
   }
 
-  template <int kOfLine>
+  template <int kRunOfLine>
   [[gnu::always_inline]] void multiply_run(const WeightTiles& w, const char* const (&x)[kMostGroups]) const {
-    constexpr int kW = kOfLine % 2, kX = kGroups == 2 ? 2 : 2 + kW;
-    amx::load<kW>(w.run[kOfLine], amx::kRowBytes);
-    amx::load<kX>(x[0] + amx::kRowBytes * kOfLine * groups.rows[0], 4 * groups.rows[0]);
+    constexpr int kW = kRunOfLine % 2, kX = kGroups == 2 ? 2 : 2 + kW;
+    amx::load<kW>(w.run[kRunOfLine], amx::kRowBytes);
+    amx::load<kX>(x[0] + amx::kRowBytes * kRunOfLine * groups.rows[0], 4 * groups.rows[0]);
     amx::multiply_add<4 + 2 * kW, kW, kX>();
     if constexpr (kGroups == 2) {
-      amx::load<3>(x[1] + amx::kRowBytes * kOfLine * groups.rows[1], 4 * groups.rows[1]);
+      amx::load<3>(x[1] + amx::kRowBytes * kRunOfLine * groups.rows[1], 4 * groups.rows[1]);
       amx::multiply_add<5 + 2 * kW, kW, 3>();
     }
   }
 
   [[gnu::noinline]] void multiply(const SegmentOfW<kBlocks>& w, const FewRows& p, std::int64_t k) {
-    const std::int64_t lines = w.lines(), second = groups.rows[0] * ceil_div(p.K, kLineWeights) * kLineWeights;
+    const std::int64_t lines = w.lines(), second = groups.rows[0] * whole_lines(p.K);
     const char* x = static_cast<const char*>(p.x);
     const char* of_groups[] = {x + 2 * groups.rows[0] * k, x + 2 * (second + groups.rows[1] * k)};
     WeightTiles tiles[2];
@@ -189,9 +194,9 @@ struct Rows {
   }
 };
 
-// One row of x: codes are multiplied, and the 16 sums of a block, a column of a tile, by absmax: less to do, as for
-// more rows it would not be. Each of a line's blocks has a tile of its own, 4 to 7, which is stored when the next line
-// comes, and added one line later still: nothing waits for it.
+// One row of x: codes are multiplied, and the 16 sums of a block, a column of a tile, by absmax, which is less work
+// than to scale the weights, where those of more rows would be more. Each of a line's blocks has a tile of its own, 4
+// to 7, which is stored when the next line comes, and added one line later still: nothing waits for it.
 template <int kBlocks>
 struct OneRow {
   static constexpr int kBlocksOfLine = kBlocks;
@@ -209,19 +214,22 @@ struct OneRow {
     tiles.decode<kBlocks>(w.line(line), [&](int, int) __attribute__((always_inline)) { return codes; });
   }
 
-  template <int kOfLine>
+  template <int kBlock>
+  static void take_sums(Sums& sums) {
+    amx::store<4 + kBlock>(sums.block[kBlock], sizeof(float));
+    amx::clear<4 + kBlock>();
+  }
+
+  template <int kRunOfLine>
   [[gnu::always_inline]] static void multiply_run(const WeightTiles& w, const char* x, Sums& before) {
-    constexpr int kBlock = kOfLine * kBlocks / kRunsOfLine, kW = kOfLine % 2;
-    if constexpr (kOfLine % (kRunsOfLine / kBlocks) == 0) {
-      amx::store<4 + kBlock>(before.block[kBlock], sizeof(float));
-      amx::clear<4 + kBlock>();
-    }
-    amx::load<kW>(w.run[kOfLine], amx::kRowBytes);
-    amx::load<2 + kW>(x + amx::kRowBytes * kOfLine, 4);
+    constexpr int kRuns = kRunsOfLine / kBlocks, kBlock = kRunOfLine / kRuns, kW = kRunOfLine % 2;
+    if constexpr (kRunOfLine % kRuns == 0) take_sums<kBlock>(before);
+    amx::load<kW>(w.run[kRunOfLine], amx::kRowBytes);
+    amx::load<2 + kW>(x + amx::kRowBytes * kRunOfLine, sizeof(float));
     amx::multiply_add<4 + kBlock, kW, 2 + kW>();
   }
 
-  void add(const Sums& sums, const float (*scales)[kTileRows]) {
+  void add(const Sums& sums, typename SegmentOfW<kBlocks>::Scales scales) {
     for (int block = 0; block < kBlocks; ++block) {
       total = _mm512_fmadd_ps(_mm512_load_ps(sums.block[block]), _mm512_load_ps(scales[block]), total);
     }
@@ -233,7 +241,7 @@ struct OneRow {
     WeightTiles tiles[2];
     Sums sums[3];  // of this line and the two before it
     decode(w, 0, tiles[0]);
-    for (std::int64_t line = 0; line < lines; ++line, x += 2 * kLineWeights) {
+    for (std::int64_t line = 0; line < lines; ++line, x += amx::kRowBytes * kRunsOfLine) {
       Sums& before = sums[(line + 2) % 3];
       multiply_run<0>(tiles[line % 2], x, before);
       multiply_run<1>(tiles[line % 2], x, before);
@@ -244,9 +252,9 @@ struct OneRow {
     }
     if (lines > 1) add(sums[(lines + 1) % 3], w.scales_of(lines - 2));
     Sums& last = sums[(lines + 2) % 3];
-    amx::store<4>(last.block[0], sizeof(float));
-    if constexpr (kBlocks > 1) amx::store<5>(last.block[1], sizeof(float));
-    if constexpr (kBlocks > 2) amx::store<6>(last.block[2], sizeof(float)), amx::store<7>(last.block[3], sizeof(float));
+    take_sums<0>(last);
+    if constexpr (kBlocks > 1) take_sums<1>(last);
+    if constexpr (kBlocks > 2) take_sums<2>(last), take_sums<3>(last);
     add(last, w.scales_of(lines - 1));
   }
 
@@ -271,8 +279,8 @@ template <int kBlocks>
 void multiply_blocks(const FewRows& p, std::int64_t begin, std::int64_t end) {
   const Groups groups(p.M);
   if (p.M == 1) return multiply_with<OneRow<kBlocks>>(p, groups, begin, end);
-  if (groups.count == 1) return multiply_with<Rows<1, kBlocks>>(p, groups, begin, end);
-  multiply_with<Rows<2, kBlocks>>(p, groups, begin, end);
+  if (groups.count == 1) return multiply_with<SeveralRows<1, kBlocks>>(p, groups, begin, end);
+  multiply_with<SeveralRows<2, kBlocks>>(p, groups, begin, end);
 }
 
 void multiply(const FewRows& p, std::int64_t begin, std::int64_t end) {

@@ -1,6 +1,6 @@
-// What linear_4bit's AVX512 kernels, fp32 and bf16, share: sums of 16 lanes, absmax, and which of a chunk's absmax a
-// lane takes: that of the run of 32 weights that kRunOfLane names. A file of kernels includes this inside its
-// target region, after dynamic_lookup_avx512.h or its twin for VBMI.
+// What linear_4bit's AVX512 kernels share: sums of 16 lanes, absmax, which of a chunk's absmax a lane takes (that of
+// the run of 32 weights that kRunOfLane names), and those of bf16 their codes. A file of kernels includes this inside
+// its target region, after dynamic_lookup_avx512.h or its twin for VBMI.
 #include "linear_4bit_loops.h"
 #include "simd_avx512.h"
 

@@ -1,7 +1,8 @@
 // Runs of 32 weights in bf16, as AMX multiplies them: 16 bytes are 8 words of 4 codes, and four copies of them, each
 // shifted to another code, are the indices of a lookup among the 16 weights that the block may have, rounded once as
 // dequantize_4bit does (but for subnormals, which are 0 in tiles). So weights lie in the order in which shifts bring
-// them, and what they are multiplied with must, too. A file of kernels includes this inside its target region.
+// them, and what they are multiplied with must, too. A file of kernels includes this inside its target region, which
+// has VBMI.
 #pragma once
 
 #include "../codec.h"
@@ -19,7 +20,7 @@ inline __m512i order_of_run() {
   return _mm512_loadu_si512(element);
 }
 
-// Of each byte of a run: from which bit of its 8 bytes on it is taken. A word's upper byte does not count.
+// Of each byte of the 32 indices: the bit of 8 packed bytes with which it begins. An index's upper byte does not count.
 inline __m512i bits_of_run() {
   std::uint8_t bits[2 * kWeightRun];
   for (int i = 0; i < 2 * kWeightRun; ++i) bits[i] = static_cast<std::uint8_t>(i / 16 * 4 + i % 8 * 8);
@@ -32,7 +33,7 @@ inline __m512i weights_of_block(__m512 table, float absmax) {
   return (__m512i)_mm512_cvtne2ps_pbh(values, values);
 }
 
-// vpsrlvw would shift likewise, but in the unit that makes the weights of a block.
+// vpsrlvw would shift likewise, but in the unit that multiplies, too.
 inline __m512i look_up_run(const std::uint8_t* packed, __m512i bits, __m512i weights) {
   const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
   return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(bits, words), weights);

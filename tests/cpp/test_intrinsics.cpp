@@ -271,6 +271,12 @@ void check_byte_lookups(Random& random) {
   const std::uint64_t upper = _mm512_movepi8_mask(whole(byte_index));
   CHECK(holds(stored<std::uint8_t>(_mm512_mask_blend_epi8(upper, whole(bytes), whole(more_bytes))),
               [&](int i) { return byte_index.at[i] >> 7 != 0 ? more_bytes.at[i] : bytes.at[i]; }));
+  const __m512i shifted = _mm512_multishift_epi64_epi8(whole(byte_index), whole(bytes));
+  CHECK(holds(stored<std::uint8_t>(shifted), [&](int i) {
+    const int bit = byte_index.at[i] % 64, byte = bit / 8, first = i / 8 * 8;
+    const unsigned next = bytes.at[first + (byte + 1) % 8];
+    return static_cast<std::uint8_t>((bytes.at[first + byte] | next << 8) >> bit % 8);
+  }));
 }
 
 #pragma GCC pop_options

@@ -333,15 +333,18 @@ int main() {
       CHECK(cpu::most_few_rows(dtype) >= 8);
       const QuantType quant_type = dtype == DType::Float16 ? QuantType::FP4 : QuantType::NF4;
       // K of whole and unfinished chunks (of 32 to 256 weights), of one and of several segments (of 512 to 4096); M of
-      // one and of several groups (of at most 4 or 8), even and uneven, which meet W in parts (of 1024); N of less than
-      // a tile (of 16), of whole and unfinished ones; rows of 4 KB, which a tile copies.
+      // one and of several groups (of at most 4, 8 or 16), even and uneven, which meet W in parts (of 1024); N of less
+      // than a tile (of 16), of whole and unfinished ones; rows of 4 KB, which a tile may copy.
       for (const auto& [M, N, K, blocksize] :
-           {std::tuple{1, 7, 256, 64}, std::tuple{2, 19, 96, 32}, std::tuple{3, 7, 320, 64},
-            std::tuple{4, 18, 4096 + 160, 32}, std::tuple{5, 23, 512, 512}, std::tuple{6, 16, 8192, 4096},
-            std::tuple{7, 33, 32, 32}, std::tuple{8, 17, 1088, 64}, std::tuple{9, 67, 128, 128},
-            std::tuple{10, 16, 6144, 2048}, std::tuple{11, 18, 2144, 32}, std::tuple{12, 18, 8192, 128},
-            std::tuple{13, 5, 544, 32}, std::tuple{16, 66, 192, 64}, std::tuple{31, 35, 96, 32},
-            std::tuple{2, 7, 416, 32}, std::tuple{2, 5, 8192, 4096}}) {
+           {std::tuple{1, 7, 256, 64},         std::tuple{2, 19, 96, 32},    std::tuple{3, 7, 320, 64},
+            std::tuple{4, 18, 4096 + 160, 32}, std::tuple{5, 23, 512, 512},  std::tuple{6, 16, 8192, 4096},
+            std::tuple{7, 33, 32, 32},         std::tuple{8, 17, 1088, 64},  std::tuple{9, 67, 128, 128},
+            std::tuple{10, 16, 6144, 2048},    std::tuple{11, 18, 2144, 32}, std::tuple{12, 18, 8192, 128},
+            std::tuple{13, 5, 544, 32},        std::tuple{16, 66, 192, 64},  std::tuple{31, 35, 96, 32},
+            std::tuple{1, 19, 96, 32},         std::tuple{1, 16, 160, 32},   std::tuple{1, 33, 384, 128},
+            std::tuple{1, 18, 4096 + 160, 32}, std::tuple{1, 17, 4224, 128}, std::tuple{1, 16, 8192, 4096},
+            std::tuple{17, 19, 4288, 64},      std::tuple{24, 17, 416, 32},  std::tuple{32, 18, 4224, 128},
+            std::tuple{2, 7, 416, 32},         std::tuple{2, 5, 8192, 4096}}) {
         // The last in fp32: segments of half a block, where the L1 has 32 KB.
         // With double quantization, groups of 256 blocks begin within a row of the fourth.
         check_few_rows(M, N, K, blocksize, dtype, quant_type, M % 2 == 1 || M == 4 || M == 12);

@@ -202,6 +202,18 @@ inline __m512 _mm512_maskz_fmadd_ps(__mmask16 k, __m512 a, __m512 b, __m512 c) {
 inline __m256 _mm256_dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return emulated::dpbf16(sum, a, b); }
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) { return emulated::dpbf16(sum, a, b); }
 
+// --- What SIMDe shifts by 64 where the byte is the first: undefined -------------------------------------------------
+#undef _mm512_multishift_epi64_epi8
+
+inline __m512i _mm512_multishift_epi64_epi8(__m512i bits, __m512i x) {
+  auto bytes = emulated::lanes<std::uint8_t>(bits);
+  const auto words = emulated::lanes<std::uint64_t>(x);
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    bytes[i] = static_cast<std::uint8_t>(std::rotr(words[i / 8], bytes[i] % 64));
+  }
+  return std::bit_cast<__m512i>(bytes);
+}
+
 // --- What SIMDe stores otherwise: zeros where the mask has none, and the CPU nothing ---------------------------------
 #undef _mm512_mask_storeu_ps
 #undef _mm256_mask_storeu_epi16
