@@ -194,8 +194,8 @@ struct SeveralRows {
   }
 };
 
-// One row of x: codes are multiplied, and the 16 sums of a block, a column of a tile, by absmax, which is less work
-// than to scale the weights, where those of more rows would be more. Each of a line's blocks has a tile of its own, 4
+// One row of x: codes are multiplied, and the 16 sums of a block, a column of a tile, are scaled by absmax, which is
+// less work than to scale the weights (with 16 rows it would be more). Each of a line's blocks has a tile of its own, 4
 // to 7, which is stored when the next line comes, and added one line later still: nothing waits for it.
 template <int kBlocks>
 struct OneRow {

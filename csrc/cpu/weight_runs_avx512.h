@@ -1,8 +1,8 @@
 // Runs of 32 weights in bf16, as AMX multiplies them: 16 bytes are 8 words of 4 codes, and four copies of them, each
 // shifted to another code, are the indices of a lookup among the 16 weights that the block may have, rounded once as
-// dequantize_4bit does (but for subnormals, which are 0 in tiles). So weights lie in the order in which shifts bring
-// them, and what they are multiplied with must, too. A file of kernels includes this inside its target region, which
-// has VBMI.
+// dequantize_4bit does (but for subnormals, which are 0 in tiles), or among the codes. So weights lie in the order in
+// which shifts bring them, and what they are multiplied with must, too. A file of kernels includes this inside its
+// target region, which has VBMI.
 #pragma once
 
 #include "../codec.h"
@@ -33,7 +33,7 @@ inline __m512i weights_of_block(__m512 table, float absmax) {
   return (__m512i)_mm512_cvtne2ps_pbh(values, values);
 }
 
-// vpsrlvw would shift likewise, but in the unit that multiplies, too.
+// vpsrlvw would do, too, but takes port 0, as multiplications by absmax do.
 inline __m512i look_up_run(const std::uint8_t* packed, __m512i bits, __m512i weights) {
   const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
   return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(bits, words), weights);

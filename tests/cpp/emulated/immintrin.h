@@ -202,7 +202,7 @@ inline __m512 _mm512_maskz_fmadd_ps(__mmask16 k, __m512 a, __m512 b, __m512 c) {
 inline __m256 _mm256_dpbf16_ps(__m256 sum, __m256bh a, __m256bh b) { return emulated::dpbf16(sum, a, b); }
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) { return emulated::dpbf16(sum, a, b); }
 
-// --- What SIMDe shifts by 64 where the byte is the first: undefined -------------------------------------------------
+// --- What SIMDe gets by a shift by 64, undefined, where a byte begins at bit 0 --------------------------------------
 #undef _mm512_multishift_epi64_epi8
 
 inline __m512i _mm512_multishift_epi64_epi8(__m512i bits, __m512i x) {
