@@ -49,10 +49,10 @@ def build(method: str, *, tied: bool = True, dtype: torch.dtype = torch.float32,
     return model.train()
 
 
-def batch() -> dict[str, Tensor]:
-    """Two prompts and answers of different lengths: 7 labelled tokens and 4."""
+def batch(first: int = 0) -> dict[str, Tensor]:
+    """Two prompts and answers of different lengths, from this token on: 7 labelled tokens and 4."""
     lengths = (12, 9)
-    ids = [[(7 * i + 5 * j) % 250 for j in range(length)] for i, length in enumerate(lengths)]
+    ids = [[(first + 7 * i + 5 * j) % 250 for j in range(length)] for i, length in enumerate(lengths)]
     labels = [[IGNORE] * 5 + row[5:] for row in ids]
     return PadToLongest(0)([Example(*pair, 3, "") for pair in zip(ids, labels, strict=True)])
 
@@ -92,17 +92,18 @@ def test_error_in_bfloat16_is_that_of_the_whole_loss() -> None:
     """At most twice: both round the logits and their gradient, one of them divides by the number of tokens before.
 
     Of several models together: of one, some parameter's error in the whole loss may be small by luck. That of all
-    parameters of one is at most 1.5 times as large.
+    parameters of one is at most 1.5 times as large. Of eight batches: of one alone it was 0.6 to 1.7 times.
     """
     errors: dict[str, Tensor] = {}
     for seed in range(4):
         model = build("qlora", dtype=torch.bfloat16, seed=seed)
-        whole, chunked = (gradients(model, answer_loss(model, batch(), chunk)[0] / 11) for chunk in (None, 3))
-        exact = gradients(model.float(), answer_loss(model, batch())[0] / 11)
-        squares = {
-            name: torch.stack([(one[name] - expected).square().sum() for one in (chunked, whole)])
-            for name, expected in exact.items()
-        }
+        wide = build("qlora", dtype=torch.bfloat16, seed=seed).float()
+        squares: dict[str, Tensor] = {}
+        for each in (batch(31 * i) for i in range(8)):
+            both = [gradients(model, answer_loss(model, each, chunk)[0] / 11) for chunk in (3, None)]
+            for name, exact in gradients(wide, answer_loss(wide, each)[0] / 11).items():
+                of_both = torch.stack([(one[name] - exact).square().sum() for one in both])
+                squares[name] = squares.get(name, 0) + of_both
         of_chunked, of_whole = sum(squares.values()).sqrt()
         assert of_chunked <= 1.5 * of_whole
         errors = {name: errors.get(name, 0) + square for name, square in squares.items()}
