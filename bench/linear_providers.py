@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,6 @@ from torch import Tensor
 from weight import BLOCKSIZE, QUANT_TYPE, Weight
 
 import qlora_ext
-import qlora_ext._C as _C
 
 ops = torch.ops.qlora_ext
 
@@ -141,8 +141,8 @@ def _bitsandbytes_repacked(weight: Weight) -> Any:
     packed, state = _bitsandbytes_quantized(weight)
     import bitsandbytes.functional as bnb
 
-    native = _C.cpu_path() in ("avx512_bf16", "amx")  # a path stands for a machine that has no more
-    if not native or not bnb.has_avx512bf16():
+    held_to = os.environ.get("QLORA_EXT_CPU")  # it stands for a machine that has no more
+    if (held_to and held_to not in ("avx512_bf16", "amx")) or not bnb.has_avx512bf16():
         raise MissingPeerError("without AVX512_BF16 its eval mode does what its training mode does")
     return bnb._convert_weight_packed_for_cpu(packed, state)
 

@@ -161,3 +161,14 @@ def test_environment_chooses_the_cpu_path(name: str) -> None:
         assert "pip install" not in done.stderr
     else:
         assert done.stdout.strip() == name
+
+
+def test_the_default_is_the_fastest_cpu_path() -> None:
+    """That is the last one, but where Intel's AVX512_BF16, half as fast as its fp32, comes without AMX."""
+    env = {name: value for name, value in os.environ.items() if name != "QLORA_EXT_CPU"}
+    code = "from qlora_ext import _C; print(_C.cpu_path(), *_C.cpu_paths())"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    path, *paths = done.stdout.split()
+    cpu = Path("/proc/cpuinfo")
+    intel = cpu.exists() and "GenuineIntel" in cpu.read_text()
+    assert path == ("avx512" if intel and paths[-1] == "avx512_bf16" else paths[-1])

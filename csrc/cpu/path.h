@@ -1,4 +1,4 @@
-// Which set of CPU kernels runs. Chosen once at load: the best the machine has, or QLORA_EXT_CPU.
+// Which set of CPU kernels runs. Chosen once at load: the fastest the machine has, or QLORA_EXT_CPU.
 #pragma once
 
 #include <string>
