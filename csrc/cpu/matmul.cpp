@@ -82,6 +82,8 @@ std::int64_t most_matmul_rows(const Matmul& product) {
   return std::clamp(rows, kLeastRows, kMaxRows) / kernel.row_boundary * kernel.row_boundary;
 }
 
+std::int64_t matmul_columns_at_once(std::int64_t rows) { return kMaxRows / rows * kMaxColumns; }
+
 void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
   const MatmulKernel& kernel = kernel_for(product);
   check_rows(kernel, rows, begin, end);

@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <vector>
 
@@ -242,7 +243,8 @@ class Cpu final : public Device {
     return kept.data_ptr<float>();
   }
 
-  // Cut into as many rectangles as there are threads.
+  // Cut into a rectangle for each thread, and that into what is computed at a time, which threads take in turn: cores
+  // are not equally fast, nor equally free.
   static void multiply_rectangles(const cpu::Matmul& product, const cpu::MatmulRows& rows) {
     const int64_t boundary = cpu::row_boundary(product), M = rows.end - rows.begin, bands = ceil_div(M, boundary);
     const int64_t panels = ceil_div(product.J, cpu::kMatmulColumnBoundary);
@@ -257,15 +259,20 @@ class Cpu final : public Device {
       const int64_t work = ceil_div(bands, parts) * ceil_div(panels, others);  // of the thread that has most
       if (work < least) least = work, row_parts = parts, column_parts = others;
     }
+    const int64_t busy = row_parts * column_parts, bands_each = ceil_div(bands, row_parts);
+    if (busy > 1) {
+      const int64_t at_once = cpu::matmul_columns_at_once(std::min(bands_each * boundary, M));
+      column_parts *= std::max<int64_t>(product.J / column_parts / at_once, 1);
+    }
     const int64_t columns = ceil_div(panels, column_parts) * cpu::kMatmulColumnBoundary;
-    const int64_t bands_each = ceil_div(bands, row_parts);
     const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * boundary, rows.end); };
     // At least kGrain elements for a thread.
     const int64_t bands_worth = kGrain / (boundary * std::max<int64_t>(width, 1)) + 1;
     parallel_for(0, bands, std::max(ceil_div(bands, threads), bands_worth),
                  [&](int64_t begin, int64_t end) { cpu::arrange_rows(product, rows, row_at(begin), row_at(end)); });
-    parallel_for(0, column_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
+    std::atomic<int64_t> next = 0;
+    parallel_for(0, busy, 1, [&](int64_t, int64_t) {
+      for (int64_t part; (part = next++) < row_parts * column_parts;) {
         const int64_t band = part / column_parts * bands_each, column = part % column_parts * columns;
         if (band >= bands || column >= product.J) continue;
         cpu::matmul(product, rows,
