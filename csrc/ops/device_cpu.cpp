@@ -259,24 +259,26 @@ class Cpu final : public Device {
       const int64_t work = ceil_div(bands, parts) * ceil_div(panels, others);  // of the thread that has most
       if (work < least) least = work, row_parts = parts, column_parts = others;
     }
-    const int64_t busy = row_parts * column_parts, bands_each = ceil_div(bands, row_parts);
-    if (busy > 1) {
-      const int64_t at_once = cpu::matmul_columns_at_once(std::min(bands_each * boundary, M));
-      column_parts *= std::max<int64_t>(product.J / column_parts / at_once, 1);
-    }
-    const int64_t columns = ceil_div(panels, column_parts) * cpu::kMatmulColumnBoundary;
+    constexpr int64_t kBoundary = cpu::kMatmulColumnBoundary;
+    const int64_t bands_each = ceil_div(bands, row_parts), columns_each = ceil_div(panels, column_parts) * kBoundary;
+    const int64_t at_once = cpu::matmul_columns_at_once(std::min(bands_each * boundary, M));
+    const int64_t rectangles = row_parts * column_parts;
+    const int64_t turns = rectangles == 1 ? 1 : std::max<int64_t>(columns_each / at_once, 1);
+    const int64_t columns = ceil_div(columns_each, turns * kBoundary) * kBoundary;
     const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * boundary, rows.end); };
     // At least kGrain elements for a thread.
     const int64_t bands_worth = kGrain / (boundary * std::max<int64_t>(width, 1)) + 1;
     parallel_for(0, bands, std::max(ceil_div(bands, threads), bands_worth),
                  [&](int64_t begin, int64_t end) { cpu::arrange_rows(product, rows, row_at(begin), row_at(end)); });
     std::atomic<int64_t> next = 0;
-    parallel_for(0, busy, 1, [&](int64_t, int64_t) {
-      for (int64_t part; (part = next++) < row_parts * column_parts;) {
-        const int64_t band = part / column_parts * bands_each, column = part % column_parts * columns;
-        if (band >= bands || column >= product.J) continue;
-        cpu::matmul(product, rows,
-                    {row_at(band), row_at(band + bands_each), column, std::min(column + columns, product.J)});
+    parallel_for(0, rectangles, 1, [&](int64_t, int64_t) {
+      for (int64_t part; (part = next++) < rectangles * turns;) {
+        const int64_t rectangle = part % rectangles, band = rectangle / column_parts * bands_each;
+        const int64_t first = rectangle % column_parts * columns_each, column = first + part / rectangles * columns;
+        const int64_t end = std::min({column + columns, first + columns_each, product.J});
+        if (band < bands && column < end) {
+          cpu::matmul(product, rows, {row_at(band), row_at(band + bands_each), column, end});
+        }
       }
     });
   }
