@@ -45,6 +45,10 @@ const MatmulKernel& kernel_for(const Matmul& product) {
   return *kernel;
 }
 
+std::int64_t rows_in_tiles(const MatmulKernel& kernel, std::int64_t rows) {
+  return ceil_div(rows, kernel.row_step) * kernel.row_step;
+}
+
 void check_rows(const MatmulKernel& kernel, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
   const auto is_boundary = [&](std::int64_t row) {
     return row == rows.end || (row - rows.begin) % kernel.row_boundary == 0;
@@ -68,7 +72,7 @@ std::int64_t arranged_floats(const Matmul& product, std::int64_t rows) {
   for (int t = 0; t < product.num_terms; ++t) {
     floats += ceil_div(product.terms[t].R, kernel.per_step * kernel.depth_step) * kernel.depth_step;
   }
-  return ceil_div(rows, kernel.row_step) * kernel.row_step * floats;
+  return rows_in_tiles(kernel, rows) * floats;
 }
 
 std::int64_t row_boundary(const Matmul& product) { return kernel_for(product).row_boundary; }
@@ -82,7 +86,9 @@ std::int64_t most_matmul_rows(const Matmul& product) {
   return std::clamp(rows, kLeastRows, kMaxRows) / kernel.row_boundary * kernel.row_boundary;
 }
 
-std::int64_t matmul_columns_at_once(std::int64_t rows) { return kMaxRows / rows * kMaxColumns; }
+std::int64_t matmul_columns_at_once(const Matmul& product, std::int64_t rows) {
+  return columns_at_once(rows_in_tiles(kernel_for(product), rows));
+}
 
 void arrange_rows(const Matmul& product, const MatmulRows& rows, std::int64_t begin, std::int64_t end) {
   const MatmulKernel& kernel = kernel_for(product);

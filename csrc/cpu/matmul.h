@@ -68,8 +68,8 @@ std::int64_t row_boundary(const Matmul& product);
 std::int64_t most_matmul_rows(const Matmul& product);
 std::int64_t arranged_floats(const Matmul& product, std::int64_t rows);
 
-// How many columns of a rectangle of so many rows are computed at a time.
-std::int64_t matmul_columns_at_once(std::int64_t rows);
+// How many columns of a rectangle of so many rows are computed at a time: a multiple of kMatmulColumnBoundary.
+std::int64_t matmul_columns_at_once(const Matmul& product, std::int64_t rows);
 
 // First x of all of `rows`, in parts [begin, end), then any rectangles of them. std::logic_error if there is no kernel,
 // or if they are not cut where they must be.

@@ -9,6 +9,9 @@ constexpr std::int64_t kDepth = 256;       // of the reduction
 constexpr std::int64_t kMaxRows = 528;     // of x, multiples of row_step: what a decoded weight is used for at most
 constexpr std::int64_t kMaxColumns = 256;  // of out, for which a block is staged at a time, if it is
 
+// Of fewer rows there is room for more columns, whose weights lie side by side. `rows` is a multiple of row_step.
+constexpr std::int64_t columns_at_once(std::int64_t rows) { return kMaxRows / rows * kMaxColumns; }
+
 // A block of the 4-bit weight, copied to one place: its rows are so far apart that they would push each other out of
 // the cache. Bytes are as in the weight, [W's rows][kStagedBytes], again at a stride that is no power of two; absmax is
 // decoded, per kStep of W's columns.

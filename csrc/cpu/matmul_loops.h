@@ -310,8 +310,7 @@ void multiply_rectangle(const Matmul& product, const MatmulRows& rows, const Rec
   const auto [row_begin, row_end, column_begin, column_end] = rectangle;
   if (row_begin >= row_end) return;
   [[maybe_unused]] const typename Isa::State state;
-  // Of fewer rows there is room for more columns, whose weights lie side by side.
-  const std::int64_t columns = kMaxRows / rows_of<Isa>(row_end - row_begin) * kMaxColumns;
+  const std::int64_t columns = columns_at_once(rows_of<Isa>(row_end - row_begin));
   for (std::int64_t column = column_begin; column < column_end; column += columns) {
     multiply_part<Isa>(product, rows, {row_begin, row_end, column, smaller(column + columns, column_end)}, scratch);
   }

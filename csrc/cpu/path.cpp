@@ -51,8 +51,8 @@ Path best_path() {
   return path;
 }
 
-// Intel's cores multiply half as many pairs of bf16 as numbers of fp32 at a time: where a virtual machine has no tiles,
-// the kernels of fp32 are the faster ones for bf16, too.
+// Intel's AVX512_BF16 does half as many products a second as its fp32 (bench/NOTES.md): where a virtual machine has no
+// tiles, the kernels of fp32 are the faster ones for bf16, too.
 Path fastest_path() {
 #if defined(__x86_64__)
   if (best_path() == Path::Avx512Bf16 && __builtin_cpu_is("intel")) return Path::Avx512;

@@ -247,7 +247,8 @@ class Cpu final : public Device {
   // are not equally fast, nor equally free.
   static void multiply_rectangles(const cpu::Matmul& product, const cpu::MatmulRows& rows) {
     const int64_t boundary = cpu::row_boundary(product), M = rows.end - rows.begin, bands = ceil_div(M, boundary);
-    const int64_t panels = ceil_div(product.J, cpu::kMatmulColumnBoundary);
+    constexpr int64_t kPanel = cpu::kMatmulColumnBoundary;
+    const int64_t panels = ceil_div(product.J, kPanel);
     int64_t width = 0;  // of x
     for (int t = 0; t < product.num_terms; ++t) width += product.terms[t].R;
     // A panel is decoded for a few rows, too.
@@ -259,12 +260,10 @@ class Cpu final : public Device {
       const int64_t work = ceil_div(bands, parts) * ceil_div(panels, others);  // of the thread that has most
       if (work < least) least = work, row_parts = parts, column_parts = others;
     }
-    constexpr int64_t kBoundary = cpu::kMatmulColumnBoundary;
-    const int64_t bands_each = ceil_div(bands, row_parts), columns_each = ceil_div(panels, column_parts) * kBoundary;
-    const int64_t at_once = cpu::matmul_columns_at_once(std::min(bands_each * boundary, M));
-    const int64_t rectangles = row_parts * column_parts;
-    const int64_t turns = rectangles == 1 ? 1 : std::max<int64_t>(columns_each / at_once, 1);
-    const int64_t columns = ceil_div(columns_each, turns * kBoundary) * kBoundary;
+    const int64_t bands_each = ceil_div(bands, row_parts), columns_each = ceil_div(panels, column_parts) * kPanel;
+    const int64_t at_once = cpu::matmul_columns_at_once(product, std::min(bands_each * boundary, M));
+    const int64_t rectangles = row_parts * column_parts, turns = ceil_div(columns_each, at_once);
+    const int64_t columns = ceil_div(columns_each, turns * kPanel) * kPanel;
     const auto row_at = [&](int64_t band) { return std::min(rows.begin + band * boundary, rows.end); };
     // At least kGrain elements for a thread.
     const int64_t bands_worth = kGrain / (boundary * std::max<int64_t>(width, 1)) + 1;

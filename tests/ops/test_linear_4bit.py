@@ -38,6 +38,16 @@ def test_slices_are_as_exact_as_torch(cpu_path: str) -> None:
     assert_as_exact_as_torch(linear_4bit(x, *packed, 4100, bias), F.linear(x, weight, bias), exact)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_parts_that_threads_take_in_turn_are_as_exact_as_torch(num_threads: int, cpu_path: str) -> None:
+    """The last one, narrower than the others, too."""
+    packed = quantize(normal(1123, 64), "nf4", 64, double_quant=True)
+    x, weight, bias = torch.randn(528, 64), dequantize_4bit(packed, (1123, 64), torch.float32), torch.randn(1123)
+    exact, torch_result = F.linear(x.double(), weight.double(), bias.double()), F.linear(x, weight, bias)
+    torch.set_num_threads(num_threads)
+    assert_as_exact_as_torch(linear_4bit(x, *packed, 1123, bias), torch_result, exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_one_hot_rows_read_the_weight_exactly(dtype: torch.dtype, cpu_path: str) -> None:
     """A wrong nibble order, scale or block border shows here as a wrong value at a known place."""

@@ -35,6 +35,11 @@ for m in (1, 4, 40, M):
             X[:m].to(dtype), *Q, N, None, A, B, [0.5], [], None
         ),
     }
+# Threads take parts of these in turn, of which the last is narrower.
+MANY_X = normal(528, 64)
+TALL, WIDE = (quantized_normal(shape, "nf4", 64, double_quant=True) for shape in ((1123, 64), (64, 1088)))
+CALLS["linear_4bit-parts"] = lambda dtype: ops.linear_4bit(MANY_X.to(dtype), *TALL, 1123, None)
+CALLS["linear_4bit_dgrad-parts"] = lambda dtype: ops.linear_4bit_dgrad(MANY_X.to(dtype), *WIDE, 1088)
 CALLS["lora_linear_4bit-dropout"] = lambda dtype: ops.lora_linear_4bit(X.to(dtype), *Q, N, None, A, B, [0.5], *DROPOUT)
 CALLS["lora_experts_4bit"] = lambda dtype: ops.lora_experts_4bit(
     X.to(dtype), *Q, ENDS, N // 4, False, [A[0].expand(4, 8, K)], [B[0].view(4, N // 4, 8)], [0.5]
