@@ -64,7 +64,15 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def machine(row: dict[str, Any]) -> str:
     """What a result was measured on, as far as its speed depends on it: one line for a table."""
-    return f"{row['cpu']}, {row['threads']} threads, {row['cpu_path']}" + (f", {row['gpu']}" if "gpu" in row else "")
+    held = row.get("settings", {}).get("ONEDNN_MAX_CPU_ISA")
+    parts = [
+        row["cpu"],
+        f"{row['threads']} threads",
+        row["cpu_path"],
+        held and f"oneDNN held to {held}",
+        row.get("gpu"),
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def replace(name: str, rows: list[dict[str, Any]], *, every_machine: bool = False) -> None:

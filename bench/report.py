@@ -15,6 +15,7 @@ from typing import Any
 
 import plots
 import record
+from options import NATIVE
 from tables import TABLES
 
 import qlora_ext._C as _C
@@ -32,7 +33,7 @@ TRAININGS = (["bench/compare_methods.py"], ["bench/compare_optimizers.py"])
 def benches(cpu_paths: list[str]) -> list[list[str]]:
     """Every bench but those that train: what `make bench` runs with these CPU paths, of which the last is in use."""
     linear, few = "bench/bench_linear_4bit.py", ["--shapes", "4096x4096", "--rows", "1", "4", "16", "128", "512"]
-    fp32 = [path for path in cpu_paths[:-1] if path in VECTOR_PATHS]
+    fp32 = [path for path in cpu_paths if path in VECTOR_PATHS and (path != cpu_paths[-1] or NATIVE == "bf16")]
     return [
         *([linear, "--dtype", "fp32", "--cpu-path", path, *few] for path in fp32),
         [linear],

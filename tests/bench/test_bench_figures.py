@@ -71,9 +71,12 @@ def test_either_of_two_runs_may_fail(codes: tuple[int, int], monkeypatch: pytest
     assert options.run_with_and_without_huge_pages() == ([{"a": 1}] * 2, any(codes))
 
 
-def test_a_machine_with_a_gpu_is_another() -> None:
-    row = {"cpu": "c", "threads": 2, "cpu_path": "avx2"}
-    assert record.machine(row | {"gpu": "H100"}) == "c, 2 threads, avx2, H100" != record.machine(row)
+def test_a_machine_with_a_gpu_is_another_and_one_that_is_held_back() -> None:
+    row = {"cpu": "c", "threads": 2, "cpu_path": "avx2", "settings": {}}
+    assert record.machine(row) == "c, 2 threads, avx2"
+    assert record.machine(row | {"gpu": "H100"}) == "c, 2 threads, avx2, H100"
+    held = row | {"settings": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
+    assert record.machine(held) == "c, 2 threads, avx2, oneDNN held to AVX2"
 
 
 def test_last_level_cache_is_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

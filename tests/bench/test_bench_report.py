@@ -27,14 +27,17 @@ def test_a_machine_replaces_its_own_rows_only(tmp_path: Path, monkeypatch: pytes
     assert record.read("op") == [second]
 
 
+@pytest.mark.parametrize("native", ["bf16", "fp32"])  # what is measured without --dtype
 @pytest.mark.parametrize("best", report.PATHS)
-def test_no_bench_replaces_the_rows_of_another(best: str) -> None:
+def test_no_bench_replaces_the_rows_of_another(best: str, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "NATIVE", native)
     runnable = list(report.PATHS[: report.PATHS.index(best) + 1])
     runs = report.benches(runnable)
-    paths = [run[run.index("--cpu-path") + 1] if "--cpu-path" in run else best for run in runs]
+    held_to = [run[run.index("--cpu-path") + 1] if "--cpu-path" in run else "" for run in runs]
     files = [(run[0], "--lora-dropout" in run) for run in runs]  # the training step has two
-    assert len(set(zip(files, paths, strict=True))) == len(runs)
-    assert [path for path in paths if path != best] == [path for path in ("avx2", "avx512") if path in runnable[:-1]]
+    assert len(set(zip(files, held_to, strict=True))) == len(runs)
+    in_fp32 = runnable if native == "bf16" else runnable[:-1]
+    assert [path for path in held_to if path] == [path for path in ("avx2", "avx512") if path in in_fp32]
     assert all((report.ROOT / script).exists() for script, *_ in [*runs, *report.TRAININGS, report.DEMO_DATA])
     scripts = {f"bench/{path.name}" for path in (report.ROOT / "bench").glob("bench_*.py")}
     assert scripts - {run[0] for run in runs} == {"bench/bench_cuda.py"}  # tools/gpu_suite.sh runs that
@@ -69,7 +72,7 @@ def test_what_is_measured_is_measured_first_and_shown_everywhere(
     done: list[Any] = []
     monkeypatch.setattr(sys, "argv", ["report.py", *what])
     monkeypatch.setattr(report._C, "cpu_paths", lambda: ["portable", "avx2", "avx512", "avx512_bf16"])
-    monkeypatch.setattr(report._C, "cpu_path", lambda: "avx512")  # as where QLORA_EXT_CPU says so
+    monkeypatch.setattr(report._C, "cpu_path", lambda: "avx512")  # as QLORA_EXT_CPU may say, or Intel without tiles
     monkeypatch.setattr(report.subprocess, "run", lambda command, *, cwd, check: done.append((command[1:], check)))
     monkeypatch.setattr(report.plots, "draw", lambda name, rows: done.append(name))
     monkeypatch.setattr(report, "filled", lambda document: "new")
