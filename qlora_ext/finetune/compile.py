@@ -6,6 +6,7 @@ of the loss are chosen (their number depends on the labels), and compiled again 
 
 from typing import Any
 
+import torch._dynamo
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -14,7 +15,8 @@ def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> int:
     """Compile every layer of the model in place, at its first call; return how many there are.
 
     The layers share their graphs: one for the first, whose input needs no gradient, and one for all the others.
-    Nothing is compiled under `torch.compiler.set_stance("force_eager")`.
+    Nothing is compiled under `torch.compiler.set_stance("force_eager")`. Sets
+    `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint`, for the whole process.
 
     Args:
         backend: of torch.compile.
@@ -26,6 +28,9 @@ def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> int:
         raise ValueError(f"--compile: {type(model).__name__}: expected layers of transformers' kind, got none")
     if backend == "inductor" and model.device.type == "cpu":
         _check_compiler()
+    # Layers of transformers >= 5.25 note, while they run, which of their functions have kernels. Their forward in a
+    # checkpoint is compiled whole only where the backward, which recomputes it, need not note it again.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for layer in layers:
         layer.compile(backend=backend, dynamic=True)
     return len(layers)
