@@ -35,9 +35,10 @@ def draw(name: str, rows: list[Row]) -> None:
 
 
 def _where(rows: list[Row]) -> str:
-    """Of a file's name: the CPU path, and the CPU's family and model, as far as the results tell them."""
+    """Of a file's name: the CPU path, "held" with oneDNN, and the CPU's family and model, as far as results tell."""
     generation = re.search(r"family (\d+), model (\d+)", rows[0]["cpu"])
-    return rows[0]["cpu_path"] + (f"-family{generation[1]}-model{generation[2]}" if generation else "")
+    path = rows[0]["cpu_path"] + ("-held" if record.held_to(rows[0]) else "")
+    return path + (f"-family{generation[1]}-model{generation[2]}" if generation else "")
 
 
 def _pages(name: str, rows: list[Row]) -> Pages:

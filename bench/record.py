@@ -62,9 +62,15 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(json.dumps(row))
 
 
+def held_to(row: dict[str, Any]) -> str:
+    """The instructions that torch's products were held to for a result, or ""."""
+    isa: str = row.get("settings", {}).get("ONEDNN_MAX_CPU_ISA", "")
+    return isa
+
+
 def machine(row: dict[str, Any]) -> str:
     """What a result was measured on, as far as its speed depends on it: one line for a table."""
-    held = row.get("settings", {}).get("ONEDNN_MAX_CPU_ISA")
+    held = held_to(row)
     parts = [
         row["cpu"],
         f"{row['threads']} threads",

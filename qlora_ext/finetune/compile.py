@@ -28,8 +28,8 @@ def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> int:
         raise ValueError(f"--compile: {type(model).__name__}: expected layers of transformers' kind, got none")
     if backend == "inductor" and model.device.type == "cpu":
         _check_compiler()
-    # Layers of transformers >= 5.25 note, while they run, which of their functions have kernels. Their forward in a
-    # checkpoint is compiled whole only where the backward, which recomputes it, need not note it again.
+    # Layers of transformers >= 5.25 note, while they run, what stands in for some of their functions. Their forward in
+    # a checkpoint is compiled whole only where the backward, which recomputes it, need not note it again.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for layer in layers:
         layer.compile(backend=backend, dynamic=True)

@@ -66,3 +66,12 @@ def test_errors_are_in_percent_over_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = {"nf4": [(4.5, 9.375), (4.125, 12.5)], "nf4, double quantization": [(4.25, 6.25)]}
     assert lines(panel) == expected
     assert [text.get_text() for text in panel.texts] == ["64", "256"]
+
+
+def test_a_plot_of_torch_held_back_has_a_name_of_its_own() -> None:
+    row = {"cpu_path": "avx512", "cpu": "a CPU (family 6, model 207)", "bench": "linear_4bit", "dtype": "bfloat16"}
+    rows = [row | {"p50": 1.0}]
+    (free,) = plots.paths("linear_4bit", rows)
+    (held,) = plots.paths("linear_4bit", [rows[0] | {"settings": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}}])
+    assert free.name == "linear_4bit-bfloat16-avx512-family6-model207.png"
+    assert held.name == "linear_4bit-bfloat16-avx512-held-family6-model207.png"

@@ -49,11 +49,13 @@ def test_readme_shows_the_last_run_on_the_path_that_does_most(tmp_path: Path, mo
     known |= {"dtype": "bfloat16", "tokens_per_s": 1.0}
     for cpu, path in [("old", "amx"), ("new", "amx"), ("mid", "avx512_bf16"), ("small", "avx2"), ("any", "portable")]:
         record.replace("generate", [known | {"cpu": cpu, "cpu_path": path, "provider": cpu}])
+    held = {"cpu": "new", "cpu_path": "amx", "provider": "held", "settings": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
+    record.replace("generate", [known | held])
     shown = [
         [line.split()[1] for line in report.markdown("generate", document).splitlines() if line.endswith("| 1.00x |")]
         for document in (report.README, report.RESULTS)
     ]
-    assert shown == [["new"], ["any", "small", "mid", "new", "old"]]
+    assert shown == [["new"], ["held", "any", "small", "mid", "new", "old"]]
     assert "; torch 2.15.0; commit abc, 2026-11-27<" in report.markdown("generate", report.README)
 
 
