@@ -2,9 +2,9 @@
 
 Every result is checked before anything is timed; a wrong one of ours is a failure, a wrong one of a peer is a row that
 says so, as is a peer that is missing. Two modes: hot (one weight, at most half the last-level cache) and cold (weights
-in rotation, 4 times the cache, or what half the memory has room for, with what their calls hold). The machine's limits
-are measured before and after each shape, in limits.py. A run consists of two processes, with and without huge pages for
-malloc: they decide what a temporary costs.
+in rotation, 4 times the cache, or what there is memory for). The machine's limits are measured before and after each
+shape, in limits.py. A run consists of two processes, with and without huge pages for malloc: they decide what a
+temporary costs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import qlora_ext._C as _C
 
 OURS = "qlora_ext"
 PATIENCE = 3  # seconds: a call that takes longer is timed once, when it is checked
-MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+# Bytes for all providers' weights, and as many for what their calls hold. The other half is for what a call computes
+# in, what malloc keeps when it is freed, and the program that measures the limits.
+ROOM = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 Row = dict[str, Any]
 
 
@@ -71,8 +73,7 @@ class Case:
         other_bytes: that a call moves beside the weight: its inputs and results, each once.
         flops: of a call.
         copying: its limit is the bandwidth of copying, not of reading.
-        held_bytes: that a bound call holds beside the weight, at most: no more copies are bound than half the memory,
-            shared by the providers, has room for.
+        held_bytes: that a bound call holds beside the weight, at most: no more copies are bound than there is room for.
     """
 
     inputs: Any
@@ -134,7 +135,7 @@ class Run:
         same |= {"huge_pages": self.options.huge_pages}
         forms: list[tuple[Provider, list[Any]]] = []
         providers = bench.providers(weight)
-        cold = cold_bytes(self.cache_bytes, MEMORY, len(providers))
+        cold = cold_bytes(self.cache_bytes, ROOM, len(providers))
         for provider in providers:
             try:
                 forms.append((provider, self._copies(provider, cold)))
@@ -162,9 +163,8 @@ class Run:
         rows: dict[str, Row] = {}
         times: dict[str, list[float]] = {}
         for provider, copies in forms:
-            size = provider.weight_bytes
-            room = max(1, MEMORY // 2 // len(forms) // (size + case.held_bytes))
-            count = 1 if same["mode"] == "hot" else min(len(copies), room)
+            held = max(1, ROOM // len(forms) // max(1, case.held_bytes))
+            count = 1 if same["mode"] == "hot" else min(len(copies), held)
             try:
                 bound = [provider.bind(form, case.inputs) for form in copies[:count]]
                 start = time.perf_counter()

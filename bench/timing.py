@@ -58,12 +58,12 @@ def _burst(call: Callable[[], object], seconds: float) -> list[float]:
         start = end
 
 
-def cold_bytes(cache_bytes: int, memory_bytes: int, providers: int) -> int:
+def cold_bytes(cache_bytes: int, room: int, providers: int) -> int:
     """So much must be used in rotation, by each provider, to find nothing of it in the cache: 4 times its size.
 
-    Less where all providers' would take more than half the memory, as with the caches of some servers.
+    Less where all providers' would take more bytes than there is room for, as with the caches of some servers.
     """
-    return min(4 * cache_bytes, memory_bytes // 2 // providers)
+    return min(4 * cache_bytes, room // providers)
 
 
 def fits_hot(size: int, cache_bytes: int) -> bool:

@@ -110,9 +110,9 @@ def test_a_call_that_takes_too_long_is_timed_once(patience: float, calls: int, m
     ("mode", "held", "providers", "copies"),
     [
         ("cold", 0, 1, 6),
-        ("cold", 300, 1, 6),
-        ("cold", 400, 1, 5),
-        ("cold", 400, 2, 2),
+        ("cold", 400, 1, 6),
+        ("cold", 500, 1, 5),
+        ("cold", 500, 2, 2),
         ("cold", 10**6, 1, 1),
         ("hot", 0, 1, 1),
     ],
@@ -121,7 +121,7 @@ def test_a_call_that_takes_too_long_is_timed_once(patience: float, calls: int, m
 def test_no_more_copies_are_bound_than_memory_has_room_for(
     mode: str, held: int, providers: int, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite, "MEMORY", 5000)
+    monkeypatch.setattr(suite, "ROOM", 2500)
     given: Any = SimpleNamespace(seconds=0, burst=0)
     run = suite.Run(given, cache_bytes=2**20)
     case = suite.Case(None, lambda *_: 0.0, other_bytes=0, held_bytes=held)

@@ -117,8 +117,8 @@ def test_bursts_take_turns_and_their_first_call_does_not_count(monkeypatch: pyte
 
 
 def test_rotation_passes_the_cache() -> None:
-    assert timing.cold_bytes(100, memory_bytes=10_000, providers=4) == 400
-    assert timing.cold_bytes(480, memory_bytes=24_000, providers=8) == 1500
+    assert timing.cold_bytes(100, room=5_000, providers=4) == 400
+    assert timing.cold_bytes(480, room=12_000, providers=8) == 1500
     assert timing.fits_hot(50, cache_bytes=100)
     assert not timing.fits_hot(51, cache_bytes=100)
     seen: list[int] = []
