@@ -37,7 +37,9 @@ def _of_package(kind: type, package: str, *names: str) -> type | None:
 
 
 def is_dense_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is an nn.Linear or a Conv1D; to the type checker the latter is an nn.Linear, too."""
+    """Whether it is an nn.Linear or a Conv1D, not one in 4 bits; to the type checker a Conv1D is an nn.Linear, too."""
+    if hasattr(type(module), "dense_class"):  # Linear4bit, an nn.Linear to others
+        return False
     return isinstance(module, nn.Linear) or conv1d_class(type(module)) is not None
 
 

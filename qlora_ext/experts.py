@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from qlora_ext._ops import NESTED_BLOCKSIZE, ops
 from qlora_ext.experts_autograd import check_no_tangents
 from qlora_ext.functional import cast_as_autocast
-from qlora_ext.linear import Linear4bit
+from qlora_ext.weight_4bit import Weight4bit
 
 GROUPED_MM = ("_grouped_mm", "grouped_mm_fallback")  # torch's and, where that would not compile, transformers'
 
 
-class Stack4bit(Linear4bit):
+class Stack4bit(Weight4bit):
     """The matrices of one weight [experts, rows, columns], one below the other."""
 
     def __init__(self, shape: torch.Size, *, is_transposed: bool, **options: Any) -> None:
@@ -42,7 +42,7 @@ class Stack4bit(Linear4bit):
         _, rows, columns = self.shape
         return (rows, columns) if self.is_transposed else (columns, rows)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         offs: Tensor,

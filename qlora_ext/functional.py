@@ -41,6 +41,8 @@ def quantize_4bit(
     check_type("quantize_4bit", "weight", weight, Tensor)
     check_type("quantize_4bit", "quant_type", quant_type, str)
     check_type("quantize_4bit", "blocksize", blocksize, Integral)
+    if blocksize >= 2**63:  # the op takes no such number, and says so in words of its own
+        raise ValueError(f"quantize_4bit: blocksize: expected a power of two from 32 to 4096, got {blocksize}")
     packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, blocksize)
     if has_values(absmax) and not absmax.amax().isfinite():  # of NaN, too: the maximum is NaN
         blocks = absmax.flatten().isfinite().logical_not().nonzero().flatten()

@@ -13,11 +13,11 @@ from torch.nn.parameter import is_lazy
 from qlora_ext.dense_linear import computes_otherwise, is_dense_linear
 from qlora_ext.experts import Experts4bit, Stack4bit
 from qlora_ext.layer_names import children, is_compiled, is_named, is_within, is_wrapper, plain_modules, unwrapped
-from qlora_ext.linear import Linear4bit
 from qlora_ext.lora.experts import LoraExperts
 from qlora_ext.lora.linear import LoraLinear, base_of
+from qlora_ext.weight_4bit import Weight4bit
 
-AnyLinear = nn.Linear | Linear4bit | LoraLinear  # and transformers' Conv1D, which is taken for an nn.Linear
+AnyLinear = nn.Linear | Weight4bit | LoraLinear  # and transformers' Conv1D, which is taken for an nn.Linear
 # torch's modules that use the weights of their linear layers without calling the layers: they hand them to kernels of
 # their own, or to products by parts.
 CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -94,7 +94,7 @@ def named_layers(model: nn.Module, wanted: str | list[str]) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> TypeGuard[AnyLinear]:
-    return is_dense_linear(module) or isinstance(module, (Linear4bit, LoraLinear))
+    return is_dense_linear(module) or isinstance(module, (Weight4bit, LoraLinear))
 
 
 def closed_modules(model: nn.Module) -> dict[str, str]:

@@ -39,6 +39,7 @@ from qlora_ext.model_layers import (
     replace_layers,
 )
 from qlora_ext.sharded import check_weight_is_whole, reshard
+from qlora_ext.weight_4bit import Weight4bit
 
 Model = TypeVar("Model", bound=nn.Module)
 _FIRST = "quantize_model comes before fully_shard"
@@ -117,6 +118,18 @@ def quantize_model(
     return model
 
 
+def weights_to_quantize(model: nn.Module, *, skip: Iterable[str] = HEADS) -> list[str]:
+    """The names of the weights that `quantize_model(model, skip=skip)` would store in 4 bits, of layers and of experts.
+
+    For who loads a model weight by weight, and quantizes each as it comes.
+    """
+    skip = _names(skip)
+    left = _Left(model, skip)
+    _warn_of_names(model, skip)
+    experts = [name for name, *_ in _experts_to_replace(model, left)]
+    return [*(f"{name}.weight" for name in _linears_to_replace(model, left)), *experts]
+
+
 def quantizable(model: nn.Module) -> list[str]:
     """The names of the linear layers and of fused experts' weights."""
     fused = [f"{name}.{weight}".removeprefix(".") for name, m in plain_modules(model) for weight in fused_experts(m)]
@@ -172,7 +185,7 @@ def _why_none(model: nn.Module, left: _Left, closed: list[str]) -> str:
     others = [base for base in dense if not _is_known(base)]
     got = [f"subclasses of it ({_kinds(others)})"] if others else []
     got += [f"layers within {', '.join(closed)}"] if closed else []
-    got += ["layers in 4 bits"] if any(isinstance(m, Linear4bit) for m in model.modules()) else []
+    got += ["layers in 4 bits"] if any(isinstance(m, Weight4bit) for m in model.modules()) else []
     skipped = tuple(dict.fromkeys([*left.skip, *sorted(left.head)]))
     only = f"only {' and '.join(got)}" if got else "none"
     advice = _advice(base for base in others if "weight" in base._parameters)
@@ -209,7 +222,7 @@ def _warn_of_experts(model: nn.Module) -> None:
     """Say so if 3-D tensors, as transformers fuses experts into, hold more weights than the 4-bit layers do."""
     fused: dict[Tensor, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, (Linear4bit, nn.Conv1d, nn.ConvTranspose1d, ParametrizationList, AdapterTable)):
+        if not isinstance(module, (Weight4bit, nn.Conv1d, nn.ConvTranspose1d, ParametrizationList, AdapterTable)):
             own = module.named_parameters(name, recurse=False)
             fused |= {p: key for key, p in own if p.dim() == 3 and p.is_floating_point()}
     if (left := sum(p.numel() for p in fused)) > (quantized := _quantized(model)):
@@ -249,7 +262,7 @@ def _advice(layers: Iterable[nn.Linear]) -> str:
 
 def _quantized(model: nn.Module) -> int:
     """How many weights are in 4 bits."""
-    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit))
+    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Weight4bit))
 
 
 def _is_known(module: nn.Module) -> TypeGuard[nn.Linear]:

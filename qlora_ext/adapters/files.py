@@ -21,7 +21,6 @@ from qlora_ext.adapters.trained_modules import are_weights_tied, fit_modules, tr
 from qlora_ext.dense_linear import dense_class, out_and_in, stored_shape
 from qlora_ext.experts import Experts4bit
 from qlora_ext.layer_names import is_named, plain_modules
-from qlora_ext.linear import Linear4bit
 from qlora_ext.lora.experts import LoraExperts
 from qlora_ext.lora.linear import base_of
 from qlora_ext.lora.names import check_name
@@ -36,6 +35,7 @@ from qlora_ext.model_layers import (
     named_layers,
 )
 from qlora_ext.sharded import check_whole, fill, gathered, reshard
+from qlora_ext.weight_4bit import Weight4bit
 from qlora_ext.whole_files import write_files
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -240,7 +240,7 @@ def _check_base(key: str, layer: AnyLinear, given: Tensor, path: Path) -> None:
     base = base_of(layer)
     own = base.bias if key.endswith(".bias") else base.weight
     own = own if own is None else gathered(own.detach())
-    if isinstance(base, Linear4bit):
+    if isinstance(base, Weight4bit):
         shape = stored_shape(base.dense_class, *out_and_in(base))
         fits = given.is_floating_point() and list(given.shape) == shape
         fits = fits and bool(given.to(base.dtype).isfinite().all())

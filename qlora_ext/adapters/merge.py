@@ -9,12 +9,13 @@ from qlora_ext.experts import Stack4bit, dequantize_experts, replaced_experts
 from qlora_ext.functional import has_values
 from qlora_ext.layer_hooks import check_not_hooked, check_not_offloaded, has_other_forward
 from qlora_ext.layer_names import plain_modules
-from qlora_ext.linear import Linear4bit, dense
+from qlora_ext.linear import dense
 from qlora_ext.lora.experts import LoraExperts
 from qlora_ext.lora.linear import LoraLinear, base_of
 from qlora_ext.model_config import unmark_configs
 from qlora_ext.model_layers import AnyLinear, check_not_merged, layers_of, lora_layers, replace_layers
 from qlora_ext.sharded import check_whole, reshard
+from qlora_ext.weight_4bit import Weight4bit
 
 
 @torch.inference_mode(False)  # autograd saves no inference tensor, not even a frozen one
@@ -70,7 +71,7 @@ def merge_adapter(model: nn.Module, *, dequantize: bool = False) -> None:
             return module
         if isinstance(module, LoraLinear):
             return dense(module.base_layer, module.merged_weight())
-        return dense(module, module.dequantize(torch.float32)) if isinstance(module, Linear4bit) else module
+        return dense(module, module.dequantize(torch.float32)) if isinstance(module, Weight4bit) else module
 
     replace_layers(model, to_dense)
     for module in [module for module in model.modules() if replaced_experts(module)]:
@@ -82,7 +83,7 @@ def _check_dense(layers: dict[str, AnyLinear]) -> None:
     """That each of these can become a dense layer, before any does."""
     for name, layer in layers.items():
         for lost in (layer, base_of(layer)):
-            if isinstance(lost, (LoraLinear, Linear4bit)):
+            if isinstance(lost, (LoraLinear, Weight4bit)):
                 check_not_hooked("merge_adapter", name, lost)
         if isinstance(layer, LoraLinear):
             _merged_weight(name, layer)

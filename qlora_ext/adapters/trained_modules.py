@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_ext.layer_names import unwrapped
-from qlora_ext.linear import Linear4bit
 from qlora_ext.lora.linear import LoraLinear
 from qlora_ext.model_layers import adapter_names, placed_modules
 from qlora_ext.sharded import gathered
+from qlora_ext.weight_4bit import Weight4bit
 
 # PEFT's ModulesToSaveWrapper refuses these.
 _NOT_CALLED = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -173,7 +173,7 @@ def _why_not(name: str, modules: dict[str, nn.Module]) -> str:
     above = (modules.get(other) for other in _around(name))
     if any(isinstance(each, LoraLinear) for each in (*parts, *above)):
         return "a layer with an adapter (target_modules can leave it out)"
-    if any(isinstance(part, Linear4bit) for part in parts):
+    if any(isinstance(part, Weight4bit) for part in parts):
         return "a layer in 4 bits (quantize_model's skip can leave it out)"
     if isinstance(module, _NOT_CALLED):
         return f"a {type(module).__name__}"

@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qlora_ext
-from qlora_ext import _C, Linear4bit
+from qlora_ext import _C
 from qlora_ext.experts import Experts4bit
 from qlora_ext.layer_names import is_within
 from qlora_ext.model_layers import output_head
 from qlora_ext.quantize import quantizable
+from qlora_ext.weight_4bit import Weight4bit
 
 from .conversions import converted
 from .gguf_file import GgufFile
@@ -178,7 +179,7 @@ def _stream(
             raise ValueError(f"{checkpoint.path}: tensor {name!r}: expected shape {wanted}, got {shape}")
         owner = model.get_submodule(owner_name)
         holder = owner if leaf == "weight" else getattr(owner, leaf, None)
-        layer = holder if isinstance(holder, Linear4bit | Experts4bit) else None
+        layer = holder if isinstance(holder, Weight4bit | Experts4bit) else None
         tensor = read(dtype if layer is None else None).to(device)
         try:
             if layer is None:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import qlora_ext
 from qlora_ext.dense_linear import is_dense_linear
+from qlora_ext.weight_4bit import Weight4bit
 from qlora_ext.whole_files import write_files
 
 MIB = 2**20
@@ -34,7 +34,7 @@ def composition(model: PreTrainedModel, *, adapter: bool) -> dict[str, Any]:
     head = model.get_output_embeddings()
     weights = stored_bytes = 0
     for module in model.modules():
-        if isinstance(module, qlora_ext.Linear4bit):
+        if isinstance(module, Weight4bit):
             elements = module.in_features * module.out_features
             total += elements - module.weight.numel() - module.absmax.numel()
             stored = [module.weight, module.absmax, module.nested_absmax, module.nested_offset]

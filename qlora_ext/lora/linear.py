@@ -28,6 +28,7 @@ from qlora_ext.lora.adapted_weight import WeightInBits
 from qlora_ext.lora.adapter_table import AdapterTable, check_values, leaves
 from qlora_ext.lora.config import LoraConfig
 from qlora_ext.lora.names import check_name
+from qlora_ext.weight_4bit import Weight4bit
 
 
 class LoraLinear(nn.Module):
@@ -50,9 +51,9 @@ class LoraLinear(nn.Module):
         TypeError: base_layer is another module.
     """
 
-    def __init__(self, base_layer: nn.Linear | Linear4bit) -> None:
+    def __init__(self, base_layer: nn.Linear | Weight4bit) -> None:
         super().__init__()
-        if not isinstance(base_layer, Linear4bit) and not is_dense_linear(base_layer):
+        if not isinstance(base_layer, Weight4bit) and not is_dense_linear(base_layer):
             got = type(base_layer).__name__
             raise TypeError(f"LoraLinear: base_layer: expected nn.Linear, Conv1D or Linear4bit, got {got}")
         self.base_layer = base_layer
@@ -62,7 +63,7 @@ class LoraLinear(nn.Module):
         self.scaling: dict[str, float] = {}
         self.configs: dict[str, LoraConfig] = {}
         self.active_adapters: list[str] = []
-        self.merged_base: nn.Linear | Linear4bit | None = None
+        self.merged_base: nn.Linear | Weight4bit | None = None
         self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
 
@@ -78,7 +79,7 @@ class LoraLinear(nn.Module):
     def dtype(self) -> torch.dtype:
         """The base's dtype (of the original weight, if it is 4-bit)."""
         base = self.base_layer
-        return base.dtype if isinstance(base, Linear4bit) else base.weight.dtype
+        return base.dtype if isinstance(base, Weight4bit) else base.weight.dtype
 
     @property
     def merged(self) -> bool:
@@ -177,7 +178,7 @@ class LoraLinear(nn.Module):
         """
         merged, names = self.merged_base, self.active_adapters
         base = self.base_layer if merged is None else merged
-        if isinstance(base, Linear4bit):
+        if isinstance(base, Weight4bit):
             return WeightInBits(self, base)  # type: ignore[return-value]
         if merged is not None or not names:
             return base.weight
@@ -223,7 +224,7 @@ class LoraLinear(nn.Module):
         if computed or (getattr(base, "bias", None) is not None and "bias" not in base._parameters):
             got = type(base).__name__
             raise TypeError(f"LoraLinear: base_layer: expected weight and bias without parametrizations, got {got}")
-        if isinstance(base, Linear4bit):
+        if isinstance(base, Weight4bit):
             weight = base.dequantize(torch.float32)
         elif has_float_weight(base):
             weight = oriented(dense_class(base), base.weight).to(torch.float32, copy=bool(names))  # updated in place
@@ -254,8 +255,8 @@ class LoraLinear(nn.Module):
         """
         base = self.base_layer
         weight = self.merged_weight() if weight is None else weight
-        merged: nn.Linear | Linear4bit
-        if isinstance(base, Linear4bit):
+        merged: nn.Linear | Weight4bit
+        if isinstance(base, Weight4bit):
             merged = base.with_weight(oriented(base.dense_class, weight))
         else:
             merged = dense(base, weight)

@@ -1,0 +1,304 @@
+"""PEFT's LoRA on 4-bit layers and experts: importing this module teaches PEFT both.
+
+PEFT asks one function for the layer that goes around another (`LoraModel._create_new_module`), one for the parameters
+that are adapted without a layer of their own (`_inject_parameters`), and one for the float weight of a quantized layer
+(`dequantize_module_weight`). Each is extended here; all else (configs, files, switching, mixed batches) is PEFT's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from typing import Any
+
+import peft.tuners.lora.layer as peft_layer
+import peft.utils.integrations as peft_integrations
+import torch
+from peft import PeftModel
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.variants import ALoraLinearVariant, ArrowLinearVariant, DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from qlora_ext.dense_linear import oriented
+from qlora_ext.experts import Experts4bit, replaced_experts
+from qlora_ext.functional import dequantize_4bit, quantize_4bit
+from qlora_ext.layer_hooks import is_hooked
+from qlora_ext.linear import Linear4bit
+from qlora_ext.weight_4bit import Weight4bit
+
+READ_WEIGHT = (
+    "orthogonal",
+    "olora",
+    "loftq",
+    "pissa",
+)  # init_lora_weights that look at the base's weight, or change it
+VARIANTS = (ALoraLinearVariant, ArrowLinearVariant, DoraLinearVariant)
+
+
+class LoraLinear4bit(peft_layer.Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer around a Linear4bit: plain LoRA in one fused op, forward and backward.
+
+    DoRA, aLoRA, Arrow and mixed batches compute as PEFT does, from the decoded weight where they need it. A merge
+    stores the sum in 4 bits again and keeps the bytes it replaces, so `unmerge` gives them back bit for bit.
+
+    Raises:
+        ValueError: a variant or an initialisation of LoRA that cannot be had on a 4-bit weight.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        self._unmerged: dict[str, Any] | None = None
+        if config.fan_in_fan_out:  # the 4-bit weight is [out, in], also where it was a Conv1D's
+            config = copy.copy(config)
+            config.fan_in_fan_out = False
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
+        variant = super().resolve_lora_variant(config=config, **kwargs)
+        if variant is not None and not isinstance(variant, VARIANTS):
+            got = type(variant).__name__
+            raise ValueError(f"Linear4bit: LoraConfig: expected plain LoRA, DoRA, aLoRA or Arrow, got {got}")
+        return variant
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        init = config.init_lora_weights
+        reads_weight = isinstance(init, str) and init.lower().startswith(READ_WEIGHT)
+        if isinstance(init, str) and not reads_weight and init.lower() not in ("gaussian", "eva"):
+            expected = f"true, false, gaussian, eva, {', '.join(READ_WEIGHT)}"
+            raise ValueError(f"Linear4bit: init_lora_weights: expected {expected}, got {init!r}")
+        if not reads_weight:
+            super().update_layer(adapter_name, *args, config=config, **kwargs)
+            return
+        base = self.get_base_layer()
+        decoded = base.dequantize(torch.float32)
+        before = decoded.clone()
+        layer = self.base_layer
+        self._modules["base_layer"] = _dense_view(base, decoded)
+        try:
+            super().update_layer(adapter_name, *args, config=config, **kwargs)
+            after = self.base_layer.weight
+        finally:
+            self._modules["base_layer"] = layer
+        if not torch.equal(before, after):  # the adapter has taken its part out of the base
+            base.quantize_(oriented(base.dense_class, after.detach()))
+
+    def loftq_init(self, adapter_name: str, config: Any) -> None:
+        """LoftQ, arXiv 2310.08659: quantize what the adapter leaves, and let the adapter take what that loses.
+
+        PEFT's needs bitsandbytes and a GPU, and leaves the adapter's scaling out.
+        """
+        if config.loftq_config["loftq_bits"] != 4:
+            raise ValueError(f"Linear4bit: loftq_bits: expected 4, got {config.loftq_config['loftq_bits']}")
+        view, r = self.base_layer, self.r[adapter_name]
+        weight, low_rank = view.weight.data, torch.zeros(())
+        for _ in range(config.loftq_config["loftq_iter"]):
+            quantized = dequantize_4bit(*quantize_4bit(weight - low_rank, **view.options))
+            U, S, Vh = torch.linalg.svd(weight - quantized, full_matrices=False)
+            A, B = S[:r].sqrt()[:, None] * Vh[:r], U[:, :r] * S[:r].sqrt()
+            low_rank = B @ A
+        self.lora_A[adapter_name].weight.data = A
+        self.lora_B[adapter_name].weight.data = B / self.scaling[adapter_name]
+        view.weight = nn.Parameter(quantized, requires_grad=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] -> [..., out], as PEFT's `lora.Linear`."""
+        fused = None if args or any(value is not None for value in kwargs.values()) else self._fused_adapters()
+        if fused is None:
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        names, A, B, scaling, keep = fused
+        base: Linear4bit = self._modules["base_layer"]
+        seed = torch.randint(2**63 - 1, (len(keep),), device=A[0].device) if keep else None
+        y = base.forward_with_adapters(x, A, B, scaling, keep, seed)
+        for name in names:
+            if self.lora_bias[name]:
+                y = y + (self.lora_B[name].bias * self.scaling[name]).to(y.dtype)
+        return y
+
+    def _fused_adapters(self) -> tuple[list[str], list[Tensor], list[Tensor], list[float], list[float]] | None:
+        """The active adapters as the fused op takes them; None where it cannot compute what PEFT would."""
+        parts: Any = self._modules  # without __getattr__, which takes longer than all else around a small product
+        base, tables = parts["base_layer"], (parts["lora_A"]._modules, parts["lora_B"]._modules)
+        if self._disable_adapters or self.merged_adapters or not isinstance(base, Linear4bit) or is_hooked(base):
+            return None
+        names = [name for name in self.active_adapters if name in tables[0]]
+        layers = [(tables[0][name], tables[1][name]) for name in names]
+        if not names or any(name in self.lora_variant for name in names):
+            return None
+        if any("weight" not in each._parameters or is_hooked(each) for pair in layers for each in pair):
+            return None
+        scaling = [self.scaling[name] for name in names]
+        dropouts = [parts["lora_dropout"]._modules[name] for name in names]
+        keep = [1 - each.p if isinstance(each, nn.Dropout) and each.training else 1.0 for each in dropouts]
+        if not all(isinstance(each, (int, float)) for each in scaling):  # a tensor, of a compiled hotswap
+            return None
+        if all(k == 1 for k in keep):
+            keep = []
+        else:
+            scaling = [s / k if k else 0.0 for s, k in zip(scaling, keep, strict=True)]
+        A, B = ([pair[i]._parameters["weight"] for pair in layers] for i in (0, 1))
+        return names, A, B, scaling, keep
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the weight, and store the sum in 4 bits; arguments as PEFT's."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        base = self.get_base_layer()
+        weight, bias = base.dequantize(torch.float32), base.bias
+        for name in names:
+            if name in self.lora_variant:
+                weight = self.lora_variant[name].merge_safe(self, name, weight)
+            else:
+                weight = weight + self.get_delta_weight(name)
+            if self.lora_bias[name]:
+                if bias is None:
+                    raise RuntimeError("Linear4bit: lora_bias: expected a base layer with a bias, got one without")
+                bias = bias + self.lora_B[name].bias * self.scaling[name]
+        before = _tensors_of(base)
+        base.quantize_(oriented(base.dense_class, weight.detach()))  # ValueError for NaN and Inf, safe_merge or not
+        if bias is not base.bias:
+            base.bias = nn.Parameter(bias.detach().to(base.dtype), requires_grad=base.bias.requires_grad)
+        self._unmerged = self._unmerged or before
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Give the layer the very tensors that it had before the first merge."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        _restore(self.get_base_layer(), self._unmerged)
+        self._unmerged = None
+
+    def __repr__(self) -> str:
+        return f"lora.{nn.Module.__repr__(self)}"
+
+
+class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
+    """PEFT's LoRA on a weight of fused experts (`target_parameters`) that is in 4 bits: grouped products, no decoding.
+
+    PEFT knows wrappers of parameters by this class's name.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, **kwargs: Any) -> None:
+        self._unmerged: dict[str, Any] | None = None
+        super().__init__(base_layer, adapter_name, parameter_name=parameter_name, **kwargs)
+        self._hook = self.get_param().stack.register_forward_pre_hook(self._with_adapters, with_kwargs=True)
+
+    def _with_adapters(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """The stack's arguments with the active adapters."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not names:
+            return None
+        A = [self.lora_A[name].weight.unflatten(0, (self.num_experts, -1)) for name in names]
+        B = [self.lora_B[name].weight.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1) for name in names]
+        scaling = [self.scaling[name] for name in names]
+        return args, kwargs | {"A": A, "B": [b.contiguous() for b in B], "scaling": scaling}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._check_forward_args(x, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return self.base_layer(x, *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As LoraLinear4bit's."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        experts = self.get_param()
+        weight = experts.dequantize(torch.float32)
+        for name in names:
+            weight = weight + self.get_delta_weight(name).float()
+        before = _tensors_of(experts.base)
+        experts.quantize_(weight.detach())
+        self._unmerged = self._unmerged or before
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """As LoraLinear4bit's."""
+        self.merged_adapters.clear()
+        if self._unmerged is not None:
+            _restore(self.get_param().base, self._unmerged)
+        self._unmerged = None
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> Any:
+        wrapper: Any = self
+        base = super().unload_and_optionally_merge_module(*args, **kwargs)
+        while isinstance(wrapper, ParamWrapper):
+            wrapper._hook.remove()
+            wrapper = wrapper.base_layer
+        return base
+
+
+def _dense_view(layer: Linear4bit, weight: Tensor) -> Any:
+    """An nn.Linear with this weight [out, in], made past PEFT's init_empty_weights, which puts parameters on meta."""
+    view: Any = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(view)
+    view.in_features, view.out_features = layer.in_features, layer.out_features
+    view._parameters.update(weight=nn.Parameter(weight, requires_grad=False), bias=layer.bias)
+    view.options = layer.options
+    return view
+
+
+def _tensors_of(layer: Weight4bit) -> dict[str, Any]:
+    return layer._storage() | {"bias": layer.bias}
+
+
+def _restore(layer: Weight4bit, tensors: dict[str, Any] | None) -> None:
+    """Give the layer these tensors, on the device where it is by now."""
+    for name, tensor in (tensors or {}).items():
+        if tensor is not None and tensor.device != layer.weight.device:
+            tensor.data = tensor.data.to(layer.weight.device)
+        setattr(layer, name, tensor)
+
+
+_create_new_module = LoraModel._create_new_module
+_inject_parameters = LoraModel._inject_parameters
+_count_parameters = PeftModel.get_nb_trainable_parameters
+_dequantize_module_weight = peft_integrations.dequantize_module_weight
+
+
+def _create(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    parameter = kwargs.get("parameter_name")
+    if parameter is None and isinstance(base, Linear4bit):
+        return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
+    if parameter is not None and isinstance(getattr(base, parameter, None), Experts4bit):
+        return ParamWrapper(target, adapter_name, config=config, **kwargs)
+    module: nn.Module = _create_new_module(config, adapter_name, target, **kwargs)
+    return module
+
+
+def _inject(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's, which looks for parameters: those that experts in 4 bits have replaced stand there meanwhile, empty."""
+    places = [(m._parameters, experts) for m in self.model.modules() for experts in replaced_experts(m).values()]
+    for parameters, experts in places:
+        parameters[experts.replaced[0]] = nn.Parameter(torch.empty(0, device=experts.device), requires_grad=False)
+    try:
+        return _inject_parameters(self, *args, **kwargs)
+    finally:
+        for parameters, experts in places:
+            parameters[experts.replaced[0]] = None
+
+
+def _dequantize(module: nn.Module) -> Any:
+    """PEFT's, which gives the weight of a layer as floats."""
+    return module.dequantize() if isinstance(module, Linear4bit) else _dequantize_module_weight(module)
+
+
+def _count(self: Any) -> tuple[int, int]:
+    """PEFT's numbers of trainable and of all parameters, with weights, not bytes, counted in 4-bit layers."""
+    trainable, total = _count_parameters(self)
+    layers = [module for module in self.modules() if isinstance(module, Weight4bit)]
+    return trainable, total + sum(m.in_features * m.out_features - m.weight.numel() - m.absmax.numel() for m in layers)
+
+
+LoraModel._create_new_module = staticmethod(_create)
+LoraModel._inject_parameters = _inject
+PeftModel.get_nb_trainable_parameters = _count
+for _module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"]:
+    if getattr(_module, "dequantize_module_weight", None) is _dequantize_module_weight:
+        _module.dequantize_module_weight = _dequantize  # type: ignore[attr-defined]
