@@ -17,7 +17,7 @@ from limits import last_level_cache
 import qlora_ext._C as _C
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "torchao")
 # What changes the speed of a process from outside: recorded where it is set.
 SETTINGS = (
     *("GLIBC_TUNABLES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS"),

@@ -45,6 +45,7 @@ def benches(cpu_paths: list[str]) -> list[list[str]]:
         ["bench/bench_train_step.py", "--model", "build/demo/model.gguf", "--compile"],
         ["bench/bench_train_step.py", "--model", "build/demo/model.gguf", "--compile", "--lora-dropout", "0.1"],
         ["bench/bench_generate.py"],
+        ["bench/bench_script.py"],
         ["bench/bench_experts.py"],
         ["bench/bench_optimizer.py"],
         ["bench/sass_report.py"],

@@ -175,6 +175,22 @@ def generate_table(rows: list[Row]) -> Table:
     return [[rows[0]["dtype"], "tokens/s", "first row / this row"], *lines]
 
 
+def script_table(rows: list[Row]) -> Table:
+    """A line for what is measured of a model; each cell the rate, or the seconds, and how many times ours is faster."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    cases = {(row["model"], row["measure"], row["provider"]): row for row in rows}
+    table = [[rows[0]["dtype"], *providers]]
+    for model, measure in dict.fromkeys(key[:2] for key in cases):
+        unit = "s" if measure == "load" else "tokens/s"
+        cells = []
+        for provider in providers:
+            row, ours = cases[model, measure, provider], cases[model, measure, "qlora_ext"]
+            value = f"{row['p50']:.2f}" if measure == "load" else f"{row['tokens_per_s']:.3g}"
+            cells.append(value if row is ours else f"{value} ({ratio(row['p50'] / ours['p50'])})")
+        table.append([f"{model}: {measure}, {unit}", *cells])
+    return table
+
+
 def experts_table(rows: list[Row]) -> Table:
     """A line for each number of tokens; each cell our time, and theirs in terms of it. Then what the weights take."""
     providers = list(dict.fromkeys(row["provider"] for row in rows))
@@ -211,6 +227,7 @@ def sass_table(rows: list[Row]) -> Table:
 
 
 TABLES: dict[str, Callable[[list[Row]], Table]] = {
+    "script": script_table,
     "compare_methods": methods_table,
     "compare_optimizers": optimizers_table,
     "train_step": train_step_table,

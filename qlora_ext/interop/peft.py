@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from typing import Any
 
 import peft.tuners.lora.layer as peft_layer
@@ -142,11 +141,15 @@ class LoraLinear4bit(peft_layer.Linear):  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the weight, and store the sum in 4 bits; arguments as PEFT's."""
+        base = self.get_base_layer()
+        if not isinstance(base, Linear4bit):  # dequantized since
+            super().merge(safe_merge, adapter_names)
+            return
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        base = self.get_base_layer()
-        weight, bias = base.dequantize(torch.float32), base.bias
+        weight: Tensor = base.dequantize(torch.float32)
+        bias: Any = base.bias
         for name in names:
             if name in self.lora_variant:
                 weight = self.lora_variant[name].merge_safe(self, name, weight)
@@ -159,14 +162,14 @@ class LoraLinear4bit(peft_layer.Linear):  # type: ignore[misc]
         before = _tensors_of(base)
         base.quantize_(oriented(base.dense_class, weight.detach()))  # ValueError for NaN and Inf, safe_merge or not
         if bias is not base.bias:
-            base.bias = nn.Parameter(bias.detach().to(base.dtype), requires_grad=base.bias.requires_grad)
+            base.bias = nn.Parameter(bias.detach().to(base.dtype), requires_grad=False)
         self._unmerged = self._unmerged or before
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Give the layer the very tensors that it had before the first merge."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
+        if self._unmerged is None:
+            super().unmerge()
             return
         self.merged_adapters.clear()
         _restore(self.get_base_layer(), self._unmerged)

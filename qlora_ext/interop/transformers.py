@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 import types
 import warnings
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_ext.adapters.merge import merge_adapter
 from qlora_ext.experts import quantize_experts
+from qlora_ext.interop.checkpoint_files import read_header
 from qlora_ext.interop.nf4_options import METHOD, NF4Options
 from qlora_ext.linear import Linear4bit
 from qlora_ext.model_layers import HEADS, output_head
@@ -72,6 +75,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             for name in self._dense:
                 self.store(model, name, model.get_parameter(name))
+            _check_files(checkpoint_files or (), model)
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         return not self.pre_quantized and param_name in self._dense
@@ -151,24 +155,48 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
+def _check_files(files: Iterable[str], model: nn.Module) -> None:
+    """Raise ValueError, before anything is loaded, if a file is damaged, or has not all tensors of a 4-bit layer."""
+    paths = [Path(file) for file in files if str(file).endswith(".safetensors")]
+    tensors = {name: stored for path in paths for name, stored in read_header(path).items()}
+    for layer, module in model.named_modules():
+        if isinstance(module, Weight4bit):
+            own = {f"{layer}.{key}": tensor for key, tensor in module._storage().items()}
+            there = [tensors[name] for name in own if name in tensors]
+            for name, tensor in own.items() if there else ():  # transformers may know the layer by another name
+                if name not in tensors:
+                    at = there[0].path.name
+                    raise ValueError(f"NF4Config: {at}: {name}: expected it beside {there[0].name}, got none")
+                stored = tensors[name]
+                if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+                    expected, got = f"{tensor.dtype} {list(tensor.shape)}", f"{stored.dtype} {list(stored.shape)}"
+                    raise ValueError(f"NF4Config: {stored.path.name}: {name}: expected {expected}, got {got}")
+
+
 def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """transformers' `num_parameters`, with weights, not bytes, counted in 4-bit layers."""
-    layers = [module for module in model.modules() if isinstance(module, Weight4bit)]
-    sizes = {id(layer.weight): layer.in_features * layer.out_features for layer in layers}
-    sizes |= {id(layer.absmax): 0 for layer in layers}
-    if exclude_embeddings:
-        sizes |= {id(module.weight): 0 for module in model.modules() if isinstance(module, nn.Embedding)}
-    counted = (p for p in model.parameters() if p.requires_grad or not only_trainable)
-    return sum(sizes.get(id(p), p.numel()) for p in counted)
+    counted: dict[int, int] = {}  # one pass, as transformers' Trainer asks at each step
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None or (only_trainable and not p.requires_grad):
+                continue
+            weights = p.numel()
+            if isinstance(module, Weight4bit) and name != "bias":
+                weights = module.in_features * module.out_features if name == "weight" else 0
+            elif exclude_embeddings and isinstance(module, nn.Embedding):
+                weights = 0
+            counted[id(p)] = min(weights, counted.get(id(p), weights))  # a head's weight may be an embedding's
+    return sum(counted.values())
 
 
-def _check_loaded(model: nn.Module) -> None:
+def _check_loaded(model: Any) -> None:
     """Raise ValueError for a 4-bit layer that has not got all its tensors."""
     for name, module in model.named_modules():
         if isinstance(module, Weight4bit):
             for key, tensor in module.state_dict(keep_vars=True).items():
                 if not getattr(tensor, "_is_hf_initialized", False):
-                    raise ValueError(f"NF4Config: {name}.{key}: expected it in the checkpoint's files, got none")
+                    where = f"the files of {model.name_or_path}"
+                    raise ValueError(f"NF4Config: {name}.{key}: expected it in {where}, got none")
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -74,8 +74,18 @@ def test_smoke(script: str) -> None:
         check_train_step(rows)
     elif script == "bench_optimizer.py":
         check_optimizer(rows)
+    elif script == "bench_script.py":
+        check_script(rows)
     elif script in PEERS:
         check_cpu_bench(rows, PEERS[script])
+
+
+def check_script(rows: list[dict[str, Any]]) -> None:
+    """Each way loads, trains and generates, and all have the same loss at first."""
+    ways = {"qlora_ext", "bitsandbytes", "LoRA, not quantized"}
+    measured = {(row["provider"], row["measure"]) for row in rows}
+    assert measured == set(product(ways, ("load", "train", "generate")))
+    assert max(row["loss"] for row in rows) < 1.02 * min(row["loss"] for row in rows)
 
 
 def check_cpu_bench(rows: list[dict[str, Any]], peers: set[str]) -> None:

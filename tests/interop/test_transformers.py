@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -228,6 +229,40 @@ def test_nan_in_a_weight_names_the_layer(folders: Path, tmp_path: Path, caplog: 
     with pytest.raises(RuntimeError, match="conversion"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4Config())
     assert "layers.1.mlp.up_proj.weight: quantize_4bit: weight: expected finite values, got NaN" in caplog.text
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop(f"{Q}.nested_absmax"), f"{Q}.nested_absmax: expected it beside"),
+        (lambda t: t.pop(f"{Q}.weight"), f"{Q}.weight: expected it beside"),
+        (lambda t: [t.pop(k) for k in list(t) if k.startswith(Q)], f"{Q}.weight: expected it in the"),
+        (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:64].clone()}), f"{Q}.weight: expected torch.uint8"),
+        (lambda t: t.update({f"{Q}.absmax": t[f"{Q}.absmax"].float()}), f"{Q}.absmax: expected torch.uint8"),
+        (lambda t: t.update({f"{Q}.nested_absmax": t[f"{Q}.nested_absmax"].half()}), f"{Q}.nested_absmax: expected"),
+        (None, "expected"),
+    ],
+    ids=["nested", "codes", "layer", "shape", "scales", "half", "truncated"],
+)
+def test_a_damaged_folder_is_told_by_file_and_key(change: Any, named: str, folders: Path, tmp_path: Path) -> None:
+    load(folders, "llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    if change is None:
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        rewrite(path, change)
+    with pytest.raises(ValueError, match=re.escape(named)) as told:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "model.safetensors" in str(told.value) or "layer" in str(told.value)
 
 
 def test_the_config_is_json_and_registers_once(folders: Path) -> None:
