@@ -8,7 +8,9 @@ that are adapted without a layer of their own (`_inject_parameters`), and one fo
 from __future__ import annotations
 
 import copy
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import peft.tuners.lora.layer as peft_layer
@@ -17,22 +19,17 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.variants import ALoraLinearVariant, ArrowLinearVariant, DoraLinearVariant
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from qlora_ext.dense_linear import oriented
 from qlora_ext.experts import Experts4bit, replaced_experts
-from qlora_ext.functional import dequantize_4bit, quantize_4bit
+from qlora_ext.interop.checkpoint_files import read_folder
 from qlora_ext.layer_hooks import is_hooked
 from qlora_ext.linear import Linear4bit
 from qlora_ext.weight_4bit import Weight4bit
 
-READ_WEIGHT = (
-    "orthogonal",
-    "olora",
-    "loftq",
-    "pissa",
-)  # init_lora_weights that look at the base's weight, or change it
+READ_WEIGHT = ("orthogonal", "olora", "pissa")  # initialisations that look at the base's weight
 VARIANTS = (ALoraLinearVariant, ArrowLinearVariant, DoraLinearVariant)
 
 
@@ -65,7 +62,8 @@ class LoraLinear4bit(peft_layer.Linear):  # type: ignore[misc]
         reads_weight = isinstance(init, str) and init.lower().startswith(READ_WEIGHT)
         if isinstance(init, str) and not reads_weight and init.lower() not in ("gaussian", "eva"):
             expected = f"true, false, gaussian, eva, {', '.join(READ_WEIGHT)}"
-            raise ValueError(f"Linear4bit: init_lora_weights: expected {expected}, got {init!r}")
+            how = " (replace_lora_weights_loftq of qlora_ext.interop.peft needs the float weights)" * (init == "loftq")
+            raise ValueError(f"Linear4bit: init_lora_weights: expected {expected}, got {init!r}{how}")
         if not reads_weight:
             super().update_layer(adapter_name, *args, config=config, **kwargs)
             return
@@ -81,24 +79,6 @@ class LoraLinear4bit(peft_layer.Linear):  # type: ignore[misc]
             self._modules["base_layer"] = layer
         if not torch.equal(before, after):  # the adapter has taken its part out of the base
             base.quantize_(oriented(base.dense_class, after.detach()))
-
-    def loftq_init(self, adapter_name: str, config: Any) -> None:
-        """LoftQ, arXiv 2310.08659: quantize what the adapter leaves, and let the adapter take what that loses.
-
-        PEFT's needs bitsandbytes and a GPU, and leaves the adapter's scaling out.
-        """
-        if config.loftq_config["loftq_bits"] != 4:
-            raise ValueError(f"Linear4bit: loftq_bits: expected 4, got {config.loftq_config['loftq_bits']}")
-        view, r = self.base_layer, self.r[adapter_name]
-        weight, low_rank = view.weight.data, torch.zeros(())
-        for _ in range(config.loftq_config["loftq_iter"]):
-            quantized = dequantize_4bit(*quantize_4bit(weight - low_rank, **view.options))
-            U, S, Vh = torch.linalg.svd(weight - quantized, full_matrices=False)
-            A, B = S[:r].sqrt()[:, None] * Vh[:r], U[:, :r] * S[:r].sqrt()
-            low_rank = B @ A
-        self.lora_A[adapter_name].weight.data = A
-        self.lora_B[adapter_name].weight.data = B / self.scaling[adapter_name]
-        view.weight = nn.Parameter(quantized, requires_grad=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out], as PEFT's `lora.Linear`."""
@@ -148,23 +128,42 @@ class LoraLinear4bit(peft_layer.Linear):  # type: ignore[misc]
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        weight: Tensor = base.dequantize(torch.float32)
-        bias: Any = base.bias
+        current = _tensors_of(base)
+        before = self._unmerged or current
+        _restore(base, before)  # so that what has been merged already is rounded once, together with the rest
+        try:
+            weight, bias = self._sum([*filter(self.lora_A.__contains__, self.merged_adapters), *names])
+            base.quantize_(oriented(base.dense_class, weight.detach()))  # ValueError for NaN and Inf
+        except BaseException:
+            _restore(base, current)
+            raise
+        if bias is not base.bias:
+            base.bias = nn.Parameter(bias.detach().to(base.dtype), requires_grad=False)
+        self._unmerged = before
+        self.merged_adapters.extend(names)
+
+    def _sum(self, names: list[str]) -> tuple[Tensor, Any]:
+        """The base's weight [out, in] and bias with these adapters, in the order in which PEFT would merge them."""
+        base = self.get_base_layer()
+        original: Tensor = base.dequantize(torch.float32)
+        weight, bias = original, base.bias
         for name in names:
-            if name in self.lora_variant:
-                weight = self.lora_variant[name].merge_safe(self, name, weight)
+            variant, delta = self.lora_variant.get(name), self.get_delta_weight(name)
+            if isinstance(variant, DoraLinearVariant):
+                magnitude = self.lora_magnitude_vector[name]
+                norm = magnitude.get_weight_norm(original, delta, scaling=1)
+                weight = (magnitude.weight / norm)[:, None] * (weight + delta)
+            elif variant is not None:
+                weight = variant.merge_safe(self, name, weight)  # raises: aLoRA and Arrow cannot be merged
             else:
-                weight = weight + self.get_delta_weight(name)
+                weight = weight + delta
             if self.lora_bias[name]:
                 if bias is None:
                     raise RuntimeError("Linear4bit: lora_bias: expected a base layer with a bias, got one without")
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
-        before = _tensors_of(base)
-        base.quantize_(oriented(base.dense_class, weight.detach()))  # ValueError for NaN and Inf, safe_merge or not
-        if bias is not base.bias:
-            base.bias = nn.Parameter(bias.detach().to(base.dtype), requires_grad=False)
-        self._unmerged = self._unmerged or before
-        self.merged_adapters.extend(names)
+                if not bias.isfinite().all():
+                    raise ValueError(f"Linear4bit: lora_bias: expected finite values with {name}, got NaN or Inf")
+        return weight, bias
 
     def unmerge(self) -> None:
         """Give the layer the very tensors that it had before the first merge."""
@@ -190,6 +189,12 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
         super().__init__(base_layer, adapter_name, parameter_name=parameter_name, **kwargs)
         self._hook = self.get_param().stack.register_forward_pre_hook(self._with_adapters, with_kwargs=True)
 
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        init = config.init_lora_weights
+        if isinstance(init, str) and init.lower() not in ("gaussian", "eva"):
+            raise ValueError(f"Experts4bit: init_lora_weights: expected true, false, gaussian or eva, got {init!r}")
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
+
     def _with_adapters(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """The stack's arguments with the active adapters."""
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -212,12 +217,18 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
         if not names:
             return
         experts = self.get_param()
-        weight = experts.dequantize(torch.float32)
-        for name in names:
-            weight = weight + self.get_delta_weight(name).float()
-        before = _tensors_of(experts.base)
-        experts.quantize_(weight.detach())
-        self._unmerged = self._unmerged or before
+        current = _tensors_of(experts.base)
+        before = self._unmerged or current
+        _restore(experts.base, before)
+        try:
+            weight = experts.dequantize(torch.float32)
+            for name in (*filter(self.lora_A.__contains__, self.merged_adapters), *names):
+                weight = weight + self.get_delta_weight(name).float()
+            experts.quantize_(weight.detach())
+        except BaseException:
+            _restore(experts.base, current)
+            raise
+        self._unmerged = before
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -236,13 +247,44 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
         return base
 
 
+@torch.no_grad()
+def replace_lora_weights_loftq(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Start an adapter from what 4 bits lose of each weight: the best A and B for W - Q(W), by a singular value
+    decomposition. PEFT's function of this name does so for bitsandbytes' layers.
+
+    Args:
+        model: of `get_peft_model`, with the adapter on Linear4bit layers.
+        folder: the model's, with its float weights in safetensors, of which one at a time is read.
+        adapter_name: of the adapter.
+
+    Raises:
+        ValueError: no layer of the model is in 4 bits with this adapter, or the folder has no weight for one.
+
+    Source: LoftQ, arXiv 2310.08659, algorithm 1 with one step.
+    """
+    stored = read_folder(Path(folder))
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear4bit) and adapter_name in m.lora_A]
+    if not layers:
+        raise ValueError(f"replace_lora_weights_loftq: model: expected {adapter_name!r} on 4-bit layers, got none")
+    for name, layer in layers:
+        parts = f"{name}.weight".split(".")  # the files may leave out what is in front
+        found = next((stored[key] for i in range(len(parts)) if (key := ".".join(parts[i:])) in stored), None)
+        if found is None:
+            raise ValueError(f"replace_lora_weights_loftq: {name}: expected its weight in {folder}, got none")
+        base, r = layer.get_base_layer(), layer.r[adapter_name]
+        weight = oriented(base.dense_class, found[...]).to(base.weight.device, torch.float32)
+        U, S, Vh = torch.linalg.svd(weight - base.dequantize(torch.float32), full_matrices=False)
+        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        A.copy_(S[:r].sqrt()[:, None] * Vh[:r])
+        B.copy_(U[:, :r] * S[:r].sqrt() / layer.scaling[adapter_name])
+
+
 def _dense_view(layer: Linear4bit, weight: Tensor) -> Any:
     """An nn.Linear with this weight [out, in], made past PEFT's init_empty_weights, which puts parameters on meta."""
     view: Any = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(view)
     view.in_features, view.out_features = layer.in_features, layer.out_features
     view._parameters.update(weight=nn.Parameter(weight, requires_grad=False), bias=layer.bias)
-    view.options = layer.options
     return view
 
 
@@ -260,6 +302,7 @@ def _restore(layer: Weight4bit, tensors: dict[str, Any] | None) -> None:
 
 _create_new_module = LoraModel._create_new_module
 _inject_parameters = LoraModel._inject_parameters
+_replace_module = BaseTuner._replace_module
 _count_parameters = PeftModel.get_nb_trainable_parameters
 _dequantize_module_weight = peft_integrations.dequantize_module_weight
 
@@ -287,6 +330,13 @@ def _inject(self: Any, *args: Any, **kwargs: Any) -> Any:
             parameters[experts.replaced[0]] = None
 
 
+def _replace(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    """PEFT's, of the tuners that have none of their own: these compute with the weight in ways not checked here."""
+    if isinstance(child, Linear4bit):
+        raise ValueError(f"Linear4bit: expected LoRA or AdaLoRA, got {type(self).__name__} for {child_name}")
+    _replace_module(self, parent, child_name, new_module, child)
+
+
 def _dequantize(module: nn.Module) -> Any:
     """PEFT's, which gives the weight of a layer as floats."""
     return module.dequantize() if isinstance(module, Linear4bit) else _dequantize_module_weight(module)
@@ -301,6 +351,7 @@ def _count(self: Any) -> tuple[int, int]:
 
 LoraModel._create_new_module = staticmethod(_create)
 LoraModel._inject_parameters = _inject
+BaseTuner._replace_module = _replace
 PeftModel.get_nb_trainable_parameters = _count
 for _module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"]:
     if getattr(_module, "dequantize_module_weight", None) is _dequantize_module_weight:

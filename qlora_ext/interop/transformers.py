@@ -6,9 +6,9 @@ installed. A model saved in 4 bits names that method in its config.json, so a sc
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
-import types
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -112,7 +112,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             config.modules_to_not_convert = [*([*HEADS, *output_head(model)] if left is None else left), *new]
         del self._places
         model.is_loaded_in_4bit = True
-        model.num_parameters = types.MethodType(_num_parameters, model)
+        model.num_parameters = functools.partial(_num_parameters, model)
         return model
 
     def is_serializable(self) -> bool:
@@ -121,7 +121,10 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         merge_adapter(model, dequantize=True)
         del model.is_loaded_in_4bit, model.num_parameters
-        return model if dtype is None else nn.Module.to(model, dtype)
+        # The layers have the model's dtype. Another is for parameters alone: buffers, as RoPE's, stay as they are.
+        for parameter in model.parameters() if dtype not in (None, model.config.dtype) else ():
+            parameter.data = parameter.data.to(dtype)
+        return model
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
