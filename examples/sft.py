@@ -1,0 +1,41 @@
+"""Fine-tune a language model in 4 bits with TRL's SFTTrainer: QLoRA on all its linear layers.
+
+Run: pip install qlora-ext trl peft; python examples/sft.py --model FOLDER --data FILE.jsonl --output FOLDER --steps 60
+A line of the data is what TRL takes, {"messages": [...]} or {"prompt": ..., "completion": ...}.
+"""
+
+import argparse
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from qlora_ext import NF4Config
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", required=True, help="folder of the model, or its name on the hub")
+parser.add_argument("--data", required=True, help="JSON lines")
+parser.add_argument("--output", required=True, help="folder for the adapter")
+parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
+arguments = parser.parse_args()
+
+quantization = NF4Config()
+trainer = SFTTrainer(
+    arguments.model,
+    args=SFTConfig(
+        output_dir=arguments.output,
+        max_steps=arguments.steps,
+        per_device_train_batch_size=8,
+        learning_rate=2e-4,
+        logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        model_init_kwargs={"dtype": "bfloat16"},
+    ),
+    train_dataset=load_dataset("json", data_files=arguments.data, split="train"),
+    quantization_config=quantization,
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+)
+trainer.train()
+trainer.save_model()
