@@ -1,7 +1,7 @@
 """Train a language model in 4 bits on preferences with TRL's DPOTrainer: without its adapter it is its own reference.
 
-Run: pip install qlora-ext trl peft; python examples/dpo.py --model FOLDER --data FILE.jsonl --output FOLDER --steps 60
-A line of the data is what TRL takes, {"prompt": ..., "chosen": ..., "rejected": ...}.
+Run: python dpo.py --model FOLDER --data FILE.jsonl --output FOLDER --steps 60
+It needs trl and peft. A line of the data is what TRL takes, {"prompt": ..., "chosen": ..., "rejected": ...}.
 """
 
 import argparse

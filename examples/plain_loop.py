@@ -1,8 +1,8 @@
 """Fine-tune a language model in 4 bits with PEFT's LoRA in a loop of your own, and let it answer the first prompt.
 
-Run: pip install qlora-ext transformers peft datasets
-     python examples/plain_loop.py --model FOLDER --data FILE.jsonl --output FOLDER --steps 60
-A line of the data is {"prompt": "...", "completion": "..."}; the model has a chat template.
+Run: python plain_loop.py --model FOLDER --data FILE.jsonl --output FOLDER --steps 60
+It needs transformers, peft and datasets, and a model with a chat template.
+A line of the data is {"prompt": "...", "completion": "..."}.
 """
 
 import argparse

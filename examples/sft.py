@@ -1,7 +1,7 @@
 """Fine-tune a language model in 4 bits with TRL's SFTTrainer: QLoRA on all its linear layers.
 
-Run: pip install qlora-ext trl peft; python examples/sft.py --model FOLDER --data FILE.jsonl --output FOLDER --steps 60
-A line of the data is what TRL takes, {"messages": [...]} or {"prompt": ..., "completion": ...}.
+Run: python sft.py --model FOLDER --data FILE.jsonl --output FOLDER --steps 60
+It needs trl and peft. A line of the data is what TRL takes, {"messages": [...]} or {"prompt": ..., "completion": ...}.
 """
 
 import argparse

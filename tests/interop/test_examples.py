@@ -19,8 +19,6 @@ from tiny_model import load, save_tiny_model
 from tiny_model import one_thread as one_thread
 from transformers import AutoTokenizer
 
-pytest.importorskip("trl")
-
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 NAMES = ("sft", "dpo", "plain_loop")
 STEPS = 3
@@ -39,7 +37,7 @@ def losses(output: Path) -> list[float]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_twin_differs_in_two_lines(name: str) -> None:
-    texts = [(folder / f"{name}.py").read_text().splitlines() for folder in (EXAMPLES, EXAMPLES / "bitsandbytes")]
+    texts = [(folder / f"{name}.py").read_text().splitlines() for folder in (EXAMPLES, EXAMPLES / "with_bitsandbytes")]
     changes = [line for line in difflib.ndiff(*texts) if line[0] in "+-"]
     assert [line[2:] for line in changes if line[0] == "-"] == [
         "from qlora_ext import NF4Config",
@@ -59,7 +57,7 @@ def test_an_example_learns_as_its_twin_does(
     rows = [{"prompt": f"{i} and 1?", **dict(zip(answers, (f"{i + 1}.", "no")))} for i in range(40)]  # noqa: B905
     data = write_rows(tmp_path / "rows.jsonl", rows)
     runs = []
-    for folder in (EXAMPLES, EXAMPLES / "bitsandbytes"):
+    for folder in (EXAMPLES, EXAMPLES / "with_bitsandbytes"):
         output = tmp_path / f"{folder.name}_output"
         options = {"--model": tmp_path / "model", "--data": data, "--output": output, "--steps": STEPS}
         monkeypatch.setattr(sys, "argv", [name, *(str(word) for option in options.items() for word in option)])
@@ -100,7 +98,7 @@ def test_sft_of_smollm2_loses_what_its_twin_loses(tmp_path: Path) -> None:
                 }
     data = write_rows(tmp_path / "pairs.jsonl", list(pairs.values()))
     means = []
-    for folder in (EXAMPLES, EXAMPLES / "bitsandbytes"):
+    for folder in (EXAMPLES, EXAMPLES / "with_bitsandbytes"):
         output = tmp_path / f"{folder.name}_output"
         options = {"--model": tmp_path / "model", "--data": data, "--output": output, "--steps": 30}
         command = [sys.executable, folder / "sft.py", *(str(word) for option in options.items() for word in option)]

@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import config as lora_config
 from peft.tuners.lora.config import (
     BdLoraConfig,
     EvaConfig,
-    KasaConfig,
     LoftQConfig,
     LoraGAConfig,
     MontecloraConfig,
@@ -150,7 +150,7 @@ REFUSED = {
     "loftq": ("llama", {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()}),
     "8-bit-loftq": ("llama", {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(loftq_bits=8)}),
     "velora": ("llama", {"velora_config": VeloraConfig()}),
-    "kasa": ("llama", {"kasa_config": KasaConfig()}),
+    **({"kasa": ("llama", {"kasa_config": lora_config.KasaConfig()})} if hasattr(lora_config, "KasaConfig") else {}),
     "monteclora": ("llama", {"monteclora_config": MontecloraConfig()}),
     "bdlora": ("llama", {"use_bdlora": BdLoraConfig(nblocks=2, target_modules_bd_a=["q_proj"])}),
     "dropout-of-experts": ("mixtral", {**EXPERTS, "lora_dropout": 0.1}),

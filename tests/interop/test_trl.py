@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
@@ -25,8 +26,6 @@ from transformers import (
 )
 
 from qlora_ext import Linear4bit, NF4Config, PagedAdamW
-
-trl = pytest.importorskip("trl")
 
 TEXTS = Dataset.from_list([{"text": f"{i} and {i} are {2 * i}."} for i in range(16)])
 PAIRS = Dataset.from_list([{"prompt": f"{i} and {i}?", "completion": f" {2 * i}."} for i in range(8)])

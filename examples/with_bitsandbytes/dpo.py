@@ -1,7 +1,7 @@
-"""Fine-tune a language model in 4 bits with TRL's SFTTrainer: QLoRA on all its linear layers.
+"""Train a language model in 4 bits on preferences with TRL's DPOTrainer: without its adapter it is its own reference.
 
-Run: pip install qlora-ext trl peft; python examples/sft.py --model FOLDER --data FILE.jsonl --output FOLDER --steps 60
-A line of the data is what TRL takes, {"messages": [...]} or {"prompt": ..., "completion": ...}.
+Run: python dpo.py --model FOLDER --data FILE.jsonl --output FOLDER --steps 60
+It needs trl and peft. A line of the data is what TRL takes, {"prompt": ..., "chosen": ..., "rejected": ...}.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import argparse
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer
 
 from transformers import BitsAndBytesConfig  # isort: skip
 
@@ -21,13 +21,13 @@ parser.add_argument("--steps", type=int, default=60, help="default: %(default)s"
 arguments = parser.parse_args()
 
 quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16")  # fmt: skip # noqa: E501
-trainer = SFTTrainer(
+trainer = DPOTrainer(
     arguments.model,
-    args=SFTConfig(
+    args=DPOConfig(
         output_dir=arguments.output,
         max_steps=arguments.steps,
-        per_device_train_batch_size=8,
-        learning_rate=2e-4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-5,
         logging_steps=1,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
